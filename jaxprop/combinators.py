@@ -1,0 +1,124 @@
+"""Layers made of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+
+from jaxprop.layer import Combinator, Layer, Leave, seat, shapes
+
+
+class Chain(Combinator):
+    """y = f_k(... f_2(f_1(x))); the chain rule is the same walk from the other end."""
+
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("chain() needs at least one layer")
+        for index, layer in enumerate(self.layers):
+            _require_layer(layer, f"chain: layer {index}")
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.layers))})"
+
+    def init(self, key: chex.PRNGKey, x: Any) -> tuple[Any, ...]:
+        params = []
+        for index, layer in enumerate(self.layers):
+            with seat(index, layer):
+                params.append(layer.init(jax.random.fold_in(key, index), x))
+                x, _ = jax.eval_shape(layer.forward, params[-1], x)
+        return tuple(params)
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Only the length: each layer holds its own params to its own ``init``."""
+        self._check_length(params)
+
+    def forward(self, params: tuple[Any, ...], x: Any) -> tuple[Any, tuple[Any, ...]]:
+        residuals = []
+        for index, (layer, p) in enumerate(zip(self.layers, params, strict=True)):
+            with seat(index, layer):
+                x, r = layer.forward(p, x)
+            residuals.append(r)
+        return x, tuple(residuals)
+
+    def walk(
+        self, params: tuple[Any, ...], residuals: tuple[Any, ...], ct: Any, leave: Leave
+    ) -> tuple[tuple[Any, ...], Any]:
+        self._check_length(params)
+        left = []
+        steps = list(zip(self.layers, params, residuals, strict=True))
+        for index, (layer, p, r) in reversed(list(enumerate(steps))):
+            with seat(index, layer):
+                here, ct = layer.walk(p, r, ct, leave)
+            left.append(here)
+        return tuple(reversed(left)), ct
+
+    def _check_length(self, params: Any) -> None:
+        if not isinstance(params, tuple | list) or len(params) != len(self.layers):
+            got = f"{len(params)}" if isinstance(params, tuple | list) else shapes(params)
+            raise ValueError(
+                f"a chain of {len(self.layers)} layers takes a tuple of {len(self.layers)} params, "
+                f"one a layer, not {got}: {self}"
+            )
+
+
+class Skip(Combinator):
+    """y = x + f(x), so dE/dx = ct + (what f pulls back from ct); params and residuals are f's."""
+
+    layer: Layer
+
+    def __post_init__(self) -> None:
+        _require_layer(self.layer, "skip")
+
+    def __repr__(self) -> str:
+        return f"skip({self.layer!r})"
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Any:
+        return self.layer.init(key, x)
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Nothing: the inner layer holds the params to its own ``init``."""
+
+    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+        y, residuals = self.layer.forward(params, x)
+        if y.shape != x.shape:
+            raise ValueError(
+                f"{self}: the layer turns {shapes(x)} into {shapes(y)}, "
+                "but x + f(x) needs one shape for both"
+            )
+        return x + y, residuals
+
+    def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
+        left, d_x = self.layer.walk(params, residuals, ct, leave)
+        return left, ct + d_x
+
+
+def chain(*layers: Layer) -> Chain:
+    """Layers one after the other; params and residuals are tuples with one entry a layer.
+
+    Raises ``ValueError`` for no layers and ``TypeError`` for an argument that is not a layer.
+
+    Example:
+        >>> import jaxprop as jp
+        >>> jp.chain(jp.Dense(512), jp.Relu(), jp.Dense(10))
+        chain(Dense(512), Relu(), Dense(10))
+    """
+    return Chain(layers)
+
+
+def skip(layer: Layer) -> Skip:
+    """x + layer(x), the skip connection (He et al. 2015, https://arxiv.org/abs/1512.03385).
+
+    The layer keeps the shape of x; another shape raises ``ValueError``.
+    """
+    return Skip(layer)
+
+
+def _require_layer(layer: object, where: str) -> None:
+    if isinstance(layer, type) and issubclass(layer, Layer):
+        raise TypeError(f"{where} is the class {layer.__name__}; write {layer.__name__}(...)")
+    if not isinstance(layer, Layer):
+        raise TypeError(f"{where} is not a Layer but {layer!r}")

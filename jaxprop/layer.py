@@ -1,0 +1,195 @@
+"""The contract: a layer is static configuration with a ``forward`` and, next to it, its ``backward``.
+
+Words used throughout: ``ct`` is the cotangent of a layer's output y (the derivative of the loss
+by y), ``d_x`` and ``d_params`` are the cotangents that ``backward`` pulls back from it, and
+``residuals`` are what ``forward`` saved to do so.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, dataclass_transform
+
+import chex
+import jax
+from jax import Array
+
+
+@dataclass_transform(frozen_default=True)
+class Static(abc.ABC):
+    """A frozen dataclass of plain, hashable facts, which JAX treats as a pytree without leaves.
+
+    Subclasses become dataclasses by themselves: write the fields and the methods, no decorator.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__bases__:
+            if base is not Static and issubclass(base, Static) and not inspect.isabstract(base):
+                raise TypeError(
+                    f"{cls.__name__} subclasses {base.__name__}; to change a rule, wrap the layer: "
+                    "hold it in a field and call it"
+                )
+        dataclasses.dataclass(frozen=True, repr=False)(cls)
+        jax.tree_util.register_static(cls)
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, field.name)
+            if field.default is dataclasses.MISSING:
+                shown.append(repr(value))
+            elif value != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class Layer(Static):
+    """A differentiable function (params, x) -> y that carries its own vector-Jacobian product.
+
+    Subclass it, name the static configuration as fields, and write ``forward`` and ``backward``
+    (and ``init`` where there are params). No field holds an array: arrays live in params.
+
+        class Scale(jp.Layer):
+            def init(self, key, x):
+                return jnp.ones(x.shape[-1], x.dtype)
+
+            def forward(self, params, x):
+                return x * params, x
+
+            def backward(self, params, x, ct):
+                return jp.Sum(ct * x), ct * params
+
+    ``jp.check_layer(Scale(), x)`` then holds ``backward`` against ``jax.vjp`` of ``forward``.
+
+    ``forward`` is held to ``init``: before it runs, the structure and shapes of its params are
+    compared with those that ``init`` would make for x, and a difference raises ``ValueError``
+    naming the layer, the leaf and both shapes. Shapes are static, so under ``jit`` this happens
+    while tracing and costs nothing afterwards.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and not inspect.isabstract(cls):
+            cls.forward = _held_to_init(cls.forward)
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Any:
+        """Params for inputs like x (an array or ``jax.ShapeDtypeStruct``); ``()`` for none."""
+        del key, x
+        return ()
+
+    @abc.abstractmethod
+    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+        """``(y, residuals)``; residuals are arrays whose axis 0 is the example."""
+
+    @abc.abstractmethod
+    def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
+        """``(d_params, d_x)`` from the cotangent of y.
+
+        ``d_params`` has the structure of params, with a ``Factored`` cotangent or a plain array
+        at each leaf; d_x has the shape and dtype of x.
+        """
+
+    def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
+        """``backward`` that leaves behind ``leave(step)`` in the place of d_params.
+
+        A layer made of layers hands ``leave`` down, so that whatever is asked for is taken at
+        each layer as soon as its cotangents exist, and nothing else is kept.
+        """
+        d_params, d_x = self.backward(params, residuals, ct)
+        return leave(Step(self, params, residuals, ct, d_params)), d_x
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Raise ``ValueError`` unless params are of the structure and shapes that init makes."""
+        expected = _expected_params(self, x)
+        if jax.tree.structure(params) != jax.tree.structure(expected):
+            raise ValueError(
+                f"{self}: params are {shapes(params)}, "
+                f"but an input {shapes(x)} takes {shapes(expected)}"
+            )
+        pairs = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(params), strict=True)
+        for (path, want), got in pairs:
+            if getattr(got, "shape", ()) != want.shape:
+                raise ValueError(
+                    f"{self}: params{jax.tree_util.keystr(path)} has shape {got.shape}, "
+                    f"but an input {shapes(x)} takes {want.shape}"
+                )
+
+
+class Step(NamedTuple):
+    """One layer's moment in the walk back: what came in, what came back, what it makes of them."""
+
+    layer: Layer
+    params: Any
+    residuals: Any
+    ct: Any
+    d_params: Any
+
+
+Leave = Callable[[Step], Any]
+
+
+class Combinator(Layer):
+    """A layer made of layers. It writes ``walk``; its ``backward`` is the walk that keeps d_params."""
+
+    def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
+        return self.walk(params, residuals, ct, lambda step: step.d_params)
+
+    @abc.abstractmethod
+    def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]: ...
+
+
+@contextmanager
+def seat(index: int, layer: Layer) -> Iterator[None]:
+    """Say where in the net an error came from, and name the operations there in profiles and HLO."""
+    try:
+        with jax.named_scope(f"{index}.{type(layer).__name__}"):
+            yield
+    except Exception as error:
+        error.add_note(f"in layer {index}: {layer}")
+        raise
+
+
+def shapes(tree: Any) -> str:
+    """The tree with each array written as its dtype and shape, ``float32[8,2]``."""
+
+    class Shape(str):
+        __repr__ = str.__str__
+
+    def short(leaf: Any) -> Shape:
+        if not hasattr(leaf, "dtype"):
+            return Shape(f"{type(leaf).__name__} {leaf!r}")
+        return Shape(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]")
+
+    return repr(jax.tree.map(short, tree))
+
+
+def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def held(self: Layer, params: Any, x: Any) -> Any:
+        self.check_params(params, x)
+        return forward(self, params, x)
+
+    return held
+
+
+def _expected_params(layer: Layer, x: Any) -> Any:
+    leaves, structure = jax.tree.flatten(x)
+    for leaf in leaves:
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"{layer}: x must be an array, not {shapes(x)}")
+    structs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    return _init_shapes(layer, structure, structs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _init_shapes(layer: Layer, structure: Any, structs: tuple[Any, ...]) -> Any:
+    return jax.eval_shape(
+        lambda *leaves: layer.init(jax.random.key(0), jax.tree.unflatten(structure, leaves)),
+        *structs,
+    )

@@ -1,0 +1,100 @@
+"""Elementwise activations, each as ``jax.nn`` defines it.
+
+For an elementwise y = f(x) the Jacobian is diagonal, so d_x = ct f'(x). What differs is which of
+x and y is saved and how f' is written from it: y where f' is simplest in y (nothing new is kept,
+y is the next layer's input), else x. All take floating x of any shape and have no params.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.layer import Layer
+
+X = Float[Array, "n *t"]
+
+
+class Sigmoid(Layer):
+    """y = 1 / (1 + exp(-x)), so exp(-x) = (1 - y) / y and f' = exp(-x) y^2 = y (1 - y)."""
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
+        y = jax.nn.sigmoid(x)
+        return y, y
+
+    def backward(self, params: tuple[()], y: X, ct: X) -> tuple[tuple[()], X]:
+        return (), ct * (y * (1 - y))
+
+
+class Tanh(Layer):
+    """y = tanh(x), f' = 1 - y^2, written (1 + y) (1 - y): near |y| = 1 it cancels less."""
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
+        y = jnp.tanh(x)
+        return y, y
+
+    def backward(self, params: tuple[()], y: X, ct: X) -> tuple[tuple[()], X]:
+        return (), ct * ((1 + y) * (1 - y))
+
+
+class Relu(Layer):
+    """y = max(x, 0), f' = 1 where y > 0, else 0; at x = 0 the 0 that ``jax.nn.relu`` chooses."""
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
+        y = jax.nn.relu(x)
+        return y, y
+
+    def backward(self, params: tuple[()], y: X, ct: X) -> tuple[tuple[()], X]:
+        return (), jnp.where(y > 0, ct, 0)
+
+
+class Gelu(Layer):
+    """y = x P(X <= x) for a standard normal X; by default the tanh form (Hendrycks and Gimpel 2016).
+
+    Exact: y = x F(x) with F the normal distribution function and p its density, f' = F + x p.
+    Approximate: y = x/2 (1 + t), t = tanh(u), u = c (x + a x^3), c = sqrt(2/pi), a = 0.044715, so
+    f' = (1 + t)/2 + x/2 (1 + t)(1 - t) c (1 + 3 a x^2).  https://arxiv.org/abs/1606.08415
+    """
+
+    approximate: bool = True
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
+        return jax.nn.gelu(x, approximate=self.approximate), x
+
+    def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
+        if self.approximate:
+            c, a = math.sqrt(2 / math.pi), 0.044715
+            t = jnp.tanh(c * (x + a * x**3))
+            slope = 0.5 * (1 + t) * (1 + x * (1 - t) * (c * (1 + 3 * a * x**2)))
+        else:
+            density = jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+            slope = jax.scipy.special.ndtr(x) + x * density
+        return (), ct * slope
+
+
+class Silu(Layer):
+    """y = x s, s = sigmoid(x), s' = s (1 - s), so f' = s + x s (1 - s) = s (1 + x (1 - s)).
+
+    Also called swish (Elfwing et al. 2018, https://arxiv.org/abs/1702.03118).
+    """
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
+        return jax.nn.silu(x), x
+
+    def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
+        s = jax.nn.sigmoid(x)
+        return (), ct * (s * (1 + x * (1 - s)))
+
+
+class Softplus(Layer):
+    """y = log(1 + exp(x)), f' = exp(x) / (1 + exp(x)) = sigmoid(x)."""
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
+        return jax.nn.softplus(x), x
+
+    def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
+        return (), ct * jax.nn.sigmoid(x)

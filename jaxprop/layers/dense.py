@@ -1,0 +1,65 @@
+"""The dense layer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.factored import Outer, Sum
+from jaxprop.layer import Layer
+
+
+class Affine(NamedTuple):
+    """Params w (I, O) and b (O,), or their cotangents. b is None in a layer without bias."""
+
+    w: Any
+    b: Any = None
+
+
+class Dense(Layer):
+    """y = x w + b, over the last axis.
+
+    With y[n, j] = sum_i x[n, i] w[i, j] + b[j], the chain rule gives
+
+        dE/dw[i, j] = sum_n ct[n, j] x[n, i]        a sum of outer products
+        dE/db[j]    = sum_n ct[n, j]
+        dE/dx[n, i] = sum_j ct[n, j] w[i, j]
+
+    and positions between the example axis and the last one are summed like examples
+    (Rumelhart, Hinton and Williams 1986, https://doi.org/10.1038/323533a0).
+
+    x is (N, ..., I), floating; y is (N, ..., features). w starts as LeCun normal, b as zeros.
+    Raises ``ValueError`` for x without an example axis and ``TypeError`` for x not floating.
+    """
+
+    features: int
+    bias: bool = True
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Affine:
+        if x.ndim < 2:
+            raise ValueError(
+                f"{self} takes x of shape (N, ..., I), axis 0 the example, not {x.shape}; "
+                "for one example write x[None]"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{self} takes floating x, not {x.dtype}")
+        dtype = jnp.result_type(x.dtype)
+        w = jax.nn.initializers.lecun_normal()(key, (x.shape[-1], self.features), dtype)
+        return Affine(w, jnp.zeros(self.features, dtype) if self.bias else None)
+
+    def forward(
+        self, params: Affine, x: Float[Array, "n *t i"]
+    ) -> tuple[Float[Array, "n *t o"], Float[Array, "n *t i"]]:
+        y = x @ params.w
+        return (y if params.b is None else y + params.b), x
+
+    def backward(
+        self, params: Affine, x: Float[Array, "n *t i"], ct: Float[Array, "n *t o"]
+    ) -> tuple[Affine, Float[Array, "n *t i"]]:
+        d_b = None if params.b is None else Sum(ct)
+        return Affine(Outer(x, ct), d_b), (ct @ params.w.T).astype(x.dtype)

@@ -1,0 +1,129 @@
+"""Losses: one value for each example, and the cotangent that the walk back starts from.
+
+``forward`` takes the net's output y and the target, axis 0 the example, and gives one value an
+example; ``backward`` gives the cotangent of y for each example's *own* loss. The scalar loss is
+the mean over examples, and the 1/N enters where the mean is taken, not here.
+
+Values are computed and returned in at least float32; cotangents have the dtype of y.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxprop.layer import Static
+
+
+class Loss(Static):
+    """A differentiable function (y, target) -> one value for each example."""
+
+    @abc.abstractmethod
+    def forward(self, y: Array, target: Array) -> tuple[Float[Array, " n"], Any]:
+        """``(values, residuals)``, one value for each example."""
+
+    @abc.abstractmethod
+    def backward(self, residuals: Any) -> Array:
+        """The cotangent of y, for each example's own loss."""
+
+
+class HalfSquaredError(Loss):
+    """E = 1/2 sum_j (y_j - t_j)^2 for each example, so dE/dy_j = y_j - t_j.
+
+    y and target are floating, both (N, ...); all axes but the first are summed.
+    """
+
+    def forward(
+        self, y: Float[Array, "n *t"], target: Float[Array, "n *t"]
+    ) -> tuple[Float[Array, " n"], Float[Array, "n *t"]]:
+        _require(self, y, target, y.shape, floating=True)
+        error = y - target.astype(y.dtype)
+        return 0.5 * jnp.sum(_wide(error) ** 2, axis=_positions(error)), error
+
+    def backward(self, residuals: Float[Array, "n *t"]) -> Float[Array, "n *t"]:
+        return residuals
+
+
+class CrossEntropy(Loss):
+    """E = log sum_j exp(y_j) - y_t for logits y and the target class t, the mean over positions.
+
+    The derivative of log-sum-exp is the softmax, p_j = exp(y_j) / sum_k exp(y_k), so
+    dE/dy_j = p_j - [j = t] (Bridle 1990, https://doi.org/10.1007/978-3-642-76153-9_28).
+
+    y is (N, C) or (N, T, C), floating; target (N,) or (N, T), integers in [0, C). A target of -1
+    is padding: it weighs nothing, and the mean of an example is over its other positions (an
+    example that is all padding has value 0 and still counts in N). A target that is C or more
+    makes the value NaN.
+    """
+
+    def forward(
+        self, y: Float[Array, "n *t c"], target: Int[Array, "n *t"]
+    ) -> tuple[Float[Array, " n"], Any]:
+        _require(self, y, target, y.shape[:-1], floating=False)
+        logits = _wide(y)
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        valid = target >= 0
+        chosen = jnp.where(valid, target, 0)
+        picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
+        count = jnp.maximum(valid.sum(_positions(valid), keepdims=True), 1)
+        weight = valid.astype(logits.dtype) / count.astype(logits.dtype)
+        values = jnp.sum(jnp.where(valid, log_total - picked, 0) * weight, axis=_positions(valid))
+        p = jnp.exp(logits - log_total[..., None]).astype(y.dtype)
+        return values, (p, chosen, weight.astype(y.dtype))
+
+    def backward(self, residuals: Any) -> Float[Array, "n *t c"]:
+        p, chosen, weight = residuals
+        return (p - jax.nn.one_hot(chosen, p.shape[-1], dtype=p.dtype)) * weight[..., None]
+
+
+class BinaryCrossEntropy(Loss):
+    """E = log(1 + exp(y)) - t y for logits y, the mean over an example's outputs.
+
+    This is -t log s - (1 - t) log(1 - s) with s = sigmoid(y), without its overflow. The derivative
+    of log(1 + exp(y)) is s, so dE/dy = (s - t) / (outputs of an example).
+
+    y is floating, target has its shape (N, ...), with values in [0, 1] of any real dtype or bool.
+    """
+
+    def forward(
+        self, y: Float[Array, "n *t"], target: Array
+    ) -> tuple[Float[Array, " n"], Float[Array, "n *t"]]:
+        _require(self, y, target, y.shape)
+        logits = _wide(y)
+        t = target.astype(logits.dtype)
+        values = jnp.mean(jax.nn.softplus(logits) - t * logits, axis=_positions(y))
+        return values, (jax.nn.sigmoid(logits) - t).astype(y.dtype)
+
+    def backward(self, residuals: Float[Array, "n *t"]) -> Float[Array, "n *t"]:
+        return residuals / max(residuals[0].size, 1)
+
+
+def _wide(y: Array) -> Array:
+    return y.astype(jnp.promote_types(y.dtype, jnp.float32))
+
+
+def _positions(y: Array) -> tuple[int, ...]:
+    return tuple(range(1, y.ndim))
+
+
+def _require(
+    loss: Loss, y: Array, target: Array, shape: tuple[int, ...], floating: bool | None = None
+) -> None:
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise TypeError(f"{loss} takes floating y, not {y.dtype}")
+    if not hasattr(target, "dtype"):
+        raise TypeError(f"{loss} takes the target as an array, not {target!r}")
+    kind = {True: jnp.floating, False: jnp.integer}.get(floating)  # pyright: ignore
+    if kind is not None and not jnp.issubdtype(target.dtype, kind):
+        words = "a floating target" if floating else "integer targets (class numbers)"
+        raise TypeError(f"{loss} takes {words}, not {target.dtype}")
+    if target.shape != shape:
+        raise ValueError(
+            f"{loss}: the net's output has shape {y.shape}, which takes a target of shape {shape}, "
+            f"not {target.shape}"
+        )

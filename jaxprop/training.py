@@ -1,0 +1,76 @@
+"""Gradients and updates for training loops."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+
+from jaxprop.backprop import loss_fn, walk
+from jaxprop.factored import sums
+from jaxprop.layer import Layer, Step
+from jaxprop.losses import Loss
+
+ValueAndGrad = Callable[[Any, Any, Any], tuple[Array, Any]]
+
+
+def value_and_grad(net: Layer, loss: Loss) -> ValueAndGrad:
+    """``f(params, x, target) -> (value, grads)`` by the hand-written chain.
+
+    The same value and gradient as ``jax.value_and_grad(jp.loss_fn(net, loss))``: ``value`` is the
+    mean of the loss over examples, ``grads`` has the structure, shapes and dtypes of params.
+    """
+    back = walk(net, loss, leave=lambda step: sums(step.params, step.d_params))
+
+    def value_and_gradient(params: Any, x: Any, target: Any) -> tuple[Array, Any]:
+        value, grads, _ = back(params, x, target)
+        return value, grads
+
+    return value_and_gradient
+
+
+def make_update(
+    net: Layer,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    value_and_grad: Callable[[Layer, Loss], ValueAndGrad] = value_and_grad,
+) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, Array]]:
+    """A jitted ``update(params, state, x, target) -> (params, state, value)``.
+
+    Args:
+        net: the network.
+        loss: the loss; its mean over examples is what is minimised, and ``value`` that mean before
+            the update.
+        optimizer: any optax transformation; start from ``state = optimizer.init(params)``. Those
+            that ask for the value, the gradient or the loss as a function (``optax.lbfgs``,
+            ``optax.polyak_sgd``, ``reduce_on_plateau``) are given them.
+        value_and_grad: how to differentiate: a function of (net, loss) that returns
+            ``f(params, x, target) -> (value, grads)``. Autodiff is
+            ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``.
+
+    params and state are donated: their memory is used for the results, and the arrays that were
+    passed in cannot be used again.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+    scalar = loss_fn(net, loss)
+    differentiate = value_and_grad(net, loss)
+
+    @functools.partial(jax.jit, donate_argnames=("params", "state"))
+    def update(params: Any, state: Any, x: Any, target: Any) -> tuple[Any, Any, Array]:
+        value, grads = differentiate(params, x, target)
+        updates, state = optimizer.update(
+            grads,
+            state,
+            params,
+            value=value,
+            grad=grads,
+            value_fn=lambda params: scalar(params, x, target),
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    return update
