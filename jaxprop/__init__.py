@@ -1,6 +1,7 @@
 """jaxprop: backpropagation for JAX with the backward pass in the open."""
 
 from jaxprop.backprop import loss_fn, walk
+from jaxprop.checking import check_layer
 from jaxprop.combinators import chain, skip
 from jaxprop.factored import Factored, Outer, Sum
 from jaxprop.layer import Layer, Step

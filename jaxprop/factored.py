@@ -49,15 +49,15 @@ class Sum(Factored):
         return self.ct.sum(axis=tuple(range(self.ct.ndim - 1)))
 
 
-def is_factored(leaf: object) -> bool:
-    return isinstance(leaf, Factored)
+def summed(d_params: Any) -> Any:
+    """d_params with every factored leaf multiplied out and summed."""
+    return jax.tree.map(
+        lambda leaf: leaf.sum() if isinstance(leaf, Factored) else leaf,
+        d_params,
+        is_leaf=lambda leaf: isinstance(leaf, Factored),
+    )
 
 
-def sums(params: Any, d_params: Any) -> Any:
-    """d_params with every leaf summed, in the structure and dtypes of params: the gradient."""
-
-    def total(param: Array, d_param: Factored | Array) -> Array:
-        summed = d_param.sum() if isinstance(d_param, Factored) else d_param
-        return summed.astype(param.dtype)
-
-    return jax.tree.map(total, params, d_params)
+def gradient(params: Any, d_params: Any) -> Any:
+    """The summed d_params in the dtypes of params."""
+    return jax.tree.map(lambda p, d: d.astype(p.dtype), params, summed(d_params))

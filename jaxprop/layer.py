@@ -102,7 +102,7 @@ class Layer(Static):
         each layer as soon as its cotangents exist, and nothing else is kept.
         """
         d_params, d_x = self.backward(params, residuals, ct)
-        return leave(Step(self, params, residuals, ct, d_params)), d_x
+        return leave(Step(self, params, residuals, ct, d_params, d_x)), d_x
 
     def check_params(self, params: Any, x: Any) -> None:
         """Raise ``ValueError`` unless params are of the structure and shapes that init makes."""
@@ -129,6 +129,7 @@ class Step(NamedTuple):
     residuals: Any
     ct: Any
     d_params: Any
+    d_x: Any
 
 
 Leave = Callable[[Step], Any]
@@ -142,6 +143,20 @@ class Combinator(Layer):
 
     @abc.abstractmethod
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]: ...
+
+
+def map_layers(net: Layer, f: Callable[[Layer], Layer]) -> Layer:
+    """The same net with ``f(layer)`` in the place of every layer that is not made of layers."""
+    if not isinstance(net, Combinator):
+        return f(net)
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(mapped, value))
+        return map_layers(value, f) if isinstance(value, Layer) else value
+
+    fields = dataclasses.fields(net)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(net, **{f.name: mapped(getattr(net, f.name)) for f in fields})
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from jaxprop.backprop import loss_fn, walk
-from jaxprop.factored import sums
+from jaxprop.factored import gradient
 from jaxprop.layer import Layer, Step
 from jaxprop.losses import Loss
 
@@ -24,7 +24,7 @@ def value_and_grad(net: Layer, loss: Loss) -> ValueAndGrad:
     The same value and gradient as ``jax.value_and_grad(jp.loss_fn(net, loss))``: ``value`` is the
     mean of the loss over examples, ``grads`` has the structure, shapes and dtypes of params.
     """
-    back = walk(net, loss, leave=lambda step: sums(step.params, step.d_params))
+    back = walk(net, loss, leave=lambda step: gradient(step.params, step.d_params))
 
     def value_and_gradient(params: Any, x: Any, target: Any) -> tuple[Array, Any]:
         value, grads, _ = back(params, x, target)

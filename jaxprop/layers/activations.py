@@ -19,7 +19,11 @@ from jaxprop.layer import Layer
 X = Float[Array, "n *t"]
 
 
-class Sigmoid(Layer):
+class Elementwise(Layer):
+    """y_i = f(x_i). ``backward`` of a cotangent of ones is then f' itself, the local derivative."""
+
+
+class Sigmoid(Elementwise):
     """y = 1 / (1 + exp(-x)), so exp(-x) = (1 - y) / y and f' = exp(-x) y^2 = y (1 - y)."""
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
@@ -30,7 +34,7 @@ class Sigmoid(Layer):
         return (), ct * (y * (1 - y))
 
 
-class Tanh(Layer):
+class Tanh(Elementwise):
     """y = tanh(x), f' = 1 - y^2, written (1 + y) (1 - y): near |y| = 1 it cancels less."""
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
@@ -41,7 +45,7 @@ class Tanh(Layer):
         return (), ct * ((1 + y) * (1 - y))
 
 
-class Relu(Layer):
+class Relu(Elementwise):
     """y = max(x, 0), f' = 1 where y > 0, else 0; at x = 0 the 0 that ``jax.nn.relu`` chooses."""
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
@@ -52,7 +56,7 @@ class Relu(Layer):
         return (), jnp.where(y > 0, ct, 0)
 
 
-class Gelu(Layer):
+class Gelu(Elementwise):
     """y = x P(X <= x) for a standard normal X; by default the tanh form (Hendrycks and Gimpel 2016).
 
     Exact: y = x F(x) with F the normal distribution function and p its density, f' = F + x p.
@@ -76,7 +80,7 @@ class Gelu(Layer):
         return (), ct * slope
 
 
-class Silu(Layer):
+class Silu(Elementwise):
     """y = x s, s = sigmoid(x), s' = s (1 - s), so f' = s + x s (1 - s) = s (1 + x (1 - s)).
 
     Also called swish (Elfwing et al. 2018, https://arxiv.org/abs/1702.03118).
@@ -90,7 +94,7 @@ class Silu(Layer):
         return (), ct * (s * (1 + x * (1 - s)))
 
 
-class Softplus(Layer):
+class Softplus(Elementwise):
     """y = log(1 + exp(x)), f' = exp(x) / (1 + exp(x)) = sigmoid(x)."""
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:

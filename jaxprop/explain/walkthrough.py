@@ -1,0 +1,318 @@
+"""Gradient descent on a small network with every number of the chain rule, as data.
+
+For a weight w from a source s into a unit with weighted sum z and value a, the chain rule is
+dE/dw = dE/da * da/dz * dz/dw with dz/dw = s (for a bias, 1); for a unit below, dE/ds is the sum
+of dE/dz * w over the units that s feeds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jaxprop.backprop import loss_fn
+from jaxprop.explain import config as configs
+from jaxprop.explain.config import Config
+from jaxprop.explain.terms import Terms, terms
+from jaxprop.factored import summed
+from jaxprop.layers import Affine
+from jaxprop.losses import HalfSquaredError
+from jaxprop.training import make_update
+
+
+class Weight(NamedTuple):
+    """One chain: ``product`` is what the hand-written backward gives, d_value * slope * d_z."""
+
+    name: str
+    source: str  # the unit or input it comes from; "1" for a bias
+    unit: str
+    z_name: str
+    d_value: float  # dE/d(value of the unit)
+    slope: float  # d(value)/dz
+    d_z: float  # dz/dw
+    product: float
+    jax_grad: float
+    old: float
+    new: float
+
+
+class Path(NamedTuple):
+    """One way by which the error comes back to a unit: dE/dz of a unit it feeds, times the weight."""
+
+    z_name: str
+    weight_name: str
+    d_z: float
+    weight: float
+
+
+class Unit(NamedTuple):
+    """z is the weighted sum and value what the activation makes of it, before and after the step.
+
+    ``paths`` are what dE/dvalue is the sum of; an output has none, but a ``target`` and its own
+    share of the error, ``error``.
+    """
+
+    name: str
+    z_name: str
+    z: float
+    value: float
+    d_value: float
+    paths: tuple[Path, ...]
+    target: float | None
+    error: float | None
+    z_after: float
+    value_after: float
+    error_after: float | None
+
+
+class Stage(NamedTuple):
+    """One layer of the drawing: a row of weights for each unit, a bias for each unit or none."""
+
+    name: str
+    activation: str
+    inputs: tuple[str, ...]
+    units: tuple[Unit, ...]
+    weights: tuple[tuple[Weight, ...], ...]
+    biases: tuple[Weight, ...]
+
+    def chains(self) -> list[Weight]:
+        return [weight for row in self.weights for weight in row] + list(self.biases)
+
+
+class Final(NamedTuple):
+    """The state after the last step."""
+
+    steps: int
+    error: float
+    outputs: dict[str, float]
+    weights: dict[str, float]
+
+
+class Walkthrough(NamedTuple):
+    config: Config
+    stages: tuple[Stage, ...]
+    error: float
+    error_after: float
+    largest_difference: float  # between the hand-written chain and jax.grad, over all weights
+    curve: tuple[float, ...]  # E before each step, and after the last
+    final: Final
+
+    def chains(self) -> list[Weight]:
+        return [weight for stage in self.stages for weight in stage.chains()]
+
+    def document(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers for JSON, which has no NaN: None in its place."""
+        return _plain(self)
+
+
+def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
+    """Walk through the first step for the config's network and descend ``steps``; in float64."""
+    with jax.enable_x64(True):
+        net, loss = configs.network(config), HalfSquaredError()
+        optimizer = optax.sgd(config.learning_rate)
+        update = make_update(net, loss, optimizer)
+        x, target = configs.example(config)
+
+        def descend(params: Any, steps: int) -> tuple[Any, Array]:
+            def step(carry: Any, _: None) -> tuple[Any, Array]:
+                params, state, value = update(*carry, x, target)
+                return (params, state), value
+
+            carry = params, optimizer.init(params)
+            (params, _), values = jax.lax.scan(step, carry, length=steps)
+            return params, values
+
+        run = jax.jit(descend, static_argnums=1)
+        explained = jax.jit(lambda params: terms(net, loss, params, x, target))
+        params = configs.params(config)
+        params_after, curve = run(params, 1)
+        params_last = params_after
+        if steps > 1:
+            params_last, curve = run(params, steps)
+        (error, left), (error_after, left_after) = explained(params), explained(params_after)
+        error_last, left_last = explained(params_last)
+        grads = jax.jit(jax.grad(loss_fn(net, loss)))(params, x, target)
+
+        names = _Names(config)
+        before, after = _recorded(config, left), _recorded(config, left_after)
+        numbers = _Numbers(
+            products=names.by_name([recorded.d_params for recorded in before]),
+            grads=names.by_name(grads),
+            old=names.by_name(params),
+            new=names.by_name(params_after),
+        )
+        stages = tuple(
+            _stage(config, names, numbers, before, after, index)
+            for index in range(len(config.layers))
+        )
+        outputs = _recorded(config, left_last)[-1].value
+        return Walkthrough(
+            config=config,
+            stages=stages,
+            error=float(error),
+            error_after=float(error_after),
+            largest_difference=max(
+                abs(product - numbers.grads[name]) for name, product in numbers.products.items()
+            ),
+            curve=(*np.asarray(curve).tolist(), float(error_last)),
+            final=Final(
+                steps=steps,
+                error=float(error_last),
+                outputs=dict(zip(names.units[-1], outputs, strict=True)),
+                weights=names.by_name(params_last),
+            ),
+        )
+
+
+class _Names:
+    """x, h and o for values, z for weighted sums, w for weights unit by unit, b for biases."""
+
+    def __init__(self, config: Config) -> None:
+        self.inputs = [_numbered("x", 0, len(config.inputs))]
+        self.units, self.sums, self.weights, self.biases = [], [], [], []
+        units = weights = 0
+        for index, layer in enumerate(config.layers):
+            width, fan_in = len(layer.weights), len(self.inputs[-1])
+            is_output = index == len(config.layers) - 1
+            self.units.append(_numbered("o", 0, width) if is_output else _numbered("h", units, width))
+            self.sums.append(_numbered("z", units, width))
+            self.biases.append(_numbered("b", units, width))
+            self.weights.append(
+                [_numbered("w", weights + unit * fan_in, fan_in) for unit in range(width)]
+            )
+            self.inputs.append(self.units[-1])
+            units, weights = units + width, weights + width * fan_in
+
+    def by_name(self, params: Any) -> dict[str, float]:
+        """The numbers in params (or cotangents), each under its weight's name."""
+        affines = [affine for affine in params if isinstance(affine, Affine)]
+        named: dict[str, float] = {}
+        for rows, biases, affine in zip(self.weights, self.biases, affines, strict=True):
+            for row, column in zip(rows, affine.w.T.tolist(), strict=True):
+                named |= zip(row, column, strict=True)
+            if affine.b is not None:
+                named |= zip(biases, affine.b.tolist(), strict=True)
+        return named
+
+
+class _Numbers(NamedTuple):
+    products: dict[str, float]
+    grads: dict[str, float]
+    old: dict[str, float]
+    new: dict[str, float]
+
+
+class _Recorded(NamedTuple):
+    """What passed through a dense layer and the activation behind it, unit by unit."""
+
+    below: list[float]
+    z: list[float]
+    value: list[float]
+    d_value: list[float]
+    slope: list[float]
+    d_z: list[float]
+    d_params: Affine
+
+
+def _recorded(config: Config, left: tuple[Terms, ...]) -> list[_Recorded]:
+    ahead = iter(left)
+    recorded = []
+    for units in config.layers:
+        dense = next(ahead)
+        active = dense if configs.ACTIVATIONS[units.activation] is None else next(ahead)
+        slope = jnp.ones_like(active.y) if active.slope is None else active.slope
+        rows = (dense.x, dense.y, active.y, active.ct, slope, dense.ct)
+        recorded.append(_Recorded(*(row[0].tolist() for row in rows), summed(dense.d_params)))
+    return recorded
+
+
+def _stage(
+    config: Config,
+    names: _Names,
+    numbers: _Numbers,
+    before: list[_Recorded],
+    after: list[_Recorded],
+    index: int,
+) -> Stage:
+    here, here_after = before[index], after[index]
+    is_output = index == len(config.layers) - 1
+
+    def weight(name: str, source: str, unit: int, d_z: float) -> Weight:
+        return Weight(
+            name=name,
+            source=source,
+            unit=names.units[index][unit],
+            z_name=names.sums[index][unit],
+            d_value=here.d_value[unit],
+            slope=here.slope[unit],
+            d_z=d_z,
+            product=numbers.products[name],
+            jax_grad=numbers.grads[name],
+            old=numbers.old[name],
+            new=numbers.new[name],
+        )
+
+    def paths(unit: int) -> tuple[Path, ...]:
+        if is_output:
+            return ()
+        above = zip(names.sums[index + 1], names.weights[index + 1], before[index + 1].d_z, strict=True)
+        return tuple(
+            Path(z_name, row[unit], d_z, numbers.old[row[unit]]) for z_name, row, d_z in above
+        )
+
+    def unit(position: int) -> Unit:
+        target = config.targets[position] if is_output else None
+        value, value_after = here.value[position], here_after.value[position]
+        return Unit(
+            name=names.units[index][position],
+            z_name=names.sums[index][position],
+            z=here.z[position],
+            value=value,
+            d_value=here.d_value[position],
+            paths=paths(position),
+            target=target,
+            error=None if target is None else 0.5 * (target - value) ** 2,
+            z_after=here_after.z[position],
+            value_after=value_after,
+            error_after=None if target is None else 0.5 * (target - value_after) ** 2,
+        )
+
+    hidden = "hidden" if len(config.layers) == 2 else f"hidden {index + 1}"
+    return Stage(
+        name="output" if is_output else hidden,
+        activation=config.layers[index].activation,
+        inputs=tuple(names.inputs[index]),
+        units=tuple(map(unit, range(len(names.units[index])))),
+        weights=tuple(
+            tuple(
+                weight(name, source, unit, d_z)
+                for name, source, d_z in zip(row, names.inputs[index], here.below, strict=True)
+            )
+            for unit, row in enumerate(names.weights[index])
+        ),
+        biases=()
+        if config.layers[index].biases is None
+        else tuple(weight(name, "1", unit, 1.0) for unit, name in enumerate(names.biases[index])),
+    )
+
+
+def _numbered(letter: str, start: int, count: int) -> list[str]:
+    return [f"{letter}{start + i + 1}" for i in range(count)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {key: _plain(field) for key, field in value._asdict().items()}  # pyright: ignore
+    if isinstance(value, dict):
+        return {key: _plain(field) for key, field in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
