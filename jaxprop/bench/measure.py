@@ -45,7 +45,7 @@ class Comparison(NamedTuple):
     run: Spread
     trace: Spread
     compile: Spread
-    temp: float
+    temp: float | None
 
 
 def compare(
@@ -93,7 +93,7 @@ def compare(
         run=Spread.of([x / y for x, y in pairs]),
         trace=Spread.of([x[0] / y[0] for x, y in built]),
         compile=Spread.of([x[1] / y[1] for x, y in built]),
-        temp=a.temp_bytes / b.temp_bytes if b.temp_bytes else float("nan"),
+        temp=a.temp_bytes / b.temp_bytes if b.temp_bytes else None,
     )
 
 

@@ -106,9 +106,14 @@ class Walkthrough(NamedTuple):
     def chains(self) -> list[Weight]:
         return [weight for stage in self.stages for weight in stage.chains()]
 
-    def document(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers for JSON, which has no NaN: None in its place."""
-        return _plain(self)
+    def document(self, weight: str | None = None) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, of everything or of one weight's chain.
+
+        JSON has no NaN and no infinity: None stands in their place.
+        """
+        if weight is None:
+            return _plain(self)
+        return next(_plain(chain) for chain in self.chains() if chain.name == weight)
 
 
 def walkthrough(config: Config, steps: int = 1) -> Walkthrough:

@@ -1,0 +1,117 @@
+"""Run the rows, print the table, hold the figures against earlier ones."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from jaxprop.bench.measure import Comparison, compare, matmul_rate
+from jaxprop.bench.rows import ROWS
+
+RATIOS = ("run", "trace", "compile", "temp")
+WORSE = 1.1
+
+
+class BenchError(Exception):
+    """What was asked wrongly, in one line."""
+
+
+def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
+    """Measure every row, or those whose name contains ``only``; print a table, return the figures."""
+    names = [name for name in ROWS if only is None or only in name]
+    if not names:
+        raise BenchError(f"--only {only}: no such row; there are {', '.join(ROWS)}")
+    console = Console(highlight=False)
+    width = max(100, console.width) if not console.is_terminal else min(100, console.width)
+    console = Console(highlight=False, width=width)
+    rate = matmul_rate()
+    figures: dict[str, Any] = {
+        "device": str(jax.devices()[0].device_kind),
+        "jax": jax.__version__,
+        "matmul_flops_per_s": rate,
+        "rows": {},
+    }
+    table = _table()
+    with Progress(console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+        for name in bar.track(names, description="measuring"):
+            case = ROWS[name]()
+            measured = compare(
+                case.hand,
+                case.auto,
+                case.args,
+                seconds=2.0 if quick else 10.0,
+                builds=3 if quick else 9,
+            )
+            figures["rows"][name] = _figures(measured, rate)
+            table.add_row(name, *_cells(figures["rows"][name]))
+    console.print(
+        f"{figures['device']}, jax {jax.__version__}, one large matmul {rate / 1e9:.0f} GFLOP/s"
+    )
+    console.print(table)
+    console.print(
+        "hand: jp.value_and_grad; auto: jax.value_and_grad of the same loss; ratios hand/auto, medians\n"
+        "of neighbouring pairs (quartiles in brackets); share: of the large matmul's FLOP/s, by hand"
+    )
+    return figures
+
+
+def regressions(figures: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
+    """A line for each ratio that is worse than the baseline's by more than a tenth."""
+    worse = []
+    for name, row in figures["rows"].items():
+        for ratio in RATIOS:
+            before = baseline["rows"].get(name, {}).get("ratio", {}).get(ratio)
+            now = row["ratio"][ratio]
+            if before is not None and now is not None and now > WORSE * before:
+                worse.append(f"{name} {ratio} ratio {now:.2f}, was {before:.2f}")
+    return worse
+
+
+def _figures(measured: Comparison, rate: float) -> dict[str, Any]:
+    sides = {}
+    for side, program in (("hand", measured.a), ("auto", measured.b)):
+        sides[side] = {
+            "run_s": program.run._asdict(),
+            "trace_s": program.trace.median,
+            "compile_s": program.compile.median,
+            "temp_bytes": program.temp_bytes,
+            "share_of_matmul": program.flops / program.run.median / rate,
+        }
+    return {
+        **sides,
+        "ratio": {
+            "run": measured.run.median,
+            "trace": measured.trace.median,
+            "compile": measured.compile.median,
+            "temp": measured.temp,
+        },
+        "run_ratio_quartiles": [measured.run.low, measured.run.high],
+    }
+
+
+def _table() -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("row", no_wrap=True)
+    for heading in ("hand ms", "auto ms", "run", "", "trace", "compile", "temp MB", "temp", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ratio, (low, high) = row["ratio"], row["run_ratio_quartiles"]
+    return [
+        f"{1e3 * row['hand']['run_s']['median']:.2f}",
+        f"{1e3 * row['auto']['run_s']['median']:.2f}",
+        f"{ratio['run']:.2f}",
+        f"[{low:.2f}, {high:.2f}]",
+        f"{ratio['trace']:.2f}",
+        f"{ratio['compile']:.2f}",
+        f"{row['hand']['temp_bytes'] / 1e6:.2f}",
+        "-" if ratio["temp"] is None else f"{ratio['temp']:.2f}",
+        f"{row['hand']['share_of_matmul']:.0%}",
+    ]

@@ -1,0 +1,122 @@
+"""The command line: ``jaxprop walkthrough`` and ``jaxprop bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jaxprop.bench import BenchError, bench, regressions
+from jaxprop.explain import text
+from jaxprop.explain.config import WORKED_EXAMPLE, ConfigError, dump, load
+from jaxprop.explain.walkthrough import walkthrough
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status, 2 where it was asked wrongly."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
+        argv = ["walkthrough", *argv]
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ConfigError, BenchError) as error:
+        print(f"jaxprop: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxprop", description="Backpropagation for JAX with the backward pass in the open."
+    )
+    version = f"jaxprop {importlib.metadata.version('jaxprop-vjp')}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    walk = commands.add_parser(
+        "walkthrough",
+        help="one step of gradient descent with every number of the chain rule (the default)",
+        description="One step of gradient descent on the classic 2-2-2 network, or on yours, with "
+        "every number of the chain rule, by hand and by jax.grad.",
+    )
+    walk.add_argument("--steps", type=_positive, default=1, metavar="N", help="descend N steps")
+    walk.add_argument("--weight", metavar="NAME", help="show this weight's chain only, such as w3")
+    walk.add_argument("--config", metavar="FILE", help="a network in TOML (see --print-config)")
+    output = walk.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON document")
+    output.add_argument("--print-config", action="store_true", help="print the network as TOML")
+    walk.set_defaults(run=_walkthrough)
+    measure = commands.add_parser(
+        "bench",
+        help="measure the hand-written chain against jax.value_and_grad",
+        description="Run time, trace time, compile time and temporary memory of the hand-written "
+        "chain against jax.value_and_grad of the same loss, in one process and in turn, on the "
+        "device that JAX finds.",
+    )
+    measure.add_argument("--only", metavar="NAME", help="the rows whose name contains NAME")
+    measure.add_argument("--quick", action="store_true", help="fewer samples, under a minute")
+    measure.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
+    measure.add_argument(
+        "--baseline",
+        metavar="FILE",
+        help="compare with the figures in FILE and exit 1 if a ratio is worse by over a tenth",
+    )
+    measure.set_defaults(run=_bench)
+    return parser
+
+
+def _walkthrough(args: argparse.Namespace) -> int:
+    config = WORKED_EXAMPLE if args.config is None else load(args.config)
+    if args.print_config:
+        print(dump(config), end="")
+        return 0
+    walk = walkthrough(config, args.steps)
+    names = [weight.name for weight in walk.chains()]
+    if args.weight is not None and args.weight not in names:
+        known = f"{names[0]} to {names[-1]}" if len(names) > 8 else ", ".join(names)
+        raise ConfigError(f"--weight {args.weight}: no such weight; there are {known}")
+    if args.json:
+        print(json.dumps(walk.document(args.weight), indent=2, ensure_ascii=False))
+        return 0
+    console = Console(highlight=False)
+    if args.weight is not None:
+        text.show_weight(walk, args.weight, console)
+    else:
+        text.show(walk, console)
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    baseline = None if args.baseline is None else _read_figures(args.baseline)
+    figures = bench(only=args.only, quick=args.quick)
+    if args.json is not None:
+        try:
+            Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BenchError(f"--json {args.json}: {error.strerror}") from error
+    worse = [] if baseline is None else regressions(figures, baseline)
+    for line in worse:
+        print(f"worse: {line}")
+    return 1 if worse else 0
+
+
+def _read_figures(path: str) -> dict[str, Any]:
+    try:
+        figures = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(f"--baseline {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BenchError(f"--baseline {path}: not JSON: {error}") from error
+    if not isinstance(figures, dict) or not isinstance(figures.get("rows"), dict):
+        raise BenchError(f"--baseline {path}: not written by jaxprop bench --json: no rows")
+    return figures
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)

@@ -1,0 +1,232 @@
+"""The walkthrough as text for a terminal of 80 columns, or for a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxprop.explain.config import WORKED_EXAMPLE
+from jaxprop.explain.walkthrough import Stage, Unit, Walkthrough, Weight
+
+WIDTH = 80
+TERMS = 4  # of a sum that are written out
+LISTED = 64  # numbers of a list that are written out
+CURVE_ROWS = 12
+CURVE_WIDTH = 40
+
+
+def show(walk: Walkthrough, console: Console) -> None:
+    """The five sections: the network, forward, a step back for each layer, the check."""
+    sections = [("The network", network(walk)), ("Forward", forward(walk))]
+    for number, stage in enumerate(reversed(walk.stages), 1):
+        sections.append((f"Step {number}: the {stage.name} weights", step(stage)))
+    sections.append(("The check", check(walk)))
+    if walk.final.steps > 1:
+        sections.append((f"After {walk.final.steps} steps", final(walk)))
+    _print(console, sections)
+
+
+def show_weight(walk: Walkthrough, name: str, console: Console) -> None:
+    """One weight's chain, and nothing else."""
+    stage, chain = next((s, w) for s in walk.stages for w in s.chains() if w.name == name)
+    unit = next(unit for unit in stage.units if unit.name == chain.unit)
+    source = "the bias" if chain.source == "1" else f"from {chain.source}"
+    lines = [*_arrival(unit), ""] if unit.paths else []
+    lines += [
+        f"∂E/∂{name} = {_chain_rule(chain)}",
+        f"{'':{len(name) + 5}}= {fixed(chain.d_value)} · {fixed(chain.slope)} · {fixed(chain.d_z)}",
+        f"{'':{len(name) + 5}}= {fixed(chain.product)}   by hand",
+        f"{'':{len(name) + 5}}= {fixed(chain.jax_grad)}   by jax.grad",
+        "",
+        f"new {name} = {plain(chain.old)} − {plain(walk.config.learning_rate)} · "
+        f"{fixed(chain.product)} = {fixed(chain.new)}",
+    ]
+    _print(console, [(f"{name}, {source} to {chain.unit} ({stage.name} layer)", lines)])
+
+
+def network(walk: Walkthrough) -> Iterator[str]:
+    config = walk.config
+    yield (
+        f"{_count(len(config.inputs), 'input')}; "
+        + "; ".join(f"{_count(len(s.units), s.name + ' unit')} ({s.activation})" for s in walk.stages)
+        + ("" if any(s.biases for s in walk.stages) else "; no bias")
+    )
+    yield f"error E = Σ ½ (t − o)², learning rate {plain(config.learning_rate)}, float64"
+    yield ""
+    yield from _values(walk.stages[0].inputs, config.inputs)
+    yield from _values([f"t{i + 1}" for i in range(len(config.targets))], config.targets)
+    for stage in walk.stages:
+        yield ""
+        for index, unit in enumerate(stage.units):
+            row = stage.weights[index]
+            products = [f"{w.name}·{w.source}" for w in row] + [b.name for b in _bias(stage, index)]
+            yield f"{unit.z_name} = {_sum(products)}    {_activated(unit, stage)}"
+            numbers = [*row, *_bias(stage, index)]
+            for line in _values([w.name for w in numbers], [w.old for w in numbers]):
+                yield f"    {line}"
+    yield ""
+    yield "In arrays z = x @ w, with a column for each unit:"
+    for stage in walk.stages:
+        columns = [[row[i].name for row in stage.weights] for i in range(len(stage.inputs))]
+        rows = [f"[{_listed(column)}]" for column in columns]
+        yield f"    {stage.name}: w = [{_listed(rows, 3)}]"
+
+
+def forward(walk: Walkthrough) -> Iterator[str]:
+    for stage in walk.stages:
+        for index, unit in enumerate(stage.units):
+            products = [f"{plain(w.old)}·{plain(w.d_z)}" for w in stage.weights[index]]
+            products += [plain(bias.old) for bias in _bias(stage, index)]
+            yield f"{unit.z_name} = {_sum(products, 3)} = {fixed(unit.z)}"
+            yield f"{_activated(unit, stage)} = {fixed(unit.value)}"
+    yield ""
+    for unit in walk.stages[-1].units:
+        assert unit.target is not None and unit.error is not None
+        yield (
+            f"E_{unit.name} = ½ ({plain(unit.target)} − {fixed(unit.value)})² = {fixed(unit.error)}"
+        )
+    yield f"E = {fixed(walk.error)}"
+
+
+def step(stage: Stage) -> Iterator[str]:
+    first = stage.chains()[0]
+    yield f"∂E/∂{first.name} = {_chain_rule(first)}"
+    if stage.units[0].paths:
+        yield f"and the error comes back to a {stage.name} unit by every weight it feeds:"
+        yield ""
+        for unit in stage.units:
+            yield from _arrival(unit)
+    else:
+        yield "with ∂E/∂o = o − t, and the same for the others:"
+    yield ""
+    letter = first.unit[0]
+    header = ["", f"∂E/∂{letter}", f"∂{letter}/∂z", "∂z/∂w", "product", "jax.grad", "new"]
+    yield from _table(
+        header,
+        [
+            [w.name, *map(fixed, (w.d_value, w.slope, w.d_z, w.product, w.jax_grad, w.new))]
+            for w in stage.chains()
+        ],
+    )
+
+
+def check(walk: Walkthrough) -> Iterator[str]:
+    yield "Forward again, with the new weights:"
+    yield ""
+    for stage in walk.stages:
+        for unit in stage.units:
+            yield (
+                f"{unit.z_name} = {fixed(unit.z_after)}    "
+                f"{_activated(unit, stage)} = {fixed(unit.value_after)}"
+            )
+    yield ""
+    for unit in walk.stages[-1].units:
+        assert unit.error_after is not None
+        yield f"E_{unit.name} = {fixed(unit.error_after)}"
+    yield ""
+    yield f"E before {fixed(walk.error)}"
+    change = "the error fell" if walk.error_after < walk.error else "the error did not fall"
+    yield f"E after  {fixed(walk.error_after)}    {change}"
+    yield (
+        f"By hand and by jax.grad, the largest difference over {_count(len(walk.chains()), 'weight')}: "
+        f"{walk.largest_difference:.1e}"
+    )
+    if walk.config == WORKED_EXAMPLE:
+        yield ""
+        yield "The article that this example is from prints z2 = 0.10988248 and o2 = 0.66296548"
+        yield "here: misprints, since its own h2 and E_o2 agree with the values above."
+
+
+def final(walk: Walkthrough) -> Iterator[str]:
+    last = len(walk.curve) - 1
+    shown = sorted({round(last * i / (CURVE_ROWS - 1)) for i in range(CURVE_ROWS)})
+    top = max((e for e in walk.curve if e < float("inf")), default=0.0)
+    width = len(str(last))
+    for index in shown:
+        error = walk.curve[index]
+        share = error / top if top and error < float("inf") else 0.0
+        bar = "█" * round(CURVE_WIDTH * share) or "▏"
+        yield f"step {index:>{width}}   E = {fixed(error)}   {bar}"
+    yield ""
+    yield from _values(walk.final.outputs.keys(), walk.final.outputs.values())
+    yield ""
+    yield from _values(walk.final.weights.keys(), walk.final.weights.values())
+
+
+def fixed(number: float) -> str:
+    """Eight decimals; where that would not fit a column, five digits and an exponent."""
+    text = f"{number:.8f}"
+    return text if len(text) <= 11 else f"{number:.4e}"
+
+
+def plain(number: float) -> str:
+    """As a person would write it."""
+    return f"{number:.8g}"
+
+
+def _print(console: Console, sections: Sequence[tuple[str, Iterable[str]]]) -> None:
+    for index, (title, lines) in enumerate(sections):
+        if index:
+            console.print()
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        for line in lines:
+            console.print(Text(f"  {line}" if line else ""), soft_wrap=True)
+
+
+def _arrival(unit: Unit) -> Iterator[str]:
+    """dE/dh as the sum over the paths by which the error comes back."""
+    start = f"∂E/∂{unit.name} = "
+    yield start + _sum([f"∂E/∂{path.z_name}·{path.weight_name}" for path in unit.paths])
+    numbers = _sum([f"{fixed(path.d_z)}·{plain(path.weight)}" for path in unit.paths], 3)
+    yield f"{'= ':>{len(start)}}{numbers} = {fixed(unit.d_value)}"
+
+
+def _chain_rule(weight: Weight) -> str:
+    w, a, z = weight.name, weight.unit, weight.z_name
+    return f"∂E/∂{a} · ∂{a}/∂{z} · ∂{z}/∂{w}"
+
+
+def _activated(unit: Unit, stage: Stage) -> str:
+    inner = unit.z_name if stage.activation == "none" else f"{stage.activation}({unit.z_name})"
+    return f"{unit.name} = {inner}"
+
+
+def _bias(stage: Stage, index: int) -> tuple[Weight, ...]:
+    return stage.biases[index : index + 1]
+
+
+def _values(names: Iterable[str], numbers: Iterable[float]) -> Iterator[str]:
+    """``name = number`` after ``name = number``, in lines."""
+    pairs = [f"{name} = {plain(number)}" for name, number in zip(names, numbers, strict=True)]
+    line = ""
+    for pair in _elided(pairs, LISTED):
+        if line and len(line) + len(pair) > WIDTH - 9:
+            yield line
+            line = ""
+        line += f"{'   ' if line else ''}{pair}"
+    yield line
+
+
+def _sum(parts: Sequence[str], most: int = TERMS) -> str:
+    return " + ".join(_elided(parts, most))
+
+
+def _listed(parts: Sequence[str], most: int = TERMS) -> str:
+    return ", ".join(_elided(parts, most))
+
+
+def _elided(parts: Sequence[str], most: int = TERMS) -> list[str]:
+    return list(parts) if len(parts) <= most else [*parts[: most - 2], "…", parts[-1]]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield " ".join([f"{row[0]:<{widths[0]}}", *cells])
