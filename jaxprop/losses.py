@@ -66,15 +66,17 @@ class CrossEntropy(Loss):
     ) -> tuple[Float[Array, " n"], Any]:
         _require(self, y, target, y.shape[:-1], floating=False)
         logits = _wide(y)
-        log_total = jax.nn.logsumexp(logits, axis=-1)
+        shift = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+        powers = jnp.exp(logits - shift)
+        total = powers.sum(axis=-1, keepdims=True)
         valid = target >= 0
         chosen = jnp.where(valid, target, 0)
-        picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
+        picked = jnp.take_along_axis(logits - shift, chosen[..., None], axis=-1)
+        each = jnp.where(valid, (jnp.log(total) - picked)[..., 0], 0)
         count = jnp.maximum(valid.sum(_positions(valid), keepdims=True), 1)
         weight = valid.astype(logits.dtype) / count.astype(logits.dtype)
-        values = jnp.sum(jnp.where(valid, log_total - picked, 0) * weight, axis=_positions(valid))
-        p = jnp.exp(logits - log_total[..., None]).astype(y.dtype)
-        return values, (p, chosen, weight.astype(y.dtype))
+        values = jnp.sum(each * weight, axis=_positions(valid))
+        return values, ((powers / total).astype(y.dtype), chosen, weight.astype(y.dtype))
 
     def backward(self, residuals: Any) -> Float[Array, "n *t c"]:
         p, chosen, weight = residuals
