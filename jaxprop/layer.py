@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, dataclass_transform
 
 import chex
 import jax
-from jax import Array
+import jax.numpy as jnp
 
 
 @dataclass_transform(frozen_default=True)
@@ -114,9 +114,9 @@ class Layer(Static):
             )
         pairs = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(params), strict=True)
         for (path, want), got in pairs:
-            if getattr(got, "shape", ()) != want.shape:
+            if jnp.shape(got) != want.shape:
                 raise ValueError(
-                    f"{self}: params{jax.tree_util.keystr(path)} has shape {got.shape}, "
+                    f"{self}: params{jax.tree_util.keystr(path)} has shape {jnp.shape(got)}, "
                     f"but an input {shapes(x)} takes {want.shape}"
                 )
 
@@ -198,6 +198,7 @@ def _expected_params(layer: Layer, x: Any) -> Any:
     for leaf in leaves:
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"{layer}: x must be an array, not {shapes(x)}")
+    _check_fields(layer)
     structs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     return _init_shapes(layer, structure, structs)
 
@@ -208,3 +209,15 @@ def _init_shapes(layer: Layer, structure: Any, structs: tuple[Any, ...]) -> Any:
         lambda *leaves: layer.init(jax.random.key(0), jax.tree.unflatten(structure, leaves)),
         *structs,
     )
+
+
+def _check_fields(layer: Layer) -> None:
+    for field in dataclasses.fields(layer):  # pyright: ignore[reportArgumentType]
+        value = getattr(layer, field.name)
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(
+                f"{type(layer).__name__}.{field.name} = {value!r} cannot be hashed; arrays live in "
+                "params, and a list is written as a tuple"
+            ) from None

@@ -41,9 +41,10 @@ class HalfSquaredError(Loss):
     def forward(
         self, y: Float[Array, "n *t"], target: Float[Array, "n *t"]
     ) -> tuple[Float[Array, " n"], Float[Array, "n *t"]]:
-        _require(self, y, target, y.shape, floating=True)
-        error = y - target.astype(y.dtype)
-        return 0.5 * jnp.sum(_wide(error) ** 2, axis=_positions(error)), error
+        _check(self, y, target, y.shape, jnp.floating)
+        wide = _wide(y)
+        error = wide - target.astype(wide.dtype)
+        return 0.5 * jnp.sum(error**2, axis=_positions(error)), error.astype(y.dtype)
 
     def backward(self, residuals: Float[Array, "n *t"]) -> Float[Array, "n *t"]:
         return residuals
@@ -64,7 +65,7 @@ class CrossEntropy(Loss):
     def forward(
         self, y: Float[Array, "n *t c"], target: Int[Array, "n *t"]
     ) -> tuple[Float[Array, " n"], Any]:
-        _require(self, y, target, y.shape[:-1], floating=False)
+        _check(self, y, target, y.shape[:-1], jnp.integer)
         logits = _wide(y)
         shift = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         powers = jnp.exp(logits - shift)
@@ -95,7 +96,7 @@ class BinaryCrossEntropy(Loss):
     def forward(
         self, y: Float[Array, "n *t"], target: Array
     ) -> tuple[Float[Array, " n"], Float[Array, "n *t"]]:
-        _require(self, y, target, y.shape)
+        _check(self, y, target, y.shape, jnp.floating, jnp.integer, jnp.bool_)
         logits = _wide(y)
         t = target.astype(logits.dtype)
         values = jnp.mean(jax.nn.softplus(logits) - t * logits, axis=_positions(y))
@@ -106,24 +107,21 @@ class BinaryCrossEntropy(Loss):
 
 
 def _wide(y: Array) -> Array:
-    return y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    return y.astype(jnp.float32) if y.dtype.itemsize < 4 else y
 
 
 def _positions(y: Array) -> tuple[int, ...]:
     return tuple(range(1, y.ndim))
 
 
-def _require(
-    loss: Loss, y: Array, target: Array, shape: tuple[int, ...], floating: bool | None = None
-) -> None:
+def _check(loss: Loss, y: Array, target: Array, shape: tuple[int, ...], *kinds: Any) -> None:
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(f"{loss} takes floating y, not {y.dtype}")
     if not hasattr(target, "dtype"):
         raise TypeError(f"{loss} takes the target as an array, not {target!r}")
-    kind = {True: jnp.floating, False: jnp.integer}.get(floating)  # pyright: ignore
-    if kind is not None and not jnp.issubdtype(target.dtype, kind):
-        words = "a floating target" if floating else "integer targets (class numbers)"
-        raise TypeError(f"{loss} takes {words}, not {target.dtype}")
+    if not any(jnp.issubdtype(target.dtype, kind) for kind in kinds):
+        words = " or ".join(kind.__name__.rstrip("_") for kind in kinds)
+        raise TypeError(f"{loss} takes a target of dtype {words}, not {target.dtype}")
     if target.shape != shape:
         raise ValueError(
             f"{loss}: the net's output has shape {y.shape}, which takes a target of shape {shape}, "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -61,7 +62,7 @@ def make_update(
     differentiate = value_and_grad(net, loss)
 
     @functools.partial(jax.jit, donate_argnames=("params", "state"))
-    def update(params: Any, state: Any, x: Any, target: Any) -> tuple[Any, Any, Array]:
+    def step(params: Any, state: Any, x: Any, target: Any) -> tuple[Any, Any, Array]:
         value, grads = differentiate(params, x, target)
         updates, state = optimizer.update(
             grads,
@@ -73,4 +74,24 @@ def make_update(
         )
         return optax.apply_updates(params, updates), state, value
 
+    def update(params: Any, state: Any, x: Any, target: Any) -> tuple[Any, Any, Array]:
+        return step(*_without_repeats((params, state)), x, target)
+
     return update
+
+
+def _without_repeats(tree: Any) -> Any:
+    """The tree, with a copy of each array that it holds a second time.
+
+    ``optax.lbfgs`` starts from a state with one array of zeros in two places, and JAX refuses to
+    donate an array twice.
+    """
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, Array) and id(leaf) in seen:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from jaxprop.explain.walkthrough import Stage, Unit, Walkthrough, Weight
 WIDTH = 80
 TERMS = 4  # of a sum that are written out
 LISTED = 64  # numbers of a list that are written out
-CURVE_ROWS = 12
+CURVE_ROWS = 10
 CURVE_WIDTH = 40
 
 
@@ -36,23 +37,22 @@ def show_weight(walk: Walkthrough, name: str, console: Console) -> None:
     lines = [*_arrival(unit), ""] if unit.paths else []
     lines += [
         f"∂E/∂{name} = {_chain_rule(chain)}",
-        f"{'':{len(name) + 5}}= {fixed(chain.d_value)} · {fixed(chain.slope)} · {fixed(chain.d_z)}",
+        f"{'':{len(name) + 5}}= "
+        + " · ".join(_bracketed(fixed(f)) for f in (chain.d_value, chain.slope, chain.d_z)),
         f"{'':{len(name) + 5}}= {fixed(chain.product)}   by hand",
         f"{'':{len(name) + 5}}= {fixed(chain.jax_grad)}   by jax.grad",
         "",
         f"new {name} = {plain(chain.old)} − {plain(walk.config.learning_rate)} · "
-        f"{fixed(chain.product)} = {fixed(chain.new)}",
+        f"{_bracketed(fixed(chain.product))} = {fixed(chain.new)}",
     ]
     _print(console, [(f"{name}, {source} to {chain.unit} ({stage.name} layer)", lines)])
 
 
 def network(walk: Walkthrough) -> Iterator[str]:
     config = walk.config
-    yield (
-        f"{_count(len(config.inputs), 'input')}; "
-        + "; ".join(f"{_count(len(s.units), s.name + ' unit')} ({s.activation})" for s in walk.stages)
-        + ("" if any(s.biases for s in walk.stages) else "; no bias")
-    )
+    layers = [f"{_count(len(s.units), s.name + ' unit')} ({s.activation})" for s in walk.stages]
+    bias = [] if any(stage.biases for stage in walk.stages) else ["no bias"]
+    yield from _flow([_count(len(config.inputs), "input"), *layers, *bias], ", ")
     yield f"error E = Σ ½ (t − o)², learning rate {plain(config.learning_rate)}, float64"
     yield ""
     yield from _values(walk.stages[0].inputs, config.inputs)
@@ -77,7 +77,7 @@ def network(walk: Walkthrough) -> Iterator[str]:
 def forward(walk: Walkthrough) -> Iterator[str]:
     for stage in walk.stages:
         for index, unit in enumerate(stage.units):
-            products = [f"{plain(w.old)}·{plain(w.d_z)}" for w in stage.weights[index]]
+            products = [_product(plain(w.old), plain(w.d_z)) for w in stage.weights[index]]
             products += [plain(bias.old) for bias in _bias(stage, index)]
             yield f"{unit.z_name} = {_sum(products, 3)} = {fixed(unit.z)}"
             yield f"{_activated(unit, stage)} = {fixed(unit.value)}"
@@ -85,7 +85,7 @@ def forward(walk: Walkthrough) -> Iterator[str]:
     for unit in walk.stages[-1].units:
         assert unit.target is not None and unit.error is not None
         yield (
-            f"E_{unit.name} = ½ ({plain(unit.target)} − {fixed(unit.value)})² = {fixed(unit.error)}"
+            f"E_{unit.name} = ½ ({plain(unit.target)} − {_bracketed(fixed(unit.value))})² = {fixed(unit.error)}"
         )
     yield f"E = {fixed(walk.error)}"
 
@@ -94,7 +94,7 @@ def step(stage: Stage) -> Iterator[str]:
     first = stage.chains()[0]
     yield f"∂E/∂{first.name} = {_chain_rule(first)}"
     if stage.units[0].paths:
-        yield f"and the error comes back to a {stage.name} unit by every weight it feeds:"
+        yield "and the error comes back to a hidden unit by every weight that it feeds:"
         yield ""
         for unit in stage.units:
             yield from _arrival(unit)
@@ -141,14 +141,12 @@ def check(walk: Walkthrough) -> Iterator[str]:
 
 def final(walk: Walkthrough) -> Iterator[str]:
     last = len(walk.curve) - 1
-    shown = sorted({round(last * i / (CURVE_ROWS - 1)) for i in range(CURVE_ROWS)})
-    top = max((e for e in walk.curve if e < float("inf")), default=0.0)
-    width = len(str(last))
-    for index in shown:
-        error = walk.curve[index]
-        share = error / top if top and error < float("inf") else 0.0
-        bar = "█" * round(CURVE_WIDTH * share) or "▏"
-        yield f"step {index:>{width}}   E = {fixed(error)}   {bar}"
+    rows = [walk.curve[i] for i in sorted({round(last * i / CURVE_ROWS) for i in range(CURVE_ROWS + 1)})]
+    top = max((error for _, error in rows if math.isfinite(error)), default=0.0)
+    width = len(str(walk.final.steps))
+    for taken, error in rows:
+        share = error / top if top and math.isfinite(error) else 0.0
+        yield f"step {taken:>{width}}   E = {fixed(error):<11}  {'█' * round(CURVE_WIDTH * share)}".rstrip()
     yield ""
     yield from _values(walk.final.outputs.keys(), walk.final.outputs.values())
     yield ""
@@ -156,9 +154,9 @@ def final(walk: Walkthrough) -> Iterator[str]:
 
 
 def fixed(number: float) -> str:
-    """Eight decimals; where that would not fit a column, five digits and an exponent."""
+    """Eight decimals; where those would not fit a column, or be all zeros, an exponent."""
     text = f"{number:.8f}"
-    return text if len(text) <= 11 else f"{number:.4e}"
+    return text if len(text) <= 11 and (abs(number) >= 5e-9 or number == 0) else f"{number:.4e}"
 
 
 def plain(number: float) -> str:
@@ -179,8 +177,12 @@ def _arrival(unit: Unit) -> Iterator[str]:
     """dE/dh as the sum over the paths by which the error comes back."""
     start = f"∂E/∂{unit.name} = "
     yield start + _sum([f"∂E/∂{path.z_name}·{path.weight_name}" for path in unit.paths])
-    numbers = _sum([f"{fixed(path.d_z)}·{plain(path.weight)}" for path in unit.paths], 3)
-    yield f"{'= ':>{len(start)}}{numbers} = {fixed(unit.d_value)}"
+    numbers = [_product(fixed(path.d_z), plain(path.weight)) for path in unit.paths]
+    for most in (TERMS, 3, 2):
+        line = f"{'= ':>{len(start)}}{_sum(numbers, most)} = {fixed(unit.d_value)}"
+        if len(line) <= WIDTH - 2:
+            break
+    yield line  # pyright: ignore[reportPossiblyUnbound]
 
 
 def _chain_rule(weight: Weight) -> str:
@@ -198,14 +200,18 @@ def _bias(stage: Stage, index: int) -> tuple[Weight, ...]:
 
 
 def _values(names: Iterable[str], numbers: Iterable[float]) -> Iterator[str]:
-    """``name = number`` after ``name = number``, in lines."""
     pairs = [f"{name} = {plain(number)}" for name, number in zip(names, numbers, strict=True)]
+    yield from _flow(_elided(pairs, LISTED), "   ")
+
+
+def _flow(cells: Iterable[str], between: str) -> Iterator[str]:
+    """The cells one after the other, in lines that fit."""
     line = ""
-    for pair in _elided(pairs, LISTED):
-        if line and len(line) + len(pair) > WIDTH - 9:
-            yield line
+    for cell in cells:
+        if line and len(line) + len(between) + len(cell) > WIDTH - 6:
+            yield line.rstrip() + between.rstrip()
             line = ""
-        line += f"{'   ' if line else ''}{pair}"
+        line += between + cell if line else cell
     yield line
 
 
@@ -213,12 +219,21 @@ def _sum(parts: Sequence[str], most: int = TERMS) -> str:
     return " + ".join(_elided(parts, most))
 
 
+def _product(*factors: str) -> str:
+    """a·b, with a negative factor behind the first in brackets."""
+    return "·".join([factors[0], *map(_bracketed, factors[1:])])
+
+
+def _bracketed(number: str) -> str:
+    return f"({number})" if number.startswith("-") else number
+
+
 def _listed(parts: Sequence[str], most: int = TERMS) -> str:
     return ", ".join(_elided(parts, most))
 
 
 def _elided(parts: Sequence[str], most: int = TERMS) -> list[str]:
-    return list(parts) if len(parts) <= most else [*parts[: most - 2], "…", parts[-1]]
+    return list(parts) if len(parts) <= most else [*parts[: max(1, most - 2)], "…", parts[-1]]
 
 
 def _count(number: int, noun: str) -> str:

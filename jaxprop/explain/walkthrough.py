@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -24,6 +23,8 @@ from jaxprop.factored import summed
 from jaxprop.layers import Affine
 from jaxprop.losses import HalfSquaredError
 from jaxprop.training import make_update
+
+CURVE = 1000
 
 
 class Weight(NamedTuple):
@@ -100,7 +101,7 @@ class Walkthrough(NamedTuple):
     error: float
     error_after: float
     largest_difference: float  # between the hand-written chain and jax.grad, over all weights
-    curve: tuple[float, ...]  # E before each step, and after the last
+    curve: tuple[tuple[int, float], ...]  # (steps taken, E), at most CURVE + 1 of them, evenly
     final: Final
 
     def chains(self) -> list[Weight]:
@@ -121,28 +122,29 @@ def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
     with jax.enable_x64(True):
         net, loss = configs.network(config), HalfSquaredError()
         optimizer = optax.sgd(config.learning_rate)
-        update = make_update(net, loss, optimizer)
+        update, scalar = make_update(net, loss, optimizer), loss_fn(net, loss)
         x, target = configs.example(config)
 
-        def descend(params: Any, steps: int) -> tuple[Any, Array]:
-            def step(carry: Any, _: None) -> tuple[Any, Array]:
-                params, state, value = update(*carry, x, target)
-                return (params, state), value
+        @jax.jit
+        def descend(params: Any, gaps: Array) -> tuple[Any, Array]:
+            def step(_: Any, carry: Any) -> Any:
+                params, state, _ = update(*carry, x, target)
+                return params, state
 
-            carry = params, optimizer.init(params)
-            (params, _), values = jax.lax.scan(step, carry, length=steps)
-            return params, values
+            def stretch(carry: Any, gap: Array) -> tuple[Any, Array]:
+                return jax.lax.fori_loop(0, gap, step, carry), scalar(carry[0], x, target)
 
-        run = jax.jit(descend, static_argnums=1)
+            (params, _), errors = jax.lax.scan(stretch, (params, optimizer.init(params)), gaps)
+            return params, errors
+
         explained = jax.jit(lambda params: terms(net, loss, params, x, target))
         params = configs.params(config)
-        params_after, curve = run(params, 1)
-        params_last = params_after
-        if steps > 1:
-            params_last, curve = run(params, steps)
+        params_after, _ = descend(params, jnp.array([1]))
+        marks = sorted({round(steps * i / CURVE) for i in range(CURVE + 1)})
+        params_last, errors = descend(params, jnp.diff(jnp.array(marks)))
         (error, left), (error_after, left_after) = explained(params), explained(params_after)
         error_last, left_last = explained(params_last)
-        grads = jax.jit(jax.grad(loss_fn(net, loss)))(params, x, target)
+        grads = jax.jit(jax.grad(scalar))(params, x, target)
 
         names = _Names(config)
         before, after = _recorded(config, left), _recorded(config, left_after)
@@ -165,7 +167,7 @@ def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
             largest_difference=max(
                 abs(product - numbers.grads[name]) for name, product in numbers.products.items()
             ),
-            curve=(*np.asarray(curve).tolist(), float(error_last)),
+            curve=tuple(zip(marks, [*errors.tolist(), float(error_last)], strict=True)),
             final=Final(
                 steps=steps,
                 error=float(error_last),
@@ -288,7 +290,7 @@ def _stage(
             error_after=None if target is None else 0.5 * (target - value_after) ** 2,
         )
 
-    hidden = "hidden" if len(config.layers) == 2 else f"hidden {index + 1}"
+    hidden = "hidden" if len(config.layers) == 2 else f"hidden layer {index + 1}"
     return Stage(
         name="output" if is_output else hidden,
         activation=config.layers[index].activation,

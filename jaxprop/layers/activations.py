@@ -76,7 +76,7 @@ class Gelu(Elementwise):
             slope = 0.5 * (1 + t) * (1 + x * (1 - t) * (c * (1 + 3 * a * x**2)))
         else:
             density = jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
-            slope = jax.scipy.special.ndtr(x) + x * density
+            slope = 0.5 * jax.lax.erfc(-x / math.sqrt(2)) + x * density
         return (), ct * slope
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import chex
@@ -39,6 +40,12 @@ class Dense(Layer):
 
     features: int
     bias: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.features, bool) or not isinstance(self.features, Integral):
+            raise TypeError(f"Dense takes a whole number of features, not {self.features!r}")
+        if self.features < 1:
+            raise ValueError(f"Dense takes at least 1 feature, not {self.features}")
 
     def init(self, key: chex.PRNGKey, x: Any) -> Affine:
         if x.ndim < 2:

@@ -1,0 +1,101 @@
+"""The table: a row is a layer and an input for it. Add a layer, add a row, and every property runs."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxprop as jp
+
+
+class Row(NamedTuple):
+    layer: jp.Layer
+    x: Any
+
+    def __repr__(self) -> str:
+        return f"{self.layer} on {'x'.join(map(str, self.x.shape))}"
+
+
+def normal(*shape: int) -> Any:
+    return np.random.default_rng(0).normal(size=shape)
+
+
+def edge(*shape: int) -> Any:
+    """Normal numbers with exact zeros and large ones of both signs among them."""
+    x = normal(*shape)
+    x.flat[::3] = np.resize([0.0, 30.0, -30.0], x.flat[::3].shape)
+    return x
+
+
+MLP = jp.chain(jp.Dense(7), jp.Gelu(), jp.Dense(5), jp.Tanh(), jp.Dense(3))
+ACTIVATIONS = (
+    jp.Sigmoid(),
+    jp.Tanh(),
+    jp.Relu(),
+    jp.Gelu(),
+    jp.Gelu(approximate=False),
+    jp.Silu(),
+    jp.Softplus(),
+)
+
+TABLE = [
+    Row(jp.Dense(3), normal(5, 4)),
+    Row(jp.Dense(1), normal(1, 1)),
+    Row(jp.Dense(6), normal(2, 3, 5)),
+    Row(jp.Dense(2), normal(2, 3, 2, 3)),
+    Row(jp.Dense(3, bias=False), normal(5, 4)),
+    *(Row(layer, normal(3, 5)) for layer in ACTIVATIONS),
+    *(Row(layer, normal(1, 2, 3)) for layer in ACTIVATIONS),
+    Row(jp.skip(jp.Tanh()), normal(3, 4)),
+    Row(jp.skip(jp.Dense(4)), normal(3, 4)),
+    Row(jp.skip(jp.chain(jp.Dense(6), jp.Silu(), jp.Dense(4))), normal(3, 2, 4)),
+    Row(jp.chain(jp.Relu()), normal(3, 4)),
+    Row(MLP, normal(4, 6)),
+    Row(MLP, normal(1, 6)),
+    Row(jp.chain(jp.chain(jp.Dense(4), jp.Relu()), jp.skip(jp.chain(jp.Dense(4)))), normal(3, 2)),
+]
+
+LOSSES = [
+    (jp.HalfSquaredError(), normal(4, 3), 1 - normal(4, 3)),
+    (jp.HalfSquaredError(), normal(1, 2, 3), 1 - normal(1, 2, 3)),
+    (jp.HalfSquaredError(), normal(4), 1 - normal(4)),
+    (jp.CrossEntropy(), normal(4, 3), np.array([2, 0, 1, 1])),
+    (jp.CrossEntropy(), normal(1, 1), np.array([0])),
+    (jp.CrossEntropy(), 50 * normal(3, 5), np.array([4, -1, 0])),
+    (jp.CrossEntropy(), normal(2, 3, 4), np.array([[0, -1, 3], [-1, -1, -1]])),
+    (jp.BinaryCrossEntropy(), normal(4, 3), np.array(normal(4, 3) > 0)),
+    (jp.BinaryCrossEntropy(), 50 * normal(5), np.array([0.0, 1.0, 0.5, 0.25, 1.0])),
+    (jp.BinaryCrossEntropy(), normal(2, 2, 2), np.array(normal(2, 2, 2) > 0, np.int32)),
+]
+
+
+def row_id(row: Any) -> str:
+    return repr(row)
+
+
+def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
+    """(params, x) of the dtype, params with noise so that no bias is zero."""
+    x = jnp.asarray(row.x, dtype)
+    params = row.layer.init(jax.random.key(1), x)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves) + 1)
+    leaves = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape, dtype)
+        for leaf, key in zip(leaves, keys[1:], strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves), x
+
+
+def relative_error(got: Any, expected: Any) -> float:
+    """The largest difference in any leaf, relative to that leaf's largest element."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        difference, scale = np.max(np.abs(a - b), initial=0.0), np.max(np.abs(b), initial=0.0)
+        if difference:
+            worst = max(worst, difference / scale if scale else np.inf)
+        assert np.isfinite(difference)
+    return float(worst)

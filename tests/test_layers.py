@@ -1,0 +1,154 @@
+"""Every property on every row of the table."""
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from table import ACTIVATIONS, TABLE, Row, at, edge, relative_error, row_id
+
+import jaxprop as jp
+from jaxprop.factored import gradient
+
+rows = pytest.mark.parametrize("row", TABLE, ids=row_id)
+RTOL = {jnp.float32: 2e-5, jnp.bfloat16: 0.05}
+
+
+def by_hand(layer, params, x, ct):
+    _, residuals = layer.forward(params, x)
+    d_params, d_x = layer.backward(params, residuals, ct)
+    return gradient(params, d_params), d_x
+
+
+def by_vjp(layer, params, x, ct):
+    _, pull = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, x)
+    return pull(ct)
+
+
+def ct_for(layer, params, x, seed=3):
+    y, _ = jax.eval_shape(layer.forward, params, x)
+    return jax.random.normal(jax.random.key(seed), y.shape, y.dtype)
+
+
+@rows
+def test_check_layer(row):
+    jp.check_layer(row.layer, row.x)
+
+
+@rows
+def test_agrees_with_vjp_to_1e_12(row):
+    params, x = at(row)
+    for seed in range(3):
+        ct = ct_for(row.layer, params, x, seed)
+        error = relative_error(by_hand(row.layer, params, x, ct), by_vjp(row.layer, params, x, ct))
+        assert error <= 1e-12
+
+
+@pytest.mark.parametrize("layer", ACTIVATIONS, ids=row_id)
+def test_activations_at_their_edges(layer):
+    row = Row(layer, edge(5, 6))
+    params, x = at(row)
+    ct = ct_for(layer, params, x)
+    assert relative_error(by_hand(layer, params, x, ct), by_vjp(layer, params, x, ct)) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", RTOL, ids=["float32", "bfloat16"])
+@rows
+def test_narrow_dtypes(row, dtype):
+    params, x = at(row, dtype)
+    ct = ct_for(row.layer, params, x)
+    got = by_hand(row.layer, params, x, ct)
+    chex.assert_trees_all_equal_dtypes(got, (params, x))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, x, ct))
+    assert relative_error(got, by_hand(row.layer, *wide)) <= RTOL[dtype]
+
+
+@rows
+def test_under_jit_vmap_and_scan(row):
+    params, x = at(row)
+    ct = ct_for(row.layer, params, x)
+    once = by_hand(row.layer, params, x, ct)
+    jitted = jax.jit(by_hand, static_argnums=0)(row.layer, params, x, ct)
+    assert relative_error(jitted, once) <= 1e-12
+    assert relative_error(jax.jit(by_hand)(row.layer, params, x, ct), once) <= 1e-12
+    twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (params, x, ct))
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), once)
+    mapped = jax.vmap(lambda *args: by_hand(row.layer, *args))(*twice)
+    assert relative_error(mapped, both) <= 1e-12
+    _, scanned = jax.lax.scan(lambda c, args: (c, by_hand(row.layer, *args)), None, twice)
+    assert relative_error(scanned, both) <= 1e-12
+
+
+@rows
+def test_custom_vjp(row):
+    params, x = at(row)
+    ct = ct_for(row.layer, params, x)
+    f = jp.custom_vjp(row.layer)
+    assert relative_error(f(params, x), row.layer.forward(params, x)[0]) == 0
+    _, pull = jax.vjp(f, params, x)
+    assert relative_error(pull(ct), by_hand(row.layer, params, x, ct)) <= 1e-12
+
+
+@rows
+def test_static_and_hashable(row):
+    assert jax.tree.leaves(row.layer) == []
+    assert hash(row.layer) == hash(jax.tree.map(lambda leaf: leaf, row.layer))
+    names = {name: getattr(jp, name) for name in jp.__all__}
+    assert eval(repr(row.layer), names) == row.layer
+
+
+@rows
+def test_residuals_have_the_example_first(row):
+    params, x = at(row)
+    for leaf in jax.tree.leaves(row.layer.forward(params, x)[1]):
+        assert isinstance(leaf, jax.Array)
+        assert leaf.shape[0] == x.shape[0]
+
+
+@given(
+    batch=st.integers(1, 5),
+    positions=st.lists(st.integers(1, 3), max_size=2),
+    widths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    bias=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
+)
+def test_chains_of_any_shape(batch, positions, widths, bias, activation):
+    layers = []
+    for width in widths[1:]:
+        layers += [jp.Dense(width, bias=bias), activation]
+    net = jp.chain(*layers)
+    x = np.random.default_rng(batch).normal(size=(batch, *positions, widths[0]))
+    params, x = at(Row(net, x))
+    ct = ct_for(net, params, x)
+    assert relative_error(by_hand(net, params, x, ct), by_vjp(net, params, x, ct)) <= 1e-12
+
+
+def test_other_params_are_feedback_alignment():
+    """backward takes params as an argument: with other ones the error comes back through those."""
+    layer = jp.Dense(3)
+    x = jnp.ones((2, 4))
+    params, other = layer.init(jax.random.key(0), x), layer.init(jax.random.key(1), x)
+    _, residuals = layer.forward(params, x)
+    ct = jnp.ones((2, 3))
+    _, d_x = layer.backward(other, residuals, ct)
+    np.testing.assert_allclose(d_x, ct @ other.w.T)
+
+
+def test_walk_leaves_what_is_asked():
+    net = jp.chain(jp.Dense(3), jp.skip(jp.chain(jp.Dense(3), jp.Tanh())), jp.Dense(2))
+    x = jnp.ones((4, 5))
+    params = net.init(jax.random.key(0), x)
+    _, residuals = net.forward(params, x)
+    ct = jnp.ones((4, 2))
+    met = []
+
+    def leave(step):
+        met.append(step.layer)
+        return jax.tree.map(jnp.shape, step.d_x)
+
+    left, d_x = net.walk(params, residuals, ct, leave)
+    assert met == [jp.Dense(2), jp.Tanh(), jp.Dense(3), jp.Dense(3)]
+    assert left == ((4, 5), ((4, 3), (4, 3)), (4, 3))
+    assert d_x.shape == x.shape

@@ -1,0 +1,190 @@
+"""Both ways of differentiating, and the update."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from table import LOSSES, MLP, Row, at, relative_error
+
+import jaxprop as jp
+
+LOSS = jp.CrossEntropy()
+TARGET = jnp.array([0, 2, 1, 2])
+
+
+def problem(dtype=jnp.float64):
+    params, x = at(Row(MLP, np.random.default_rng(0).normal(size=(4, 6))), dtype)
+    return params, x, TARGET
+
+
+@pytest.mark.parametrize(("loss", "y", "target"), LOSSES)
+def test_value_and_grad_is_that_of_autodiff(loss, y, target):
+    net = jp.chain(jp.skip(jp.Tanh()))
+    if y.ndim > 1:
+        net = jp.chain(jp.Dense(5), jp.skip(jp.chain(jp.Dense(5), jp.Silu())), jp.Dense(y.shape[-1]))
+    params, x = at(Row(net, y))
+    hand = jp.value_and_grad(net, loss)(params, x, jnp.asarray(target))
+    auto = jax.value_and_grad(jp.loss_fn(net, loss))(params, x, jnp.asarray(target))
+    assert relative_error(hand, auto) <= 1e-12
+    chex.assert_trees_all_equal_shapes_and_dtypes(hand[1], params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_grads_have_the_dtypes_of_params(dtype):
+    params, x, target = problem(dtype)
+    value, grads = jp.value_and_grad(MLP, LOSS)(params, x, target)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+    assert value.dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_mixed_dtypes_differentiate_as_autodiff_does():
+    """bfloat16 inputs with float32 params."""
+    params, _, target = problem(jnp.float32)
+    x = problem(jnp.bfloat16)[1]
+    hand = jp.value_and_grad(MLP, LOSS)(params, x, target)
+    auto = jax.value_and_grad(jp.loss_fn(MLP, LOSS))(params, x, target)
+    _, residuals = MLP.forward(params, x)
+    _, d_x = MLP.backward(params, residuals, jnp.ones((4, 3), jnp.float32))
+    chex.assert_trees_all_equal_dtypes(hand, auto)
+    assert d_x.dtype == x.dtype
+    assert relative_error(hand, auto) <= 1e-5
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.5),
+    "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": optax.adam(1e-2),
+    "adamw": optax.adamw(optax.cosine_decay_schedule(1e-2, 10)),
+    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.lion(1e-3)),
+    "polyak": optax.polyak_sgd(),
+    "lbfgs": optax.lbfgs(),
+    "multi-steps": optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
+    "plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
+    "schedule-free": optax.contrib.schedule_free_sgd(0.1),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_update_with_any_optimizer(name):
+    """Five updates by hand and five by autodiff end at the same params, with a lower loss."""
+    optimizer = OPTIMIZERS[name]
+    ends = []
+    for differentiate in (jp.value_and_grad, autodiff):
+        update = jp.make_update(MLP, LOSS, optimizer, value_and_grad=differentiate)
+        params, x, target = problem()
+        state = optimizer.init(params)
+        first = jp.loss_fn(MLP, LOSS)(params, x, target)
+        for _ in range(5):
+            params, state, value = update(params, state, x, target)
+        assert jp.loss_fn(MLP, LOSS)(params, x, target) < first
+        ends.append((params, value))
+    assert relative_error(*ends) <= 1e-8
+
+
+def autodiff(net, loss):
+    return jax.value_and_grad(jp.loss_fn(net, loss))
+
+
+def test_update_is_sgd():
+    params, x, target = problem()
+    value, grads = jp.value_and_grad(MLP, LOSS)(params, x, target)
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+    update = jp.make_update(MLP, LOSS, optax.sgd(0.5))
+    params, _, got = update(params, optax.sgd(0.5).init(params), x, target)
+    assert relative_error((params, got), (expected, value)) <= 1e-14
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_update_donates():
+    params, x, target = problem()
+    optimizer = optax.adam(1e-3)
+    state = optimizer.init(params)
+    update = jp.make_update(MLP, LOSS, optimizer)
+    new, _, _ = update(params, state, x, target)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_update_compiles_once_for_equal_nets():
+    """Layers compare by their fields: a net that is built anew does not trace anew."""
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value(net, params, x, target):
+        traced.append(net)
+        return jp.loss_fn(net, LOSS)(params, x, target)
+
+    params, x, target = problem()
+    for _ in range(2):
+        value(jp.chain(*MLP.layers), params, x, target)
+    assert len(traced) == 1
+
+
+def test_update_inside_scan():
+    params, x, target = problem()
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    update = jp.make_update(MLP, LOSS, optimizer)
+
+    def step(carry, _):
+        params, state, value = update(*carry, x, target)
+        return (params, state), value
+
+    carry = params, optimizer.init(params)
+    (scanned, _), values = jax.lax.scan(step, carry, length=7)
+    state = optimizer.init(params)
+    for value in values:
+        params, state, alone = update(params, state, x, target)
+        np.testing.assert_allclose(alone, value, rtol=1e-12)
+    assert relative_error(scanned, params) <= 1e-12
+
+
+def test_loss_fn_is_plain_jax():
+    """grad, hessian, vmap and jit compose on it as on any function."""
+    params, x, target = problem()
+    f = jp.loss_fn(MLP, LOSS)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    values = jax.jit(jax.vmap(f, (0, None, None)))(stacked, x, target)
+    np.testing.assert_allclose(values[0], f(params, x, target), rtol=1e-12)
+    hessian = jax.hessian(lambda w: f(((params[0]._replace(w=w)), *params[1:]), x, target))(params[0].w)
+    assert hessian.shape == (6, 7, 6, 7)
+    d_x = jax.grad(f, 1)(params, x, target)
+    assert d_x.shape == x.shape
+
+
+@pytest.mark.parametrize("spec", ["batch", "features"])
+def test_sharded_equals_one_device(spec):
+    """Data parallel and tensor parallel under plain jit, on eight devices."""
+    net = jp.chain(jp.Dense(16), jp.Gelu(), jp.skip(jp.Dense(16)), jp.Dense(8))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)))
+    target = jnp.arange(16) % 8
+    params = net.init(jax.random.key(0), x)
+    f = jax.jit(jp.value_and_grad(net, LOSS))
+    expected = f(params, x, target)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def place(tree, *axes):
+        return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    if spec == "batch":
+        args = place(params), place(x, "d"), place(target, "d")
+    else:
+        placed = jax.tree.map(lambda leaf: place(leaf, *[None] * (leaf.ndim - 1), "d"), params)
+        args = placed, place(x), place(target)
+    assert relative_error(f(*args), expected) <= 1e-12
+
+
+def test_hand_and_auto_do_the_same_matmuls():
+    """The first layer's d_x is nobody's: neither program computes it."""
+
+    def dots(f):
+        text = jax.jit(f).lower(*problem()).compile().as_text()
+        return text.count(" dot(") + text.count("custom-call(")
+
+    assert dots(jp.value_and_grad(MLP, LOSS)) == dots(autodiff(MLP, LOSS)) == 8
