@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,13 @@ def _walkthrough(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the progress bar cleans up behind it
     baseline = None if args.baseline is None else _read_figures(args.baseline)
+    if args.json is not None and not Path(args.json).parent.is_dir():
+        raise BenchError(f"--json {args.json}: no such directory")
     figures = bench(only=args.only, quick=args.quick)
     if args.json is not None:
-        try:
-            Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BenchError(f"--json {args.json}: {error.strerror}") from error
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     worse = [] if baseline is None else regressions(figures, baseline)
     for line in worse:
         print(f"worse: {line}")
@@ -108,7 +109,7 @@ def _read_figures(path: str) -> dict[str, Any]:
     try:
         figures = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise BenchError(f"--baseline {path}: {error.strerror}") from error
+        raise BenchError(f"--baseline {path}: {(error.strerror or '').lower()}") from error
     except ValueError as error:
         raise BenchError(f"--baseline {path}: not JSON: {error}") from error
     if not isinstance(figures, dict) or not isinstance(figures.get("rows"), dict):

@@ -15,6 +15,8 @@ from jaxprop.bench.rows import ROWS
 
 RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1
+SECONDS = {True: 2.0, False: 10.0}  # for the runs of a row; True is --quick
+BUILDS = {True: 3, False: 9}
 
 
 class BenchError(Exception):
@@ -44,8 +46,8 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
                 case.hand,
                 case.auto,
                 case.args,
-                seconds=2.0 if quick else 10.0,
-                builds=3 if quick else 9,
+                seconds=SECONDS[quick],
+                builds=BUILDS[quick],
             )
             figures["rows"][name] = _figures(measured, rate)
             table.add_row(name, *_cells(figures["rows"][name]))

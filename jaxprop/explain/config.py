@@ -149,7 +149,7 @@ def _units(entry: Any, key: str, width: int, seed: Array, index: int) -> Units:
         raise ConfigError(f"{key} must be a table, not {entry!r}")
     _known(entry, f"{key}.", {"activation", "weights", "biases", "units", "bias"})
     activation = _get(entry, "activation", f"{key}.")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(
             f"{key}.activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
         )

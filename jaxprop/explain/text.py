@@ -135,7 +135,7 @@ def check(walk: Walkthrough) -> Iterator[str]:
     )
     if walk.config == WORKED_EXAMPLE:
         yield ""
-        yield "The article that this example is from prints z2 = 0.10988248 and o2 = 0.66296548"
+        yield "The article behind this example prints z2 = 0.10988248 and o2 = 0.66296548"
         yield "here: misprints, since its own h2 and E_o2 agree with the values above."
 
 

@@ -290,7 +290,7 @@ def _stage(
             error_after=None if target is None else 0.5 * (target - value_after) ** 2,
         )
 
-    hidden = "hidden" if len(config.layers) == 2 else f"hidden layer {index + 1}"
+    hidden = "hidden" if len(config.layers) == 2 else f"hidden-{index + 1}"
     return Stage(
         name="output" if is_output else hidden,
         activation=config.layers[index].activation,

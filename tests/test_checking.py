@@ -1,0 +1,178 @@
+"""check_layer finds each kind of mistake, names it, and passes what is right."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprop as jp
+
+X = np.random.default_rng(0).normal(size=(5, 4))
+
+
+class Scale(jp.Layer):
+    """y = x w, with one mistake of choice."""
+
+    mistake: str = ""
+
+    def init(self, key, x):
+        return {"w": jnp.ones(x.shape[-1], x.dtype)}
+
+    def forward(self, params, x):
+        saved = {
+            "integer in residuals": (x, 3),
+            "no example axis": (x, x.mean(0)),
+            "examples last": (x.T,),
+        }
+        return x * params["w"], saved.get(self.mistake, (x,))
+
+    def backward(self, params, residuals, ct):
+        x, w = residuals[0], params["w"]
+        if self.mistake == "examples last":
+            x = x.T
+        d_params, d_x = {"w": jp.Sum(x * ct)}, ct * w
+        match self.mistake:
+            case "one element of d_x":
+                d_x = d_x.at[1, 2].add(1e-9)
+            case "one element of d_params":
+                d_params = {"w": (x * ct).sum(0).at[3].multiply(1 + 1e-9)}
+            case "nan":
+                d_x = jnp.full_like(d_x, jnp.nan)
+            case "zero":
+                d_x = jnp.zeros_like(d_x)
+            case "shape":
+                d_params = {"w": x * ct}
+            case "dtype":
+                d_x = d_x.astype(jnp.float32)
+            case "structure":
+                d_params = (jp.Sum(x * ct),)
+            case "missing leaf":
+                d_params = {"w": None}
+            case "d_x only":
+                return d_x
+        return d_params, d_x
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("integer in residuals", r"residuals\[1\] is the int 3, .* is a field of the layer"),
+        ("no example axis", r"residuals\[1\] has shape \(4,\), but axis 0 is the example and x has 5"),
+        ("examples last", r"residuals\[0\] has shape \(4, 5\)"),
+        ("one element of d_x", r"d_x disagrees with jax.vjp of forward: at \[1, 2\]"),
+        ("one element of d_params", r"d_params\['w'\] disagrees with jax.vjp of forward: at \[3\]"),
+        ("nan", r"d_x disagrees with jax.vjp .* backward gives nan"),
+        ("zero", r"d_x disagrees with jax.vjp .* backward gives 0.0"),
+        ("shape", r"d_params\['w'\] is float64\[5,4\], but params\['w'\] is float64\[4\]"),
+        ("dtype", r"d_x is float32\[5,4\], but x is float64\[5,4\]"),
+        ("structure", r"d_params is \(float64\[4\],\), but params is \{'w': float64\[4\]\}"),
+        ("missing leaf", r"d_params\['w'\] is None, but params\['w'\] is float64\[4\]"),
+        ("d_x only", r"backward returns float64\[5,4\], not \(d_params, d_x\)"),
+    ],
+)
+def test_names_the_mistake(mistake, message):
+    with pytest.raises(AssertionError, match=message) as caught:
+        jp.check_layer(Scale(mistake), X)
+    assert str(caught.value).startswith(f"Scale(mistake='{mistake}'): ")
+
+
+def test_says_both_values_and_the_relative_error():
+    with pytest.raises(AssertionError) as caught:
+        jp.check_layer(Scale("one element of d_x"), X)
+    found = re.search(
+        r"backward gives (\S+), the oracle (\S+) \(relative error (\S+), allowed 1e-12\)",
+        str(caught.value),
+    )
+    assert found
+    got, expected, error = map(float, found.groups())
+    assert got - expected == pytest.approx(1e-9, rel=1e-3)
+    assert 1e-10 < error < 1e-8
+
+
+def test_passes_what_is_right():
+    jp.check_layer(Scale(), X)
+    jp.check_layer(Scale(), X, {"w": np.arange(4.0)})
+    jp.check_layer(Scale("one element of d_x"), X, rtol=1e-8)
+
+
+class Lie(jp.Layer):
+    """Autodiff is told that half of the derivative is not there, and backward believes it."""
+
+    def forward(self, params, x):
+        return x * jax.lax.stop_gradient(x), x
+
+    def backward(self, params, x, ct):
+        return (), ct * x
+
+
+def test_central_differences_are_an_oracle_of_their_own():
+    with pytest.raises(AssertionError, match="d_x disagrees with central differences of forward"):
+        jp.check_layer(Lie(), X)
+
+
+class Coupled(jp.Layer):
+    """Centred over the batch: right as a whole, and not the sum of its examples."""
+
+    def forward(self, params, x):
+        return x - x.mean(0), x
+
+    def backward(self, params, x, ct):
+        return (), ct - ct.mean(0)
+
+
+def test_examples_one_by_one():
+    with pytest.raises(AssertionError, match="d_x disagrees with its examples one by one"):
+        jp.check_layer(Coupled(), X)
+
+
+class Moody(jp.Layer):
+    """Another answer for one of: traced code, scanned code, cotangents that are not small."""
+
+    when: str = ""
+
+    def forward(self, params, x):
+        return 2 * x, x
+
+    def backward(self, params, x, ct):
+        bad = {
+            "": False,
+            "traced": isinstance(ct, jax.core.Tracer),
+            "large": jnp.abs(ct).max() > 4,
+        }[self.when]
+        return (), jnp.where(bad, 3 * ct, 2 * ct)
+
+
+def test_what_vjp_at_one_point_cannot_see():
+    jp.check_layer(Moody(), X)
+    with pytest.raises(AssertionError, match="d_x disagrees with"):
+        jp.check_layer(Moody("traced"), X)
+    with pytest.raises(AssertionError, match="d_x disagrees with linearity in ct"):
+        jp.check_layer(Moody("large"), X)
+
+
+def test_batch_of_one_and_integers_pass():
+    class Lookup(jp.Layer):
+        """Integers in, no cotangent out of them."""
+
+        def init(self, key, x):
+            return jax.random.normal(key, (7, 3))
+
+        def forward(self, params, ids):
+            return params[ids], ids
+
+        def backward(self, params, ids, ct):
+            return jnp.zeros_like(params).at[ids].add(ct), None
+
+    jp.check_layer(Lookup(), np.array([[1, 1, 4], [0, 6, 1]]))
+    jp.check_layer(Scale(), X[:1])
+
+
+def test_the_default_precision_is_left_as_it_was():
+    jax.config.update("jax_enable_x64", False)
+    try:
+        jp.check_layer(jp.Dense(3), jnp.ones((2, 2), jnp.float32))
+        assert jnp.ones(3).dtype == jnp.float32
+    finally:
+        jax.config.update("jax_enable_x64", True)

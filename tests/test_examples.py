@@ -1,0 +1,99 @@
+"""The examples, run as a reader would run them: each in a process of its own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+def command(script, *argv):
+    return [sys.executable, str(EXAMPLES / script), *map(str, argv)]
+
+
+def run(script, *argv):
+    done = subprocess.run(command(script, *argv), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def final_state(directory):
+    with ocp.CheckpointManager(directory) as manager:
+        step = manager.latest_step()
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return step, jax.tree.map(np.asarray, manager.restore(step, args=args)["state"])
+
+
+def test_two_layer():
+    out = run("two_layer.py")
+    assert "w1..w4 0.29959556 0.24919112 0.39964496 0.34928991" in out
+    assert "w5..w8 0.43703857 0.38685205 0.69629578 0.59624247" in out
+    assert "E 0.02397190 -> 0.02323634" in out
+
+
+def test_two_layer_needs_no_library_but_jax():
+    text = (EXAMPLES / "two_layer.py").read_text()
+    assert set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) == {"jax"}
+    assert len(text.splitlines()) <= 65
+
+
+def test_digits_by_hand_and_by_autodiff(tmp_path):
+    ends = []
+    for grad in ("hand", "auto"):
+        plot, checkpoints = tmp_path / f"{grad}.png", tmp_path / grad
+        out = run("digits.py", "--grad", grad, "--plot", plot, "--checkpoints", checkpoints)
+        accuracy = float(re.search(r"accuracy (\S+)%", out).group(1))
+        assert accuracy >= 97
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        ends.append(final_state(checkpoints)[1]["params"])
+    for hand, auto in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(hand, auto, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_digits_killed_at_any_moment_ends_bitwise_the_same(tmp_path):
+    epochs = 12
+    run("digits.py", "--epochs", epochs, "--checkpoints", tmp_path / "whole")
+    killed = ["digits.py", "--epochs", epochs, "--checkpoints", tmp_path / "killed", "--resume"]
+    kills = 0
+    # Before the first epoch, between epochs, and some milliseconds into the next one or its save.
+    for line, delay in (("", 0.0), ("epoch", 0.0), ("epoch", 0.004), ("epoch", 0.02), ("epoch", 0.05)):
+        with subprocess.Popen(command(*killed), env=ENVIRONMENT, stdout=subprocess.PIPE) as running:
+            while line and not running.stdout.readline().decode().startswith(line):
+                pass
+            time.sleep(delay)
+            running.send_signal(signal.SIGKILL)
+        kills += running.returncode == -signal.SIGKILL
+    assert kills == 5
+    out = run(*killed)
+    assert "resumed after epoch" in out
+    (step, whole), (step_killed, resumed) = map(final_state, (tmp_path / "whole", tmp_path / "killed"))
+    assert step == step_killed == epochs
+    assert jax.tree.structure(whole) == jax.tree.structure(resumed)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        assert a.dtype == b.dtype
+        assert a.tobytes() == b.tobytes()
+
+
+def test_digits_refuses_what_would_lose_a_run(tmp_path):
+    directory = tmp_path / "run"
+    run("digits.py", "--epochs", 1, "--checkpoints", directory)
+    for argv, message in (
+        ((), "holds checkpoints; add --resume"),
+        (("--resume", "--seed", 5), "of a run with --seed 0"),
+    ):
+        asked = command("digits.py", "--epochs", 1, "--checkpoints", directory, *argv)
+        done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert message in done.stderr
+    assert final_state(directory)[0] == 1
