@@ -36,19 +36,20 @@ DIFFERENTIATE = {
 
 def load(seed: int) -> tuple[Any, ...]:
     """Train and test images (scaled to [0, 1], a row each) and labels; a fifth is held out."""
-    images, labels = load_digits(return_X_y=True)
+    digits: Any = load_digits()
+    images, labels = digits.data / 16, digits.target
     split = train_test_split(images, labels, test_size=0.2, random_state=seed, stratify=labels)
     train_x, test_x, train_y, test_y = split
     return (
-        jnp.asarray(train_x / 16, jnp.float32),
+        jnp.asarray(train_x, jnp.float32),
         jnp.asarray(train_y, jnp.int32),
-        jnp.asarray(test_x / 16, jnp.float32),
+        jnp.asarray(test_x, jnp.float32),
         jnp.asarray(test_y, jnp.int32),
     )
 
 
 def make_epoch(update: Any, images: Any, labels: Any, batch: int) -> Any:
-    """A jitted ``epoch(params, state, key) -> (params, state, mean loss)``, one scan over batches."""
+    """A jitted ``epoch(params, state, key) -> (params, state, mean loss)``: one scan."""
     steps = len(labels) // batch
 
     @functools.partial(jax.jit, donate_argnames=("params", "state"))
@@ -194,12 +195,18 @@ def positive(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train an MLP on scikit-learn's digits.")
-    parser.add_argument("--grad", choices=DIFFERENTIATE, default="hand", help="how to differentiate")
+    parser.add_argument(
+        "--grad", choices=DIFFERENTIATE, default="hand", help="how to differentiate"
+    )
     parser.add_argument("--epochs", type=positive, default=30)
     parser.add_argument("--batch", type=positive, default=16)
-    parser.add_argument("--rate", type=float, default=0.03, help="learning rate of SGD, momentum 0.9")
+    parser.add_argument(
+        "--rate", type=float, default=0.03, help="learning rate of SGD, momentum 0.9"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="save the state every epoch")
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="DIR", help="save the state every epoch"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="save the loss curve")
     args = parser.parse_args()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float
 
 
+@dataclass_transform(frozen_default=True)
 class Factored(abc.ABC):
     """The cotangent of one parameter, not yet summed over examples (axis 0 of every factor)."""
 
@@ -32,8 +33,8 @@ class Factored(abc.ABC):
 class Outer(Factored):
     """sum over n and positions t of x[n, t] (outer) ct[n, t], of shape (I, O)."""
 
-    x: Float[Array, "n *t i"]
-    ct: Float[Array, "n *t o"]
+    x: Float[Array, "n ... i"]
+    ct: Float[Array, "n ... o"]
 
     def sum(self) -> Float[Array, "i o"]:
         summed = tuple(range(self.x.ndim - 1))
@@ -43,7 +44,7 @@ class Outer(Factored):
 class Sum(Factored):
     """sum over n and positions t of ct[n, t], of shape (O,)."""
 
-    ct: Float[Array, "n *t o"]
+    ct: Float[Array, "n ... o"]
 
     def sum(self) -> Float[Array, " o"]:
         return self.ct.sum(axis=tuple(range(self.ct.ndim - 1)))

@@ -1,4 +1,4 @@
-"""The contract: a layer is static configuration with a ``forward`` and, next to it, its ``backward``.
+"""The contract: a layer is static configuration with a ``forward`` and, next, its ``backward``.
 
 Words used throughout: ``ct`` is the cotangent of a layer's output y (the derivative of the loss
 by y), ``d_x`` and ``d_params`` are the cotangents that ``backward`` pulls back from it, and
@@ -84,11 +84,11 @@ class Layer(Static):
         return ()
 
     @abc.abstractmethod
-    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+    def forward(self, params: Any, x: Any, /) -> tuple[Any, Any]:
         """``(y, residuals)``; residuals are arrays whose axis 0 is the example."""
 
     @abc.abstractmethod
-    def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
+    def backward(self, params: Any, residuals: Any, ct: Any, /) -> tuple[Any, Any]:
         """``(d_params, d_x)`` from the cotangent of y.
 
         ``d_params`` has the structure of params, with a ``Factored`` cotangent or a plain array
@@ -136,9 +136,9 @@ Leave = Callable[[Step], Any]
 
 
 class Combinator(Layer):
-    """A layer made of layers. It writes ``walk``; its ``backward`` is the walk that keeps d_params."""
+    """A layer made of layers: it writes ``walk``, and ``backward`` is the walk that keeps all."""
 
-    def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
+    def backward(self, params: Any, residuals: Any, ct: Any, /) -> tuple[Any, Any]:
         return self.walk(params, residuals, ct, lambda step: step.d_params)
 
     @abc.abstractmethod
@@ -161,7 +161,7 @@ def map_layers(net: Layer, f: Callable[[Layer], Layer]) -> Layer:
 
 @contextmanager
 def seat(index: int, layer: Layer) -> Iterator[None]:
-    """Say where in the net an error came from, and name the operations there in profiles and HLO."""
+    """Say in which layer an error arose, and name its operations so in profiles and HLO."""
     try:
         with jax.named_scope(f"{index}.{type(layer).__name__}"):
             yield

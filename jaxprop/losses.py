@@ -24,11 +24,11 @@ class Loss(Static):
     """A differentiable function (y, target) -> one value for each example."""
 
     @abc.abstractmethod
-    def forward(self, y: Array, target: Array) -> tuple[Float[Array, " n"], Any]:
+    def forward(self, y: Array, target: Array, /) -> tuple[Float[Array, " n"], Any]:
         """``(values, residuals)``, one value for each example."""
 
     @abc.abstractmethod
-    def backward(self, residuals: Any) -> Array:
+    def backward(self, residuals: Any, /) -> Array:
         """The cotangent of y, for each example's own loss."""
 
 
@@ -39,14 +39,14 @@ class HalfSquaredError(Loss):
     """
 
     def forward(
-        self, y: Float[Array, "n *t"], target: Float[Array, "n *t"]
-    ) -> tuple[Float[Array, " n"], Float[Array, "n *t"]]:
+        self, y: Float[Array, "n ..."], target: Float[Array, "n ..."]
+    ) -> tuple[Float[Array, " n"], Float[Array, "n ..."]]:
         _check(self, y, target, y.shape, jnp.floating)
         wide = _wide(y)
         error = wide - target.astype(wide.dtype)
         return 0.5 * jnp.sum(error**2, axis=_positions(error)), error.astype(y.dtype)
 
-    def backward(self, residuals: Float[Array, "n *t"]) -> Float[Array, "n *t"]:
+    def backward(self, residuals: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         return residuals
 
 
@@ -63,7 +63,7 @@ class CrossEntropy(Loss):
     """
 
     def forward(
-        self, y: Float[Array, "n *t c"], target: Int[Array, "n *t"]
+        self, y: Float[Array, "n ... c"], target: Int[Array, "n ..."]
     ) -> tuple[Float[Array, " n"], Any]:
         _check(self, y, target, y.shape[:-1], jnp.integer)
         logits = _wide(y)
@@ -79,7 +79,7 @@ class CrossEntropy(Loss):
         values = jnp.sum(each * weight, axis=_positions(valid))
         return values, ((powers / total).astype(y.dtype), chosen, weight.astype(y.dtype))
 
-    def backward(self, residuals: Any) -> Float[Array, "n *t c"]:
+    def backward(self, residuals: Any) -> Float[Array, "n ... c"]:
         p, chosen, weight = residuals
         return (p - jax.nn.one_hot(chosen, p.shape[-1], dtype=p.dtype)) * weight[..., None]
 
@@ -94,15 +94,15 @@ class BinaryCrossEntropy(Loss):
     """
 
     def forward(
-        self, y: Float[Array, "n *t"], target: Array
-    ) -> tuple[Float[Array, " n"], Float[Array, "n *t"]]:
+        self, y: Float[Array, "n ..."], target: Array
+    ) -> tuple[Float[Array, " n"], Float[Array, "n ..."]]:
         _check(self, y, target, y.shape, jnp.floating, jnp.integer, jnp.bool_)
         logits = _wide(y)
         t = target.astype(logits.dtype)
         values = jnp.mean(jax.nn.softplus(logits) - t * logits, axis=_positions(y))
         return values, (jax.nn.sigmoid(logits) - t).astype(y.dtype)
 
-    def backward(self, residuals: Float[Array, "n *t"]) -> Float[Array, "n *t"]:
+    def backward(self, residuals: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         return residuals / max(residuals[0].size, 1)
 
 

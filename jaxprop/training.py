@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.factored import gradient
-from jaxprop.layer import Layer, Step
+from jaxprop.layer import Layer
 from jaxprop.losses import Loss
 
 ValueAndGrad = Callable[[Any, Any, Any], tuple[Array, Any]]

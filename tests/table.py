@@ -1,4 +1,4 @@
-"""The table: a row is a layer and an input for it. Add a layer, add a row, and every property runs."""
+"""The table: a row is a layer and an input. Add a layer, add a row, and every property runs."""
 
 from typing import Any, NamedTuple
 

@@ -6,11 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from table import relative_error
 
 from jaxprop import bench as bench_package
 from jaxprop.bench import measure, regressions, rows
 from jaxprop.cli import main
-from table import relative_error
 
 
 @pytest.fixture
@@ -33,7 +33,13 @@ def test_rows_compute_the_same_by_hand_and_by_autodiff():
 
 
 def test_the_rows_that_are_promised():
-    assert list(rows.ROWS)[:5] == ["mlp-2x256", "mlp-2x1024", "mlp-8x512", "mlp-32x128", "worked-example"]
+    assert list(rows.ROWS)[:5] == [
+        "mlp-2x256",
+        "mlp-2x1024",
+        "mlp-8x512",
+        "mlp-32x128",
+        "worked-example",
+    ]
 
 
 def test_table_and_figures(capsys, tmp_path, small):
@@ -62,7 +68,9 @@ def test_a_ratio_worse_by_more_than_a_tenth_is_exit_1(capsys, tmp_path, small):
     for key in ("run", "trace", "compile"):
         worse = json.loads(json.dumps(figures))
         worse["rows"]["mlp-small"]["ratio"][key] = 1.11 * ratio[key]
-        assert [line.split(" ratio")[0] for line in regressions(worse, figures)] == [f"mlp-small {key}"]
+        assert [line.split(" ratio")[0] for line in regressions(worse, figures)] == [
+            f"mlp-small {key}"
+        ]
         worse["rows"]["mlp-small"]["ratio"][key] = 1.09 * ratio[key]
         assert regressions(worse, figures) == []
     figures["rows"]["mlp-small"]["ratio"] = dict.fromkeys(ratio, 1e-6)

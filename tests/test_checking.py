@@ -59,7 +59,10 @@ class Scale(jp.Layer):
     ("mistake", "message"),
     [
         ("integer in residuals", r"residuals\[1\] is the int 3, .* is a field of the layer"),
-        ("no example axis", r"residuals\[1\] has shape \(4,\), but axis 0 is the example and x has 5"),
+        (
+            "no example axis",
+            r"residuals\[1\] has shape \(4,\), but axis 0 is the example and x has 5",
+        ),
         ("examples last", r"residuals\[0\] has shape \(4, 5\)"),
         ("one element of d_x", r"d_x disagrees with jax.vjp of forward: at \[1, 2\]"),
         ("one element of d_params", r"d_params\['w'\] disagrees with jax.vjp of forward: at \[3\]"),

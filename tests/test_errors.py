@@ -1,4 +1,4 @@
-"""What is wrong is said in the user's words: the layer, the leaf, both shapes. Under jit as well."""
+"""What is wrong is said in the user's words: the layer, the leaf, both shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ def params():
 FUNCTIONS = {
     "forward": lambda params, x: NET.forward(params, x),
     "jit": lambda params, x: jax.jit(NET.forward)(params, x),
-    "value_and_grad": lambda params, x: jp.value_and_grad(NET, jp.CrossEntropy())(params, x, TARGET),
+    "value_and_grad": lambda params, x: jp.value_and_grad(NET, jp.CrossEntropy())(
+        params, x, TARGET
+    ),
     "loss_fn": lambda params, x: jp.loss_fn(NET, jp.CrossEntropy())(params, x, TARGET),
     "grad": lambda params, x: jax.grad(jp.loss_fn(NET, jp.CrossEntropy()))(params, x, TARGET),
 }
@@ -37,17 +39,21 @@ def test_input_that_does_not_fit(f):
 
 @everywhere
 def test_params_of_the_wrong_length(f):
-    with pytest.raises(ValueError, match="chain of 3 layers takes a tuple of 3 params.* not 2"):
+    with pytest.raises(ValueError, match=r"chain of 3 layers takes a tuple of 3 params.* not 2"):
         f(params()[:2], X)
 
 
 @everywhere
 def test_params_of_the_wrong_structure(f):
     first, _, last = params()
-    with pytest.raises(ValueError, match=r"Dense\(3\): params are \{'b': .*takes Affine\(w=") as caught:
+    with pytest.raises(
+        ValueError, match=r"Dense\(3\): params are \{'b': .*takes Affine\(w="
+    ) as caught:
         f((first, (), {"w": last.w, "b": last.b}), X)
     assert "in layer 2: Dense(3)" in caught.value.__notes__
-    with pytest.raises(ValueError, match=r"Dense\(4\): params are Affine\(w=float64\[2,4\], b=None\)"):
+    with pytest.raises(
+        ValueError, match=r"Dense\(4\): params are Affine\(w=float64\[2,4\], b=None\)"
+    ):
         f((first._replace(b=None), (), last), X)
     with pytest.raises(ValueError, match=r"Relu\(\): params are float64\[\], but .* takes \(\)"):
         f((first, jnp.ones(()), last), X)
@@ -64,7 +70,9 @@ def test_params_of_the_wrong_shape(f):
 
 @everywhere
 def test_input_that_is_no_batch(f):
-    with pytest.raises(ValueError, match=r"axis 0 the example, not \(2,\); for one .* write x\[None\]"):
+    with pytest.raises(
+        ValueError, match=r"axis 0 the example, not \(2,\); for one .* write x\[None\]"
+    ):
         f(params(), X[0])
 
 
@@ -86,7 +94,7 @@ def test_one_layer_alone_says_so_too():
 
 def test_backward_with_params_of_the_wrong_length():
     _, residuals = NET.forward(params(), X)
-    with pytest.raises(ValueError, match="takes a tuple of 3 params.* not 4"):
+    with pytest.raises(ValueError, match=r"takes a tuple of 3 params.* not 4"):
         NET.backward((*params(), ()), residuals, jnp.ones((5, 3)))
 
 
@@ -131,13 +139,33 @@ LOGITS = jnp.zeros((5, 3))
     ("loss", "target", "error", "message"),
     [
         (jp.CrossEntropy(), jnp.zeros(5), TypeError, "a target of dtype integer, not float64"),
-        (jp.CrossEntropy(), jnp.zeros((5, 3), int), ValueError, r"target of shape \(5,\), not \(5, 3\)"),
+        (
+            jp.CrossEntropy(),
+            jnp.zeros((5, 3), int),
+            ValueError,
+            r"target of shape \(5,\), not \(5, 3\)",
+        ),
         (jp.CrossEntropy(), jnp.zeros(4, int), ValueError, r"\(5, 3\), .* \(5,\), not \(4,\)"),
         (jp.CrossEntropy(), [0] * 5, TypeError, "takes the target as an array"),
-        (jp.HalfSquaredError(), jnp.zeros((5, 3), int), TypeError, "a target of dtype floating, not int64"),
+        (
+            jp.HalfSquaredError(),
+            jnp.zeros((5, 3), int),
+            TypeError,
+            "a target of dtype floating, not int64",
+        ),
         (jp.HalfSquaredError(), jnp.zeros(5), ValueError, r"of shape \(5, 3\), not \(5,\)"),
-        (jp.BinaryCrossEntropy(), jnp.zeros((5, 1)), ValueError, r"of shape \(5, 3\), not \(5, 1\)"),
-        (jp.BinaryCrossEntropy(), jnp.zeros((5, 3), complex), TypeError, "floating or integer or bool, not complex128"),
+        (
+            jp.BinaryCrossEntropy(),
+            jnp.zeros((5, 1)),
+            ValueError,
+            r"of shape \(5, 3\), not \(5, 1\)",
+        ),
+        (
+            jp.BinaryCrossEntropy(),
+            jnp.zeros((5, 3), complex),
+            TypeError,
+            "floating or integer or bool, not complex128",
+        ),
     ],
 )
 def test_target_that_does_not_fit(loss, target, error, message):
@@ -158,7 +186,9 @@ def test_empty_batch():
 
 
 def test_a_layer_is_wrapped_and_not_subclassed():
-    with pytest.raises(TypeError, match="MyDense subclasses Dense; to change a rule, wrap the layer"):
+    with pytest.raises(
+        TypeError, match="MyDense subclasses Dense; to change a rule, wrap the layer"
+    ):
 
         class MyDense(jp.Dense):
             pass
@@ -174,7 +204,7 @@ def test_a_field_that_cannot_be_hashed():
         def backward(self, params, x, ct):
             return (), ct
 
-    with pytest.raises(TypeError, match="Fixed.matrix .* cannot be hashed; arrays live in params"):
+    with pytest.raises(TypeError, match=r"Fixed.matrix .* cannot be hashed; arrays live in params"):
         Fixed(jnp.ones(3)).forward((), X)
 
 

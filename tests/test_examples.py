@@ -67,7 +67,13 @@ def test_digits_killed_at_any_moment_ends_bitwise_the_same(tmp_path):
     killed = ["digits.py", "--epochs", epochs, "--checkpoints", tmp_path / "killed", "--resume"]
     kills = 0
     # Before the first epoch, between epochs, and some milliseconds into the next one or its save.
-    for line, delay in (("", 0.0), ("epoch", 0.0), ("epoch", 0.004), ("epoch", 0.02), ("epoch", 0.05)):
+    for line, delay in (
+        ("", 0.0),
+        ("epoch", 0.0),
+        ("epoch", 0.004),
+        ("epoch", 0.02),
+        ("epoch", 0.05),
+    ):
         with subprocess.Popen(command(*killed), env=ENVIRONMENT, stdout=subprocess.PIPE) as running:
             while line and not running.stdout.readline().decode().startswith(line):
                 pass
@@ -77,7 +83,9 @@ def test_digits_killed_at_any_moment_ends_bitwise_the_same(tmp_path):
     assert kills == 5
     out = run(*killed)
     assert "resumed after epoch" in out
-    (step, whole), (step_killed, resumed) = map(final_state, (tmp_path / "whole", tmp_path / "killed"))
+    (step, whole), (step_killed, resumed) = map(
+        final_state, (tmp_path / "whole", tmp_path / "killed")
+    )
     assert step == step_killed == epochs
     assert jax.tree.structure(whole) == jax.tree.structure(resumed)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):

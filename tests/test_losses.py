@@ -40,7 +40,10 @@ def test_values(loss, y, target):
 def test_backward_is_each_example_s_own_gradient(loss, y, target):
     y, target = jnp.asarray(y), jnp.asarray(target)
     _, residuals = loss.forward(y, target)
-    for f in (lambda y: loss.forward(y, target)[0].sum(), lambda y: reference(loss, y, target).sum()):
+    for f in (
+        lambda y: loss.forward(y, target)[0].sum(),
+        lambda y: reference(loss, y, target).sum(),
+    ):
         assert relative_error(loss.backward(residuals), jax.grad(f)(y)) <= 1e-12
 
 

@@ -26,7 +26,9 @@ def problem(dtype=jnp.float64):
 def test_value_and_grad_is_that_of_autodiff(loss, y, target):
     net = jp.chain(jp.skip(jp.Tanh()))
     if y.ndim > 1:
-        net = jp.chain(jp.Dense(5), jp.skip(jp.chain(jp.Dense(5), jp.Silu())), jp.Dense(y.shape[-1]))
+        net = jp.chain(
+            jp.Dense(5), jp.skip(jp.chain(jp.Dense(5), jp.Silu())), jp.Dense(y.shape[-1])
+        )
     params, x = at(Row(net, y))
     hand = jp.value_and_grad(net, loss)(params, x, jnp.asarray(target))
     auto = jax.value_and_grad(jp.loss_fn(net, loss))(params, x, jnp.asarray(target))
@@ -152,7 +154,9 @@ def test_loss_fn_is_plain_jax():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
     values = jax.jit(jax.vmap(f, (0, None, None)))(stacked, x, target)
     np.testing.assert_allclose(values[0], f(params, x, target), rtol=1e-12)
-    hessian = jax.hessian(lambda w: f(((params[0]._replace(w=w)), *params[1:]), x, target))(params[0].w)
+    hessian = jax.hessian(lambda w: f(((params[0]._replace(w=w)), *params[1:]), x, target))(
+        params[0].w
+    )
     assert hessian.shape == (6, 7, 6, 7)
     d_x = jax.grad(f, 1)(params, x, target)
     assert d_x.shape == x.shape

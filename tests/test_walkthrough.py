@@ -108,7 +108,9 @@ def test_every_chain_is_its_factors_and_jax_grad(text):
     assert result.largest_difference <= 1e-12
     for stage in result.stages[:-1]:
         for unit in stage.units:
-            assert sum(p.d_z * p.weight for p in unit.paths) == pytest.approx(unit.d_value, rel=1e-9)
+            assert sum(p.d_z * p.weight for p in unit.paths) == pytest.approx(
+                unit.d_value, rel=1e-9
+            )
 
 
 def test_prints_every_number_in_80_columns(capsys, walk):
@@ -204,12 +206,20 @@ GOOD = configs.dump(WORKED_EXAMPLE)
         ("inputs = [0.1, 0.2]", "inputs = [[0.1, 0.2]]", "inputs[0] must be a number"),
         ("inputs = [0.1, 0.2]", "", "inputs is missing"),
         ("inputs = [0.1, 0.2]", "inputs = [1]", "layers[0].weights[0] has 2 numbers for 1 inputs"),
-        ("targets = [0.4, 0.6]", "targets = [1]", "targets has 1 numbers, but the last layer has 2"),
+        (
+            "targets = [0.4, 0.6]",
+            "targets = [1]",
+            "targets has 1 numbers, but the last layer has 2",
+        ),
         ("learning_rate = 0.5", "learning_rate = true", "learning_rate must be a number, not True"),
         ("learning_rate = 0.5", "learning_rat = 0.5", "did you mean learning_rate?"),
         ("learning_rate = 0.5", f"learning_rate = 1{'0' * 400}", "learning_rate is inf"),
         ("learning_rate = 0.5", "learning_rate = 0.5\nseed = -1", "seed must be a whole number"),
-        ('activation = "sigmoid"', 'activation = "sigmoidal"', "layers[0].activation is 'sigmoidal'"),
+        (
+            'activation = "sigmoid"',
+            'activation = "sigmoidal"',
+            "layers[0].activation is 'sigmoidal'",
+        ),
         ('activation = "sigmoid"', "activation = [1]", "layers[0].activation is [1]"),
         ('activation = "sigmoid"', "", "layers[0].activation is missing"),
         ("[0.3, 0.25],", "[0.3],", "layers[0].weights[0] has 1 numbers for 2 inputs"),
@@ -254,7 +264,9 @@ def test_missing_file_and_missing_weight(capsys, tmp_path):
     assert "--weight w9: no such weight; there are w1, w2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--steps", "0"], ["--steps", "x"], ["walk"], ["--json", "--print-config"]])
+@pytest.mark.parametrize(
+    "argv", [["--steps", "0"], ["--steps", "x"], ["walk"], ["--json", "--print-config"]]
+)
 def test_wrong_arguments_exit_2(capsys, argv):
     with pytest.raises(SystemExit) as caught:
         main(argv)

@@ -1,4 +1,4 @@
-"""Measure a function A against a function B in one process, in turn, on whatever device JAX finds."""
+"""Measure a function A against a function B, in one process and in turn, on JAX's device."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def compare(
     ``make_a`` and ``make_b`` return a new function each time, so that nothing is traced from a
     cache. Running goes on for about ``seconds``, and for at least ten pairs.
     """
-    _build(make_a, args), _build(make_b, args)
+    for make in (make_a, make_b):
+        _build(make, args)
     built = [(_build(make_a, args), _build(make_b, args)) for _ in range(builds)]
     (_, _, run_a), (_, _, run_b) = built[-1]
     calls = max(1, round(0.005 / max(min(_time(run_a, args, 1), _time(run_b, args, 1)), 1e-7)))
@@ -105,7 +106,9 @@ def matmul_rate(size: int = 2048) -> float:
     return 2 * size**3 / min(_time(multiply, (x, x), 1) for _ in range(5))
 
 
-def _build(make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]) -> tuple[float, float, Any]:
+def _build(
+    make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]
+) -> tuple[float, float, Any]:
     function = jax.jit(make())
     start = time.perf_counter()
     traced = function.trace(*args)

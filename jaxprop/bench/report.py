@@ -15,6 +15,9 @@ from jaxprop.bench.rows import ROWS
 
 RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1
+EXPLANATION = """\
+hand: jp.value_and_grad; auto: jax.value_and_grad of the same loss. run, trace, compile, temp are
+ratios hand/auto, medians over neighbouring pairs [quartiles]; share is of the large matmul's rate."""
 SECONDS = {True: 2.0, False: 10.0}  # for the runs of a row; True is --quick
 BUILDS = {True: 3, False: 9}
 
@@ -24,7 +27,7 @@ class BenchError(Exception):
 
 
 def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
-    """Measure every row, or those whose name contains ``only``; print a table, return the figures."""
+    """Measure the rows (whose name contains ``only``), print a table, return the figures."""
     names = [name for name in ROWS if only is None or only in name]
     if not names:
         raise BenchError(f"--only {only}: no such row; there are {', '.join(ROWS)}")
@@ -39,7 +42,9 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
         "rows": {},
     }
     table = _table()
-    with Progress(console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(
+        console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
         for name in bar.track(names, description="measuring"):
             case = ROWS[name]()
             measured = compare(
@@ -55,10 +60,7 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
         f"{figures['device']}, jax {jax.__version__}, one large matmul {rate / 1e9:.0f} GFLOP/s"
     )
     console.print(table)
-    console.print(
-        "hand: jp.value_and_grad; auto: jax.value_and_grad of the same loss; ratios hand/auto, medians\n"
-        "of neighbouring pairs (quartiles in brackets); share: of the large matmul's FLOP/s, by hand"
-    )
+    console.print(EXPLANATION)
     return figures
 
 
@@ -99,7 +101,17 @@ def _figures(measured: Comparison, rate: float) -> dict[str, Any]:
 def _table() -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("row", no_wrap=True)
-    for heading in ("hand ms", "auto ms", "run", "", "trace", "compile", "temp MB", "temp", "share"):
+    for heading in (
+        "hand ms",
+        "auto ms",
+        "run",
+        "",
+        "trace",
+        "compile",
+        "temp MB",
+        "temp",
+        "share",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     return table
 

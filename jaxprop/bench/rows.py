@@ -1,4 +1,4 @@
-"""What is measured: a row is a pair of programs for the same numbers, one by hand, one by autodiff."""
+"""What is measured: a row is two programs for the same numbers, by hand and by autodiff."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def mlp(*widths: int, batch: int) -> Case:
 
 def worked_example(steps: int) -> Case:
     """The classic 2-2-2 network, trained in one scan."""
-    net, loss = chain(Dense(2, bias=False), Sigmoid(), Dense(2, bias=False), Sigmoid()), HalfSquaredError()
+    net, loss = (
+        chain(Dense(2, bias=False), Sigmoid(), Dense(2, bias=False), Sigmoid()),
+        HalfSquaredError(),
+    )
     optimizer = optax.sgd(0.5)
     params = (
         Affine(jnp.array([[0.3, 0.4], [0.25, 0.35]], jnp.float32)),
@@ -58,7 +61,7 @@ def worked_example(steps: int) -> Case:
 
         def trained(params: Any, x: Any, target: Any) -> Any:
             def step(carry: Any, _: None) -> Any:
-                params, state, value = update(*carry, x, target)
+                params, state, value = update(carry[0], carry[1], x, target)
                 return (params, state), value
 
             return jax.lax.scan(step, (params, optimizer.init(params)), length=steps)

@@ -111,14 +111,18 @@ def parse(table: dict[str, Any]) -> Config:
     seed = _whole(table.get("seed", 0), "seed", least=0)
     entries = _get(table, "layers")
     if not isinstance(entries, list) or not entries:
-        raise ConfigError("layers must be one [[layers]] table or more, the first nearest the inputs")
+        raise ConfigError(
+            "layers must be one [[layers]] table or more, the first nearest the inputs"
+        )
     layers: list[Units] = []
     width = len(inputs)
     for index, entry in enumerate(entries):
         layers.append(_units(entry, f"layers[{index}]", width, jax.random.key(seed), index))
         width = len(layers[-1].weights)
     if len(targets) != width:
-        raise ConfigError(f"targets has {len(targets)} numbers, but the last layer has {width} units")
+        raise ConfigError(
+            f"targets has {len(targets)} numbers, but the last layer has {width} units"
+        )
     return Config(inputs, targets, rate, tuple(layers))
 
 

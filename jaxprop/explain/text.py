@@ -83,10 +83,10 @@ def forward(walk: Walkthrough) -> Iterator[str]:
             yield f"{_activated(unit, stage)} = {fixed(unit.value)}"
     yield ""
     for unit in walk.stages[-1].units:
-        assert unit.target is not None and unit.error is not None
-        yield (
-            f"E_{unit.name} = ½ ({plain(unit.target)} − {_bracketed(fixed(unit.value))})² = {fixed(unit.error)}"
-        )
+        assert unit.target is not None
+        assert unit.error is not None
+        distance = f"({plain(unit.target)} − {_bracketed(fixed(unit.value))})"
+        yield f"E_{unit.name} = ½ {distance}² = {fixed(unit.error)}"
     yield f"E = {fixed(walk.error)}"
 
 
@@ -141,7 +141,9 @@ def check(walk: Walkthrough) -> Iterator[str]:
 
 def final(walk: Walkthrough) -> Iterator[str]:
     last = len(walk.curve) - 1
-    rows = [walk.curve[i] for i in sorted({round(last * i / CURVE_ROWS) for i in range(CURVE_ROWS + 1)})]
+    rows = [
+        walk.curve[i] for i in sorted({round(last * i / CURVE_ROWS) for i in range(CURVE_ROWS + 1)})
+    ]
     top = max((error for _, error in rows if math.isfinite(error)), default=0.0)
     width = len(str(walk.final.steps))
     for taken, error in rows:

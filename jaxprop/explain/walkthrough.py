@@ -44,7 +44,7 @@ class Weight(NamedTuple):
 
 
 class Path(NamedTuple):
-    """One way by which the error comes back to a unit: dE/dz of a unit it feeds, times the weight."""
+    """One way by which the error comes back: dE/dz of a unit that is fed, times the weight."""
 
     z_name: str
     weight_name: str
@@ -128,7 +128,7 @@ def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
         @jax.jit
         def descend(params: Any, gaps: Array) -> tuple[Any, Array]:
             def step(_: Any, carry: Any) -> Any:
-                params, state, _ = update(*carry, x, target)
+                params, state, _ = update(carry[0], carry[1], x, target)
                 return params, state
 
             def stretch(carry: Any, gap: Array) -> tuple[Any, Array]:
@@ -187,7 +187,9 @@ class _Names:
         for index, layer in enumerate(config.layers):
             width, fan_in = len(layer.weights), len(self.inputs[-1])
             is_output = index == len(config.layers) - 1
-            self.units.append(_numbered("o", 0, width) if is_output else _numbered("h", units, width))
+            self.units.append(
+                _numbered("o", 0, width) if is_output else _numbered("h", units, width)
+            )
             self.sums.append(_numbered("z", units, width))
             self.biases.append(_numbered("b", units, width))
             self.weights.append(
@@ -235,7 +237,9 @@ def _recorded(config: Config, left: tuple[Terms, ...]) -> list[_Recorded]:
         active = dense if configs.ACTIVATIONS[units.activation] is None else next(ahead)
         slope = jnp.ones_like(active.y) if active.slope is None else active.slope
         rows = (dense.x, dense.y, active.y, active.ct, slope, dense.ct)
-        recorded.append(_Recorded(*(row[0].tolist() for row in rows), summed(dense.d_params)))
+        recorded.append(
+            _Recorded(*[row[0].tolist() for row in rows], d_params=summed(dense.d_params))
+        )
     return recorded
 
 
@@ -268,7 +272,9 @@ def _stage(
     def paths(unit: int) -> tuple[Path, ...]:
         if is_output:
             return ()
-        above = zip(names.sums[index + 1], names.weights[index + 1], before[index + 1].d_z, strict=True)
+        above = zip(
+            names.sums[index + 1], names.weights[index + 1], before[index + 1].d_z, strict=True
+        )
         return tuple(
             Path(z_name, row[unit], d_z, numbers.old[row[unit]]) for z_name, row, d_z in above
         )

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from jaxprop.layer import Layer
 
-X = Float[Array, "n *t"]
+X = Float[Array, "n ..."]
 
 
 class Elementwise(Layer):
@@ -57,11 +57,12 @@ class Relu(Elementwise):
 
 
 class Gelu(Elementwise):
-    """y = x P(X <= x) for a standard normal X; by default the tanh form (Hendrycks and Gimpel 2016).
+    """y = x P(X <= x) for a standard normal X, by default in its tanh form.
 
     Exact: y = x F(x) with F the normal distribution function and p its density, f' = F + x p.
     Approximate: y = x/2 (1 + t), t = tanh(u), u = c (x + a x^3), c = sqrt(2/pi), a = 0.044715, so
-    f' = (1 + t)/2 + x/2 (1 + t)(1 - t) c (1 + 3 a x^2).  https://arxiv.org/abs/1606.08415
+    f' = (1 + t)/2 + x/2 (1 + t)(1 - t) c (1 + 3 a x^2)
+    (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415).
     """
 
     approximate: bool = True

@@ -60,13 +60,13 @@ class Dense(Layer):
         return Affine(w, jnp.zeros(self.features, dtype) if self.bias else None)
 
     def forward(
-        self, params: Affine, x: Float[Array, "n *t i"]
-    ) -> tuple[Float[Array, "n *t o"], Float[Array, "n *t i"]]:
+        self, params: Affine, x: Float[Array, "n ... i"]
+    ) -> tuple[Float[Array, "n ... o"], Float[Array, "n ... i"]]:
         y = x @ params.w
         return (y if params.b is None else y + params.b), x
 
     def backward(
-        self, params: Affine, x: Float[Array, "n *t i"], ct: Float[Array, "n *t o"]
-    ) -> tuple[Affine, Float[Array, "n *t i"]]:
+        self, params: Affine, x: Float[Array, "n ... i"], ct: Float[Array, "n ... o"]
+    ) -> tuple[Affine, Float[Array, "n ... i"]]:
         d_b = None if params.b is None else Sum(ct)
         return Affine(Outer(x, ct), d_b), (ct @ params.w.T).astype(x.dtype)

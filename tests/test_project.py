@@ -1,0 +1,105 @@
+"""What the project promises of itself: imports go down, the README's code runs, names are there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxprop as jp
+
+ROOT = Path(__file__).parent.parent
+FLOORS = [
+    {"factored", "layer"},
+    {"layers"},
+    {"combinators", "losses"},
+    {"backprop"},
+    {"training", "checking", "interop"},
+    {"explain", "bench"},
+    {"cli"},
+    {"__main__"},
+]
+PARTS = [part for floor in FLOORS for part in floor]
+
+
+def part(path):
+    return path.relative_to(ROOT / "jaxprop").with_suffix("").parts[0]
+
+
+def imports(path):
+    """(module, line) of every import of jaxprop in the file, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "jaxprop":
+                yield name, node.lineno
+
+
+FILES = [path for path in sorted((ROOT / "jaxprop").rglob("*.py")) if part(path) != "__init__"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_down(path):
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+    here = part(path)
+    assert here in floor, f"{path} has no floor in this test"
+    for name, line in imports(path):
+        there = name.split(".")[1]
+        assert there in floor, f"{path}:{line} imports {name} from the package's face"
+        if there != here:
+            assert floor[there] < floor[here], f"{path}:{line}: {here} imports {name}, going up"
+
+
+def test_the_floors_are_those_of_the_package():
+    assert sorted(set(map(part, FILES))) == sorted(PARTS)
+
+
+def test_readme_code_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+    out = capsys.readouterr().out
+    assert float(re.search(r"loss (\S+)", out).group(1)) < 1.0
+    assert len(blocks[0].strip().splitlines()) <= 11
+    assert len([line for line in blocks[2].splitlines() if line]) <= 15
+
+
+def test_readme_shows_what_the_command_prints(capsys):
+    from jaxprop.cli import main
+
+    main([])
+    shown = re.search(
+        r"```text\n(Step 1.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    ).group(1)
+    assert shown in capsys.readouterr().out
+
+
+def test_ci_runs_the_readme_s_test_command():
+    (command,) = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if "pytest" in line
+    ]
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in jp.__all__:
+        assert getattr(jp, name).__doc__, name
+    assert sorted(jp.__all__) == jp.__all__ or jp.__all__ == sorted(jp.__all__, key=str)
+
+
+def test_heavy_libraries_are_not_imported():
+    import subprocess
+    import sys
+
+    heavy = ("torch", "flax", "sklearn", "matplotlib", "orbax", "pytest")
+    code = f"import sys, jaxprop, jaxprop.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
