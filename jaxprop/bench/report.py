@@ -17,7 +17,7 @@ RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1
 EXPLANATION = """\
 hand: jp.value_and_grad; auto: jax.value_and_grad of the same loss. run, trace, compile, temp are
-ratios hand/auto, medians over neighbouring pairs [quartiles]; share is of the large matmul's rate."""
+ratios hand/auto, medians of neighbouring pairs [quartiles]; share is of a large matmul's rate."""
 SECONDS = {True: 2.0, False: 10.0}  # for the runs of a row; True is --quick
 BUILDS = {True: 3, False: 9}
 

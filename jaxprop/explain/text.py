@@ -129,10 +129,8 @@ def check(walk: Walkthrough) -> Iterator[str]:
     yield f"E before {fixed(walk.error)}"
     change = "the error fell" if walk.error_after < walk.error else "the error did not fall"
     yield f"E after  {fixed(walk.error_after)}    {change}"
-    yield (
-        f"By hand and by jax.grad, the largest difference over {_count(len(walk.chains()), 'weight')}: "
-        f"{walk.largest_difference:.1e}"
-    )
+    count, difference = _count(len(walk.chains()), "weight"), f"{walk.largest_difference:.1e}"
+    yield f"By hand and by jax.grad, the largest difference over {count}: {difference}"
     if walk.config == WORKED_EXAMPLE:
         yield ""
         yield "The article behind this example prints z2 = 0.10988248 and o2 = 0.66296548"
@@ -141,14 +139,13 @@ def check(walk: Walkthrough) -> Iterator[str]:
 
 def final(walk: Walkthrough) -> Iterator[str]:
     last = len(walk.curve) - 1
-    rows = [
-        walk.curve[i] for i in sorted({round(last * i / CURVE_ROWS) for i in range(CURVE_ROWS + 1)})
-    ]
+    shown = sorted({round(last * i / CURVE_ROWS) for i in range(CURVE_ROWS + 1)})
+    rows = [walk.curve[i] for i in shown]
     top = max((error for _, error in rows if math.isfinite(error)), default=0.0)
     width = len(str(walk.final.steps))
     for taken, error in rows:
-        share = error / top if top and math.isfinite(error) else 0.0
-        yield f"step {taken:>{width}}   E = {fixed(error):<11}  {'█' * round(CURVE_WIDTH * share)}".rstrip()
+        bar = "█" * round(CURVE_WIDTH * error / top) if top and math.isfinite(error) else ""
+        yield f"step {taken:>{width}}   E = {fixed(error):<11}  {bar}".rstrip()
     yield ""
     yield from _values(walk.final.outputs.keys(), walk.final.outputs.values())
     yield ""
