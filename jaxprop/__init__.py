@@ -13,12 +13,31 @@ against the other.
 
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
+from jaxprop.clipping import clipped_grad
 from jaxprop.combinators import chain, skip
-from jaxprop.factored import Factored, Outer, Sum
+from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
+from jaxprop.factored import Factored, Kronecker, Outer, Stacked, Sum
 from jaxprop.interop import custom_vjp
 from jaxprop.layer import Layer, Step
 from jaxprop.layers import Affine, Dense, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
+from jaxprop.quantities import (
+    Gradient,
+    Gram,
+    NoiseScale,
+    PerExampleGrads,
+    Quantity,
+    SecondMoment,
+    SqNorms,
+    Variance,
+    gram,
+    noise_scale,
+    per_example_grads,
+    per_example_sq_norms,
+    quantities,
+    second_moment,
+    variance,
+)
 from jaxprop.training import make_update, value_and_grad
 
 __all__ = [
@@ -28,23 +47,44 @@ __all__ = [
     "Dense",
     "Factored",
     "Gelu",
+    "Gradient",
+    "Gram",
     "HalfSquaredError",
+    "Kronecker",
     "Layer",
     "Loss",
+    "NoiseScale",
     "Outer",
+    "PerExampleGrads",
+    "Quantity",
     "Relu",
+    "SecondMoment",
     "Sigmoid",
     "Silu",
     "Softplus",
+    "SqNorms",
+    "Stacked",
     "Step",
     "Sum",
     "Tanh",
+    "Variance",
     "chain",
     "check_layer",
+    "clipped_grad",
     "custom_vjp",
+    "diag_ggn",
+    "ggn_root",
+    "gram",
+    "kronecker_factors",
     "loss_fn",
     "make_update",
+    "noise_scale",
+    "per_example_grads",
+    "per_example_sq_norms",
+    "quantities",
+    "second_moment",
     "skip",
     "value_and_grad",
+    "variance",
     "walk",
 ]

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from jaxprop.layer import Layer, Leave
 from jaxprop.losses import Loss
 
+Source = Callable[[Loss, Any, int], Any]
+
 
 def loss_fn(net: Layer, loss: Loss) -> Callable[[Any, Any, Any], Float[Array, ""]]:
     """``f(params, x, target)``: the mean over examples of the loss, a scalar.
@@ -35,25 +37,55 @@ def loss_fn(net: Layer, loss: Loss) -> Callable[[Any, Any, Any], Float[Array, ""
     return scalar
 
 
-def walk(net: Layer, loss: Loss, leave: Leave) -> Callable[[Any, Any, Any], tuple[Array, Any, Any]]:
+def mean_gradient(loss: Loss, residuals: Any, examples: int) -> Any:
+    """The source of the gradient: the cotangent of y for the mean over examples."""
+    return loss.backward(residuals) / examples
+
+
+def own_gradient(loss: Loss, residuals: Any, examples: int) -> Any:
+    """The source of per-example quantities: the cotangent of y for each example's own loss."""
+    return loss.backward(residuals)
+
+
+def walk(
+    net: Layer, loss: Loss, leave: Leave, source: Source = mean_gradient
+) -> Callable[[Any, Any, Any], tuple[Array, Any, Any]]:
     """``f(params, x, target) -> (value, left, d_x)``: one walk forward and back.
 
     ``left`` has the structure of the net's params, with ``leave(step)`` where each layer's params
-    stand. The walk starts from the gradient of the mean over examples. Under ``jit`` a result that
-    nobody uses is not computed; d_x of the first layer costs nothing if dropped.
+    stand. ``source(loss, residuals of the loss, N)`` is the cotangent of y to start from. Under
+    ``jit`` a result that nobody uses is not computed; d_x of the first layer costs nothing if
+    dropped.
     """
 
     def walked(params: Any, x: Any, target: Any) -> tuple[Array, Any, Any]:
-        with jax.named_scope("forward"):
-            y, residuals = net.forward(params, x)
-        with jax.named_scope("loss"):
-            values, loss_residuals = loss.forward(y, target)
-            ct = loss.backward(loss_residuals) / values.shape[0]
-        with jax.named_scope("backward"):
-            left, d_x = net.walk(params, residuals, ct, leave)
-        return _mean(values), left, d_x
+        value, examples, loss_residuals, pull = ahead(net, loss, params, x, target)
+        left, d_x = pull(source(loss, loss_residuals, examples), leave)
+        return value, left, d_x
 
     return walked
+
+
+Pull = Callable[[Any, Leave], tuple[Any, Any]]
+
+
+def ahead(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> tuple[Array, int, Any, Pull]:
+    """The way forward: ``(value, N, residuals of the loss, pull)``.
+
+    ``pull(ct, leave) -> (left, d_x)`` is the way back, which may be gone more than once.
+    """
+    with jax.named_scope("forward"):
+        y, residuals = net.forward(params, x)
+    with jax.named_scope("loss"):
+        values, loss_residuals = loss.forward(y, target)
+        value = _mean(values)
+
+    def pull(ct: Any, leave: Leave) -> tuple[Any, Any]:
+        with jax.named_scope("backward"):
+            ct = jax.tree.map(lambda ct, y: ct.astype(y.dtype), ct, y)
+            return net.walk(params, residuals, ct, leave)
+
+    return value, values.shape[0], loss_residuals, pull
 
 
 def _mean(values: Float[Array, " n"]) -> Float[Array, ""]:

@@ -1,15 +1,18 @@
 """Factored cotangents: a parameter's cotangent kept as its factors until somebody asks for its sum.
 
 The chain rule's last product for y = x w is dE/dw = sum_n x_n (outer) ct_n. Multiplied out, the
-examples are gone. Kept as the pair (x, ct), it still answers for each example, for squared
-norms, for curvature, at the price of what is asked and no more.
+examples are gone. Kept as the pair (x, ct), it still answers for each example, for squared norms,
+for curvature, at the price of what is asked and no more. Each form says how its parameter's share
+of one example, g_n, is made of factors; every other question has an answer through ``per_example``,
+and a faster one where the factors allow it.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, dataclass_transform
+import math
+from typing import Any, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +20,146 @@ from jax import Array
 from jaxtyping import Float
 
 
+class Kronecker(NamedTuple):
+    """a (outer) b, the Kronecker product of an (I, I) and an (O, O) matrix, for a param (I, O)."""
+
+    a: Float[Array, "i i"]
+    b: Float[Array, "o o"]
+
+
 @dataclass_transform(frozen_default=True)
 class Factored(abc.ABC):
-    """The cotangent of one parameter, not yet summed over examples (axis 0 of every factor)."""
+    """The cotangent of one parameter, sum_n g_n, not yet summed over the examples n.
+
+    Axis 0 of every factor is the example. Where a quantity takes ``over``, it is the name of a
+    ``jax.vmap`` axis of cotangents (the columns of a Hessian root) to sum over as well.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
     @abc.abstractmethod
+    def per_example(self) -> Float[Array, "n ..."]:
+        """g_n for each example: the parameter's shape behind an example axis."""
+
     def sum(self) -> Array:
-        """The parameter's cotangent, summed over examples and positions: what autodiff returns."""
+        """sum_n g_n: what autodiff returns."""
+        return self.per_example().sum(axis=0)
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
+        """sum_n weights_n g_n."""
+        g = self.per_example()
+        return jnp.tensordot(weights.astype(g.dtype), g, axes=1)
+
+    def sq_norms(self) -> Float[Array, " n"]:
+        """|g_n|^2 for each example."""
+        return _sq_norms(self.per_example())
+
+    def inner_products(self) -> Float[Array, "n n"]:
+        """<g_n, g_m> for each pair of examples."""
+        g = _wide(self.per_example())
+        g = g.reshape(len(g), -1)
+        return g @ g.T
+
+    def second_moment(self, over: str | None = None) -> Array:
+        """sum_n g_n^2, elementwise."""
+        return _total(jnp.sum(_wide(self.per_example()) ** 2, axis=0), over)
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        """The two Gram matrices, sums over examples and positions: of the input and of ct."""
+        raise TypeError(f"{type(self).__name__} has no Kronecker factors")
+
+
+class Stacked(Factored):
+    """g_n itself, of shape (N, ...): what any layer's backward gives, one example at a time."""
+
+    g: Float[Array, "n ..."]
+
+    def per_example(self) -> Float[Array, "n ..."]:
+        return self.g
+
+
+class Sum(Factored):
+    """g_n = sum over positions t of ct[n, t], of shape (O,)."""
+
+    ct: Float[Array, "n ... o"]
+
+    def per_example(self) -> Float[Array, "n o"]:
+        return self.ct.sum(axis=tuple(range(1, self.ct.ndim - 1)))
+
+    def sum(self) -> Float[Array, " o"]:
+        return self.ct.sum(axis=tuple(range(self.ct.ndim - 1)))
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, " o"]:
+        return Sum(_weighted(self.ct, weights)).sum()
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        ct = _rows(self.ct)
+        return Kronecker(jnp.full((1, 1), len(self.ct), ct.dtype), _total(ct.T @ ct, over))
 
 
 class Outer(Factored):
-    """sum over n and positions t of x[n, t] (outer) ct[n, t], of shape (I, O)."""
+    """g_n = sum over positions t of x[n, t] (outer) ct[n, t], of shape (I, O)."""
 
     x: Float[Array, "n ... i"]
     ct: Float[Array, "n ... o"]
+
+    def per_example(self) -> Float[Array, "n i o"]:
+        return jnp.einsum("nti,nto->nio", *self._sequences())
 
     def sum(self) -> Float[Array, "i o"]:
         summed = tuple(range(self.x.ndim - 1))
         return jnp.tensordot(self.x, self.ct, axes=(summed, summed))
 
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
+        return Outer(self.x, _weighted(self.ct, weights)).sum()
 
-class Sum(Factored):
-    """sum over n and positions t of ct[n, t], of shape (O,)."""
+    def sq_norms(self) -> Float[Array, " n"]:
+        """|x|^2 |ct|^2; along T positions <X X^T, C C^T>, or |X^T C|^2 where that is cheaper."""
+        x, ct = map(_wide, self._sequences())
+        (_, t, i), o = x.shape, ct.shape[-1]
+        if t == 1:
+            return _sq_norms(x) * _sq_norms(ct)
+        if t * (i + o) > i * o:
+            return super().sq_norms()
+        return jnp.sum(
+            jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct), axis=(1, 2)
+        )
 
-    ct: Float[Array, "n ... o"]
+    def inner_products(self) -> Float[Array, "n n"]:
+        """(x_n . x_m)(ct_n . ct_m), summed over pairs of positions, or through g where cheaper."""
+        x, ct = map(_wide, self._sequences())
+        (n, t, i), o = x.shape, ct.shape[-1]
+        if n * t * t * (i + o) > (t + n) * i * o:
+            return super().inner_products()
+        products = jnp.einsum("nti,msi->ntms", x, x) * jnp.einsum("nto,mso->ntms", ct, ct)
+        return products.sum(axis=(1, 3))
 
-    def sum(self) -> Float[Array, " o"]:
-        return self.ct.sum(axis=tuple(range(self.ct.ndim - 1)))
+    def second_moment(self, over: str | None = None) -> Float[Array, "i o"]:
+        """(x^2)^T (ct^2). Along T > 1 positions the sum over them comes before the square."""
+        x, ct = map(_wide, self._sequences())
+        if x.shape[1] == 1:
+            return jnp.tensordot(x[:, 0] ** 2, _total(ct[:, 0] ** 2, over), axes=(0, 0))
+
+        def add(total: Array, example: tuple[Array, Array]) -> tuple[Array, None]:
+            x, ct = example
+            return total + (x.T @ ct) ** 2, None
+
+        zero = jnp.zeros((x.shape[-1], ct.shape[-1]), x.dtype)
+        return _total(jax.lax.scan(add, zero, (x, ct))[0], over)
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        x, ct = _rows(self.x), _rows(self.ct)
+        return Kronecker(x.T @ x, _total(ct.T @ ct, over))
+
+    def _sequences(self) -> tuple[Float[Array, "n t i"], Float[Array, "n t o"]]:
+        """The factors with their positions on one axis, of length 1 where there are none."""
+        length = math.prod(self.x.shape[1:-1])
+        return (
+            self.x.reshape(self.x.shape[0], length, self.x.shape[-1]),
+            self.ct.reshape(self.ct.shape[0], length, self.ct.shape[-1]),
+        )
 
 
 def summed(d_params: Any) -> Any:
@@ -55,10 +167,34 @@ def summed(d_params: Any) -> Any:
     return jax.tree.map(
         lambda leaf: leaf.sum() if isinstance(leaf, Factored) else leaf,
         d_params,
-        is_leaf=lambda leaf: isinstance(leaf, Factored),
+        is_leaf=is_factored,
     )
 
 
 def gradient(params: Any, d_params: Any) -> Any:
     """The summed d_params in the dtypes of params."""
     return jax.tree.map(lambda p, d: d.astype(p.dtype), params, summed(d_params))
+
+
+def is_factored(leaf: object) -> bool:
+    return isinstance(leaf, Factored)
+
+
+def _weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Array, "n ..."]:
+    return ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
+def _rows(x: Float[Array, "n ... d"]) -> Float[Array, "m d"]:
+    return _wide(x).reshape(-1, x.shape[-1])
+
+
+def _sq_norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
+    return jnp.sum(_wide(x) ** 2, axis=tuple(range(1, x.ndim)))
+
+
+def _total(x: Array, over: str | None) -> Array:
+    return x if over is None else jax.lax.psum(x, over)

@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import chex
 import jax
@@ -77,6 +77,10 @@ class Layer(Static):
         super().__init_subclass__(**kwargs)
         if "forward" in vars(cls) and not inspect.isabstract(cls):
             cls.forward = _held_to_init(cls.forward)
+
+    batch_coupled: ClassVar[bool] = False
+    """Whether an example's y depends on the batch's other examples; then it has no gradient of its
+    own, and per-example quantities raise."""
 
     def init(self, key: chex.PRNGKey, x: Any) -> Any:
         """Params for inputs like x (an array or ``jax.ShapeDtypeStruct``); ``()`` for none."""

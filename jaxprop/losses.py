@@ -4,14 +4,17 @@
 example; ``backward`` gives the cotangent of y for each example's *own* loss. The scalar loss is
 the mean over examples, and the 1/N enters where the mean is taken, not here.
 
-Values are computed and returned in at least float32; cotangents have the dtype of y.
+All is computed and returned in at least float32: in bfloat16 p - 1 is 0 from p = 0.998 on. The walk
+casts the cotangent to the dtype of y.
 """
 
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -31,9 +34,28 @@ class Loss(Static):
     def backward(self, residuals: Any, /) -> Array:
         """The cotangent of y, for each example's own loss."""
 
+    def hessian_root(self, residuals: Any, /) -> Float[Array, "c n ..."]:
+        """S with sum_c S_c S_c^T the Hessian by y of each example's own loss.
+
+        The column c is a cotangent of y, so that a walk back from it gives a column of J^T S: the
+        root of the generalised Gauss-Newton matrix (Schraudolph 2002,
+        https://doi.org/10.1162/08997660260028683).
+        """
+        raise NotImplementedError(f"{self} has no hessian_root")
+
+    def sample(self, key: chex.PRNGKey, residuals: Any, /) -> Array:
+        """A random cotangent s of y with E s = 0 and E s s^T the Hessian that hessian_root roots.
+
+        It is the gradient at a target drawn from the model's own distribution, whose covariance
+        is the Fisher information (Martens 2020, https://jmlr.org/papers/v21/17-678.html).
+        """
+        raise NotImplementedError(f"{self} has no sample")
+
 
 class HalfSquaredError(Loss):
     """E = 1/2 sum_j (y_j - t_j)^2 for each example, so dE/dy_j = y_j - t_j.
+
+    The Hessian is the identity, and the model's distribution a normal one of unit variance.
 
     y and target are floating, both (N, ...); all axes but the first are summed.
     """
@@ -44,17 +66,25 @@ class HalfSquaredError(Loss):
         _check(self, y, target, y.shape, jnp.floating)
         wide = _wide(y)
         error = wide - target.astype(wide.dtype)
-        return 0.5 * jnp.sum(error**2, axis=_positions(error)), error.astype(y.dtype)
+        return 0.5 * jnp.sum(error**2, axis=_positions(error)), error
 
     def backward(self, residuals: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         return residuals
+
+    def hessian_root(self, residuals: Float[Array, "n ..."]) -> Float[Array, "c n ..."]:
+        return _columns(jnp.ones_like(residuals))
+
+    def sample(self, key: chex.PRNGKey, residuals: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        return jax.random.normal(key, residuals.shape, residuals.dtype)
 
 
 class CrossEntropy(Loss):
     """E = log sum_j exp(y_j) - y_t for logits y and the target class t, the mean over positions.
 
     The derivative of log-sum-exp is the softmax, p_j = exp(y_j) / sum_k exp(y_k), so
-    dE/dy_j = p_j - [j = t] (Bridle 1990, https://doi.org/10.1007/978-3-642-76153-9_28).
+    dE/dy_j = p_j - [j = t] (Bridle 1990, https://doi.org/10.1007/978-3-642-76153-9_28). The
+    Hessian is diag(p) - p p^T = sum_c p_c (e_c - p)(e_c - p)^T, the covariance of e_c - p for a
+    class c drawn from p.
 
     y is (N, C) or (N, T, C), floating; target (N,) or (N, T), integers in [0, C). A target of -1
     is padding: it weighs nothing, and the mean of an example is over its other positions (an
@@ -77,33 +107,74 @@ class CrossEntropy(Loss):
         count = jnp.maximum(valid.sum(_positions(valid), keepdims=True), 1)
         weight = valid.astype(logits.dtype) / count.astype(logits.dtype)
         values = jnp.sum(each * weight, axis=_positions(valid))
-        return values, ((powers / total).astype(y.dtype), chosen, weight.astype(y.dtype))
+        return values, (powers / total, chosen, weight)
 
     def backward(self, residuals: Any) -> Float[Array, "n ... c"]:
         p, chosen, weight = residuals
         return (p - jax.nn.one_hot(chosen, p.shape[-1], dtype=p.dtype)) * weight[..., None]
+
+    def hessian_root(self, residuals: Any) -> Float[Array, "c n ... c"]:
+        """Columns sqrt(p_c) (e_c - p), for each position in turn: (T C, N, T, C) for y (N, T, C)."""
+        p, _, weight = residuals
+        classes = jnp.eye(p.shape[-1], dtype=p.dtype)
+        root = jnp.sqrt(p * weight[..., None])
+        columns = jnp.moveaxis(root[..., None, :] * (classes - p[..., None]), -1, 0)
+        if p.ndim == 2:
+            return columns
+        columns = columns.reshape(p.shape[-1], p.shape[0], -1, p.shape[-1])
+        positions = jnp.eye(columns.shape[2], dtype=p.dtype)
+        each = columns * positions[:, None, None, :, None]
+        return each.reshape(-1, *p.shape)
+
+    def sample(self, key: chex.PRNGKey, residuals: Any) -> Float[Array, "n ... c"]:
+        p, _, weight = residuals
+        drawn = jax.random.categorical(key, jnp.log(p))
+        one_hot = jax.nn.one_hot(drawn, p.shape[-1], dtype=p.dtype)
+        return (p - one_hot) * jnp.sqrt(weight)[..., None]
 
 
 class BinaryCrossEntropy(Loss):
     """E = log(1 + exp(y)) - t y for logits y, the mean over an example's outputs.
 
     This is -t log s - (1 - t) log(1 - s) with s = sigmoid(y), without its overflow. The derivative
-    of log(1 + exp(y)) is s, so dE/dy = (s - t) / (outputs of an example).
+    of log(1 + exp(y)) is s, so dE/dy = (s - t) / (outputs of an example). The Hessian is diagonal,
+    s (1 - s) / (outputs of an example), the variance of a target drawn with probability s.
 
     y is floating, target has its shape (N, ...), with values in [0, 1] of any real dtype or bool.
     """
 
     def forward(
         self, y: Float[Array, "n ..."], target: Array
-    ) -> tuple[Float[Array, " n"], Float[Array, "n ..."]]:
+    ) -> tuple[Float[Array, " n"], tuple[Float[Array, "n ..."], Float[Array, "n ..."]]]:
         _check(self, y, target, y.shape, jnp.floating, jnp.integer, jnp.bool_)
         logits = _wide(y)
         t = target.astype(logits.dtype)
         values = jnp.mean(jax.nn.softplus(logits) - t * logits, axis=_positions(y))
-        return values, (jax.nn.sigmoid(logits) - t).astype(y.dtype)
+        return values, (jax.nn.sigmoid(logits), t)
 
-    def backward(self, residuals: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-        return residuals / max(residuals[0].size, 1)
+    def backward(self, residuals: Any) -> Float[Array, "n ..."]:
+        s, t = residuals
+        return (s - t) / _outputs(s)
+
+    def hessian_root(self, residuals: Any) -> Float[Array, "c n ..."]:
+        s, _ = residuals
+        return _columns(jnp.sqrt(s * (1 - s) / _outputs(s)))
+
+    def sample(self, key: chex.PRNGKey, residuals: Any) -> Float[Array, "n ..."]:
+        s, _ = residuals
+        drawn = jax.random.bernoulli(key, s).astype(s.dtype)
+        return (s - drawn) / math.sqrt(_outputs(s))
+
+
+def _columns(root: Float[Array, "n ..."]) -> Float[Array, "c n ..."]:
+    """The columns of a diagonal root: each is zero but for one of an example's outputs."""
+    flat = root.reshape(root.shape[0], -1)
+    columns = flat * jnp.eye(flat.shape[1], dtype=root.dtype)[:, None, :]
+    return columns.reshape(-1, *root.shape)
+
+
+def _outputs(y: Array) -> int:
+    return math.prod(y.shape[1:])
 
 
 def _wide(y: Array) -> Array:

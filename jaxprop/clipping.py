@@ -1,0 +1,152 @@
+"""Clipped gradients: each example's own gradient is bounded before the mean is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.backprop import ahead, own_gradient, walk
+from jaxprop.factored import Factored, gradient
+from jaxprop.layer import Layer, Step
+from jaxprop.losses import Loss
+from jaxprop.quantities import Forms, SqNorms, factored, quantities, total
+
+
+def clipped_grad(
+    net: Layer,
+    loss: Loss,
+    max_norm: float,
+    noise_multiplier: float = 0.0,
+    *,
+    per_layer: bool = False,
+    two_pass: bool = False,
+) -> Callable[..., tuple[Array, Any]]:
+    """``f(params, x, target, key=None) -> (value, grads)``: the mean of clipped gradients.
+
+    With g_n the gradient of example n's own loss, grads is 1/N sum_n g_n min(1, max_norm / |g_n|),
+    and no g_n is ever formed: one walk back leaves the factors, the norms come from them, and so
+    does the weighted sum.
+
+    Args:
+        net: the network. A layer that couples the examples of a batch raises ``ValueError``.
+        loss: the loss; ``value`` is its mean, not clipped.
+        max_norm: the bound on |g_n|, positive.
+        noise_multiplier: with more than 0, DP-SGD (Abadi et al. 2016,
+            https://arxiv.org/abs/1607.00133): normal noise of standard deviation
+            noise_multiplier * max_norm is added to each entry of the *sum* of clipped gradients
+            before the division by N. This is the definition of
+            ``optax.contrib.differentially_private_aggregate`` and of the accountants that take a
+            noise multiplier. It needs a ``key``, a new one each step.
+        per_layer: bound each layer's part of g_n by max_norm by itself. The whole of L layers with
+            params is then bounded by sqrt(L) max_norm, and the noise is that much larger.
+        two_pass: walk back twice, for the norms and then for the sum, and keep no layer's
+            cotangents in between: more time, less memory where the chain is long.
+
+    Returns:
+        ``f``, whose grads are like params. It can stand for ``value_and_grad`` in ``make_update``.
+    """
+    if not isinstance(max_norm, jax.core.Tracer) and not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, not {max_norm}")
+    if noise_multiplier < 0:
+        raise ValueError(f"noise_multiplier must not be negative, not {noise_multiplier}")
+    if per_layer and two_pass:
+        raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
+    clip = _by_layer if per_layer else _in_two_passes if two_pass else _in_one_pass
+    clipped = clip(net, loss, max_norm)
+
+    def of_batch(
+        params: Any, x: Any, target: Any, key: chex.PRNGKey | None = None
+    ) -> tuple[Array, Any]:
+        value, grads, layers, examples = clipped(params, x, target)
+        if noise_multiplier:
+            if key is None:
+                raise ValueError("a noise_multiplier needs a key, a new one each step")
+            sensitivity = max_norm * math.sqrt(layers if per_layer else 1)
+            grads = _noisy(key, grads, noise_multiplier * sensitivity / examples)
+        return value, grads
+
+    return of_batch
+
+
+_Clipped = Callable[[Any, Any, Any], tuple[Array, Any, int, int]]
+
+
+def _in_one_pass(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
+    take = quantities(net, loss, forms=Forms(), sq_norms=SqNorms())
+
+    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, int, int]:
+        taken = take(params, x, target)
+        weights = _weights(taken["sq_norms"], max_norm)
+        return taken["value"], _weighted(params, taken["forms"], weights), 1, weights.size
+
+    return clipped
+
+
+def _in_two_passes(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
+    def norms(step: Step) -> Any:
+        return total(lambda form: form.sq_norms(), factored(step))
+
+    def sums(step: Step) -> Any:
+        return gradient(step.params, step.d_params)
+
+    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, int, int]:
+        value, examples, residuals, pull = ahead(net, loss, params, x, target)
+        ct = loss.backward(residuals)
+        left, _ = pull(ct, norms)
+        weights = _weights(total(lambda sq_norms: sq_norms, left), max_norm)
+        weighted = ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
+        grads, _ = pull(weighted, sums)
+        return value, grads, 1, examples
+
+    return clipped
+
+
+def _by_layer(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
+    layers = 0
+
+    def leave(step: Step) -> Any:
+        nonlocal layers
+        forms = factored(step)
+        if not jax.tree.leaves(step.params):
+            return step.params
+        layers += 1
+        weights = _weights(total(lambda form: form.sq_norms(), forms), max_norm)
+        return _weighted(step.params, forms, weights)
+
+    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, int, int]:
+        nonlocal layers
+        layers = 0
+        value, grads, _ = walk(net, loss, leave, own_gradient)(params, x, target)
+        return value, grads, layers, len(jax.tree.leaves(x)[0])
+
+    return clipped
+
+
+def _weights(sq_norms: Float[Array, " n"], max_norm: float) -> Float[Array, " n"]:
+    """min(1, max_norm / |g_n|) / N."""
+    tiny = jnp.finfo(sq_norms.dtype).tiny
+    return jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.maximum(sq_norms, tiny))) / sq_norms.size
+
+
+def _weighted(params: Any, forms: Any, weights: Float[Array, " n"]) -> Any:
+    def weighted(param: Array, form: Factored) -> Array:
+        return form.weighted_sum(weights).astype(param.dtype)
+
+    return jax.tree.map(weighted, params, forms)
+
+
+def _noisy(key: chex.PRNGKey, grads: Any, deviation: Any) -> Any:
+    leaves, structure = jax.tree.flatten(grads)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [
+        leaf + (deviation * jax.random.normal(k, leaf.shape)).astype(leaf.dtype)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noisy)

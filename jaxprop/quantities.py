@@ -1,0 +1,285 @@
+"""What one walk can take from the factored cotangents, besides their sum.
+
+The scalar loss is the mean over the N examples. A per-example quantity is that of each example's
+*own* loss, so that the mean of the per-example gradients is the gradient (there is no 1/N in them).
+Each function here is called as ``jp.value_and_grad`` is, with a net and a loss, and returns a
+function of (params, x, target). Quantities that are asked for together share one walk:
+``quantities``.
+
+A layer whose cotangents are not factored serves as well: its backward is then taken one example
+at a time. A layer that couples the examples of a batch has no per-example gradient, and raises.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.backprop import own_gradient, walk
+from jaxprop.factored import Factored, Stacked, is_factored, summed
+from jaxprop.layer import Layer, Static, Step
+from jaxprop.losses import Loss
+
+OfBatch = Callable[[Any, Any, Any], Any]
+
+
+class Quantity(Static):
+    """What is taken at each layer from its params' cotangents, and made of all of it at the end."""
+
+    @abc.abstractmethod
+    def take(self, params: Any, forms: Any, examples: int) -> Any:
+        """At one layer: forms is like params, with each example's own cotangent, factored."""
+
+    def finish(self, taken: Any, examples: int) -> Any:
+        """taken is like the net's params, with what ``take`` gave where a layer's params stand."""
+        del examples
+        return taken
+
+
+class Gradient(Quantity):
+    """The gradient of the mean over examples; like params."""
+
+    def take(self, params: Any, forms: Any, examples: int) -> Any:
+        return _each(lambda p, form: _mean(form, examples).astype(p.dtype), params, forms)
+
+
+class PerExampleGrads(Quantity):
+    """Each example's gradient; like params, behind an example axis."""
+
+    def take(self, params: Any, forms: Any, examples: int) -> Any:
+        return _each(lambda p, form: form.per_example().astype(p.dtype), params, forms)
+
+
+class SqNorms(Quantity):
+    """|g_n|^2, (N,): over all params, or for each layer where its params stand (``per_layer``)."""
+
+    per_layer: bool = False
+
+    def take(self, params: Any, forms: Any, examples: int) -> Any:
+        return total(lambda form: form.sq_norms(), forms)
+
+    def finish(self, taken: Any, examples: int) -> Any:
+        return taken if self.per_layer else total(_itself, taken)
+
+
+class Gram(Quantity):
+    """<g_n, g_m> over all params, (N, N)."""
+
+    def take(self, params: Any, forms: Any, examples: int) -> Any:
+        return total(lambda form: form.inner_products(), forms)
+
+    def finish(self, taken: Any, examples: int) -> Any:
+        return total(_itself, taken)
+
+
+class SecondMoment(Quantity):
+    """The mean over examples of g_n^2, elementwise; like params, in at least float32."""
+
+    def take(self, params: Any, forms: Any, examples: int) -> Any:
+        return _each(lambda _, form: form.second_moment() / examples, params, forms)
+
+
+class Variance(Quantity):
+    """The mean over examples of (g_n - mean)^2, elementwise: second moment - gradient^2."""
+
+    def take(self, params: Any, forms: Any, examples: int) -> Any:
+        def variance(_: Array, form: Factored) -> Array:
+            moment = form.second_moment() / examples
+            return moment - _mean(form, examples).astype(moment.dtype) ** 2
+
+        return _each(variance, params, forms)
+
+
+class NoiseScale(Quantity):
+    """tr(S) / |G|^2, with S the covariance of g_n and G its mean, each by its unbiased estimate.
+
+    With m the mean of |g_n|^2 and g the gradient, E m = |G|^2 + tr S and E |g|^2 = |G|^2 + tr S / N
+    give tr S = (m - |g|^2) N / (N - 1) and |G|^2 = (N |g|^2 - m) / (N - 1): the simple noise scale
+    of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one batch.
+    """
+
+    def take(self, params: Any, forms: Any, examples: int) -> Any:
+        def pair(form: Factored) -> Array:
+            mean = _mean(form, examples)
+            wide = mean.astype(jnp.float32) if mean.dtype.itemsize < 4 else mean
+            return jnp.stack([jnp.mean(form.sq_norms()), jnp.sum(wide**2)])
+
+        return total(pair, forms)
+
+    def finish(self, taken: Any, examples: int) -> Array:
+        if examples < 2:
+            raise ValueError("the noise scale is estimated from at least 2 examples, not 1")
+        mean_of_squares, square_of_mean = total(_itself, taken)
+        trace = (mean_of_squares - square_of_mean) * examples / (examples - 1)
+        return trace * (examples - 1) / (examples * square_of_mean - mean_of_squares)
+
+
+class Forms(Quantity):
+    """The factored cotangents themselves; like params."""
+
+    def take(self, params: Any, forms: Any, examples: int) -> Any:
+        return forms
+
+
+def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> Callable[..., dict[str, Any]]:
+    """``f(params, x, target)``: a dict of the quantities asked for, and ``value``, from one walk.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net, loss, x = jp.chain(jp.Dense(2)), jp.HalfSquaredError(), jnp.ones((3, 4))
+        >>> params = net.init(jax.random.key(0), x)
+        >>> f = jp.quantities(net, loss, grads=jp.Gradient(), norms=jp.SqNorms())
+        >>> {name: jax.tree.map(jnp.shape, result)
+        ...  for name, result in f(params, x, jnp.ones((3, 2))).items()}
+        {'value': (), 'grads': (Affine(w=(4, 2), b=(2,)),), 'norms': (3,)}
+    """
+    if "value" in asked:
+        raise ValueError("'value' is the name of the loss; call the quantity something else")
+    for name, quantity in asked.items():
+        if not isinstance(quantity, Quantity):
+            raise TypeError(f"{name} is not a quantity but {quantity!r}; write jp.Gradient(), say")
+
+    def leave(step: Step) -> _Seat:
+        forms, examples = factored(step), jax.tree.leaves(step.ct)[0].shape[0]
+        return _Seat(
+            {name: quantity.take(step.params, forms, examples) for name, quantity in asked.items()}
+        )
+
+    back = walk(net, loss, leave, own_gradient)
+
+    def of_batch(params: Any, x: Any, target: Any) -> dict[str, Any]:
+        value, left, _ = back(params, x, target)
+        examples = jax.tree.leaves(x)[0].shape[0]
+        return {"value": value} | {
+            name: quantity.finish(_picked(left, name), examples) for name, quantity in asked.items()
+        }
+
+    return of_batch
+
+
+def _alone(net: Layer, loss: Loss, quantity: Quantity) -> OfBatch:
+    together = quantities(net, loss, it=quantity)
+    return lambda params, x, target: together(params, x, target)["it"]
+
+
+def per_example_grads(net: Layer, loss: Loss) -> OfBatch:
+    """``f(params, x, target)``: each example's own gradient; like params, behind an example axis.
+
+    Their mean over the example axis is the gradient.
+    """
+    return _alone(net, loss, PerExampleGrads())
+
+
+def per_example_sq_norms(net: Layer, loss: Loss, *, per_layer: bool = False) -> OfBatch:
+    """``f(params, x, target)``: the squared norm of each example's own gradient, (N,).
+
+    No per-example gradient is formed: for a dense layer it is |x_n|^2 |ct_n|^2 (Goodfellow 2015,
+    https://arxiv.org/abs/1510.01799). With ``per_layer`` the result is like the net's params, with
+    (N,) where a layer's params stand (and ``()`` for a layer without).
+    """
+    return _alone(net, loss, SqNorms(per_layer))
+
+
+def gram(net: Layer, loss: Loss) -> OfBatch:
+    """``f(params, x, target)``: <g_n, g_m> of all pairs of per-example gradients, (N, N)."""
+    return _alone(net, loss, Gram())
+
+
+def second_moment(net: Layer, loss: Loss) -> OfBatch:
+    """``f(params, x, target)``: the mean over examples of the squared per-example gradients.
+
+    Like params, in at least float32. Not the square of the gradient: what the gradient's entries
+    would be if each example's were squared first.
+    """
+    return _alone(net, loss, SecondMoment())
+
+
+def variance(net: Layer, loss: Loss) -> OfBatch:
+    """``f(params, x, target)``: the variance over examples of each entry of the gradient.
+
+    Like params, in at least float32: ``second_moment`` minus the square of the gradient, with N
+    (not N - 1) below.
+    """
+    return _alone(net, loss, Variance())
+
+
+def noise_scale(net: Layer, loss: Loss) -> OfBatch:
+    """``f(params, x, target)``: the simple noise scale tr(S) / |G|^2 from one batch, a scalar.
+
+    S is the covariance of the per-example gradients and G the true gradient, each replaced by its
+    unbiased estimate (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162). It says how large
+    a batch is worth its cost. On a small batch the estimate of |G|^2 may come out negative, and the
+    ratio with it. Raises ``ValueError`` for a batch of one.
+    """
+    return _alone(net, loss, NoiseScale())
+
+
+def factored(step: Step) -> Any:
+    """d_params with a ``Factored`` cotangent at every leaf.
+
+    Where backward gave a plain array, that array has lost its examples; the layer's backward is
+    then taken again, one example at a time. Raises ``ValueError`` for a batch-coupled layer.
+    """
+    if step.layer.batch_coupled:
+        raise ValueError(
+            f"{step.layer} couples the examples of a batch: an example has no gradient of its own, "
+            "and no per-example quantity exists"
+        )
+    leaves = jax.tree.leaves(step.d_params, is_leaf=is_factored)
+    if all(map(is_factored, leaves)):
+        return step.d_params
+
+    def alone(residuals: Any, ct: Any) -> Any:
+        residuals, ct = jax.tree.map(lambda leaf: leaf[None], (residuals, ct))
+        return summed(step.layer.backward(step.params, residuals, ct)[0])
+
+    each = jax.vmap(alone)(step.residuals, step.ct)
+    return jax.tree.map(
+        lambda _, d, g: d if is_factored(d) else Stacked(g), step.params, step.d_params, each
+    )
+
+
+@jax.tree_util.register_pytree_node_class
+class _Seat:
+    """What was taken at one layer, by name."""
+
+    def __init__(self, by_name: dict[str, Any]) -> None:
+        self.by_name = by_name
+
+    def tree_flatten(self) -> tuple[tuple[dict[str, Any]], None]:
+        return (self.by_name,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[dict[str, Any]]) -> _Seat:
+        return cls(*children)
+
+
+def _picked(left: Any, name: str) -> Any:
+    def is_seat(node: Any) -> bool:
+        return isinstance(node, _Seat)
+
+    return jax.tree.map(lambda seat: seat.by_name[name], left, is_leaf=is_seat)
+
+
+def _each(f: Callable[[Array, Factored], Any], params: Any, forms: Any) -> Any:
+    return jax.tree.map(f, params, forms)
+
+
+def _mean(form: Factored, examples: int) -> Array:
+    return form.weighted_sum(jnp.full(examples, 1 / examples))
+
+
+def total(f: Callable[[Any], Array], forms: Any) -> Any:
+    """f summed over the leaves, which may be factored; () where there are none."""
+    leaves = jax.tree.leaves(forms, is_leaf=is_factored)
+    return sum(map(f, leaves[1:]), start=f(leaves[0])) if leaves else ()
+
+
+def _itself(leaf: Array) -> Array:
+    return leaf

@@ -1,0 +1,110 @@
+"""The quantities as ``jax.grad``, ``jax.vmap`` and ``jax.jacrev`` of ``loss_fn`` give them.
+
+The same interface as jaxprop's functions, written without any of its backward passes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+import jaxprop as jp
+
+
+def per_example_grads(net, loss):
+    def own(params, x, target):
+        return jp.loss_fn(net, loss)(params, x[None], target[None])
+
+    return jax.vmap(jax.grad(own), (None, 0, 0))
+
+
+def _leaves(grads):
+    return [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(grads)]
+
+
+def per_example_sq_norms(net, loss):
+    def f(params, x, target):
+        return sum(
+            (leaf**2).sum(1) for leaf in _leaves(per_example_grads(net, loss)(params, x, target))
+        )
+
+    return f
+
+
+def gram(net, loss):
+    def f(params, x, target):
+        return sum(
+            leaf @ leaf.T for leaf in _leaves(per_example_grads(net, loss)(params, x, target))
+        )
+
+    return f
+
+
+def second_moment(net, loss):
+    def f(params, x, target):
+        grads = per_example_grads(net, loss)(params, x, target)
+        return jax.tree.map(lambda g: (g**2).mean(0), grads)
+
+    return f
+
+
+def variance(net, loss):
+    def f(params, x, target):
+        grads = per_example_grads(net, loss)(params, x, target)
+        return jax.tree.map(lambda g: ((g - g.mean(0)) ** 2).mean(0), grads)
+
+    return f
+
+
+def noise_scale(net, loss):
+    def f(params, x, target):
+        flat = jnp.concatenate(_leaves(per_example_grads(net, loss)(params, x, target)), 1)
+        n = len(flat)
+        trace = flat.var(0, ddof=1).sum()
+        return trace / ((flat.mean(0) ** 2).sum() - trace / n)
+
+    return f
+
+
+def clipped_grad(net, loss, max_norm):
+    def f(params, x, target):
+        grads = per_example_grads(net, loss)(params, x, target)
+        norms = jnp.sqrt(per_example_sq_norms(net, loss)(params, x, target))
+        weights = jnp.where(norms > max_norm, max_norm / norms, 1)
+        value = jp.loss_fn(net, loss)(params, x, target)
+        return value, jax.tree.map(lambda g: jnp.tensordot(weights, g, 1) / len(weights), grads)
+
+    return f
+
+
+def ggn_blocks(net, loss):
+    """For each example and each param, J^T H J of that param alone: like params, (N, P, P)."""
+
+    def own(params, x, target):
+        def output(params):
+            return net.forward(params, x[None])[0].ravel()
+
+        y = output(params)
+        shape = net.forward(params, x[None])[0].shape
+
+        def value(y):
+            return loss.forward(y.reshape(shape), target[None])[0][0]
+
+        hessian = jax.hessian(value)(y)
+        jacobian = jax.jacrev(output)(params)
+
+        def block(j):
+            j = j.reshape(len(y), -1)
+            return j.T @ hessian @ j
+
+        return jax.tree.map(block, jacobian)
+
+    return jax.vmap(own, (None, 0, 0))
+
+
+def diag_ggn(net, loss):
+    def f(params, x, target):
+        blocks = ggn_blocks(net, loss)(params, x, target)
+        return jax.tree.map(
+            lambda p, b: jnp.diagonal(b, axis1=1, axis2=2).mean(0).reshape(p.shape), params, blocks
+        )
+
+    return f

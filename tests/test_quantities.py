@@ -1,0 +1,456 @@
+"""Every quantity against its oracle, on every net of the table, and what they mean together."""
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from table import LOSSES, TABLE, Row, at, relative_error, row_id
+
+import jaxprop as jp
+
+
+class Plain(jp.Layer):
+    """A user's layer whose cotangents are plain arrays: y = tanh(x w) * s, s a scalar."""
+
+    features: int
+
+    def init(self, key, x):
+        return {
+            "w": jax.random.normal(key, (x.shape[-1], self.features), x.dtype),
+            "s": jnp.ones((), x.dtype),
+        }
+
+    def forward(self, params, x):
+        h = jnp.tanh(x @ params["w"])
+        return h * params["s"], (x, h)
+
+    def backward(self, params, residuals, ct):
+        x, h = residuals
+        d_z = ct * params["s"] * (1 - h**2)
+        axes = tuple(range(x.ndim - 1))
+        d_params = {"w": jnp.tensordot(x, d_z, (axes, axes)), "s": jnp.sum(ct * h)}
+        return d_params, d_z @ params["w"].T
+
+
+class Mixed(jp.Layer):
+    """One factored cotangent and one plain one in the same layer."""
+
+    def init(self, key, x):
+        return (jnp.ones(x.shape[-1], x.dtype), jnp.zeros(x.shape[-1], x.dtype))
+
+    def forward(self, params, x):
+        return x * params[0] + params[1], x
+
+    def backward(self, params, x, ct):
+        axes = tuple(range(x.ndim - 1))
+        return (jnp.sum(x * ct, axes), jp.Sum(ct)), ct * params[0]
+
+
+def normal(*shape):
+    return np.random.default_rng(1).normal(size=shape)
+
+
+ROWS = [
+    *(row for row in TABLE if jax.tree.leaves(at(row)[0])),
+    Row(Plain(3), normal(4, 5)),
+    Row(jp.chain(jp.Dense(4), jp.skip(Plain(4)), Mixed(), jp.Dense(2)), normal(4, 2, 3)),
+    Row(jp.chain(jp.Dense(2), jp.Relu()), normal(3, 7, 2)),  # T (I + O) > I O: through g
+    Row(jp.Dense(9), normal(2, 2, 8)),  # through the Gram matrices
+]
+rows = pytest.mark.parametrize("row", ROWS, ids=row_id)
+
+
+def run(f, *args):
+    return jax.jit(f)(*args)
+
+
+def problem(row, loss=None):
+    params, x = at(row)
+    y, _ = jax.eval_shape(row.layer.forward, params, x)
+    loss = loss or jp.HalfSquaredError()
+    if loss == jp.CrossEntropy():
+        target = np.random.default_rng(2).integers(
+            -1 if y.ndim > 2 else 0, y.shape[-1], y.shape[:-1]
+        )
+    else:
+        target = np.random.default_rng(2).uniform(size=y.shape)
+    return row.layer, loss, params, x, jnp.asarray(target)
+
+
+QUANTITIES = [
+    "per_example_grads",
+    "per_example_sq_norms",
+    "gram",
+    "second_moment",
+    "variance",
+    "noise_scale",
+]
+
+
+@pytest.mark.parametrize("name", QUANTITIES)
+@pytest.mark.parametrize("loss", [jp.HalfSquaredError(), jp.CrossEntropy()], ids=str)
+@rows
+def test_against_the_oracle(row, loss, name):
+    net, loss, *args = problem(row, loss)
+    if name == "noise_scale" and len(args[1]) < 2:
+        with pytest.raises(ValueError, match="from at least 2 examples, not 1"):
+            jp.noise_scale(net, loss)(*args)
+        return
+    got, expected = (jax.jit(getattr(m, name)(net, loss))(*args) for m in (jp, oracles))
+    if name in ("variance", "noise_scale"):  # differences of moments that are larger
+        moment = run(oracles.second_moment(net, loss), *args)
+        if name == "variance":
+            got, expected = (jax.tree.map(jnp.add, v, moment) for v in (got, expected))
+    assert relative_error(got, expected) <= 1e-10
+
+
+@rows
+def test_clipped(row):
+    net, loss, *args = problem(row)
+    norms = jnp.sqrt(run(oracles.per_example_sq_norms(net, loss), *args))
+    for max_norm in (float(jnp.median(norms)), 2 * float(norms.max())):
+        expected = run(oracles.clipped_grad(net, loss, max_norm), *args)
+        for two_pass in (False, True):
+            got = jax.jit(jp.clipped_grad(net, loss, max_norm, two_pass=two_pass))(*args)
+            assert relative_error(got, expected) <= 1e-10
+    assert relative_error(got, run(jp.value_and_grad(net, loss), *args)) <= 1e-10
+
+
+@rows
+def test_per_layer_norms_and_clipping(row):
+    net, loss, *args = problem(row)
+    each = run(jp.per_example_sq_norms(net, loss, per_layer=True), *args)
+    whole = run(jp.per_example_sq_norms(net, loss), *args)
+    assert relative_error(sum(jax.tree.leaves(each)), whole) <= 1e-12
+    max_norm = float(jnp.sqrt(whole).mean()) / 3
+    _, got = run(jp.clipped_grad(net, loss, max_norm, per_layer=True), *args)
+    grads = run(oracles.per_example_grads(net, loss), *args)
+    weights = jax.tree.map(lambda sq: jnp.minimum(1, max_norm / jnp.sqrt(sq)) / sq.size, each)
+
+    def clipped(weights, grads):
+        return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), grads)
+
+    assert relative_error(got, jax.tree.map(clipped, weights, grads)) <= 1e-10
+
+
+LOSSES_OF_Y = [(loss, jnp.asarray(y), jnp.asarray(target)) for loss, y, target in LOSSES]
+losses = pytest.mark.parametrize(("loss", "y", "target"), LOSSES_OF_Y, ids=lambda v: str(v)[:24])
+
+
+@losses
+def test_hessian_root_is_a_root_of_the_hessian(loss, y, target):
+    _, residuals = loss.forward(y, target)
+    root = loss.hessian_root(residuals).reshape(-1, len(y), y[0].size)
+
+    def own(y, target):
+        return loss.forward(y[None], target[None])[0][0]
+
+    hessian = jax.vmap(jax.hessian(own))(y, target).reshape(len(y), y[0].size, y[0].size)
+    got = jnp.einsum("cni,cnj->nij", root, root)
+    assert float(jnp.max(jnp.abs(got - hessian))) <= 1e-12
+
+
+@losses
+def test_samples_have_the_hessian_for_covariance(loss, y, target):
+    """The error of a mean of M samples is of the order of 1 / sqrt(M): at 16 M a fourth."""
+    _, residuals = loss.forward(y / 50, target)  # no class so rare that it is never drawn
+    root = loss.hessian_root(residuals).reshape(-1, len(y), y[0].size)
+    hessian = jnp.einsum("cni,cnj->nij", root, root)
+
+    @jax.jit
+    def error(key, count=4000):
+        drawn = jax.vmap(loss.sample, (0, None))(jax.random.split(key, count), residuals)
+        flat = drawn.reshape(count, len(y), y[0].size)
+        return jnp.linalg.norm(jnp.einsum("cni,cnj->nij", flat, flat) / count - hessian)
+
+    assert (
+        float(error(jax.random.key(0))) <= 6 * float(jnp.linalg.norm(hessian)) / 4000**0.5 + 1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    "loss", [jp.HalfSquaredError(), jp.CrossEntropy(), jp.BinaryCrossEntropy()], ids=str
+)
+@rows
+def test_diag_ggn(row, loss):
+    net, loss, *args = problem(row, loss)
+    got = jax.jit(jp.diag_ggn(net, loss))(*args)
+    assert relative_error(got, run(oracles.diag_ggn(net, loss), *args)) <= 1e-10
+
+
+@rows
+def test_ggn_root(row):
+    net, loss, *args = problem(row, jp.CrossEntropy())
+    root = run(jp.ggn_root(net, loss), *args)
+
+    def block(v):
+        v = v.reshape(*v.shape[:2], -1)
+        return jnp.einsum("cni,cnj->nij", v, v)
+
+    assert (
+        relative_error(jax.tree.map(block, root), run(oracles.ggn_blocks(net, loss), *args))
+        <= 1e-10
+    )
+
+
+KFAC_NET = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3))
+
+
+def test_kflr_of_one_example_is_the_ggn_block():
+    net, loss, *args = problem(Row(KFAC_NET, normal(1, 5)), jp.CrossEntropy())
+    blocks = run(oracles.ggn_blocks(net, loss), *args)
+    for factors in (
+        jp.kronecker_factors(net, loss)(*args),
+        jax.jit(jp.kronecker_factors(net, loss))(*args, exact=True),
+    ):
+        for layer in (0, 2):
+            w, b = factors[layer]
+            assert relative_error(jnp.kron(w.a, w.b), blocks[layer].w[0]) <= 1e-10
+            assert relative_error(jnp.kron(b.a, b.b), blocks[layer].b[0]) <= 1e-10
+
+
+def test_kronecker_factors_are_means_of_gram_matrices():
+    net, loss, *args = problem(Row(KFAC_NET, normal(6, 2, 5)), jp.HalfSquaredError())
+    factors = jp.kronecker_factors(net, loss)(*args)
+    params, x, target = args
+    h = jnp.tanh(x @ params[0].w + params[0].b)
+    assert relative_error(factors[0].w.a, jnp.einsum("nti,ntj->ij", x, x) / 6) <= 1e-12
+    assert relative_error(factors[2].w.a, jnp.einsum("nti,ntj->ij", h, h) / 6) <= 1e-12
+    assert relative_error(factors[2].w.b, 2 * jnp.eye(3)) <= 1e-12  # H = 1 at two positions
+    back = jnp.einsum("ij,nti->ntij", params[2].w, 1 - h**2)
+    assert relative_error(factors[0].w.b, jnp.einsum("ntic,ntjc->ij", back, back) / 6) <= 1e-12
+
+
+@pytest.mark.parametrize("f", [jp.diag_ggn, jp.kronecker_factors, jp.ggn_root])
+@pytest.mark.parametrize(
+    "loss", [jp.HalfSquaredError(), jp.CrossEntropy(), jp.BinaryCrossEntropy()], ids=str
+)
+def test_sampled_converges_at_the_monte_carlo_rate(f, loss):
+    """Sixty-four times the samples, an eighth of the error: within half and twice that."""
+    net, loss, *args = problem(Row(KFAC_NET, normal(8, 5)), loss)
+
+    def second(v):
+        return jnp.einsum("cn...,cn...->n...", v, v) if f is jp.ggn_root else v
+
+    def flat(tree):
+        return jnp.concatenate([second(leaf).ravel() for leaf in jax.tree.leaves(tree)])
+
+    exact = flat(f(net, loss)(*args))
+
+    def error(samples, keys=8):
+        sampled = jax.jit(f(net, loss, samples=samples))
+        squares = [
+            jnp.sum((flat(sampled(*args, key=key)) - exact) ** 2)
+            for key in jax.random.split(jax.random.key(0), keys)
+        ]
+        return float(jnp.sqrt(sum(squares) / keys))
+
+    ratio = error(4) / error(256)
+    assert 4 <= ratio <= 16
+
+
+def test_several_share_one_walk():
+    """The dots of the compiled program: two more for the second moments, none for the norms."""
+    net, loss, *args = problem(Row(jp.chain(jp.Dense(7), jp.Tanh(), jp.Dense(6)), normal(4, 5)))
+
+    def dots(**asked):
+        f = jax.jit(jp.quantities(net, loss, **asked))
+        return f.lower(*args).compile().as_text().count(" dot(")
+
+    alone = dots(grads=jp.Gradient())
+    assert alone == 5  # two forward, one d_x (the first is nobody's), two for the weights
+    assert dots(norms=jp.SqNorms()) == 3
+    assert dots(grads=jp.Gradient(), norms=jp.SqNorms()) == alone
+    assert dots(grads=jp.Gradient(), norms=jp.SqNorms(), moment=jp.SecondMoment()) == alone + 2
+    assert dots(variance=jp.Variance(), grads=jp.Gradient()) == alone + 2
+    clip = jax.jit(jp.clipped_grad(net, loss, 1.0)).lower(*args).compile().as_text()
+    assert clip.count(" dot(") == alone
+
+
+@rows
+def test_together_is_the_same_as_alone(row):
+    net, loss, *args = problem(row)
+    asked = {
+        "grads": jp.Gradient(),
+        "each": jp.PerExampleGrads(),
+        "norms": jp.SqNorms(),
+        "gram": jp.Gram(),
+        "moment": jp.SecondMoment(),
+    }
+    got = jax.jit(jp.quantities(net, loss, **asked))(*args)
+    value, grads = run(jp.value_and_grad(net, loss), *args)
+    alone = {
+        "value": value,
+        "grads": grads,
+        "each": run(jp.per_example_grads(net, loss), *args),
+        "norms": run(jp.per_example_sq_norms(net, loss), *args),
+        "gram": run(jp.gram(net, loss), *args),
+        "moment": run(jp.second_moment(net, loss), *args),
+    }
+    assert relative_error(got, alone) <= 1e-12
+    assert relative_error(jax.tree.map(lambda g: g.mean(0), got["each"]), grads) <= 1e-10
+
+
+SHAPES = {
+    "batch": st.integers(1, 5),
+    "positions": st.lists(st.integers(1, 3), max_size=2),
+    "i": st.integers(1, 9),
+    "o": st.integers(1, 9),
+}
+
+
+@given(**SHAPES)
+def test_every_form_is_its_generic_rule(batch, positions, i, o):
+    """Each fast path of a form against the same question asked of its per-example gradients."""
+    rng = np.random.default_rng(batch + i)
+    x, ct = (jnp.asarray(rng.normal(size=(batch, *positions, d))) for d in (i, o))
+    weights = jnp.asarray(rng.uniform(size=batch))
+    for form in (jp.Outer(x, ct), jp.Sum(ct)):
+        generic = jp.Stacked(form.per_example())
+        for ask in (
+            lambda form: form.sum(),
+            lambda form: form.weighted_sum(weights),
+            lambda form: form.sq_norms(),
+            lambda form: form.inner_products(),
+            lambda form: form.second_moment(),
+        ):
+            assert relative_error(ask(form), ask(generic)) <= 1e-10
+
+
+def test_padding_weighs_nothing_in_any_quantity():
+    """Whatever stands at a padded position, and how much of it, no quantity moves by a bit."""
+    net, loss = jp.chain(jp.Dense(4), jp.Gelu(), jp.Dense(3)), jp.CrossEntropy()
+    params, x = at(Row(net, normal(3, 5, 2)))
+    target = jnp.array([[0, 1, 2, -1, -1], [2, -1, 0, 1, -1], [1, 1, 1, 1, 1]])
+    other = jnp.where((target < 0)[..., None], 7.0, x)
+    functions = [getattr(jp, name)(net, loss) for name in QUANTITIES]
+    functions += [
+        jp.diag_ggn(net, loss),
+        functools.partial(jp.diag_ggn(net, loss), key=jax.random.key(0)),
+    ]
+    functions += [jp.clipped_grad(net, loss, 0.1), jp.value_and_grad(net, loss)]
+    for f in functions:
+        for a, b in zip(*(jax.tree.leaves(f(params, x, target)) for x in (x, other)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_an_example_that_is_all_padding_has_no_gradient():
+    net, loss = KFAC_NET, jp.CrossEntropy()
+    params, x = at(Row(net, normal(3, 5)))
+    norms = jp.per_example_sq_norms(net, loss)(params, x, jnp.array([1, -1, 0]))
+    assert norms[1] == 0
+    assert norms[0] > 0
+    _, grads = jp.clipped_grad(net, loss, 1.0)(params, x, jnp.array([-1, -1, -1]))
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["per_example_grads", "per_example_sq_norms", "second_moment", "diag_ggn"]
+)
+def test_narrow_dtypes(name, dtype):
+    net, loss, params, x, target = problem(Row(KFAC_NET, normal(4, 3, 5)))
+    f = getattr(jp, name)(net, loss)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, x))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), narrow)
+    error = relative_error(f(*narrow, target), f(*wide, target))
+    assert error <= {jnp.float32: 1e-4, jnp.bfloat16: 0.1}[dtype]
+
+
+def test_noise_has_the_variance_that_accountants_assume():
+    net, loss, *args = problem(Row(jp.chain(jp.Dense(40)), normal(5, 30)))
+    _, clean = run(jp.clipped_grad(net, loss, 0.5), *args)
+    for per_layer, layers in ((False, 1), (True, 1)):
+        f = jax.jit(jp.clipped_grad(net, loss, 0.5, noise_multiplier=3.0, per_layer=per_layer))
+        _, noisy = f(*args, key=jax.random.key(0))
+        _, again = f(*args, key=jax.random.key(1))
+        noise = np.ravel(noisy[0].w - clean[0].w)
+        expected = 3.0 * 0.5 * layers**0.5 / 5
+        assert abs(noise.std() / expected - 1) < 4 / np.sqrt(2 * noise.size)
+        assert abs(noise.mean()) < 4 * expected / np.sqrt(noise.size)
+        assert relative_error(noisy, again) > 0.1
+    deep = jp.chain(jp.Dense(40), jp.Tanh(), jp.Dense(40))
+    net, loss, *args = problem(Row(deep, normal(5, 30)))
+    clean, noisy = (
+        jp.clipped_grad(net, loss, 0.5, multiplier, per_layer=True)(*args, key=jax.random.key(0))[1]
+        for multiplier in (0.0, 3.0)
+    )
+    noise = np.ravel(noisy[2].w - clean[2].w)
+    assert abs(noise.std() / (3.0 * 0.5 * 2**0.5 / 5) - 1) < 4 / np.sqrt(2 * noise.size)
+
+
+def test_clipped_grad_is_optax_s():
+    """The same clipped and noised mean as optax's DP aggregation, but for the draw of the noise."""
+    from optax.contrib import differentially_private_aggregate
+
+    net, loss, *args = problem(Row(KFAC_NET, normal(6, 5)))
+    each = run(jp.per_example_grads(net, loss), *args)
+    aggregate = differentially_private_aggregate(0.3, 0.0, 0)
+    expected, _ = aggregate.update(each, aggregate.init(args[0]))
+    _, got = run(jp.clipped_grad(net, loss, 0.3), *args)
+    assert relative_error(got, expected) <= 1e-10
+
+
+class Coupled(jp.Layer):
+    """Centres over the batch."""
+
+    batch_coupled = True
+
+    def forward(self, params, x):
+        return x - x.mean(0), x
+
+    def backward(self, params, x, ct):
+        return (), ct - ct.mean(0)
+
+
+def test_a_batch_coupled_layer_raises_naming_itself():
+    net, loss, *args = problem(Row(jp.chain(jp.Dense(3), Coupled(), jp.Dense(2)), normal(4, 5)))
+    functions = [getattr(jp, name)(net, loss) for name in QUANTITIES]
+    functions += [
+        jp.clipped_grad(net, loss, 1.0),
+        jp.diag_ggn(net, loss),
+        jp.kronecker_factors(net, loss),
+    ]
+    functions += [jp.clipped_grad(net, loss, 1.0, two_pass=True), jp.ggn_root(net, loss)]
+    for f in functions:
+        with pytest.raises(ValueError, match=r"Coupled\(\) couples the examples of a batch"):
+            f(*args)
+    hand, auto = (
+        run(jp.value_and_grad(net, loss), *args),
+        jax.value_and_grad(jp.loss_fn(net, loss))(*args),
+    )
+    assert relative_error(hand, auto) <= 1e-12
+
+
+def test_errors():
+    net, loss, params, x, target = problem(Row(KFAC_NET, normal(4, 5)))
+    for name in [*QUANTITIES, "diag_ggn", "kronecker_factors", "ggn_root"]:
+        with pytest.raises(ValueError, match="the batch is empty"):
+            getattr(jp, name)(net, loss)(params, x[:0], target[:0])
+    with pytest.raises(ValueError, match="the batch is empty"):
+        jp.clipped_grad(net, loss, 1.0)(params, x[:0], target[:0])
+    for max_norm in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="max_norm must be positive"):
+            jp.clipped_grad(net, loss, max_norm)
+    with pytest.raises(ValueError, match="noise_multiplier must not be negative"):
+        jp.clipped_grad(net, loss, 1.0, -1.0)
+    with pytest.raises(ValueError, match="a noise_multiplier needs a key"):
+        jp.clipped_grad(net, loss, 1.0, 1.0)(params, x, target)
+    with pytest.raises(ValueError, match="per_layer needs one pass"):
+        jp.clipped_grad(net, loss, 1.0, per_layer=True, two_pass=True)
+    with pytest.raises(ValueError, match="'value' is the name of the loss"):
+        jp.quantities(net, loss, value=jp.Gradient())
+    with pytest.raises(TypeError, match="norms is not a quantity but"):
+        jp.quantities(net, loss, norms=jp.SqNorms)
+    with pytest.raises(TypeError, match="Stacked has no Kronecker factors"):
+        net, loss, *args = problem(Row(Plain(3), normal(4, 5)))
+        jp.kronecker_factors(net, loss)(*args)
+    with pytest.raises(TypeError, match="give one of them"):
+        jp.kronecker_factors(net, loss)(params, x, target, jax.random.key(0), exact=True)
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        jp.diag_ggn(net, loss, samples=0)
