@@ -52,7 +52,7 @@ def clipped_grad(
     Returns:
         ``f``, whose grads are like params. It can stand for ``value_and_grad`` in ``make_update``.
     """
-    if not isinstance(max_norm, jax.core.Tracer) and not max_norm > 0:
+    if isinstance(max_norm, int | float) and not max_norm > 0:
         raise ValueError(f"max_norm must be positive, not {max_norm}")
     if noise_multiplier < 0:
         raise ValueError(f"noise_multiplier must not be negative, not {noise_multiplier}")

@@ -17,7 +17,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.backprop import ahead

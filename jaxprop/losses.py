@@ -114,7 +114,7 @@ class CrossEntropy(Loss):
         return (p - jax.nn.one_hot(chosen, p.shape[-1], dtype=p.dtype)) * weight[..., None]
 
     def hessian_root(self, residuals: Any) -> Float[Array, "c n ... c"]:
-        """Columns sqrt(p_c) (e_c - p), for each position in turn: (T C, N, T, C) for y (N, T, C)."""
+        """Columns sqrt(p_c) (e_c - p), for each position in turn: (TC, N, T, C) for y (N, T, C)."""
         p, _, weight = residuals
         classes = jnp.eye(p.shape[-1], dtype=p.dtype)
         root = jnp.sqrt(p * weight[..., None])

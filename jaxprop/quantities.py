@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from jaxprop.backprop import own_gradient, walk
 from jaxprop.factored import Factored, Stacked, is_factored, summed

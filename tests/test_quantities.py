@@ -217,7 +217,7 @@ def test_kflr_of_one_example_is_the_ggn_block():
 def test_kronecker_factors_are_means_of_gram_matrices():
     net, loss, *args = problem(Row(KFAC_NET, normal(6, 2, 5)), jp.HalfSquaredError())
     factors = jp.kronecker_factors(net, loss)(*args)
-    params, x, target = args
+    params, x, _ = args
     h = jnp.tanh(x @ params[0].w + params[0].b)
     assert relative_error(factors[0].w.a, jnp.einsum("nti,ntj->ij", x, x) / 6) <= 1e-12
     assert relative_error(factors[2].w.a, jnp.einsum("nti,ntj->ij", h, h) / 6) <= 1e-12
@@ -447,9 +447,9 @@ def test_errors():
         jp.quantities(net, loss, value=jp.Gradient())
     with pytest.raises(TypeError, match="norms is not a quantity but"):
         jp.quantities(net, loss, norms=jp.SqNorms)
+    plain, _, *args = problem(Row(Plain(3), normal(4, 5)))
     with pytest.raises(TypeError, match="Stacked has no Kronecker factors"):
-        net, loss, *args = problem(Row(Plain(3), normal(4, 5)))
-        jp.kronecker_factors(net, loss)(*args)
+        jp.kronecker_factors(plain, loss)(*args)
     with pytest.raises(TypeError, match="give one of them"):
         jp.kronecker_factors(net, loss)(params, x, target, jax.random.key(0), exact=True)
     with pytest.raises(ValueError, match="samples must be at least 1"):

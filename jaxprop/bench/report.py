@@ -16,8 +16,9 @@ from jaxprop.bench.rows import ROWS
 RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1
 EXPLANATION = """\
-hand: jp.value_and_grad; auto: jax.value_and_grad of the same loss. run, trace, compile, temp are
-ratios hand/auto, medians of neighbouring pairs [quartiles]; share is of a large matmul's rate."""
+hand: jaxprop; auto: jax.value_and_grad of the same loss, or in a row /vmap the same quantity by
+jax.vmap. run, trace, compile, temp: ratios hand/auto, medians of neighbouring pairs [quartiles].
+share: hand's FLOP/s as a part of a large matmul's."""
 SECONDS = {True: 2.0, False: 10.0}  # for the runs of a row; True is --quick
 BUILDS = {True: 3, False: 9}
 

@@ -1,7 +1,8 @@
-"""What is measured: a row is two programs for the same numbers, by hand and by autodiff."""
+"""What is measured: a row is two programs for the same numbers, jaxprop's and plain autodiff's."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +11,19 @@ import jax.numpy as jnp
 import optax
 
 from jaxprop.backprop import loss_fn
+from jaxprop.clipping import clipped_grad
 from jaxprop.combinators import chain
+from jaxprop.curvature import diag_ggn, kronecker_factors
 from jaxprop.layer import Layer
 from jaxprop.layers import Affine, Dense, Relu, Sigmoid
 from jaxprop.losses import CrossEntropy, HalfSquaredError, Loss
+from jaxprop.quantities import (
+    noise_scale,
+    per_example_grads,
+    per_example_sq_norms,
+    second_moment,
+    variance,
+)
 from jaxprop.training import ValueAndGrad, make_update, value_and_grad
 
 
@@ -29,17 +39,54 @@ def autodiff(net: Layer, loss: Loss) -> ValueAndGrad:
     return jax.value_and_grad(loss_fn(net, loss))
 
 
-def mlp(*widths: int, batch: int) -> Case:
-    """Dense layers with relu between, cross-entropy on top, and random data."""
+def vmap_of_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
+    """Per-example gradients as one writes them in plain JAX."""
+
+    def own(params: Any, x: Any, target: Any) -> Any:
+        return loss_fn(net, loss)(params, x[None], target[None])
+
+    return jax.vmap(jax.grad(own), (None, 0, 0))
+
+
+def vmap_clipped(net: Layer, loss: Loss, max_norm: float) -> Callable[..., Any]:
+    """Clipping as one writes it in plain JAX."""
+
+    def clipped(params: Any, x: Any, target: Any) -> Any:
+        grads = vmap_of_grad(net, loss)(params, x, target)
+        norms = jax.vmap(optax.global_norm)(grads)
+        weights = jnp.minimum(1, max_norm / norms) / len(norms)
+        return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), grads)
+
+    return clipped
+
+
+def mlp(
+    *widths: int,
+    batch: int,
+    hand: Callable[[Layer, Loss], Any] = value_and_grad,
+    auto: Callable[[Layer, Loss], Any] = autodiff,
+    key: bool = False,
+) -> Case:
+    """Dense layers with relu between, cross-entropy on top, and random data.
+
+    ``hand`` and ``auto`` make the two functions of (params, x, target), and with ``key`` of a key.
+    """
     layers: list[Layer] = []
     for width in widths[1:-1]:
         layers += [Dense(width), Relu()]
     net, loss = chain(*layers, Dense(widths[-1])), CrossEntropy()
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (batch, widths[0]), jnp.float32)
     target = jax.random.randint(keys[1], (batch,), 0, widths[-1])
-    args = net.init(keys[2], x), x, target
-    return Case(lambda: value_and_grad(net, loss), lambda: autodiff(net, loss), args)
+    args: tuple[Any, ...] = net.init(keys[2], x), x, target
+    if not key:
+        return Case(lambda: hand(net, loss), lambda: auto(net, loss), args)
+
+    def without_key() -> Callable[..., Any]:
+        plain = auto(net, loss)
+        return lambda params, x, target, key: plain(params, x, target)
+
+    return Case(lambda: hand(net, loss), without_key, (*args, keys[3]))
 
 
 def worked_example(steps: int) -> Case:
@@ -72,10 +119,27 @@ def worked_example(steps: int) -> Case:
     return Case(lambda: train(value_and_grad), lambda: train(autodiff), args)
 
 
+MNIST = functools.partial(mlp, 784, 1024, 1024, 10, batch=128)
+WIDE = functools.partial(mlp, 5120, 2560, 1280, batch=32)
+
 ROWS: dict[str, Callable[[], Case]] = {
     "mlp-2x256": lambda: mlp(784, 256, 256, 10, batch=64),
-    "mlp-2x1024": lambda: mlp(784, 1024, 1024, 10, batch=128),
+    "mlp-2x1024": lambda: MNIST(),
     "mlp-8x512": lambda: mlp(*[512] * 9, batch=128),
     "mlp-32x128": lambda: mlp(*[128] * 33, batch=128),
     "worked-example": lambda: worked_example(steps=10_000),
+    "sq-norms": lambda: MNIST(hand=per_example_sq_norms),
+    "clipped": lambda: WIDE(hand=functools.partial(clipped_grad, max_norm=1.0)),
+    "clipped/vmap": lambda: WIDE(
+        hand=functools.partial(clipped_grad, max_norm=1.0),
+        auto=functools.partial(vmap_clipped, max_norm=1.0),
+    ),
+    "second-moment": lambda: MNIST(hand=second_moment),
+    "variance": lambda: MNIST(hand=variance),
+    "noise-scale": lambda: MNIST(hand=noise_scale),
+    "diag-ggn-mc": lambda: MNIST(hand=diag_ggn, key=True),
+    "diag-ggn": lambda: MNIST(hand=diag_ggn),
+    "kfac": lambda: MNIST(hand=kronecker_factors, key=True),
+    "kflr": lambda: MNIST(hand=kronecker_factors),
+    "grads/vmap": lambda: MNIST(hand=per_example_grads, auto=vmap_of_grad),
 }
