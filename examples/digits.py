@@ -78,6 +78,8 @@ class Checkpoints:
     def __init__(self, directory: Path, settings: dict[str, Any], resume: bool) -> None:
         import orbax.checkpoint as ocp
 
+        if directory.exists() and not directory.is_dir():
+            sys.exit(f"{directory} is not a directory")
         self.args, self.settings = ocp.args, settings
         options = ocp.CheckpointManagerOptions(max_to_keep=2)
         self.manager = ocp.CheckpointManager(directory.resolve(), options=options)
@@ -89,25 +91,16 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return like
-        saved = self.manager.restore(
-            step,
-            args=self.args.Composite(
-                state=self.args.StandardRestore(jax.eval_shape(lambda: like)),
-                settings=self.args.JsonRestore(),
-            ),
-        )
-        for name, value in saved["settings"].items():
+        args = self.args.Composite(settings=self.args.JsonRestore())
+        for name, value in self.manager.restore(step, args=args)["settings"].items():
             if self.settings.get(name) != value:
                 sys.exit(f"the checkpoints are of a run with --{name} {value}; resume it with that")
-        return saved["state"]
+        state = self.args.StandardRestore(jax.eval_shape(lambda: like))
+        return self.manager.restore(step, args=self.args.Composite(state=state))["state"]
 
     def save(self, epoch: int, tree: Any) -> None:
-        self.manager.save(
-            epoch,
-            args=self.args.Composite(
-                state=self.args.StandardSave(tree), settings=self.args.JsonSave(self.settings)
-            ),
-        )
+        state, settings = self.args.StandardSave(tree), self.args.JsonSave(self.settings)
+        self.manager.save(epoch, args=self.args.Composite(state=state, settings=settings))
 
     def close(self) -> None:
         self.manager.wait_until_finished()
@@ -116,6 +109,8 @@ class Checkpoints:
 
 def train(args: argparse.Namespace) -> float:
     train_x, train_y, test_x, test_y = load(args.seed)
+    if args.batch > len(train_y):
+        sys.exit(f"--batch {args.batch} is more than the {len(train_y)} digits to train on")
     steps = args.epochs * (len(train_y) // args.batch)
     optimizer = optax.sgd(optax.cosine_decay_schedule(args.rate, steps), momentum=0.9)
     update = jp.make_update(NET, LOSS, optimizer, value_and_grad=DIFFERENTIATE[args.grad])
@@ -193,6 +188,19 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^31, not {text!r}")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train an MLP on scikit-learn's digits.")
     parser.add_argument(
@@ -203,7 +211,7 @@ def main() -> None:
     parser.add_argument(
         "--rate", type=float, default=0.03, help="learning rate of SGD, momentum 0.9"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument(
         "--checkpoints", type=Path, metavar="DIR", help="save the state every epoch"
     )
@@ -212,6 +220,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.resume and args.checkpoints is None:
         parser.error("--resume needs --checkpoints DIR")
+    if args.plot is not None and not args.plot.absolute().parent.is_dir():
+        parser.error(f"--plot {args.plot}: no such directory")
     train(args)
 
 

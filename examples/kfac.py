@@ -10,13 +10,14 @@ KFAC over its own; both see the same batches from the same start.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from digits import load, positive
+from digits import above_zero, load, natural, positive
 from jax.scipy.linalg import cho_factor, cho_solve
 
 import jaxprop as jp
@@ -66,7 +67,7 @@ def scale_by_kfac(damping: float, decay: float) -> optax.GradientTransformationE
         natural = jax.tree.map(precondition, averaged, updates, is_leaf=is_kronecker)
         return natural, KfacState(count, averaged)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
 
 
 def kfac(rate: Any, damping: float = 1e-2, decay: float = 0.95) -> Any:
@@ -123,6 +124,8 @@ def best(run: Any, rates: tuple[float, ...], threshold: float) -> tuple[int, flo
         print(f"    rate {rate:<5g} {reaching}", flush=True)
         if steps is not None:
             reached.append((steps, rate, losses))
+    if not reached:
+        sys.exit(f"no rate reaches {threshold:g}: give more --steps")
     return min(reached, key=lambda entry: entry[0])
 
 
@@ -130,19 +133,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="KFAC against tuned SGD on scikit-learn's digits.")
     parser.add_argument("--steps", type=positive, default=200)
     parser.add_argument("--batch", type=positive, default=256)
-    parser.add_argument("--threshold", type=float, default=0.02, help="training loss to reach")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threshold", type=above_zero, default=0.02, help="training loss to reach")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="save the loss curves")
     args = parser.parse_args()
     train_x, train_y, _, _ = load(args.seed)
 
     curves = {}
-    for name, natural, rates in (("SGD", False, SGD_RATES), ("KFAC", True, KFAC_RATES)):
+    for name, by_kfac, rates in (("SGD", False, SGD_RATES), ("KFAC", True, KFAC_RATES)):
         print(f"{name}, momentum 0.9: steps to a training loss below {args.threshold:g}")
-        run = make_run(natural, (train_x, train_y), args.batch, args.steps, args.seed)
+        run = make_run(by_kfac, (train_x, train_y), args.batch, args.steps, args.seed)
         curves[name] = best(run, rates, args.threshold)
-    (sgd, _, _), (natural, _, _) = curves["SGD"], curves["KFAC"]
-    print(f"KFAC {natural} steps, SGD {sgd} steps: {sgd / natural:.1f} times as many")
+    fewest = {name: steps for name, (steps, _, _) in curves.items()}
+    times = fewest["SGD"] / fewest["KFAC"]
+    print(f"KFAC {fewest['KFAC']} steps, SGD {fewest['SGD']} steps: {times:.1f} times as many")
     if args.plot is not None:
         plot(curves, args)
 

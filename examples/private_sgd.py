@@ -17,7 +17,7 @@ import dp_accounting
 import jax
 import jax.numpy as jnp
 import optax
-from digits import load, positive
+from digits import above_zero, load, natural, positive
 from dp_accounting.pld import PLDAccountant
 
 import jaxprop as jp
@@ -73,11 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train an MLP on scikit-learn's digits privately.")
     parser.add_argument("--epochs", type=positive, default=40)
     parser.add_argument("--batch", type=positive, default=128, help="images drawn on average")
-    parser.add_argument("--rate", type=float, default=0.1, help="learning rate")
-    parser.add_argument("--max-norm", type=float, default=1.0, help="bound of each gradient")
-    parser.add_argument("--noise", type=float, default=1.5, help="noise multiplier")
-    parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=above_zero, default=0.1, help="learning rate")
+    parser.add_argument("--max-norm", type=above_zero, default=1.0, help="bound of each gradient")
+    parser.add_argument("--noise", type=above_zero, default=1.5, help="noise multiplier")
+    parser.add_argument("--delta", type=above_zero, default=1e-5)
+    parser.add_argument("--seed", type=natural, default=0)
     train(parser.parse_args())
 
 

@@ -18,7 +18,7 @@ from jaxprop.combinators import chain, skip
 from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
 from jaxprop.factored import Factored, Kronecker, Outer, Stacked, Sum
 from jaxprop.interop import custom_vjp
-from jaxprop.layer import Layer, Step
+from jaxprop.layer import Combinator, Layer, Step
 from jaxprop.layers import Affine, Dense, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
@@ -43,6 +43,7 @@ from jaxprop.training import make_update, value_and_grad
 __all__ = [
     "Affine",
     "BinaryCrossEntropy",
+    "Combinator",
     "CrossEntropy",
     "Dense",
     "Factored",

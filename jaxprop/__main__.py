@@ -1,5 +1,6 @@
 """``python -m jaxprop``, and the ``jaxprop`` command."""
 
+import os
 import signal
 import sys
 
@@ -12,11 +13,19 @@ def run() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+        if stream is not None:
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        sys.exit(main())
+        status = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except OSError as error:
+        print(f"jaxprop: {error.strerror or error}", file=sys.stderr)
+        status = 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written stays unwritten
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer, Leave
+from jaxprop.layer import Layer, Leave, require
 from jaxprop.losses import Loss
 
 Source = Callable[[Loss, Any, int], Any]
@@ -29,10 +29,12 @@ def loss_fn(net: Layer, loss: Loss) -> Callable[[Any, Any, Any], Float[Array, ""
         (2, 2)
     """
 
+    _check(net, loss)
+
     def scalar(params: Any, x: Any, target: Any) -> Float[Array, ""]:
         y, _ = net.forward(params, x)
         values, _ = loss.forward(y, target)
-        return _mean(values)
+        return _mean(loss, values, y)
 
     return scalar
 
@@ -58,6 +60,8 @@ def walk(
     dropped.
     """
 
+    _check(net, loss)
+
     def walked(params: Any, x: Any, target: Any) -> tuple[Array, Any, Any]:
         value, examples, loss_residuals, pull = ahead(net, loss, params, x, target)
         left, d_x = pull(source(loss, loss_residuals, examples), leave)
@@ -78,7 +82,7 @@ def ahead(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> tuple[Arr
         y, residuals = net.forward(params, x)
     with jax.named_scope("loss"):
         values, loss_residuals = loss.forward(y, target)
-        value = _mean(values)
+        value = _mean(loss, values, y)
 
     def pull(ct: Any, leave: Leave) -> tuple[Any, Any]:
         with jax.named_scope("backward"):
@@ -88,7 +92,18 @@ def ahead(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> tuple[Arr
     return value, values.shape[0], loss_residuals, pull
 
 
-def _mean(values: Float[Array, " n"]) -> Float[Array, ""]:
-    if not values.size:
+def _check(net: Layer, loss: Loss) -> None:
+    require(net, Layer, "net")
+    require(loss, Loss, "loss")
+
+
+def _mean(loss: Loss, values: Float[Array, " n"], y: Any) -> Float[Array, ""]:
+    examples = jax.tree.leaves(y)[0].shape[0]
+    if values.shape != (examples,):
+        raise ValueError(
+            f"{loss}: forward gives values of shape {values.shape}, not one for each of the "
+            f"{examples} examples"
+        )
+    if not examples:
         raise ValueError("the batch is empty: the mean over 0 examples does not exist")
     return jnp.mean(values)

@@ -17,6 +17,8 @@ from jaxprop.explain import text
 from jaxprop.explain.config import WORKED_EXAMPLE, ConfigError, dump, load
 from jaxprop.explain.walkthrough import walkthrough
 
+MOST_STEPS = 10**9
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status, 2 where it was asked wrongly."""
@@ -35,8 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxprop", description="Backpropagation for JAX with the backward pass in the open."
     )
-    version = f"jaxprop {importlib.metadata.version('jaxprop-vjp')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     walk = commands.add_parser(
         "walkthrough",
@@ -75,6 +76,8 @@ def _walkthrough(args: argparse.Namespace) -> int:
     if args.print_config:
         print(dump(config), end="")
         return 0
+    if args.weight is not None and args.steps > 1:
+        raise ConfigError("--weight shows the first step: leave out --steps")
     walk = walkthrough(config, args.steps)
     names = [weight.name for weight in walk.chains()]
     if args.weight is not None and args.weight not in names:
@@ -96,6 +99,8 @@ def _bench(args: argparse.Namespace) -> int:
     baseline = None if args.baseline is None else _read_figures(args.baseline)
     if args.json is not None and not Path(args.json).parent.is_dir():
         raise BenchError(f"--json {args.json}: no such directory")
+    if args.json is not None and Path(args.json).is_dir():
+        raise BenchError(f"--json {args.json}: is a directory")
     figures = bench(only=args.only, quick=args.quick)
     if args.json is not None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -112,12 +117,26 @@ def _read_figures(path: str) -> dict[str, Any]:
         raise BenchError(f"--baseline {path}: {(error.strerror or '').lower()}") from error
     except ValueError as error:
         raise BenchError(f"--baseline {path}: not JSON: {error}") from error
-    if not isinstance(figures, dict) or not isinstance(figures.get("rows"), dict):
-        raise BenchError(f"--baseline {path}: not written by jaxprop bench --json: no rows")
+    try:
+        regressions(figures, figures)
+    except (AttributeError, KeyError, TypeError):
+        raise BenchError(f"--baseline {path}: not written by jaxprop bench --json") from None
     return figures
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_STEPS:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {MOST_STEPS}, not {text!r}")
     return int(text)
+
+
+class Version(argparse.Action):
+    """Print the installed version, looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        try:
+            version = importlib.metadata.version("jaxprop-vjp")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"jaxprop {version}")
+        parser.exit()

@@ -7,7 +7,7 @@ from typing import Any
 import chex
 import jax
 
-from jaxprop.layer import Combinator, Layer, Leave, seat, shapes
+from jaxprop.layer import Combinator, Layer, Leave, require, seat, shapes, structs
 
 
 class Chain(Combinator):
@@ -19,7 +19,7 @@ class Chain(Combinator):
         if not self.layers:
             raise ValueError("chain() needs at least one layer")
         for index, layer in enumerate(self.layers):
-            _require_layer(layer, f"chain: layer {index}")
+            require(layer, Layer, f"chain: layer {index}")
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.layers))})"
@@ -28,6 +28,7 @@ class Chain(Combinator):
         params = []
         for index, layer in enumerate(self.layers):
             with seat(index, layer):
+                x = structs(x)
                 params.append(layer.init(jax.random.fold_in(key, index), x))
                 x, _ = jax.eval_shape(layer.forward, params[-1], x)
         return tuple(params)
@@ -57,8 +58,8 @@ class Chain(Combinator):
         return tuple(reversed(left)), ct
 
     def _check_length(self, params: Any) -> None:
-        if not isinstance(params, tuple | list) or len(params) != len(self.layers):
-            got = f"{len(params)}" if isinstance(params, tuple | list) else shapes(params)
+        if type(params) is not tuple or len(params) != len(self.layers):
+            got = len(params) if type(params) is tuple else shapes(params)
             raise ValueError(
                 f"a chain of {len(self.layers)} layers takes a tuple of {len(self.layers)} params, "
                 f"one a layer, not {got}: {self}"
@@ -71,7 +72,7 @@ class Skip(Combinator):
     layer: Layer
 
     def __post_init__(self) -> None:
-        _require_layer(self.layer, "skip")
+        require(self.layer, Layer, "skip")
 
     def __repr__(self) -> str:
         return f"skip({self.layer!r})"
@@ -93,7 +94,7 @@ class Skip(Combinator):
 
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
         left, d_x = self.layer.walk(params, residuals, ct, leave)
-        return left, ct + d_x
+        return left, (ct + d_x).astype(d_x.dtype)
 
 
 def chain(*layers: Layer) -> Chain:
@@ -115,10 +116,3 @@ def skip(layer: Layer) -> Skip:
     The layer keeps the shape of x; another shape raises ``ValueError``.
     """
     return Skip(layer)
-
-
-def _require_layer(layer: object, where: str) -> None:
-    if isinstance(layer, type) and issubclass(layer, Layer):
-        raise TypeError(f"{where} is the class {layer.__name__}; write {layer.__name__}(...)")
-    if not isinstance(layer, Layer):
-        raise TypeError(f"{where} is not a Layer but {layer!r}")

@@ -21,7 +21,7 @@ from jax import Array
 
 from jaxprop.backprop import ahead
 from jaxprop.factored import Factored, Kronecker
-from jaxprop.layer import Layer, Step
+from jaxprop.layer import Layer, Step, require
 from jaxprop.losses import Loss
 from jaxprop.quantities import factored
 
@@ -78,6 +78,8 @@ def _of_roots(
     take: Callable[[Factored, int], Any],
     stacked: bool,
 ) -> Callable[..., Any]:
+    require(net, Layer, "net")
+    require(loss, Loss, "loss")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, dataclass_transform
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 
@@ -95,8 +96,8 @@ class Sum(Factored):
         return Sum(_weighted(self.ct, weights)).sum()
 
     def kronecker(self, over: str | None = None) -> Kronecker:
-        ct = _rows(self.ct)
-        return Kronecker(jnp.full((1, 1), len(self.ct), ct.dtype), _total(ct.T @ ct, over))
+        examples = jnp.full((1, 1), len(self.ct), _wide(self.ct).dtype)
+        return Kronecker(examples, _gram(_rows(self.ct, over)))
 
 
 class Outer(Factored):
@@ -109,8 +110,8 @@ class Outer(Factored):
         return jnp.einsum("nti,nto->nio", *self._sequences())
 
     def sum(self) -> Float[Array, "i o"]:
-        summed = tuple(range(self.x.ndim - 1))
-        return jnp.tensordot(self.x, self.ct, axes=(summed, summed))
+        axes = tuple(range(self.x.ndim - 1))
+        return jnp.tensordot(self.x, self.ct, (axes, axes), out_sharding=_product_sharding(self))
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
         return Outer(self.x, _weighted(self.ct, weights)).sum()
@@ -150,8 +151,7 @@ class Outer(Factored):
         return _total(jax.lax.scan(add, zero, (x, ct))[0], over)
 
     def kronecker(self, over: str | None = None) -> Kronecker:
-        x, ct = _rows(self.x), _rows(self.ct)
-        return Kronecker(x.T @ x, _total(ct.T @ ct, over))
+        return Kronecker(_gram(_rows(self.x)), _gram(_rows(self.ct, over)))
 
     def _sequences(self) -> tuple[Float[Array, "n t i"], Float[Array, "n t o"]]:
         """The factors with their positions on one axis, of length 1 where there are none."""
@@ -172,12 +172,54 @@ def summed(d_params: Any) -> Any:
 
 
 def gradient(params: Any, d_params: Any) -> Any:
-    """The summed d_params in the dtypes of params."""
-    return jax.tree.map(lambda p, d: d.astype(p.dtype), params, summed(d_params))
+    """The summed d_params, held to the form of params: what autodiff would return.
+
+    Raises ``TypeError`` for a param that is not floating and ``ValueError`` for a cotangent whose
+    structure or shape is not its param's.
+    """
+
+    def fit(path: Any, param: Array, d_param: Any) -> Array:
+        name = jax.tree_util.keystr(path)
+        if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
+            raise TypeError(f"params{name} is {jnp.result_type(param)}: no gradient by it exists")
+        shape = getattr(d_param, "shape", type(d_param).__name__)
+        if shape != jnp.shape(param):
+            raise ValueError(
+                f"d_params{name} has shape {shape}, but params{name} has {jnp.shape(param)}"
+            )
+        return like(param, d_param)
+
+    totals = summed(d_params)
+    try:
+        jax.tree.map(lambda param, d_param: None, params, totals)
+    except ValueError as error:
+        raise ValueError(f"d_params has another structure than params: {error}") from None
+    return jax.tree.map_with_path(fit, params, totals)
+
+
+def like(primal: Any, cotangent: Array) -> Array:
+    """The cotangent in its primal's dtype and, under ``jax.shard_map``, where its primal is.
+
+    There a param that is the same on all devices meets another share of the batch on each. Its
+    cotangent is the sum over them, which is JAX's own rule for using the one beside the other.
+    """
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        beside = jnp.zeros_like(cotangent)
+        _, pull = jax.vjp(lambda primal: primal.astype(cotangent.dtype) + beside, primal)
+        return pull(cotangent)[0]
+    return cotangent.astype(jnp.result_type(primal))
 
 
 def is_factored(leaf: object) -> bool:
     return isinstance(leaf, Factored)
+
+
+def _product_sharding(form: Outer) -> NamedSharding | None:
+    """Where a mesh has explicit axes: each axis of the product as it lies in its factor."""
+    x, ct = jax.typeof(form.x).sharding, jax.typeof(form.ct).sharding
+    if AxisType.Explicit not in ct.mesh.axis_types:
+        return None
+    return NamedSharding(ct.mesh, PartitionSpec(x.spec[-1], ct.spec[-1]))
 
 
 def _weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Array, "n ..."]:
@@ -188,8 +230,16 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def _rows(x: Float[Array, "n ... d"]) -> Float[Array, "m d"]:
-    return _wide(x).reshape(-1, x.shape[-1])
+def _rows(x: Float[Array, "n ... d"], over: str | None = None) -> Float[Array, "m d"]:
+    """x as a matrix of all its rows, those along the vmap axis ``over`` included."""
+    x = _wide(x)
+    if over is not None:
+        x = jax.lax.all_gather(x, over)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gram(x: Float[Array, "m d"]) -> Float[Array, "d d"]:
+    return x.T @ x
 
 
 def _sq_norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxprop.factored import gradient
+from jaxprop.factored import gradient, like
 from jaxprop.layer import Layer
 
 
@@ -30,12 +30,12 @@ def custom_vjp(layer: Layer) -> Callable[[Any, Any], Any]:
 
     def forward(params: Any, x: Any) -> tuple[Any, Any]:
         y, residuals = layer.forward(params, x)
-        return y, (params, residuals)
+        return y, (params, x, residuals)
 
-    def backward(saved: tuple[Any, Any], ct: Any) -> tuple[Any, Any]:
-        params, residuals = saved
+    def backward(saved: tuple[Any, Any, Any], ct: Any) -> tuple[Any, Any]:
+        params, x, residuals = saved
         d_params, d_x = layer.backward(params, residuals, ct)
-        return gradient(params, d_params), d_x
+        return gradient(params, d_params), None if d_x is None else like(x, d_x)
 
     apply.defvjp(forward, backward)
     return apply

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, dataclass_transform
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclass_transform(frozen_default=True)
@@ -53,7 +54,8 @@ class Layer(Static):
     """A differentiable function (params, x) -> y that carries its own vector-Jacobian product.
 
     Subclass it, name the static configuration as fields, and write ``forward`` and ``backward``
-    (and ``init`` where there are params). No field holds an array: arrays live in params.
+    (and ``init`` where there are params). It becomes a frozen dataclass by itself; no decorator.
+    No field holds an array: arrays live in params.
 
         class Scale(jp.Layer):
             def init(self, key, x):
@@ -75,8 +77,9 @@ class Layer(Static):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls) and not inspect.isabstract(cls):
-            cls.forward = _held_to_init(cls.forward)
+        forward = vars(cls).get("forward")
+        if forward is not None and not getattr(forward, "__isabstractmethod__", False):
+            cls.forward = _held_to_init(forward)
 
     batch_coupled: ClassVar[bool] = False
     """Whether an example's y depends on the batch's other examples; then it has no gradient of its
@@ -112,9 +115,10 @@ class Layer(Static):
         """Raise ``ValueError`` unless params are of the structure and shapes that init makes."""
         expected = _expected_params(self, x)
         if jax.tree.structure(params) != jax.tree.structure(expected):
+            hint = " (does it define init?)" if expected == () else ""
             raise ValueError(
                 f"{self}: params are {shapes(params)}, "
-                f"but an input {shapes(x)} takes {shapes(expected)}"
+                f"but an input {shapes(x)} takes {shapes(expected)}{hint}"
             )
         pairs = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(params), strict=True)
         for (path, want), got in pairs:
@@ -188,30 +192,53 @@ def shapes(tree: Any) -> str:
     return repr(jax.tree.map(short, tree))
 
 
+def require(value: object, kind: type, where: str) -> None:
+    """Raise ``TypeError`` unless value is an instance of kind, with the usual slips named."""
+    if isinstance(value, type) and issubclass(value, kind):
+        raise TypeError(f"{where} is the class {value.__name__}; write {value.__name__}(...)")
+    if not isinstance(value, kind):
+        raise TypeError(f"{where} is not a {kind.__name__} but {value!r}")
+
+
 def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def held(self: Layer, params: Any, x: Any) -> Any:
         self.check_params(params, x)
-        return forward(self, params, x)
+        result = forward(self, params, x)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"{self}: forward returns {shapes(result)}, not (y, residuals)")
+        return result
 
     return held
 
 
-def _expected_params(layer: Layer, x: Any) -> Any:
-    leaves, structure = jax.tree.flatten(x)
-    for leaf in leaves:
+def structs(x: Any) -> Any:
+    """x as ``jax.ShapeDtypeStruct``, in the dtypes that JAX would give it."""
+
+    def struct(leaf: Any) -> jax.ShapeDtypeStruct:
         if not hasattr(leaf, "dtype"):
-            raise TypeError(f"{layer}: x must be an array, not {shapes(x)}")
+            raise TypeError(f"x must be an array, not {shapes(x)}")
+        numpy = isinstance(leaf, np.ndarray)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if numpy else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree.map(struct, x)
+
+
+def _expected_params(layer: Layer, x: Any) -> Any:
     _check_fields(layer)
-    structs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    return _init_shapes(layer, structure, structs)
+    try:
+        leaves, structure = jax.tree.flatten(structs(x))
+    except TypeError as error:
+        raise TypeError(f"{layer}: {error}") from None
+    return _init_shapes(layer, structure, tuple(leaves))
 
 
 @functools.lru_cache(maxsize=1024)
-def _init_shapes(layer: Layer, structure: Any, structs: tuple[Any, ...]) -> Any:
+def _init_shapes(layer: Layer, structure: Any, leaves: tuple[Any, ...]) -> Any:
     return jax.eval_shape(
         lambda *leaves: layer.init(jax.random.key(0), jax.tree.unflatten(structure, leaves)),
-        *structs,
+        *leaves,
     )
 
 

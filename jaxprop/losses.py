@@ -149,7 +149,7 @@ class BinaryCrossEntropy(Loss):
         _check(self, y, target, y.shape, jnp.floating, jnp.integer, jnp.bool_)
         logits = _wide(y)
         t = target.astype(logits.dtype)
-        values = jnp.mean(jax.nn.softplus(logits) - t * logits, axis=_positions(y))
+        values = jnp.sum(jax.nn.softplus(logits) - t * logits, axis=_positions(y)) / _outputs(y)
         return values, (jax.nn.sigmoid(logits), t)
 
     def backward(self, residuals: Any) -> Float[Array, "n ..."]:
@@ -174,7 +174,7 @@ def _columns(root: Float[Array, "n ..."]) -> Float[Array, "c n ..."]:
 
 
 def _outputs(y: Array) -> int:
-    return math.prod(y.shape[1:])
+    return max(math.prod(y.shape[1:]), 1)
 
 
 def _wide(y: Array) -> Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.core import Tracer
 
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.factored import gradient
@@ -57,6 +58,10 @@ def make_update(
     params and state are donated: their memory is used for the results, and the arrays that were
     passed in cannot be used again.
     """
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"optimizer is not an optax transformation such as optax.sgd(0.1) but {optimizer!r}"
+        )
     optimizer = optax.with_extra_args_support(optimizer)
     scalar = loss_fn(net, loss)
     differentiate = value_and_grad(net, loss)
@@ -75,21 +80,28 @@ def make_update(
         return optax.apply_updates(params, updates), state, value
 
     def update(params: Any, state: Any, x: Any, target: Any) -> tuple[Any, Any, Array]:
-        return step(*_without_repeats((params, state)), x, target)
+        return step(*_fit_to_donate((params, state)), x, target)
 
     return update
 
 
-def _without_repeats(tree: Any) -> Any:
+def _fit_to_donate(tree: Any) -> Any:
     """The tree, with a copy of each array that it holds a second time.
 
     ``optax.lbfgs`` starts from a state with one array of zeros in two places, and JAX refuses to
-    donate an array twice.
+    donate an array twice. Raises ``RuntimeError`` for an array that was donated before.
     """
     seen: set[int] = set()
 
     def own(leaf: Any) -> Any:
-        if isinstance(leaf, Array) and id(leaf) in seen:
+        if not isinstance(leaf, Array) or isinstance(leaf, Tracer):
+            return leaf
+        if leaf.is_deleted():
+            raise RuntimeError(
+                "an array in params or state is gone: update uses the memory of those that it is "
+                "given; go on with the params and the state that it returned"
+            )
+        if id(leaf) in seen:
             return jnp.copy(leaf)
         seen.add(id(leaf))
         return leaf

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 from table import relative_error
 
-from jaxprop import bench as bench_package
 from jaxprop.bench import measure, regressions, rows
 from jaxprop.cli import main
 
@@ -55,7 +54,7 @@ def test_table_and_figures(capsys, tmp_path, small):
         assert all(value > 0 and math.isfinite(value) for value in row["ratio"].values() if value)
         low, high = row["run_ratio_quartiles"]
         assert low <= row["ratio"]["run"] <= high
-    assert main(["bench", "--quick", "--only", "worked", "--baseline", str(path)]) in (0, 1)
+    main(["bench", "--quick", "--only", "worked", "--baseline", str(path)])
     assert "mlp-small" not in capsys.readouterr().out
 
 
@@ -82,12 +81,15 @@ def test_a_ratio_worse_by_more_than_a_tenth_is_exit_1(capsys, tmp_path, small):
 def test_wrong_arguments_exit_2_before_measuring(capsys, tmp_path):
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "text.json").write_text("no")
+    (tmp_path / "odd.json").write_text('{"rows": {"mlp-2x256": 3}}')
     for argv, message in (
         (["--only", "resnet"], "--only resnet: no such row; there are mlp-2x256"),
         (["--baseline", str(tmp_path / "none.json")], "none.json: no such file or directory"),
         (["--baseline", str(tmp_path / "text.json")], "not JSON"),
         (["--baseline", str(tmp_path / "empty.json")], "not written by jaxprop bench --json"),
+        (["--baseline", str(tmp_path / "odd.json")], "not written by jaxprop bench --json"),
         (["--json", str(tmp_path / "none" / "x.json")], "no such directory"),
+        (["--json", str(tmp_path)], "is a directory"),
     ):
         assert main(["bench", *argv]) == 2
         assert message in capsys.readouterr().err
@@ -101,4 +103,3 @@ def test_compare_measures_the_slower_as_slower():
 
     compared = measure.compare(lambda: slow, lambda: lambda x: x @ x, (x,), seconds=0.2, builds=1)
     assert compared.run.median > 1.5
-    assert bench_package.BenchError

@@ -179,3 +179,114 @@ def test_the_default_precision_is_left_as_it_was():
         assert jnp.ones(3).dtype == jnp.float32
     finally:
         jax.config.update("jax_enable_x64", True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (jp.Tanh(), np.array([[12.0, -15.0]])),
+        (jp.Sigmoid(), np.array([[30.0, 33.0]])),
+        (jp.Gelu(), np.array([[-6.0, -7.5]])),
+        (jp.Dense(3), 1e5 * X),
+        (jp.Dense(3), 1e-5 * X),
+        (jp.Relu(), np.zeros((3, 4))),
+    ],
+    ids=str,
+)
+def test_right_layers_pass_at_awkward_points(layer, x):
+    jp.check_layer(layer, x)
+
+
+class Log(jp.Layer):
+    def forward(self, params, x):
+        return jnp.log(x), x
+
+    def backward(self, params, x, ct):
+        return (), ct / x
+
+
+class Shift(jp.Layer):
+    """softmax(x + w): the gradient by w is zero, and rounding is not."""
+
+    def init(self, key, x):
+        return jnp.ones((), x.dtype)
+
+    def forward(self, params, x):
+        y = jax.nn.softmax(x + params)
+        return y, y
+
+    def backward(self, params, y, ct):
+        d_x = y * (ct - (y * ct).sum(-1, keepdims=True))
+        return d_x.sum(), d_x
+
+
+def test_a_narrow_domain_and_a_gradient_of_zero_pass():
+    for seed in range(3):
+        jp.check_layer(Log(), np.random.default_rng(0).uniform(size=(5, 4)) + 1e-3, seed=seed)
+        jp.check_layer(Shift(), X, seed=seed)
+
+
+class Exp(jp.Layer):
+    """Wrong wherever it is small beside the largest."""
+
+    def forward(self, params, x):
+        return jnp.exp(x), x
+
+    def backward(self, params, x, ct):
+        return (), ct * jnp.where(x < 3, -7, jnp.exp(x))
+
+
+class Share(jp.Layer):
+    """The right sum over examples, of wrong shares."""
+
+    def init(self, key, x):
+        return jnp.ones(x.shape[-1], x.dtype)
+
+    def forward(self, params, x):
+        return x * params, x
+
+    def backward(self, params, x, ct):
+        return jp.Sum(jnp.broadcast_to((x * ct).mean(0), x.shape)), ct * params
+
+
+def test_a_large_example_does_not_hide_the_others():
+    with pytest.raises(AssertionError, match="d_x disagrees with"):
+        jp.check_layer(Exp(), np.where(np.arange(20).reshape(5, 4) == 0, 40.0, X))
+
+
+def test_shares_of_the_sum_are_checked():
+    with pytest.raises(AssertionError, match="d_params disagrees with each example alone"):
+        jp.check_layer(Share(), X)
+
+
+class Odd(jp.Layer):
+    what: str
+
+    def forward(self, params, x):
+        return {
+            "scalar": x.sum(),
+            "mask": (x, x > 0),
+            "nan": jnp.where(x > 0, x, jnp.nan),
+        }[self.what], x
+
+    def backward(self, params, x, ct):
+        return (), ct
+
+
+@pytest.mark.parametrize(
+    ("check", "error", "message"),
+    [
+        (lambda: jp.check_layer(Odd("scalar"), X), AssertionError, "y has shape"),
+        (lambda: jp.check_layer(Odd("mask"), X), AssertionError, r"y\[1\] is bool, which has no"),
+        (lambda: jp.check_layer(jp.Relu, X), TypeError, "is the class Relu"),
+        (lambda: jp.check_layer(jnp.tanh, X), TypeError, "is not a Layer"),
+        (lambda: jp.check_layer(jp.Relu(), [1.0]), TypeError, "must be an array, not float 1.0"),
+        (lambda: jp.check_layer(jp.Relu(), np.arange(4)), ValueError, "nothing to check"),
+        (lambda: jp.check_layer(jp.Relu(), np.ones((0, 3))), ValueError, "nothing to check"),
+        (lambda: jp.check_layer(jp.Tanh(), 1j * X), TypeError, "complex128; check_layer takes"),
+        (lambda: jp.check_layer(Scale(), X, {"w": np.arange(4)}), TypeError, "int64; check_layer"),
+    ],
+)
+def test_what_cannot_be_checked_is_said(check, error, message):
+    with pytest.raises(error, match=message):
+        check()

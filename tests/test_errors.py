@@ -1,7 +1,11 @@
 """What is wrong is said in the user's words: the layer, the leaf, both shapes."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import jaxprop as jp
@@ -114,6 +118,14 @@ def test_empty_chain():
         (lambda: jp.Dense("wide"), "Dense takes a whole number of features, not 'wide'"),
         (lambda: jp.Dense(True), "Dense takes a whole number of features, not True"),
         (lambda: jp.Dense(2.0), "Dense takes a whole number of features, not 2.0"),
+        (lambda: jp.Dense(784, 256), "Dense: bias is True or False, not 256"),
+        (lambda: jp.Gelu("none"), "Gelu: approximate is True or False, not 'none'"),
+        (lambda: jp.loss_fn(NET, jp.CrossEntropy), r"loss is the class CrossEntropy; write"),
+        (lambda: jp.value_and_grad(jp.CrossEntropy(), NET), "net is not a Layer but CrossEntropy"),
+        (lambda: jp.diag_ggn(NET, optax.sgd), "loss is not a Loss but"),
+        (lambda: jp.make_update(NET, jp.CrossEntropy(), optax.sgd), "optimizer is not an optax"),
+        (lambda: NET.init(jax.random.key(0), [[1.0, 2.0]]), r"Dense\(4\) takes an array x, not"),
+        (lambda: NET.init(jax.random.key(0), None), r"Dense\(4\) takes an array x, not None"),
     ],
 )
 def test_not_a_layer(make, message):
@@ -220,3 +232,113 @@ def test_an_error_inside_a_user_s_layer_says_where():
     with pytest.raises(ZeroDivisionError) as caught:
         net.forward(((), ((),)), X)
     assert caught.value.__notes__ == ["in layer 0: Broken()", "in layer 1: chain(Broken())"]
+
+
+class Returns(jp.Layer):
+    """A layer by the functions that it is given, and (), an array or more for its params."""
+
+    forward_as: Callable
+    backward_as: Callable
+    params: str = "()"
+
+    def init(self, key, x):
+        return {"()": (), "float": jnp.ones(3), "int": jnp.ones(3, int)}[self.params]
+
+    def forward(self, params, x):
+        return self.forward_as(x)
+
+    def backward(self, params, x, ct):
+        return self.backward_as(x, ct)
+
+
+def of(net, params, loss=None, target=None):
+    loss = loss or jp.HalfSquaredError()
+    x = jnp.ones((5, 3))
+    return jp.value_and_grad(net, loss)(params, x, x if target is None else target)
+
+
+def kept(x):
+    return x, x
+
+
+@pytest.mark.parametrize(
+    ("net", "params", "error", "message"),
+    [
+        (Returns(lambda x: x, kept), (), TypeError, r"forward returns .*, not \(y, residuals\)"),
+        (
+            Returns(kept, lambda x, ct: (x * ct, ct), "float"),
+            jnp.ones(3),
+            ValueError,
+            r"d_params has shape \(5, 3\), but params has \(3,\)",
+        ),
+        (
+            Returns(kept, lambda x, ct: ({"w": ct.sum(0)}, ct), "float"),
+            jnp.ones(3),
+            ValueError,
+            "d_params.* has",
+        ),
+        (
+            Returns(kept, lambda x, ct: (ct.sum(0), ct), "int"),
+            jnp.ones(3, int),
+            TypeError,
+            "params is int64: no gradient by it exists",
+        ),
+        (jp.chain(jp.Tanh()), [()], ValueError, r"takes a tuple of 1 params, .* not \[\(\)\]"),
+        (Returns(kept, kept), jnp.ones(3), ValueError, r"does it define init\?"),
+    ],
+)
+def test_a_user_s_layer_is_held_to_its_contract(net, params, error, message):
+    with pytest.raises(error, match=message):
+        of(net, params)
+
+
+def test_a_user_s_loss_gives_one_value_for_each_example():
+    class PerOutput(jp.Loss):
+        def forward(self, y, target):
+            return (y - target) ** 2, y - target
+
+        def backward(self, residuals):
+            return 2 * residuals
+
+    for f in (jp.value_and_grad, jp.loss_fn):
+        with pytest.raises(
+            ValueError, match=r"PerOutput\(\): forward gives values of shape \(5, 3\)"
+        ):
+            f(jp.Tanh(), PerOutput())((), jnp.ones((5, 3)), jnp.ones((5, 3)))
+
+
+def test_a_cotangent_of_the_wrong_shape():
+    layer = jp.Dense(3)
+    params = layer.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"Dense\(3\): ct has shape \(1, 3\), but x has \(5, 2\)"):
+        layer.backward(params, X, jnp.ones((1, 3)))
+
+
+def test_donated_params_are_named():
+    optimizer = optax.sgd(0.1)
+    update = jp.make_update(NET, jp.CrossEntropy(), optimizer)
+    old = params()
+    update(old, optimizer.init(old), X, TARGET)
+    with pytest.raises(RuntimeError, match="go on with the params and the state that it returned"):
+        update(old, optimizer.init(params()), X, TARGET)
+
+
+def test_numpy_float64_without_x64_is_no_warning():
+    with jax.enable_x64(False):
+        x = np.ones((5, 2))
+        params = NET.init(jax.random.key(0), x)
+        assert params[0].w.dtype == jnp.float32
+        jp.value_and_grad(NET, jp.CrossEntropy())(params, x, np.zeros(5, np.int64))
+
+
+def test_an_abstract_base_with_a_forward_is_held_to_init_as_well():
+    class Base(jp.Layer):
+        def forward(self, params, x):
+            return x, x
+
+    class Child(Base):
+        def backward(self, params, x, ct):
+            return (), ct
+
+    with pytest.raises(ValueError, match=r"Child\(\): params are"):
+        Child().forward(jnp.ones(3), X)

@@ -94,9 +94,42 @@ def test_digits_refuses_what_would_lose_a_run(tmp_path):
     for argv, message in (
         ((), "holds checkpoints; add --resume"),
         (("--resume", "--seed", 5), "of a run with --seed 0"),
+        (("--resume", "--epochs", 3), "of a run with --epochs 1"),
     ):
         asked = command("digits.py", "--epochs", 1, "--checkpoints", directory, *argv)
         done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 1
         assert message in done.stderr
     assert final_state(directory)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--batch", 5000), "more than the 1437 digits"),
+        (("--rate", "nan"), "must be above 0"),
+        (("--seed", -1), "must be a whole number"),
+        (("--plot", "/no/such/x.png"), "no such directory"),
+        (("--resume",), "--resume needs --checkpoints"),
+        (("--checkpoints", __file__), "is not a directory"),
+    ],
+)
+def test_digits_says_what_is_wrong_before_training(argv, message):
+    asked = command("digits.py", *argv)
+    done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_private_sgd_prints_its_epsilon():
+    out = run("private_sgd.py", "--epochs", 20)
+    assert float(re.search(r"epsilon (\S+)", out).group(1)) == pytest.approx(4.6, abs=0.3)
+    assert float(re.search(r"accuracy (\S+)%", out).group(1)) >= 85
+
+
+def test_kfac_takes_fewer_steps_than_tuned_sgd(tmp_path):
+    out = run("kfac.py", "--steps", 130, "--plot", tmp_path / "kfac.png")
+    kfac, sgd = map(int, re.search(r"KFAC (\d+) steps, SGD (\d+) steps", out).groups())
+    assert kfac < 0.75 * sgd
+    assert (tmp_path / "kfac.png").read_bytes().startswith(b"\x89PNG")

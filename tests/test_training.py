@@ -162,8 +162,13 @@ def test_loss_fn_is_plain_jax():
     assert d_x.shape == x.shape
 
 
-@pytest.mark.parametrize("spec", ["batch", "features"])
-def test_sharded_equals_one_device(spec):
+AXES = {"auto": jax.sharding.AxisType.Auto, "explicit": jax.sharding.AxisType.Explicit}
+
+
+@pytest.mark.parametrize(
+    ("spec", "axes"), [("batch", "auto"), ("features", "auto"), ("batch", "explicit")]
+)
+def test_sharded_equals_one_device(spec, axes):
     """Data parallel and tensor parallel under plain jit, on eight devices."""
     net = jp.chain(jp.Dense(16), jp.Gelu(), jp.skip(jp.Dense(16)), jp.Dense(8))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)))
@@ -171,7 +176,7 @@ def test_sharded_equals_one_device(spec):
     params = net.init(jax.random.key(0), x)
     f = jax.jit(jp.value_and_grad(net, LOSS))
     expected = f(params, x, target)
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AXES[axes],))
 
     def place(tree, *axes):
         return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
@@ -181,7 +186,33 @@ def test_sharded_equals_one_device(spec):
     else:
         placed = jax.tree.map(lambda leaf: place(leaf, *[None] * (leaf.ndim - 1), "d"), params)
         args = placed, place(x), place(target)
-    assert relative_error(f(*args), expected) <= 1e-12
+    with jax.set_mesh(mesh):
+        assert relative_error(f(*args), expected) <= 1e-12
+
+
+def test_shard_map_sums_over_devices_as_autodiff_does():
+    """Params that are the same on all devices: the gradient is the sum over theirs."""
+    params, x, target = problem()
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = PartitionSpec
+    custom = jp.custom_vjp(MLP)
+
+    def by_custom_vjp(params, x, target):
+        return LOSS.forward(custom(params, x), target)[0].mean()
+
+    expected = jp.value_and_grad(MLP, LOSS)(params, x, target)
+    for f in (
+        jp.value_and_grad(MLP, LOSS),
+        autodiff(MLP, LOSS),
+        jax.value_and_grad(by_custom_vjp),
+    ):
+
+        def mean(params, x, target, f=f):
+            value, grads = f(params, x, target)
+            return jax.lax.pmean(value, "d"), jax.tree.map(lambda g: g / 4, grads)
+
+        sharded = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P())
+        assert relative_error(jax.jit(sharded)(params, x, target), expected) <= 1e-12
 
 
 def test_hand_and_auto_do_the_same_matmuls():

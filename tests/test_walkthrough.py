@@ -214,7 +214,11 @@ GOOD = configs.dump(WORKED_EXAMPLE)
         ("learning_rate = 0.5", "learning_rate = true", "learning_rate must be a number, not True"),
         ("learning_rate = 0.5", "learning_rat = 0.5", "did you mean learning_rate?"),
         ("learning_rate = 0.5", f"learning_rate = 1{'0' * 400}", "learning_rate is inf"),
-        ("learning_rate = 0.5", "learning_rate = 0.5\nseed = -1", "seed must be a whole number"),
+        (
+            "learning_rate = 0.5",
+            "learning_rate = 0.5\nseed = -1",
+            "seed must be a whole number from 0",
+        ),
         (
             'activation = "sigmoid"',
             'activation = "sigmoidal"',
@@ -244,6 +248,13 @@ def test_wrong_config_is_one_line_and_exit_2(capsys, tmp_path, old, new, message
     assert err.count("\n") == 1
 
 
+def test_too_many_units_is_said_before_they_are_drawn(capsys, tmp_path):
+    path = tmp_path / "net.toml"
+    path.write_text(DEEP.replace("units = 4", "units = 3000000000"))
+    assert main(["--config", str(path)]) == 2
+    assert "layers[0].units must be a whole number from 1 to 10000" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layers", ["layers = []", "layers = 3", "layers = [3]", ""])
 def test_config_without_layers(layers):
     import tomllib
@@ -260,12 +271,21 @@ def test_missing_file_and_missing_weight(capsys, tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     assert main(["--config", str(tmp_path / "binary.toml")]) == 2
     assert "not a TOML file" in capsys.readouterr().err
+    assert main(["--weight", "w3", "--steps", "5"]) == 2
+    assert "--weight shows the first step" in capsys.readouterr().err
     assert main(["--weight", "w9"]) == 2
     assert "--weight w9: no such weight; there are w1, w2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "argv", [["--steps", "0"], ["--steps", "x"], ["walk"], ["--json", "--print-config"]]
+    "argv",
+    [
+        ["--steps", "0"],
+        ["--steps", "9" * 20],
+        ["--steps", "x"],
+        ["walk"],
+        ["--json", "--print-config"],
+    ],
 )
 def test_wrong_arguments_exit_2(capsys, argv):
     with pytest.raises(SystemExit) as caught:
@@ -294,6 +314,16 @@ def test_a_terminal_that_is_not_utf8():
     assert "0.43703857" in done.stdout
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk to write to")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            COMMAND, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.stderr == "jaxprop: No space left on device\n"
+    assert done.returncode == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_closed_pipe_ends_it_quietly():
     with subprocess.Popen(
@@ -307,7 +337,7 @@ def test_a_closed_pipe_ends_it_quietly():
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_ends_it_quietly():
     with subprocess.Popen(
-        [*COMMAND, "--steps", "2000000000"],
+        [*COMMAND, "--steps", "900000000"],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

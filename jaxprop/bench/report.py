@@ -61,7 +61,7 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
         f"{figures['device']}, jax {jax.__version__}, one large matmul {rate / 1e9:.0f} GFLOP/s"
     )
     console.print(table)
-    console.print(EXPLANATION)
+    console.print(EXPLANATION, markup=False)
     return figures
 
 

@@ -164,7 +164,7 @@ def _units(entry: Any, key: str, width: int, seed: Array, index: int) -> Units:
         bias = entry.get("bias", False)
         if not isinstance(bias, bool):
             raise ConfigError(f"{key}.bias must be true or false, not {bias!r}")
-        units = _whole(entry["units"], f"{key}.units", least=1)
+        units = _whole(entry["units"], f"{key}.units", least=1, most=10_000)
         return _drawn(activation, units, bias, width, jax.random.fold_in(seed, index))
     if "bias" in entry:
         raise ConfigError(f"{key}.bias goes with units; beside weights, write biases = [...]")
@@ -222,9 +222,9 @@ def _numbers(value: Any, key: str) -> tuple[float, ...]:
     return tuple(_number(item, f"{key}[{i}]") for i, item in enumerate(value))
 
 
-def _whole(value: Any, key: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise ConfigError(f"{key} must be a whole number of at least {least}, not {value!r}")
+def _whole(value: Any, key: str, least: int, most: int = 2**31 - 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{key} must be a whole number from {least} to {most}, not {value!r}")
     return value
 
 

@@ -67,10 +67,15 @@ class Gelu(Elementwise):
 
     approximate: bool = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.approximate, bool):
+            raise TypeError(f"Gelu: approximate is True or False, not {self.approximate!r}")
+
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
         return jax.nn.gelu(x, approximate=self.approximate), x
 
     def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
+        x = jnp.clip(x, -30, 30)  # f' is 0 or 1 there, and x^3 could overflow: 0 times infinity
         if self.approximate:
             c, a = math.sqrt(2 / math.pi), 0.044715
             t = jnp.tanh(c * (x + a * x**3))

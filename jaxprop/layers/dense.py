@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.factored import Outer, Sum
-from jaxprop.layer import Layer
+from jaxprop.layer import Layer, shapes
 
 
 class Affine(NamedTuple):
@@ -46,8 +46,12 @@ class Dense(Layer):
             raise TypeError(f"Dense takes a whole number of features, not {self.features!r}")
         if self.features < 1:
             raise ValueError(f"Dense takes at least 1 feature, not {self.features}")
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"Dense: bias is True or False, not {self.bias!r}")
 
     def init(self, key: chex.PRNGKey, x: Any) -> Affine:
+        if not hasattr(x, "ndim"):
+            raise TypeError(f"{self} takes an array x, not {shapes(x)}")
         if x.ndim < 2:
             raise ValueError(
                 f"{self} takes x of shape (N, ..., I), axis 0 the example, not {x.shape}; "
@@ -55,7 +59,9 @@ class Dense(Layer):
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{self} takes floating x, not {x.dtype}")
-        dtype = jnp.result_type(x.dtype)
+        if not x.shape[-1]:
+            raise ValueError(f"{self} takes x of at least one feature, not {x.shape}")
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
         w = jax.nn.initializers.lecun_normal()(key, (x.shape[-1], self.features), dtype)
         return Affine(w, jnp.zeros(self.features, dtype) if self.bias else None)
 
@@ -68,5 +74,7 @@ class Dense(Layer):
     def backward(
         self, params: Affine, x: Float[Array, "n ... i"], ct: Float[Array, "n ... o"]
     ) -> tuple[Affine, Float[Array, "n ... i"]]:
+        if ct.shape != (*x.shape[:-1], self.features):
+            raise ValueError(f"{self}: ct has shape {ct.shape}, but x has {x.shape}")
         d_b = None if params.b is None else Sum(ct)
         return Affine(Outer(x, ct), d_b), (ct @ params.w.T).astype(x.dtype)
