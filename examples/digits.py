@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=positive, default=30)
     parser.add_argument("--batch", type=positive, default=16)
     parser.add_argument(
-        "--rate", type=float, default=0.03, help="learning rate of SGD, momentum 0.9"
+        "--rate", type=above_zero, default=0.03, help="learning rate of SGD, momentum 0.9"
     )
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument(

@@ -95,6 +95,10 @@ class Sum(Factored):
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, " o"]:
         return Sum(_weighted(self.ct, weights)).sum()
 
+    def second_moment(self, over: str | None = None) -> Float[Array, " o"]:
+        """The columns are summed first, as they are for the weight beside it, and so once."""
+        return jnp.sum(_total(_wide(self.per_example()) ** 2, over), axis=0)
+
     def kronecker(self, over: str | None = None) -> Kronecker:
         examples = jnp.full((1, 1), len(self.ct), _wide(self.ct).dtype)
         return Kronecker(examples, _gram(_rows(self.ct, over)))
