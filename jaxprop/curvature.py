@@ -17,29 +17,43 @@ from typing import Any
 
 import chex
 import jax
-from jax import Array
+import jax.numpy as jnp
 
-from jaxprop.backprop import ahead
-from jaxprop.factored import Factored, Kronecker
-from jaxprop.layer import Layer, Step, require
+from jaxprop.backprop import Pull, ahead
+from jaxprop.factored import Factored, Kronecker, is_factored
+from jaxprop.layer import Layer, require
 from jaxprop.losses import Loss
 from jaxprop.quantities import factored
 
-ROOTS = "jaxprop.root"
+ROOT = "jaxprop.root"
 
 
 def diag_ggn(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
     """``f(params, x, target, key=None)``: the diagonal of the Gauss-Newton matrix; like params.
 
-    Exact by one walk back for each output, or with a key by ``samples`` of them. What is squared
-    is summed over the columns before it meets a layer's input, (x^2)^T sum_c ct_c^2, so that the
-    columns cost no contraction each.
+    Exact by one walk back for each output, or with a key by ``samples`` of them. One column of the
+    root after the other, only squares are added up; they meet a layer's input once, at the end:
+    (x^2)^T sum_c ct_c^2.
     """
 
-    def diagonal(form: Factored, examples: int) -> Array:
-        return form.second_moment(over=ROOTS) / examples
+    def of_walk(root: Any, examples: int, pull: Pull) -> Any:
+        def squares(ct: Any) -> Any:
+            left, _ = pull(ct, lambda step: _map_forms(lambda form: form.squares(), factored(step)))
+            return left
 
-    return _of_roots(net, loss, samples, diagonal, stacked=False)
+        def add(total: Any, ct: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, squares(ct)), None
+
+        total, _ = jax.lax.scan(add, squares(root[0]), root[1:])
+        forms, _ = pull(root[0], factored)
+        return jax.tree.map(
+            lambda form, squares: form.of_squares(squares) / examples,
+            forms,
+            total,
+            is_leaf=is_factored,
+        )
+
+    return _from_root(net, loss, samples, of_walk)
 
 
 def kronecker_factors(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
@@ -55,11 +69,18 @@ def kronecker_factors(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[.
     param whose cotangent has no two factors.
     """
 
-    def factors(form: Factored, examples: int) -> Kronecker:
-        a, b = form.kronecker(over=ROOTS)
-        return Kronecker(a / examples, b / examples)
+    def of_walk(root: Any, examples: int, pull: Pull) -> Any:
+        def factors(form: Factored) -> Kronecker:
+            a, b = form.kronecker(over=ROOT)
+            return Kronecker(a / examples, b / examples)
 
-    return _of_roots(net, loss, samples, factors, stacked=False)
+        def back(ct: Any) -> Any:
+            left, _ = pull(ct, lambda step: _map_forms(factors, factored(step)))
+            return left
+
+        return jax.vmap(back, axis_name=ROOT, out_axes=None)(root)
+
+    return _from_root(net, loss, samples, of_walk)
 
 
 def ggn_root(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
@@ -68,16 +89,22 @@ def ggn_root(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
     Example n's own Gauss-Newton matrix is sum_c V_cn V_cn^T; the mean over n is that of the mean
     loss. C is the number of columns of the loss Hessian's root, or with a key of ``samples``.
     """
-    return _of_roots(net, loss, samples, lambda form, _: form.per_example(), stacked=True)
+
+    def of_walk(root: Any, examples: int, pull: Pull) -> Any:
+        def back(ct: Any) -> Any:
+            return pull(
+                ct, lambda step: _map_forms(lambda form: form.per_example(), factored(step))
+            )
+
+        return jax.vmap(back)(root)[0]
+
+    return _from_root(net, loss, samples, of_walk)
 
 
-def _of_roots(
-    net: Layer,
-    loss: Loss,
-    samples: int,
-    take: Callable[[Factored, int], Any],
-    stacked: bool,
+def _from_root(
+    net: Layer, loss: Loss, samples: int, of_walk: Callable[[Any, int, Pull], Any]
 ) -> Callable[..., Any]:
+    """``of_walk(root, N, pull)`` from the loss's root, exact or sampled: a column on each index."""
     require(net, Layer, "net")
     require(loss, Loss, "loss")
     if samples < 1:
@@ -94,14 +121,10 @@ def _of_roots(
         else:
             keys = jax.random.split(key, samples)
             root = jax.vmap(loss.sample, (0, None))(keys, residuals) / math.sqrt(samples)
-
-        def leave(step: Step) -> Any:
-            return jax.tree.map(lambda _, form: take(form, examples), step.params, factored(step))
-
-        def back(ct: Any) -> Any:
-            left, _ = pull(ct, leave)
-            return left
-
-        return jax.vmap(back, axis_name=ROOTS, out_axes=0 if stacked else None)(root)
+        return of_walk(root, examples, pull)
 
     return of_batch
+
+
+def _map_forms(f: Callable[[Factored], Any], forms: Any) -> Any:
+    return jax.tree.map(f, forms, is_leaf=is_factored)

@@ -32,8 +32,9 @@ class Kronecker(NamedTuple):
 class Factored(abc.ABC):
     """The cotangent of one parameter, sum_n g_n, not yet summed over the examples n.
 
-    Axis 0 of every factor is the example. Where a quantity takes ``over``, it is the name of a
-    ``jax.vmap`` axis of cotangents (the columns of a Hessian root) to sum over as well.
+    Axis 0 of every factor is the example. A parameter may have several cotangents, one for each
+    column of a Hessian root: ``squares`` is what can be added up over them, and ``kronecker`` takes
+    the name of the ``jax.vmap`` axis that they lie on.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -63,9 +64,17 @@ class Factored(abc.ABC):
         g = g.reshape(len(g), -1)
         return g @ g.T
 
-    def second_moment(self, over: str | None = None) -> Array:
+    def second_moment(self) -> Array:
         """sum_n g_n^2, elementwise."""
-        return _total(jnp.sum(_wide(self.per_example()) ** 2, axis=0), over)
+        return self.of_squares(self.squares())
+
+    def squares(self) -> Array:
+        """What ``of_squares`` makes the second moment of; that of several cotangents adds up."""
+        return jnp.sum(_wide(self.per_example()) ** 2, axis=0)
+
+    def of_squares(self, squares: Array) -> Array:
+        """The second moment, summed like squares. It does not look at the form's own cotangent."""
+        return squares
 
     def kronecker(self, over: str | None = None) -> Kronecker:
         """The two Gram matrices, sums over examples and positions: of the input and of ct."""
@@ -95,9 +104,11 @@ class Sum(Factored):
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, " o"]:
         return Sum(_weighted(self.ct, weights)).sum()
 
-    def second_moment(self, over: str | None = None) -> Float[Array, " o"]:
-        """The columns are summed first, as they are for the weight beside it, and so once."""
-        return jnp.sum(_total(_wide(self.per_example()) ** 2, over), axis=0)
+    def squares(self) -> Float[Array, "n o"]:
+        return _wide(self.per_example()) ** 2
+
+    def of_squares(self, squares: Float[Array, "n o"]) -> Float[Array, " o"]:
+        return squares.sum(axis=0)
 
     def kronecker(self, over: str | None = None) -> Kronecker:
         examples = jnp.full((1, 1), len(self.ct), _wide(self.ct).dtype)
@@ -141,18 +152,24 @@ class Outer(Factored):
         products = jnp.einsum("nti,msi->ntms", x, x) * jnp.einsum("nto,mso->ntms", ct, ct)
         return products.sum(axis=(1, 3))
 
-    def second_moment(self, over: str | None = None) -> Float[Array, "i o"]:
-        """(x^2)^T (ct^2). Along T > 1 positions the sum over them comes before the square."""
+    def squares(self) -> Array:
+        """ct^2, for (x^2)^T (ct^2). Along T > 1 positions their sum comes before the square."""
         x, ct = map(_wide, self._sequences())
         if x.shape[1] == 1:
-            return jnp.tensordot(x[:, 0] ** 2, _total(ct[:, 0] ** 2, over), axes=(0, 0))
+            return ct[:, 0] ** 2
 
         def add(total: Array, example: tuple[Array, Array]) -> tuple[Array, None]:
             x, ct = example
             return total + (x.T @ ct) ** 2, None
 
         zero = jnp.zeros((x.shape[-1], ct.shape[-1]), x.dtype)
-        return _total(jax.lax.scan(add, zero, (x, ct))[0], over)
+        return jax.lax.scan(add, zero, (x, ct))[0]
+
+    def of_squares(self, squares: Array) -> Float[Array, "i o"]:
+        x, _ = self._sequences()
+        if x.shape[1] > 1:
+            return squares
+        return Outer(_wide(x[:, 0]) ** 2, squares).sum()
 
     def kronecker(self, over: str | None = None) -> Kronecker:
         return Kronecker(_gram(_rows(self.x)), _gram(_rows(self.ct, over)))
@@ -248,7 +265,3 @@ def _gram(x: Float[Array, "m d"]) -> Float[Array, "d d"]:
 
 def _sq_norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
     return jnp.sum(_wide(x) ** 2, axis=tuple(range(1, x.ndim)))
-
-
-def _total(x: Array, over: str | None) -> Array:
-    return x if over is None else jax.lax.psum(x, over)

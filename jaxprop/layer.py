@@ -204,10 +204,7 @@ def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def held(self: Layer, params: Any, x: Any) -> Any:
         self.check_params(params, x)
-        x = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, x
-        )
-        result = forward(self, params, x)
+        result = forward(self, params, jax.tree.map(_on_device, x))
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(f"{self}: forward returns {shapes(result)}, not (y, residuals)")
         return result
