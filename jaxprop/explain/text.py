@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxprop.explain.config import WORKED_EXAMPLE
-from jaxprop.explain.walkthrough import Stage, Unit, Walkthrough, Weight
+from jaxprop.explain.document import Stage, Unit, Walkthrough, Weight
 
 WIDTH = 80
 TERMS = 4  # of a sum that are written out

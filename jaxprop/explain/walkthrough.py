@@ -7,7 +7,6 @@ of dE/dz * w over the units that s feeds.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jax import Array
 from jaxprop.backprop import loss_fn
 from jaxprop.explain import config as configs
 from jaxprop.explain.config import Config
+from jaxprop.explain.document import Final, Path, Stage, Unit, Walkthrough, Weight
 from jaxprop.explain.terms import Terms, terms
 from jaxprop.factored import summed
 from jaxprop.layers import Affine
@@ -25,96 +25,6 @@ from jaxprop.losses import HalfSquaredError
 from jaxprop.training import make_update
 
 CURVE = 1000
-
-
-class Weight(NamedTuple):
-    """One chain: ``product`` is what the hand-written backward gives, d_value * slope * d_z."""
-
-    name: str
-    source: str  # the unit or input it comes from; "1" for a bias
-    unit: str
-    z_name: str
-    d_value: float  # dE/d(value of the unit)
-    slope: float  # d(value)/dz
-    d_z: float  # dz/dw
-    product: float
-    jax_grad: float
-    old: float
-    new: float
-
-
-class Path(NamedTuple):
-    """One way by which the error comes back: dE/dz of a unit that is fed, times the weight."""
-
-    z_name: str
-    weight_name: str
-    d_z: float
-    weight: float
-
-
-class Unit(NamedTuple):
-    """z is the weighted sum and value what the activation makes of it, before and after the step.
-
-    ``paths`` are what dE/dvalue is the sum of; an output has none, but a ``target`` and its own
-    share of the error, ``error``.
-    """
-
-    name: str
-    z_name: str
-    z: float
-    value: float
-    d_value: float
-    paths: tuple[Path, ...]
-    target: float | None
-    error: float | None
-    z_after: float
-    value_after: float
-    error_after: float | None
-
-
-class Stage(NamedTuple):
-    """One layer of the drawing: a row of weights for each unit, a bias for each unit or none."""
-
-    name: str
-    activation: str
-    inputs: tuple[str, ...]
-    units: tuple[Unit, ...]
-    weights: tuple[tuple[Weight, ...], ...]
-    biases: tuple[Weight, ...]
-
-    def chains(self) -> list[Weight]:
-        return [weight for row in self.weights for weight in row] + list(self.biases)
-
-
-class Final(NamedTuple):
-    """The state after the last step."""
-
-    steps: int
-    error: float
-    outputs: dict[str, float]
-    weights: dict[str, float]
-
-
-class Walkthrough(NamedTuple):
-    config: Config
-    stages: tuple[Stage, ...]
-    error: float
-    error_after: float
-    largest_difference: float  # between the hand-written chain and jax.grad, over all weights
-    curve: tuple[tuple[int, float], ...]  # (steps taken, E), at most CURVE + 1 of them, evenly
-    final: Final
-
-    def chains(self) -> list[Weight]:
-        return [weight for stage in self.stages for weight in stage.chains()]
-
-    def document(self, weight: str | None = None) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, of everything or of one weight's chain.
-
-        JSON has no NaN and no infinity: None stands in their place.
-        """
-        if weight is None:
-            return _plain(self)
-        return next(_plain(chain) for chain in self.chains() if chain.name == weight)
 
 
 def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
@@ -317,15 +227,3 @@ def _stage(
 
 def _numbered(letter: str, start: int, count: int) -> list[str]:
     return [f"{letter}{start + i + 1}" for i in range(count)]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {key: _plain(field) for key, field in value._asdict().items()}  # pyright: ignore
-    if isinstance(value, dict):
-        return {key: _plain(field) for key, field in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
