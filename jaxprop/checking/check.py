@@ -101,13 +101,12 @@ def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
 def _check_shares(layer: Layer, params: Any, x: Any, residuals: Any, ct: Any, rtol: float) -> None:
     """Each example's share, as the factored cotangents give it, against that example alone."""
     d_params, _ = layer.backward(params, residuals, ct)
-    forms = jax.tree.leaves(d_params, is_leaf=is_factored)
-    alone = jax.tree.leaves_with_path(each_alone(layer, params, x, ct)["params"])
-    for form, (path, expected) in zip(forms, alone, strict=len(forms) == len(alone)):
+    alone = dict(jax.tree.leaves_with_path(each_alone(layer, params, x, ct)["params"]))
+    for path, form in jax.tree.leaves_with_path(d_params, is_leaf=is_factored):
         if is_factored(form):
-            got = {"params": form.per_example()}
+            got, expected = {"params": form.per_example()}, {"params": alone[path]}
             where = f"each example alone, at d_params{keystr(path)}"
-            _compare(layer, got, {"params": expected}, where, rtol, ct, by_example=True)
+            _compare(layer, got, expected, where, rtol, ct, by_example=True)
 
 
 def _compare(
