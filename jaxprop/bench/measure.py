@@ -59,7 +59,7 @@ def compare(
     """Build (trace and compile) both ``builds`` times in turn, then run both in turn.
 
     ``make_a`` and ``make_b`` return a new function each time, so that nothing is traced from a
-    cache. Running goes on for about ``seconds``, and for at least five pairs.
+    cache. Running goes on for about ``seconds``, and for at least three pairs.
     """
     for make in (make_a, make_b):
         _build(make, args)
@@ -69,7 +69,7 @@ def compare(
     pairs = []
     gc.collect()
     end = time.perf_counter() + seconds
-    while len(pairs) < 5 or time.perf_counter() < end:
+    while len(pairs) < 3 or time.perf_counter() < end:
         if len(pairs) % 2:
             b = _time(run_b, args, calls)
             pairs.append((_time(run_a, args, calls), b))
