@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+TRACES = 9
+
 
 class Spread(NamedTuple):
     """Median and quartiles."""
@@ -56,15 +58,15 @@ def compare(
     seconds: float,
     builds: int,
 ) -> Comparison:
-    """Build (trace and compile) both ``builds`` times in turn, then run both in turn.
+    """Trace both in turn, compile both ``builds`` times in turn, then run both in turn.
 
     ``make_a`` and ``make_b`` return a new function each time, so that nothing is traced from a
     cache. Running goes on for about ``seconds``, and for at least three pairs.
     """
-    for make in (make_a, make_b):
-        _build(make, args)
-    built = [(_build(make_a, args), _build(make_b, args)) for _ in range(builds)]
-    (_, _, run_a), (_, _, run_b) = built[-1]
+    makers = (make_a, make_b)
+    traces = [[_trace(make, args)[0] for make in makers] for _ in range(TRACES + 1)][1:]
+    built = [[_compile(make, args) for make in makers] for _ in range(builds + 1)][1:]
+    (_, run_a), (_, run_b) = built[-1]
     calls = max(1, round(0.005 / max(min(_time(run_a, args, 1), _time(run_b, args, 1)), 1e-7)))
     pairs = []
     gc.collect()
@@ -78,11 +80,11 @@ def compare(
             pairs.append((a, _time(run_b, args, calls)))
 
     def program(side: int) -> Program:
-        compiled = built[-1][side][2]
+        compiled = built[-1][side][1]
         return Program(
             run=Spread.of([pair[side] for pair in pairs]),
-            trace=Spread.of([build[side][0] for build in built]),
-            compile=Spread.of([build[side][1] for build in built]),
+            trace=Spread.of([trace[side] for trace in traces]),
+            compile=Spread.of([build[side][0] for build in built]),
             temp_bytes=getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0),
             flops=(compiled.cost_analysis() or {}).get("flops", 0.0),
         )
@@ -92,8 +94,8 @@ def compare(
         a,
         b,
         run=Spread.of([x / y for x, y in pairs]),
-        trace=Spread.of([x[0] / y[0] for x, y in built]),
-        compile=Spread.of([x[1] / y[1] for x, y in built]),
+        trace=Spread.of([x / y for x, y in traces]),
+        compile=Spread.of([x[0] / y[0] for x, y in built]),
         temp=a.temp_bytes / b.temp_bytes if b.temp_bytes else None,
     )
 
@@ -106,15 +108,18 @@ def matmul_rate(size: int = 2048) -> float:
     return 2 * size**3 / min(_time(multiply, (x, x), 1) for _ in range(5))
 
 
-def _build(
-    make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]
-) -> tuple[float, float, Any]:
+def _trace(make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]) -> tuple[float, Any]:
     function = jax.jit(make())
     start = time.perf_counter()
     traced = function.trace(*args)
-    traced_at = time.perf_counter()
+    return time.perf_counter() - start, traced
+
+
+def _compile(make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]) -> tuple[float, Any]:
+    _, traced = _trace(make, args)
+    start = time.perf_counter()
     compiled = traced.lower().compile()
-    return traced_at - start, time.perf_counter() - traced_at, compiled
+    return time.perf_counter() - start, compiled
 
 
 def _time(function: Callable[..., Any], args: tuple[Any, ...], calls: int) -> float:
