@@ -46,8 +46,10 @@ def clipped_grad(
             noise multiplier. It needs a ``key``, a new one each step.
         per_layer: bound each layer's part of g_n by max_norm by itself. The whole of L layers with
             params is then bounded by sqrt(L) max_norm, and the noise is that much larger.
-        two_pass: walk back twice, for the norms and then for the sum, and keep no layer's
-            cotangents in between: more time, less memory where the chain is long.
+        two_pass: walk back twice, for the norms and then for the sum, so that no layer's
+            cotangents are needed after it, where one pass needs them all until the norms are
+            known. Whether memory is saved is up to XLA's schedule: on a CPU, which goes back
+            through an unrolled chain first, it is not.
 
     Returns:
         ``f``, whose grads are like params. It can stand for ``value_and_grad`` in ``make_update``.
