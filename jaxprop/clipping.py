@@ -52,7 +52,8 @@ def clipped_grad(
             through an unrolled chain first, it is not.
 
     Returns:
-        ``f``, whose grads are like params. It can stand for ``value_and_grad`` in ``make_update``.
+        ``f``, whose grads are like params. Without noise it can stand for ``value_and_grad`` in
+        ``make_update``.
     """
     if isinstance(max_norm, int | float) and not max_norm > 0:
         raise ValueError(f"max_norm must be positive, not {max_norm}")
