@@ -11,6 +11,8 @@ of steps Google's dp-accounting composes epsilon, for adding or removing one ima
 
 import argparse
 import functools
+import math
+import sys
 from typing import Any
 
 import dp_accounting
@@ -36,7 +38,9 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
     train_x, train_y, test_x, test_y = load(args.seed)
     count = len(train_y)
     rate, steps = args.batch / count, args.epochs * count // args.batch
-    room = 2 * args.batch  # more than this are drawn once in 10^12 steps
+    if rate > 1 or args.delta >= 1:
+        sys.exit(f"--batch is at most the {count} images to train on, and --delta below 1")
+    room = min(count, args.batch + 10 * math.isqrt(args.batch) + 20)  # ten standard deviations
     clipped = jp.clipped_grad(NET, LOSS, args.max_norm, noise_multiplier=args.noise)
     optimizer = optax.sgd(args.rate, momentum=0.9)
 
@@ -59,7 +63,8 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
 
     for_init, for_run = jax.random.split(jax.random.key(args.seed))
     params, drawn = run(NET.init(for_init, train_x[:1]), for_run, steps)
-    assert drawn.max() <= room
+    if drawn.max() > room:
+        sys.exit(f"{drawn.max()} images were drawn for {room} places: epsilon would be wrong")
     logits, _ = NET.forward(params, test_x)
     accuracy = float(jnp.mean(logits.argmax(axis=-1) == test_y))
     spent = epsilon(args.noise, rate, steps, args.delta)

@@ -9,14 +9,15 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
 from jaxprop.backprop import ahead, own_gradient, walk
-from jaxprop.factored import Factored, gradient
+from jaxprop.factored import Factored, gradient, like
 from jaxprop.layer import Layer, Step
 from jaxprop.losses import Loss
-from jaxprop.quantities import Forms, SqNorms, factored, quantities, total
+from jaxprop.quantities import Forms, factored, quantities, total
 
 
 def clipped_grad(
@@ -31,8 +32,8 @@ def clipped_grad(
     """``f(params, x, target, key=None) -> (value, grads)``: the mean of clipped gradients.
 
     With g_n the gradient of example n's own loss, grads is 1/N sum_n g_n min(1, max_norm / |g_n|),
-    and no g_n is ever formed: one walk back leaves the factors, the norms come from them, and so
-    does the weighted sum.
+    and the g_n are not kept: one walk back leaves the factors, the norms come from them, and so
+    does the weighted sum. An example whose gradient is not finite makes grads not finite.
 
     Args:
         net: the network. A layer that couples the examples of a batch raises ``ValueError``.
@@ -43,7 +44,8 @@ def clipped_grad(
             noise_multiplier * max_norm is added to each entry of the *sum* of clipped gradients
             before the division by N. This is the definition of
             ``optax.contrib.differentially_private_aggregate`` and of the accountants that take a
-            noise multiplier. It needs a ``key``, a new one each step.
+            noise multiplier. It needs a ``key``, a new one each step, and raises ``TypeError`` for
+            params narrower than float32, which would round the noise away.
         per_layer: bound each layer's part of g_n by max_norm by itself. The whole of L layers with
             params is then bounded by sqrt(L) max_norm, and the noise is that much larger.
         two_pass: walk back twice, for the norms and then for the sum, so that no layer's
@@ -55,9 +57,9 @@ def clipped_grad(
         ``f``, whose grads are like params. Without noise it can stand for ``value_and_grad`` in
         ``make_update``.
     """
-    if isinstance(max_norm, int | float) and not max_norm > 0:
+    if isinstance(max_norm, int | float | np.generic) and not max_norm > 0:
         raise ValueError(f"max_norm must be positive, not {max_norm}")
-    if noise_multiplier < 0:
+    if not noise_multiplier >= 0:
         raise ValueError(f"noise_multiplier must not be negative, not {noise_multiplier}")
     if per_layer and two_pass:
         raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
@@ -71,6 +73,8 @@ def clipped_grad(
         if noise_multiplier:
             if key is None:
                 raise ValueError("a noise_multiplier needs a key, a new one each step")
+            if any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(params)):
+                raise TypeError("noise is for params of float32 or float64: narrower ones round it")
             sensitivity = max_norm * math.sqrt(layers if per_layer else 1)
             grads = _noisy(key, grads, noise_multiplier * sensitivity / examples)
         return value, grads
@@ -82,11 +86,12 @@ _Clipped = Callable[[Any, Any, Any], tuple[Array, Any, int, int]]
 
 
 def _in_one_pass(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
-    take = quantities(net, loss, forms=Forms(), sq_norms=SqNorms())
+    take = quantities(net, loss, forms=Forms())
 
     def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, int, int]:
         taken = take(params, x, target)
-        weights = _weights(taken["sq_norms"], max_norm)
+        sq_norms = total(lambda form: form.bounding_sq_norms(), taken["forms"])
+        weights = _weights(sq_norms, max_norm)
         return taken["value"], _weighted(params, taken["forms"], weights), 1, weights.size
 
     return clipped
@@ -94,7 +99,7 @@ def _in_one_pass(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
 
 def _in_two_passes(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
     def norms(step: Step) -> Any:
-        return total(lambda form: form.sq_norms(), factored(step))
+        return total(lambda form: form.bounding_sq_norms(), factored(step))
 
     def sums(step: Step) -> Any:
         return gradient(step.params, step.d_params)
@@ -120,7 +125,7 @@ def _by_layer(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
         if not jax.tree.leaves(step.params):
             return step.params
         layers += 1
-        weights = _weights(total(lambda form: form.sq_norms(), forms), max_norm)
+        weights = _weights(total(lambda form: form.bounding_sq_norms(), forms), max_norm)
         return _weighted(step.params, forms, weights)
 
     def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, int, int]:
@@ -140,7 +145,7 @@ def _weights(sq_norms: Float[Array, " n"], max_norm: float) -> Float[Array, " n"
 
 def _weighted(params: Any, forms: Any, weights: Float[Array, " n"]) -> Any:
     def weighted(param: Array, form: Factored) -> Array:
-        return form.weighted_sum(weights).astype(param.dtype)
+        return like(param, form.weighted_sum(weights))
 
     return jax.tree.map(weighted, params, forms)
 

@@ -33,7 +33,7 @@ def diag_ggn(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
 
     Exact by one walk back for each output, or with a key by ``samples`` of them. One column of the
     root after the other, only squares are added up; they meet a layer's input once, at the end:
-    (x^2)^T sum_c ct_c^2.
+    (x^2)^T sum_c ct_c^2. The root itself is held whole: (C, N, ...) for y of shape (N, ...).
     """
 
     def of_walk(root: Any, examples: int, pull: Pull) -> Any:
@@ -63,7 +63,8 @@ def kronecker_factors(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[.
     sum_t x_t x_t^T and of sum_c sum_t ct_t ct_t^T, and their Kronecker product stands for that
     param's block of the Gauss-Newton matrix, rows of w outermost (Martens and Grosse 2015,
     https://arxiv.org/abs/1503.05671; Botev et al. 2017, https://arxiv.org/abs/1706.03662). For one
-    example without positions it is that block. A bias has a = [[1]].
+    example without positions it is that block. A bias has a = [[1]]. Inputs at padded positions
+    (targets of -1) count in a, not in b.
 
     ``exact=True`` in the place of a key says KFLR in so many words. Raises ``TypeError`` for a
     param whose cotangent has no two factors.

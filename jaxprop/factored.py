@@ -51,12 +51,16 @@ class Factored(abc.ABC):
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
         """sum_n weights_n g_n."""
-        g = self.per_example()
+        g = _wide(self.per_example())
         return jnp.tensordot(weights.astype(g.dtype), g, axes=1)
 
     def sq_norms(self) -> Float[Array, " n"]:
         """|g_n|^2 for each example."""
         return _sq_norms(self.per_example())
+
+    def bounding_sq_norms(self) -> Float[Array, " n"]:
+        """|g_n|^2 in a way that cannot cancel, for whoever relies on it as a bound."""
+        return self.sq_norms()
 
     def inner_products(self) -> Float[Array, "n n"]:
         """<g_n, g_m> for each pair of examples."""
@@ -102,7 +106,7 @@ class Sum(Factored):
         return self.ct.sum(axis=tuple(range(self.ct.ndim - 1)))
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, " o"]:
-        return Sum(_weighted(self.ct, weights)).sum()
+        return Sum(_weighted(_wide(self.ct), weights)).sum()
 
     def squares(self) -> Float[Array, "n o"]:
         return _wide(self.per_example()) ** 2
@@ -116,7 +120,10 @@ class Sum(Factored):
 
 
 class Outer(Factored):
-    """g_n = sum over positions t of x[n, t] (outer) ct[n, t], of shape (I, O)."""
+    """g_n = sum over positions t of x[n, t] (outer) ct[n, t], of shape (I, O).
+
+    ct is linear in the cotangent of the layer's output, and x does not depend on it.
+    """
 
     x: Float[Array, "n ... i"]
     ct: Float[Array, "n ... o"]
@@ -129,7 +136,7 @@ class Outer(Factored):
         return jnp.tensordot(self.x, self.ct, (axes, axes), out_sharding=_product_sharding(self))
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
-        return Outer(self.x, _weighted(self.ct, weights)).sum()
+        return Outer(_wide(self.x), _weighted(_wide(self.ct), weights)).sum()
 
     def sq_norms(self) -> Float[Array, " n"]:
         """|x|^2 |ct|^2; along T positions <X X^T, C C^T>, or |X^T C|^2 where that is cheaper."""
@@ -139,9 +146,15 @@ class Outer(Factored):
             return _sq_norms(x) * _sq_norms(ct)
         if t * (i + o) > i * o:
             return super().sq_norms()
-        return jnp.sum(
-            jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct), axis=(1, 2)
-        )
+        products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
+        return jnp.maximum(products.sum(axis=(1, 2)), 0)
+
+    def bounding_sq_norms(self) -> Float[Array, " n"]:
+        """Along positions |X^T C|^2, one example after the other: a sum of squares."""
+        x, ct = map(_wide, self._sequences())
+        if x.shape[1] == 1:
+            return self.sq_norms()
+        return jax.lax.map(lambda example: jnp.sum((example[0].T @ example[1]) ** 2), (x, ct))
 
     def inner_products(self) -> Float[Array, "n n"]:
         """(x_n . x_m)(ct_n . ct_m), summed over pairs of positions, or through g where cheaper."""
@@ -162,7 +175,7 @@ class Outer(Factored):
             x, ct = example
             return total + (x.T @ ct) ** 2, None
 
-        zero = jnp.zeros((x.shape[-1], ct.shape[-1]), x.dtype)
+        zero = jnp.zeros((x.shape[-1], ct.shape[-1]), jnp.result_type(x, ct))
         return jax.lax.scan(add, zero, (x, ct))[0]
 
     def of_squares(self, squares: Array) -> Float[Array, "i o"]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.backprop import own_gradient, walk
-from jaxprop.factored import Factored, Stacked, is_factored, summed
+from jaxprop.factored import Factored, Stacked, is_factored, like, summed
 from jaxprop.layer import Layer, Static, Step
 from jaxprop.losses import Loss
 
@@ -45,7 +45,7 @@ class Gradient(Quantity):
     """The gradient of the mean over examples; like params."""
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return _each(lambda p, form: _mean(form, examples).astype(p.dtype), params, forms)
+        return _each(lambda p, form: like(p, _mean(form, examples)), params, forms)
 
 
 class PerExampleGrads(Quantity):
@@ -90,7 +90,8 @@ class Variance(Quantity):
     def take(self, params: Any, forms: Any, examples: int) -> Any:
         def variance(_: Array, form: Factored) -> Array:
             moment = form.second_moment() / examples
-            return moment - _mean(form, examples).astype(moment.dtype) ** 2
+            square = _mean(form, examples).astype(moment.dtype) ** 2
+            return jnp.maximum(moment - square, 0)  # of equal examples it is rounding alone
 
         return _each(variance, params, forms)
 
@@ -178,8 +179,9 @@ def per_example_grads(net: Layer, loss: Loss) -> OfBatch:
 def per_example_sq_norms(net: Layer, loss: Loss, *, per_layer: bool = False) -> OfBatch:
     """``f(params, x, target)``: the squared norm of each example's own gradient, (N,).
 
-    No per-example gradient is formed: for a dense layer it is |x_n|^2 |ct_n|^2 (Goodfellow 2015,
-    https://arxiv.org/abs/1510.01799). With ``per_layer`` the result is like the net's params, with
+    For a dense layer it is |x_n|^2 |ct_n|^2 (Goodfellow 2015, https://arxiv.org/abs/1510.01799),
+    and along positions <X X^T, C C^T>; a per-example gradient is formed only where that costs less
+    (long sequences, small weights). With ``per_layer`` the result is like the net's params, with
     (N,) where a layer's params stand (and ``()`` for a layer without).
     """
     return _alone(net, loss, SqNorms(per_layer))
@@ -230,6 +232,10 @@ def factored(step: Step) -> Any:
             f"{step.layer} couples the examples of a batch: an example has no gradient of its own, "
             "and no per-example quantity exists"
         )
+    for path, param in jax.tree.leaves_with_path(step.params):
+        if not jnp.issubdtype(param.dtype, jnp.floating):
+            name = jax.tree_util.keystr(path)
+            raise TypeError(f"params{name} is {param.dtype}: no gradient by it exists")
     leaves = jax.tree.leaves(step.d_params, is_leaf=is_factored)
     if all(map(is_factored, leaves)):
         return step.d_params

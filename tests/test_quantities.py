@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import scipy.stats
 from hypothesis import given
 from table import LOSSES, TABLE, Row, at, relative_error, row_id
 
@@ -461,3 +462,48 @@ def test_errors():
         jp.kronecker_factors(net, loss)(params, x, target, jax.random.key(0), exact=True)
     with pytest.raises(ValueError, match="samples must be at least 1"):
         jp.diag_ggn(net, loss, samples=0)
+
+
+def test_clipping_bounds_where_gram_matrices_cancel():
+    """Two positions that cancel: in float32 <X X^T, C C^T> could be anything, even below 0."""
+    big = 1e4 * np.random.default_rng(0).normal(size=(8, 64))
+    x = np.stack([big, -big + 1], axis=1)
+    form = jp.Outer(jnp.asarray(x, jnp.float32), jnp.ones((8, 2, 64), jnp.float32))
+    exact = jp.Outer(form.x.astype(jnp.float64), form.ct.astype(jnp.float64)).bounding_sq_norms()
+    assert relative_error(form.bounding_sq_norms(), exact) <= 1e-2
+    assert np.all(form.sq_norms() >= 0)
+
+
+def test_noise_is_refused_where_it_would_be_rounded_away():
+    net, loss, params, x, target = problem(Row(KFAC_NET, normal(4, 5)))
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, x))
+    with pytest.raises(TypeError, match="params of float32 or float64"):
+        jp.clipped_grad(net, loss, 1.0, 1.0)(*narrow, target, key=jax.random.key(0))
+    f = jp.clipped_grad(net, loss, 0.1)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), narrow)
+    assert relative_error(f(*narrow, target), f(*wide, target)) <= 0.1
+
+
+def test_noise_differs_from_param_to_param():
+    net, loss, *args = problem(Row(jp.chain(jp.Dense(6), jp.Dense(6)), normal(4, 6)))
+    _, clean = jp.clipped_grad(net, loss, 1.0)(*args)
+    _, noisy = jp.clipped_grad(net, loss, 1.0, 1.0)(*args, key=jax.random.key(0))
+    noise = jax.tree.map(jnp.subtract, noisy, clean)
+    assert abs(np.corrcoef(np.ravel(noise[0].w), np.ravel(noise[1].w))[0, 1]) < 0.6
+    assert scipy.stats.kstest(np.ravel(noise[0].w) * 4, "norm").pvalue > 1e-3
+
+
+def test_shard_map_agrees_with_value_and_grad():
+    net, loss, *args = problem(Row(KFAC_NET, normal(8, 5)))
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    for f in (
+        lambda *args: jp.value_and_grad(net, loss)(*args)[1],
+        lambda *args: jp.quantities(net, loss, it=jp.Gradient())(*args)["it"],
+        lambda *args: jp.clipped_grad(net, loss, 1e6)(*args)[1],
+        lambda *args: jp.clipped_grad(net, loss, 1e6, two_pass=True)(*args)[1],
+        lambda *args: jp.clipped_grad(net, loss, 1e6, per_layer=True)(*args)[1],
+    ):
+        sharded = jax.shard_map(f, mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P())
+        got = jax.tree.map(lambda g: g / 4, jax.jit(sharded)(*args))
+        assert relative_error(got, jp.value_and_grad(net, loss)(*args)[1]) <= 1e-12
