@@ -25,7 +25,7 @@ import jaxprop as jp
 LOSS = jp.CrossEntropy()
 NET = jp.chain(jp.Dense(128), jp.Tanh(), jp.Dense(64), jp.Tanh(), jp.Dense(10))
 SGD_RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
-KFAC_RATES = (0.01, 0.02, 0.03, 0.05)
+KFAC_RATES = (0.02, 0.03, 0.05, 0.07)
 
 
 class KfacState(NamedTuple):
