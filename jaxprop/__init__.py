@@ -14,12 +14,24 @@ against the other.
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad
-from jaxprop.combinators import chain, skip
+from jaxprop.combinators import branch, cast, chain, recompute, repeat, shared, skip, tied
 from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
-from jaxprop.factored import Factored, Kronecker, Outer, Stacked, Sum
+from jaxprop.factored import Factored, Joint, Kronecker, Outer, Repeated, Stacked, Sum
 from jaxprop.interop import custom_vjp
-from jaxprop.layer import Combinator, Layer, Step
-from jaxprop.layers import Affine, Dense, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
+from jaxprop.layer import Combinator, Layer, Step, Total
+from jaxprop.layers import (
+    Affine,
+    Dense,
+    Dropout,
+    Embedding,
+    Gelu,
+    Relu,
+    Rows,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Tanh,
+)
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
     Gradient,
@@ -46,11 +58,14 @@ __all__ = [
     "Combinator",
     "CrossEntropy",
     "Dense",
+    "Dropout",
+    "Embedding",
     "Factored",
     "Gelu",
     "Gradient",
     "Gram",
     "HalfSquaredError",
+    "Joint",
     "Kronecker",
     "Layer",
     "Loss",
@@ -59,6 +74,8 @@ __all__ = [
     "PerExampleGrads",
     "Quantity",
     "Relu",
+    "Repeated",
+    "Rows",
     "SecondMoment",
     "Sigmoid",
     "Silu",
@@ -68,7 +85,10 @@ __all__ = [
     "Step",
     "Sum",
     "Tanh",
+    "Total",
     "Variance",
+    "branch",
+    "cast",
     "chain",
     "check_layer",
     "clipped_grad",
@@ -83,8 +103,12 @@ __all__ = [
     "per_example_grads",
     "per_example_sq_norms",
     "quantities",
+    "recompute",
+    "repeat",
     "second_moment",
+    "shared",
     "skip",
+    "tied",
     "value_and_grad",
     "variance",
     "walk",

@@ -28,6 +28,12 @@ def edge(*shape: int) -> Any:
     return x
 
 
+def ids(*shape: int) -> Any:
+    """Token ids below 7, many of them more than once."""
+    return np.random.default_rng(0).integers(0, 7, shape) // 2 * 2
+
+
+BLOCK = jp.skip(jp.chain(jp.Dense(5), jp.Tanh(), jp.Dense(4)))
 MLP = jp.chain(jp.Dense(7), jp.Gelu(), jp.Dense(5), jp.Tanh(), jp.Dense(3))
 ACTIVATIONS = (
     jp.Sigmoid(),
@@ -53,6 +59,21 @@ TABLE = [
     Row(jp.chain(jp.Relu()), normal(3, 4)),
     Row(MLP, normal(4, 6)),
     Row(MLP, normal(1, 6)),
+    Row(jp.branch(jp.Dense(3), jp.chain(jp.Dense(2), jp.Tanh(), jp.Dense(3))), normal(3, 4)),
+    Row(jp.branch(jp.Tanh(), jp.Dense(3), jp.Dense(1), join="concatenate"), normal(2, 3, 4)),
+    Row(jp.repeat(BLOCK, 3), normal(3, 4)),
+    Row(jp.repeat(jp.recompute(BLOCK), 2), normal(1, 3, 4)),
+    Row(jp.chain(jp.repeat(jp.repeat(jp.Dense(4), 2), 3), jp.Dense(2)), normal(2, 4)),
+    Row(jp.recompute(MLP), normal(4, 6)),
+    Row(jp.shared(jp.Dense(4), 1), normal(3, 4)),
+    Row(jp.shared(jp.Dense(4, bias=False), 3), normal(3, 4)),
+    Row(jp.repeat(jp.shared(BLOCK, 2), 2), normal(2, 3, 4)),
+    Row(jp.Dropout(0.5), normal(3, 4)),
+    Row(jp.Embedding(7, 3), ids(4)),
+    Row(jp.chain(jp.Embedding(7, 3), jp.Dense(2)), ids(3, 9)),
+    Row(jp.chain(jp.Embedding(99, 3), jp.Tanh(), jp.Dense(2)), ids(1, 5)),
+    Row(jp.tied(jp.Embedding(7, 4), BLOCK), ids(3, 5)),
+    Row(jp.tied(jp.Embedding(7, 4), jp.repeat(BLOCK, 2)), ids(1, 2, 2)),
     Row(jp.chain(jp.chain(jp.Dense(4), jp.Relu()), jp.skip(jp.chain(jp.Dense(4)))), normal(3, 2)),
 ]
 
@@ -76,8 +97,9 @@ def row_id(row: Any) -> str:
 
 def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
     """(params, x) of the dtype, params with noise so that no bias is zero."""
-    x = jnp.asarray(row.x, dtype)
+    x = jnp.asarray(row.x, dtype if np.issubdtype(row.x.dtype, np.floating) else None)
     params = row.layer.init(jax.random.key(1), x)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves) + 1)
     leaves = [

@@ -10,7 +10,8 @@ import jaxprop as jp
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"factored", "layer"},
+    {"layer"},
+    {"factored"},
     {"layers"},
     {"combinators", "losses"},
     {"backprop"},

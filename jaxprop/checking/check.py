@@ -15,7 +15,7 @@ from jaxprop.checking.differences import check_differences
 from jaxprop.checking.oracles import ORACLES, backward_of, d_name, each_alone
 from jaxprop.checking.points import float64, is_floating, normal, tenth, with_noise
 from jaxprop.factored import is_factored
-from jaxprop.layer import Layer, require
+from jaxprop.layer import Combinator, Layer, require
 
 DIRECTIONS = 3
 
@@ -32,6 +32,7 @@ def check_layer(
     - is linear in ct,
     - is, for a batch, the sum over its examples taken one by one (for d_x: their stack), and each
       example's share of it, where it is factored, that of the example alone,
+    - where it is factored, has in its first factor nothing of ct (``Factored.of_squares``),
     - is the same under ``jit``,
     - is the same when forward and backward are scanned, with the residuals stacked in between,
     - agrees with central differences of ``forward`` in a random direction near the point.
@@ -77,7 +78,7 @@ def check_layer(
             got = backward_of(layer, params, x, residuals, ct)
             for words, oracle in oracles.items():
                 _compare(layer, got, oracle(params, x, ct, key), words, rtol, ct)
-            _check_shares(layer, params, x, residuals, ct, rtol)
+            _check_shares(layer, params, x, residuals, ct, normal(key, y), rtol)
             check_differences(layer, params, x, ct, key)
 
 
@@ -90,7 +91,8 @@ def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
                     f"{at} is the {type(leaf).__name__} {leaf!r}, which would not survive jit or "
                     "scan; a fact that is known beforehand is a field of the layer"
                 )
-            if leaf.shape[:1] != (examples,):
+            inner = name == "residuals" and isinstance(layer, Combinator)  # a stack of layers', say
+            if not inner and leaf.shape[:1] != (examples,):
                 raise AssertionError(
                     f"{at} has shape {leaf.shape}, but axis 0 is the example and x has {examples}"
                 )
@@ -98,15 +100,25 @@ def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
                 raise AssertionError(f"{at} is {leaf.dtype}, which has no cotangent")
 
 
-def _check_shares(layer: Layer, params: Any, x: Any, residuals: Any, ct: Any, rtol: float) -> None:
-    """Each example's share, as the factored cotangents give it, against that example alone."""
+def _check_shares(
+    layer: Layer, params: Any, x: Any, residuals: Any, ct: Any, other_ct: Any, rtol: float
+) -> None:
+    """Each factored leaf: its examples' shares, and its squares beside those of another ct."""
     d_params, _ = layer.backward(params, residuals, ct)
+    others = dict(_forms(layer.backward(params, residuals, other_ct)[0]))
     alone = dict(jax.tree.leaves_with_path(each_alone(layer, params, x, ct)["params"]))
-    for path, form in jax.tree.leaves_with_path(d_params, is_leaf=is_factored):
-        if is_factored(form):
-            got, expected = {"params": form.per_example()}, {"params": alone[path]}
-            where = f"each example alone, at d_params{keystr(path)}"
-            _compare(layer, got, expected, where, rtol, ct, by_example=True)
+    for path, form in _forms(d_params):
+        where = f"each example alone, at d_params{keystr(path)}"
+        got, expected = {"params": form.per_example()}, {"params": alone[path]}
+        _compare(layer, got, expected, where, rtol, ct, by_example=True)
+        where = f"the sum of squares, by a form whose first factor depends on ct, at {keystr(path)}"
+        got = {"params": form.of_squares(others[path].squares())}
+        _compare(layer, got, {"params": others[path].second_moment()}, where, rtol, other_ct)
+
+
+def _forms(d_params: Any) -> list[tuple[Any, Any]]:
+    leaves = jax.tree.leaves_with_path(d_params, is_leaf=is_factored)
+    return [(path, leaf) for path, leaf in leaves if is_factored(leaf)]
 
 
 def _compare(

@@ -2,5 +2,20 @@
 
 from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
 from jaxprop.layers.dense import Affine, Dense
+from jaxprop.layers.dropout import Dropout
+from jaxprop.layers.embedding import Embedding, Rows
 
-__all__ = ["Affine", "Dense", "Elementwise", "Gelu", "Relu", "Sigmoid", "Silu", "Softplus", "Tanh"]
+__all__ = [
+    "Affine",
+    "Dense",
+    "Dropout",
+    "Elementwise",
+    "Embedding",
+    "Gelu",
+    "Relu",
+    "Rows",
+    "Sigmoid",
+    "Silu",
+    "Softplus",
+    "Tanh",
+]
