@@ -19,7 +19,19 @@ from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
 from jaxprop.factored import Factored, Kronecker, Outer, Stacked, Sum
 from jaxprop.interop import custom_vjp
 from jaxprop.layer import Combinator, Layer, Step
-from jaxprop.layers import Affine, Dense, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
+from jaxprop.layers import (
+    Affine,
+    Dense,
+    Gelu,
+    LayerNorm,
+    Norm,
+    Relu,
+    RMSNorm,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Tanh,
+)
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
     Gradient,
@@ -53,11 +65,14 @@ __all__ = [
     "HalfSquaredError",
     "Kronecker",
     "Layer",
+    "LayerNorm",
     "Loss",
     "NoiseScale",
+    "Norm",
     "Outer",
     "PerExampleGrads",
     "Quantity",
+    "RMSNorm",
     "Relu",
     "SecondMoment",
     "Sigmoid",
