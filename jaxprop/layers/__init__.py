@@ -4,6 +4,7 @@ from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, S
 from jaxprop.layers.dense import Affine, Dense
 from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
+from jaxprop.layers.normalization import LayerNorm, Norm, RMSNorm
 
 __all__ = [
     "Affine",
@@ -12,6 +13,9 @@ __all__ = [
     "Elementwise",
     "Embedding",
     "Gelu",
+    "LayerNorm",
+    "Norm",
+    "RMSNorm",
     "Relu",
     "Rows",
     "Sigmoid",

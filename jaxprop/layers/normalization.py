@@ -1,0 +1,156 @@
+"""Normalization within an example: over its features, or over its positions and some features.
+
+All standardize, n = (x - mean) * rstd with rstd = 1 / sqrt(var + eps), and then scale and shift,
+y = n * scale + bias. Statistics are computed in at least float32, the variance from x - mean (as
+E x^2 - mean^2 it would cancel); y and d_x have the dtype of x.
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.factored import Sum
+from jaxprop.layer import Layer, shapes
+
+X = Float[Array, "n ... c"]
+Rows = Float[Array, "n ... 1"]
+
+
+class Norm(NamedTuple):
+    """Params scale (C,) and bias (C,), or their cotangents. bias is None in a layer without."""
+
+    scale: Any
+    bias: Any = None
+
+
+class LayerNorm(Layer):
+    """y = n * scale + bias, n = (x - mean) * rstd, statistics over the last axis.
+
+    With dn = ct * scale the cotangent of n, and D features, n reaches x_i in three ways: directly,
+    through mean, and through rstd. From n_j = (x_j - mean) * rstd,
+
+        d mean / d x_i = 1 / D
+        d var  / d x_i = 2 (x_i - mean) / D             (the mean's part: sum_j (x_j - mean) = 0)
+        d rstd / d x_i = -1/2 rstd^3 d var / d x_i = -rstd^2 n_i / D
+        d n_j  / d x_i = ([i = j] - 1/D) rstd + (x_j - mean) (-rstd^2 n_i / D)
+                       = rstd ([i = j] - 1/D - n_j n_i / D)
+
+    and the sum over j of dn_j times it is
+
+        dE/dx_i     = rstd (dn_i - mean_j(dn_j) - n_i mean_j(dn_j n_j))
+        dE/dscale_i = sum over examples and positions of ct_i n_i
+        dE/dbias_i  = sum over examples and positions of ct_i
+
+    For eps = 0 this takes dn's components along (1, ..., 1) and along n away: to shift or to
+    stretch x changes nothing (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450).
+
+    x is (N, ..., D), floating; scale starts as ones, bias as zeros. Saved are x, which costs
+    nothing where another layer keeps it too, and two numbers a row: n in float32 would be twice
+    the size of a bfloat16 x, and n in bfloat16 is rounded. Raises ``ValueError`` for x without an
+    example axis and ``TypeError`` for x not floating.
+    """
+
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_eps(self, self.eps)
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Norm:
+        return affine(self, x)
+
+    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, Rows, Rows]]:
+        mean, rstd = standardizer(x, (-1,), self.eps)
+        return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
+
+    def backward(self, params: Norm, residuals: tuple[X, Rows, Rows], ct: X) -> tuple[Norm, X]:
+        x, mean, rstd = residuals
+        n = (wide(x) - mean) * rstd
+        dn = wide(ct) * wide(params.scale)
+        along_ones, along_n = dn.mean(-1, keepdims=True), (dn * n).mean(-1, keepdims=True)
+        d_x = rstd * (dn - along_ones - n * along_n)
+        return Norm(Sum(wide(ct) * n), Sum(ct)), d_x.astype(x.dtype)
+
+
+class RMSNorm(Layer):
+    """y = n * scale, n = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps), over the last axis.
+
+    LayerNorm without the mean: d rstd / d x_i = -rstd^2 n_i / D, so that
+    d n_j / d x_i = rstd ([i = j] - n_j n_i / D), and with dn = ct * scale
+
+        dE/dx_i     = rstd (dn_i - n_i mean_j(dn_j n_j))
+        dE/dscale_i = sum over examples and positions of ct_i n_i
+
+    (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
+
+    x is (N, ..., D), floating; scale starts as ones. Saved are x and one number a row. Raises
+    ``ValueError`` for x without an example axis and ``TypeError`` for x not floating.
+    """
+
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_eps(self, self.eps)
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Norm:
+        return Norm(affine(self, x).scale)
+
+    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, Rows]]:
+        square = jnp.mean(wide(x) ** 2, axis=-1, keepdims=True)
+        rstd = jax.lax.rsqrt(square + float(self.eps))
+        return scaled(params, wide(x) * rstd, x), (x, rstd)
+
+    def backward(self, params: Norm, residuals: tuple[X, Rows], ct: X) -> tuple[Norm, X]:
+        x, rstd = residuals
+        n = wide(x) * rstd
+        dn = wide(ct) * wide(params.scale)
+        d_x = rstd * (dn - n * (dn * n).mean(-1, keepdims=True))
+        return Norm(Sum(wide(ct) * n)), d_x.astype(x.dtype)
+
+
+def standardizer(x: Array, axes: tuple[int, ...], eps: float) -> tuple[Array, Array]:
+    """(mean, rstd) over the axes, which are kept with length 1."""
+    x = wide(x)
+    mean = x.mean(axes, keepdims=True)
+    var = jnp.mean((x - mean) ** 2, axes, keepdims=True)
+    return mean, jax.lax.rsqrt(var + float(eps))
+
+
+def scaled(params: Any, n: Array, x: Array) -> Array:
+    y = n * wide(params.scale)
+    return (y if params.bias is None else y + wide(params.bias)).astype(x.dtype)
+
+
+def wide(x: Array) -> Array:
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
+def affine(layer: Layer, x: Any) -> Norm:
+    """Ones and zeros for the last axis of x, once x is found to be what the layer takes."""
+    if not hasattr(x, "ndim"):
+        raise TypeError(f"{layer} takes an array x, not {shapes(x)}")
+    if x.ndim < 2:
+        raise ValueError(
+            f"{layer} takes x of shape (N, ..., C), axis 0 the example, not {x.shape}; "
+            "for one example write x[None]"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{layer} takes floating x, not {x.dtype}")
+    if not x.shape[-1]:
+        raise ValueError(f"{layer} takes x of at least one feature, not {x.shape}")
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    return Norm(jnp.ones(x.shape[-1], dtype), jnp.zeros(x.shape[-1], dtype))
+
+
+def check_eps(layer: Layer, eps: Any) -> None:
+    name = type(layer).__name__
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"{name} takes eps as a number, not {eps!r}")
+    if not eps > 0:
+        raise ValueError(f"{name} takes a positive eps, not {eps}")
