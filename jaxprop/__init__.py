@@ -19,7 +19,20 @@ from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
 from jaxprop.factored import Factored, Kronecker, Outer, Stacked, Sum
 from jaxprop.interop import custom_vjp
 from jaxprop.layer import Combinator, Layer, Step
-from jaxprop.layers import Affine, Dense, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
+from jaxprop.layers import (
+    Affine,
+    Dense,
+    Gelu,
+    Gru,
+    Lstm,
+    Recurrent,
+    Relu,
+    Rnn,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Tanh,
+)
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
     Gradient,
@@ -50,15 +63,19 @@ __all__ = [
     "Gelu",
     "Gradient",
     "Gram",
+    "Gru",
     "HalfSquaredError",
     "Kronecker",
     "Layer",
     "Loss",
+    "Lstm",
     "NoiseScale",
     "Outer",
     "PerExampleGrads",
     "Quantity",
+    "Recurrent",
     "Relu",
+    "Rnn",
     "SecondMoment",
     "Sigmoid",
     "Silu",

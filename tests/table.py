@@ -53,6 +53,12 @@ TABLE = [
     Row(jp.chain(jp.Relu()), normal(3, 4)),
     Row(MLP, normal(4, 6)),
     Row(MLP, normal(1, 6)),
+    *(
+        Row(layer(features), normal(*shape))
+        for layer in (jp.Rnn, jp.Lstm, jp.Gru)
+        for features, shape in ((4, (3, 5, 2)), (3, (2, 1, 4)))
+    ),
+    Row(jp.chain(jp.Lstm(1), jp.Gru(2)), normal(1, 7, 1)),
     Row(jp.chain(jp.chain(jp.Dense(4), jp.Relu()), jp.skip(jp.chain(jp.Dense(4)))), normal(3, 2)),
 ]
 

@@ -2,5 +2,20 @@
 
 from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
 from jaxprop.layers.dense import Affine, Dense
+from jaxprop.layers.recurrent import Gru, Lstm, Recurrent, Rnn
 
-__all__ = ["Affine", "Dense", "Elementwise", "Gelu", "Relu", "Sigmoid", "Silu", "Softplus", "Tanh"]
+__all__ = [
+    "Affine",
+    "Dense",
+    "Elementwise",
+    "Gelu",
+    "Gru",
+    "Lstm",
+    "Recurrent",
+    "Relu",
+    "Rnn",
+    "Sigmoid",
+    "Silu",
+    "Softplus",
+    "Tanh",
+]
