@@ -14,7 +14,7 @@ from jaxprop.losses import CrossEntropy, Loss
 
 
 def lstm(batch: int, length: int, features: int) -> tuple[Layer, Loss, tuple[Any, Any, Any]]:
-    """An LSTM and a dense head of ten classes at every step: ``(net, loss, (params, x, target))``."""
+    """An LSTM and ten classes at every step: ``(net, loss, (params, x, target))``."""
     net, keys = chain(Lstm(features), Dense(10)), jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, length, features), jnp.float32)
     target = jax.random.randint(keys[1], (batch, length), 0, 10)
