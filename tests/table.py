@@ -80,6 +80,12 @@ TABLE = [
     Row(jp.chain(jp.Embedding(99, 3), jp.Tanh(), jp.Dense(2)), ids(1, 5)),
     Row(jp.tied(jp.Embedding(7, 4), BLOCK), ids(3, 5)),
     Row(jp.tied(jp.Embedding(7, 4), jp.repeat(BLOCK, 2)), ids(1, 2, 2)),
+    *(
+        Row(layer(features), normal(*shape))
+        for layer in (jp.Rnn, jp.Lstm, jp.Gru)
+        for features, shape in ((4, (3, 5, 2)), (3, (2, 1, 4)))
+    ),
+    Row(jp.chain(jp.Lstm(1), jp.Gru(2)), normal(1, 7, 1)),
     Row(jp.chain(jp.chain(jp.Dense(4), jp.Relu()), jp.skip(jp.chain(jp.Dense(4)))), normal(3, 2)),
 ]
 

@@ -5,6 +5,7 @@ from jaxprop.layers.dense import Affine, Dense
 from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
 from jaxprop.layers.normalization import LayerNorm, Norm, RMSNorm
+from jaxprop.layers.recurrent import Gru, Lstm, Recurrent, Rnn
 
 __all__ = [
     "Affine",
@@ -13,10 +14,14 @@ __all__ = [
     "Elementwise",
     "Embedding",
     "Gelu",
+    "Gru",
     "LayerNorm",
+    "Lstm",
     "Norm",
     "RMSNorm",
+    "Recurrent",
     "Relu",
+    "Rnn",
     "Rows",
     "Sigmoid",
     "Silu",
