@@ -19,7 +19,17 @@ from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
 from jaxprop.factored import Factored, Kronecker, Outer, Stacked, Sum
 from jaxprop.interop import custom_vjp
 from jaxprop.layer import Combinator, Layer, Step
-from jaxprop.layers import Affine, Dense, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
+from jaxprop.layers import (
+    Affine,
+    Attention,
+    Dense,
+    Gelu,
+    Relu,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Tanh,
+)
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
     Gradient,
@@ -42,6 +52,7 @@ from jaxprop.training import make_update, value_and_grad
 
 __all__ = [
     "Affine",
+    "Attention",
     "BinaryCrossEntropy",
     "Combinator",
     "CrossEntropy",
