@@ -21,6 +21,7 @@ from jaxprop.interop import custom_vjp
 from jaxprop.layer import Combinator, Layer, Step, Total
 from jaxprop.layers import (
     Affine,
+    Attention,
     Dense,
     Dropout,
     Embedding,
@@ -61,6 +62,7 @@ from jaxprop.training import make_update, value_and_grad
 
 __all__ = [
     "Affine",
+    "Attention",
     "BinaryCrossEntropy",
     "Combinator",
     "CrossEntropy",

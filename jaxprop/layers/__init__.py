@@ -1,6 +1,7 @@
 """The layers, a file for each family."""
 
 from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
+from jaxprop.layers.attention import Attention
 from jaxprop.layers.dense import Affine, Dense
 from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
@@ -9,6 +10,7 @@ from jaxprop.layers.recurrent import Gru, Lstm, Recurrent, Rnn
 
 __all__ = [
     "Affine",
+    "Attention",
     "Dense",
     "Dropout",
     "Elementwise",
