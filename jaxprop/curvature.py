@@ -23,6 +23,7 @@ from jaxprop.backprop import Pull, ahead
 from jaxprop.factored import Factored, Kronecker, factored, is_factored
 from jaxprop.layer import Layer, require
 from jaxprop.losses import Loss
+from jaxprop.quantities import each_example
 
 ROOT = "jaxprop.root"
 
@@ -92,11 +93,10 @@ def ggn_root(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
 
     def of_walk(root: Any, examples: int, pull: Pull) -> Any:
         def back(ct: Any) -> Any:
-            return pull(
-                ct, lambda step: _map_forms(lambda form: form.per_example(), factored(step))
-            )
+            left, _ = pull(ct, factored)
+            return each_example(left)
 
-        return jax.vmap(back)(root)[0]
+        return jax.vmap(back)(root)
 
     return _from_root(net, loss, samples, of_walk)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.backprop import own_gradient, walk
-from jaxprop.factored import Factored, factored, is_factored, like
+from jaxprop.factored import Factored, Stacked, factored, is_factored, like
 from jaxprop.layer import Layer, Static, Step, Total
 from jaxprop.losses import Loss
 
@@ -52,7 +52,10 @@ class PerExampleGrads(Quantity):
     """Each example's gradient; like params, behind an example axis."""
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return _each(lambda p, form: form.per_example().astype(p.dtype), params, forms)
+        return _each(lambda p, form: Stacked(form.per_example().astype(p.dtype)), params, forms)
+
+    def finish(self, taken: Any, examples: int) -> Any:
+        return each_example(taken)
 
 
 class SqNorms(Quantity):
@@ -256,6 +259,11 @@ def total(f: Callable[[Any], Array], forms: Any) -> Any:
     """f summed over the leaves, which may be factored; () where there are none."""
     leaves = jax.tree.leaves(forms, is_leaf=is_factored)
     return sum(map(f, leaves[1:]), start=f(leaves[0])) if leaves else ()
+
+
+def each_example(forms: Any) -> Any:
+    """The forms' per-example shares, behind an example axis wherever their layer stands."""
+    return jax.tree.map(lambda form: form.per_example(), forms, is_leaf=is_factored)
 
 
 def everything(taken: Any) -> Array:
