@@ -21,8 +21,11 @@ from jaxprop.interop import custom_vjp
 from jaxprop.layer import Combinator, Layer, Step
 from jaxprop.layers import (
     Affine,
+    BatchNorm,
+    BatchNormParams,
     Dense,
     Gelu,
+    GroupNorm,
     LayerNorm,
     Norm,
     Relu,
@@ -31,6 +34,8 @@ from jaxprop.layers import (
     Silu,
     Softplus,
     Tanh,
+    evaluation,
+    with_statistics,
 )
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
@@ -54,6 +59,8 @@ from jaxprop.training import make_update, value_and_grad
 
 __all__ = [
     "Affine",
+    "BatchNorm",
+    "BatchNormParams",
     "BinaryCrossEntropy",
     "Combinator",
     "CrossEntropy",
@@ -62,6 +69,7 @@ __all__ = [
     "Gelu",
     "Gradient",
     "Gram",
+    "GroupNorm",
     "HalfSquaredError",
     "Kronecker",
     "Layer",
@@ -89,6 +97,7 @@ __all__ = [
     "clipped_grad",
     "custom_vjp",
     "diag_ggn",
+    "evaluation",
     "ggn_root",
     "gram",
     "kronecker_factors",
@@ -103,4 +112,5 @@ __all__ = [
     "value_and_grad",
     "variance",
     "walk",
+    "with_statistics",
 ]

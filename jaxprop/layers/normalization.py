@@ -1,4 +1,4 @@
-"""Normalization within an example: over its features, or over its positions and some features.
+"""Normalization of each row of features, and what all normalizations have in common.
 
 All standardize, n = (x - mean) * rstd with rstd = 1 / sqrt(var + eps), and then scale and shift,
 y = n * scale + bias. Statistics are computed in at least float32, the variance from x - mean (as
@@ -7,7 +7,6 @@ E x^2 - mean^2 it would cancel); y and d_x have the dtype of x.
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any, NamedTuple
 
 import chex
@@ -116,10 +115,15 @@ class RMSNorm(Layer):
 
 def standardizer(x: Array, axes: tuple[int, ...], eps: float) -> tuple[Array, Array]:
     """(mean, rstd) over the axes, which are kept with length 1."""
+    mean, var = moments(x, axes)
+    return mean, jax.lax.rsqrt(var + float(eps))
+
+
+def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """(mean, var) over the axes, which are kept with length 1."""
     x = wide(x)
     mean = x.mean(axes, keepdims=True)
-    var = jnp.mean((x - mean) ** 2, axes, keepdims=True)
-    return mean, jax.lax.rsqrt(var + float(eps))
+    return mean, jnp.mean((x - mean) ** 2, axes, keepdims=True)
 
 
 def scaled(params: Any, n: Array, x: Array) -> Array:
@@ -150,7 +154,7 @@ def affine(layer: Layer, x: Any) -> Norm:
 
 def check_eps(layer: Layer, eps: Any) -> None:
     name = type(layer).__name__
-    if isinstance(eps, bool) or not isinstance(eps, Real):
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"{name} takes eps as a number, not {eps!r}")
     if not eps > 0:
         raise ValueError(f"{name} takes a positive eps, not {eps}")
