@@ -98,6 +98,7 @@ class BatchNorm(Layer):
 
         def moved(running: Array, batch: Array) -> Array:
             kept = float(self.momentum)
+            batch = batch.reshape(running.shape)
             return (kept * running + (1 - kept) * batch).astype(running.dtype)
 
         mean, var = moments(x, _all_but_last(x))
