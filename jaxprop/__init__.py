@@ -22,10 +22,13 @@ from jaxprop.layer import Combinator, Layer, Step, Total
 from jaxprop.layers import (
     Affine,
     Attention,
+    BatchNorm,
+    BatchNormParams,
     Dense,
     Dropout,
     Embedding,
     Gelu,
+    GroupNorm,
     Gru,
     LayerNorm,
     Lstm,
@@ -39,6 +42,8 @@ from jaxprop.layers import (
     Silu,
     Softplus,
     Tanh,
+    evaluation,
+    with_statistics,
 )
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
@@ -63,6 +68,8 @@ from jaxprop.training import make_update, value_and_grad
 __all__ = [
     "Affine",
     "Attention",
+    "BatchNorm",
+    "BatchNormParams",
     "BinaryCrossEntropy",
     "Combinator",
     "CrossEntropy",
@@ -73,6 +80,7 @@ __all__ = [
     "Gelu",
     "Gradient",
     "Gram",
+    "GroupNorm",
     "Gru",
     "HalfSquaredError",
     "Joint",
@@ -110,6 +118,7 @@ __all__ = [
     "clipped_grad",
     "custom_vjp",
     "diag_ggn",
+    "evaluation",
     "ggn_root",
     "gram",
     "kronecker_factors",
@@ -128,4 +137,5 @@ __all__ = [
     "value_and_grad",
     "variance",
     "walk",
+    "with_statistics",
 ]

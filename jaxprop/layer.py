@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, dataclass_transform
+from typing import Any, NamedTuple, dataclass_transform
 
 import chex
 import jax
@@ -81,9 +81,11 @@ class Layer(Static):
         if forward is not None and not getattr(forward, "__isabstractmethod__", False):
             cls.forward = _held_to_init(forward)
 
-    batch_coupled: ClassVar[bool] = False
-    """Whether an example's y depends on the batch's other examples; then it has no gradient of its
-    own, and per-example quantities raise."""
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether an example's y depends on the batch's other examples; then it has no gradient of
+        its own, and per-example quantities raise. A subclass may write ``batch_coupled = True``."""
+        return False
 
     def init(self, key: chex.PRNGKey, x: Any) -> Any:
         """Params for inputs like x (an array or ``jax.ShapeDtypeStruct``); ``()`` for none."""
@@ -163,6 +165,17 @@ class Total(NamedTuple):
 
 class Combinator(Layer):
     """A layer made of layers: it writes ``walk``, and ``backward`` is the walk that keeps all."""
+
+    @property
+    def batch_coupled(self) -> bool:
+        coupled = []
+
+        def note(layer: Layer) -> Layer:
+            coupled.append(layer.batch_coupled)
+            return layer
+
+        map_layers(self, note)
+        return any(coupled)
 
     def backward(self, params: Any, residuals: Any, ct: Any, /) -> tuple[Any, Any]:
         return self.walk(params, residuals, ct, lambda step: step.d_params)

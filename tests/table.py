@@ -58,6 +58,15 @@ TABLE = [
     Row(jp.LayerNorm(), normal(1, 2, 3, 4)),
     Row(jp.RMSNorm(), normal(5, 4)),
     Row(jp.RMSNorm(), normal(1, 3, 5)),
+    Row(jp.GroupNorm(2), normal(3, 2, 5, 6)),
+    Row(jp.GroupNorm(1), normal(3, 8)),
+    Row(jp.GroupNorm(3), normal(1, 7, 3)),
+    Row(jp.BatchNorm(), normal(7, 4)),
+    Row(jp.BatchNorm(), normal(3, 2, 5, 4)),
+    Row(jp.BatchNorm(eps=0.1), normal(1, 6, 3)),
+    Row(jp.chain(jp.Dense(4, bias=False), jp.BatchNorm(), jp.Tanh()), normal(7, 3)),
+    Row(jp.BatchNorm(training=False), normal(4, 3)),
+    Row(jp.chain(jp.BatchNorm(training=False), jp.Silu(), jp.Dense(3)), normal(3, 2, 4)),
     Row(jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(5), jp.Gelu(), jp.Dense(4))), normal(3, 2, 4)),
     Row(jp.Attention(2), normal(2, 5, 12)),
     Row(jp.Attention(1), normal(3, 1, 9)),
@@ -119,7 +128,7 @@ def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves) + 1)
     leaves = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape, dtype)
+        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
         for leaf, key in zip(leaves, keys[1:], strict=True)
     ]
     return jax.tree.unflatten(structure, leaves), x

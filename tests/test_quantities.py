@@ -57,7 +57,7 @@ def normal(*shape):
 
 
 ROWS = [
-    *(row for row in TABLE if jax.tree.leaves(at(row)[0])),
+    *(row for row in TABLE if jax.tree.leaves(at(row)[0]) and not row.layer.batch_coupled),
     Row(Plain(3), normal(4, 5)),
     Row(jp.chain(jp.Dense(4), jp.skip(Plain(4)), Mixed(), jp.Dense(2)), normal(4, 2, 3)),
     Row(jp.chain(jp.Dense(2), jp.Relu()), normal(3, 7, 2)),  # T (I + O) > I O: through g

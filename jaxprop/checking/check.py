@@ -12,7 +12,7 @@ from jax import Array
 from jax.tree_util import keystr
 
 from jaxprop.checking.differences import check_differences
-from jaxprop.checking.oracles import ORACLES, backward_of, d_name, each_alone
+from jaxprop.checking.oracles import backward_of, d_name, each_alone, oracles_for
 from jaxprop.checking.points import float64, is_floating, normal, tenth, with_noise
 from jaxprop.factored import is_factored
 from jaxprop.layer import Combinator, Layer, require
@@ -31,11 +31,17 @@ def check_layer(
     - equals ``jax.vjp`` of ``forward``,
     - is linear in ct,
     - is, for a batch, the sum over its examples taken one by one (for d_x: their stack), and each
+<<<<<<< HEAD
       example's share of it, where it is factored, that of the example alone,
     - where it is factored, has in its first factor nothing of ct (``Factored.of_squares``),
+=======
+      example's share of it, where it is factored, that of the example alone (a layer that is
+      ``batch_coupled`` says that this does not hold, and is spared it),
+>>>>>>> wt-norms
     - is the same under ``jit``,
     - is the same when forward and backward are scanned, with the residuals stacked in between,
-    - agrees with central differences of ``forward`` in a random direction near the point.
+    - agrees with central differences of ``forward`` in a random direction near the point; a param
+      that forward holds constant by ``jax.lax.stop_gradient`` is spared that.
 
     y and residuals must be arrays with the example on axis 0.
 
@@ -71,14 +77,20 @@ def check_layer(
         y, residuals = layer.forward(params, x)
         _check_forward(layer, y, residuals, len(jax.tree.leaves(x)[0]))
         oracles = {
-            words: jax.jit(functools.partial(oracle, layer)) for words, oracle in ORACLES.items()
+            words: jax.jit(functools.partial(oracle, layer))
+            for words, oracle in oracles_for(layer).items()
         }
         for key in jax.random.split(keys[2], DIRECTIONS):
             ct = normal(key, y)
             got = backward_of(layer, params, x, residuals, ct)
             for words, oracle in oracles.items():
                 _compare(layer, got, oracle(params, x, ct, key), words, rtol, ct)
+<<<<<<< HEAD
             _check_shares(layer, params, x, residuals, ct, normal(key, y), rtol)
+=======
+            if not layer.batch_coupled:
+                _check_shares(layer, params, x, residuals, ct, rtol)
+>>>>>>> wt-norms
             check_differences(layer, params, x, ct, key)
 
 

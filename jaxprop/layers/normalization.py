@@ -1,4 +1,4 @@
-"""Normalization within an example: over its features, or over its positions and some features.
+"""Normalization of each row of features, and what all normalizations have in common.
 
 All standardize, n = (x - mean) * rstd with rstd = 1 / sqrt(var + eps), and then scale and shift,
 y = n * scale + bias. Statistics are computed in at least float32, the variance from x - mean (as
@@ -7,7 +7,6 @@ E x^2 - mean^2 it would cancel); y and d_x have the dtype of x.
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any, NamedTuple
 
 import chex
@@ -66,16 +65,16 @@ class LayerNorm(Layer):
         return affine(self, x)
 
     def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, Rows, Rows]]:
-        mean, rstd = standardizer(x, (-1,), self.eps)
+        mean = _mean_along(wide(x))
+        rstd = jax.lax.rsqrt(_mean_along((wide(x) - mean) ** 2) + float(self.eps))
         return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
 
     def backward(self, params: Norm, residuals: tuple[X, Rows, Rows], ct: X) -> tuple[Norm, X]:
         x, mean, rstd = residuals
-        n = (wide(x) - mean) * rstd
-        dn = wide(ct) * wide(params.scale)
-        along_ones, along_n = dn.mean(-1, keepdims=True), (dn * n).mean(-1, keepdims=True)
-        d_x = rstd * (dn - along_ones - n * along_n)
-        return Norm(Sum(wide(ct) * n), Sum(ct)), d_x.astype(x.dtype)
+        n, wide_ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
+        mean_dn, mean_dn_n = _mean_along(wide_ct, scale), _mean_along(wide_ct * n, scale)
+        d_x = rstd * (wide_ct * scale - mean_dn - n * mean_dn_n)
+        return Norm(Sum(wide_ct * n), Sum(ct)), d_x.astype(x.dtype)
 
 
 class RMSNorm(Layer):
@@ -102,24 +101,38 @@ class RMSNorm(Layer):
         return Norm(affine(self, x).scale)
 
     def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, Rows]]:
-        square = jnp.mean(wide(x) ** 2, axis=-1, keepdims=True)
-        rstd = jax.lax.rsqrt(square + float(self.eps))
+        rstd = jax.lax.rsqrt(_mean_along(wide(x) ** 2) + float(self.eps))
         return scaled(params, wide(x) * rstd, x), (x, rstd)
 
     def backward(self, params: Norm, residuals: tuple[X, Rows], ct: X) -> tuple[Norm, X]:
         x, rstd = residuals
-        n = wide(x) * rstd
-        dn = wide(ct) * wide(params.scale)
-        d_x = rstd * (dn - n * (dn * n).mean(-1, keepdims=True))
-        return Norm(Sum(wide(ct) * n)), d_x.astype(x.dtype)
+        n, wide_ct, scale = wide(x) * rstd, wide(ct), wide(params.scale)
+        d_x = rstd * (wide_ct * scale - n * _mean_along(wide_ct * n, scale))
+        return Norm(Sum(wide_ct * n)), d_x.astype(x.dtype)
 
 
-def standardizer(x: Array, axes: tuple[int, ...], eps: float) -> tuple[Array, Array]:
-    """(mean, rstd) over the axes, which are kept with length 1."""
+def _mean_along(x: Array, v: Array | None = None) -> Array:
+    """mean_j(x_j v_j) over the last axis, kept with length 1; v is ones where it is not given.
+
+    On a CPU it is a matrix-vector product: XLA writes a sum over the last axis out to the full
+    size of x there, and the whole layer then takes twice as long.
+    """
+
+    def product(x: Array, v: Array) -> Array:
+        return x @ v[:, None]
+
+    def reduction(x: Array, v: Array) -> Array:
+        return jnp.sum(x * v, -1, keepdims=True)
+
+    v = jnp.ones(x.shape[-1], x.dtype) if v is None else v
+    return jax.lax.platform_dependent(x, v, cpu=product, default=reduction) / x.shape[-1]
+
+
+def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """(mean, var) over the axes, which are kept with length 1."""
     x = wide(x)
     mean = x.mean(axes, keepdims=True)
-    var = jnp.mean((x - mean) ** 2, axes, keepdims=True)
-    return mean, jax.lax.rsqrt(var + float(eps))
+    return mean, jnp.mean((x - mean) ** 2, axes, keepdims=True)
 
 
 def scaled(params: Any, n: Array, x: Array) -> Array:
@@ -150,7 +163,7 @@ def affine(layer: Layer, x: Any) -> Norm:
 
 def check_eps(layer: Layer, eps: Any) -> None:
     name = type(layer).__name__
-    if isinstance(eps, bool) or not isinstance(eps, Real):
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"{name} takes eps as a number, not {eps!r}")
     if not eps > 0:
         raise ValueError(f"{name} takes a positive eps, not {eps}")
