@@ -121,7 +121,7 @@ class Attention(Layer):
             d_q.append(here[0])
             d_k.append(_until(x.shape[1], here[1][0]))
             d_v.append(_until(x.shape[1], here[1][1]))
-        d_x = jnp.stack([jnp.concatenate(d_q, 2), sum(d_k), sum(d_v)], 2)
+        d_x = jnp.stack([jnp.concatenate(d_q, 2) * _scale(q), sum(d_k), sum(d_v)], 2)
         return (), d_x.transpose(0, 3, 2, 1, 4).reshape(x.shape).astype(x.dtype)
 
     def _attend(self, params: Any, k: Heads, v: Heads, block: Any) -> tuple[Any, tuple[()]]:
@@ -152,13 +152,13 @@ class Attention(Layer):
             p = (p if isinstance(params, tuple) else jnp.where(seen, p, 0)).astype(q.dtype)
         d_v = _product("nhqk,nhqd->nhkd", p, ct)
         d_p = _product("nhqd,nhkd->nhqk", ct, v)
-        d_s = (_wide(p) * (d_p - mean) * _scale(q)).astype(q.dtype)
+        d_s = (_wide(p) * (d_p - mean)).astype(q.dtype)
         d_q = _product("nhqk,nhkd->nhqd", d_s, k)
         return d_q, (_product("nhqk,nhqd->nhkd", d_s, q), d_v)
 
     def _scores(self, params: Any, q: Heads, k: Heads, at: Array) -> tuple[Heads, Any]:
         """s, at its least where a key is not seen, and where that is."""
-        s = _product("nhqd,nhkd->nhqk", q, k) * _scale(q)
+        s = _product("nhqd,nhkd->nhqk", q, k)
         masked, keys = not isinstance(params, tuple), k.shape[2]
         if not self.causal and not masked:
             return s, None
@@ -198,10 +198,11 @@ class Attention(Layer):
         return jax.tree.map(join, out), sums
 
 
-def _split(x: Float[Array, "n t c"], heads: int) -> Array:
-    """q, k and v, each (N, heads, T, d)."""
+def _split(x: Float[Array, "n t c"], heads: int) -> tuple[Heads, Heads, Heads]:
+    """scale q, k and v, each (N, heads, T, d)."""
     n, t, c = x.shape
-    return x.reshape(n, t, 3, heads, c // (3 * heads)).transpose(2, 0, 3, 1, 4)
+    q, k, v = x.reshape(n, t, 3, heads, c // (3 * heads)).transpose(2, 0, 3, 1, 4)
+    return (_wide(q) * _scale(q)).astype(q.dtype), k, v
 
 
 def _positions(rows: slice) -> Array:
