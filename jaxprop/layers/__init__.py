@@ -8,6 +8,7 @@ from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
 from jaxprop.layers.group_norm import GroupNorm
 from jaxprop.layers.normalization import LayerNorm, Norm, RMSNorm
+from jaxprop.layers.positions import Leading, Positions, Rotary, SinusoidalPositions
 from jaxprop.layers.recurrent import Gru, Lstm, Recurrent, Rnn
 from jaxprop.layers.through_time import Recurrent
 
@@ -24,15 +25,19 @@ __all__ = [
     "GroupNorm",
     "Gru",
     "LayerNorm",
+    "Leading",
     "Lstm",
     "Norm",
+    "Positions",
     "RMSNorm",
     "Recurrent",
     "Relu",
     "Rnn",
+    "Rotary",
     "Rows",
     "Sigmoid",
     "Silu",
+    "SinusoidalPositions",
     "Softplus",
     "Tanh",
     "evaluation",
