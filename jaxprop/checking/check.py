@@ -31,13 +31,9 @@ def check_layer(
     - equals ``jax.vjp`` of ``forward``,
     - is linear in ct,
     - is, for a batch, the sum over its examples taken one by one (for d_x: their stack), and each
-<<<<<<< HEAD
-      example's share of it, where it is factored, that of the example alone,
-    - where it is factored, has in its first factor nothing of ct (``Factored.of_squares``),
-=======
       example's share of it, where it is factored, that of the example alone (a layer that is
       ``batch_coupled`` says that this does not hold, and is spared it),
->>>>>>> wt-norms
+    - where it is factored, has in its first factor nothing of ct (``Factored.of_squares``),
     - is the same under ``jit``,
     - is the same when forward and backward are scanned, with the residuals stacked in between,
     - agrees with central differences of ``forward`` in a random direction near the point; a param
@@ -85,12 +81,8 @@ def check_layer(
             got = backward_of(layer, params, x, residuals, ct)
             for words, oracle in oracles.items():
                 _compare(layer, got, oracle(params, x, ct, key), words, rtol, ct)
-<<<<<<< HEAD
-            _check_shares(layer, params, x, residuals, ct, normal(key, y), rtol)
-=======
             if not layer.batch_coupled:
-                _check_shares(layer, params, x, residuals, ct, rtol)
->>>>>>> wt-norms
+                _check_shares(layer, params, x, residuals, ct, normal(key, y), rtol)
             check_differences(layer, params, x, ct, key)
 
 

@@ -9,7 +9,7 @@ from jaxprop.layers.embedding import Embedding, Rows
 from jaxprop.layers.group_norm import GroupNorm
 from jaxprop.layers.normalization import LayerNorm, Norm, RMSNorm
 from jaxprop.layers.positions import Leading, Positions, Rotary, SinusoidalPositions
-from jaxprop.layers.recurrent import Gru, Lstm, Recurrent, Rnn
+from jaxprop.layers.recurrent import Gru, Lstm, Rnn
 from jaxprop.layers.through_time import Recurrent
 
 __all__ = [
