@@ -11,31 +11,19 @@ all steps are one ``lax.scan`` under ``jit``, so that Python runs once a report.
 import argparse
 import functools
 import math
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from corpus import load, show
 
 import jaxprop as jp
 
 LOSS = jp.CrossEntropy()
 SYMBOLS = 128
 LENGTH = 64
-
-
-def load(seed: int, most: int = 4_000_000) -> tuple[Any, Any]:
-    """Bytes to train on and bytes held out: ASCII sources of the standard library, whole files."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = [text for text in (file.read_bytes() for file in files) if text.isascii()]
-    order = np.random.default_rng(seed).permutation(len(texts))
-    held_out = max(1, len(texts) // 10)
-    train = b"".join(texts[i] for i in order[held_out:])[:most]
-    test = b"".join(texts[i] for i in order[:held_out])[:most]
-    return jnp.asarray(np.frombuffer(train, np.uint8)), jnp.asarray(np.frombuffer(test, np.uint8))
 
 
 def autodiff(net: Any, loss: Any) -> Any:
@@ -91,7 +79,7 @@ def main() -> None:
     if min(args.steps, args.features, args.batch) < 1:
         parser.error("--steps, --features and --batch are at least 1")
 
-    train, held_out = load(args.seed)
+    train, held_out = map(jnp.asarray, load(args.seed))
     for_init, for_steps, for_test, for_sample = jax.random.split(jax.random.key(args.seed), 4)
     net = jp.chain(jp.Lstm(args.features), jp.Dense(SYMBOLS))
     schedule = optax.cosine_decay_schedule(args.rate, args.steps)
@@ -115,10 +103,8 @@ def main() -> None:
             f"held out {bits(params):.3f} bits per byte",
             flush=True,
         )
-    text = bytes(np.asarray(sample(net, params, for_sample, 400), np.uint8)).decode("ascii")
     print("a sample:")
-    for line in text.splitlines():
-        print("   ", "".join(c if c.isprintable() else " " for c in line)[:76])
+    print(show(sample(net, params, for_sample, 400)))
 
 
 if __name__ == "__main__":

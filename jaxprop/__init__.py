@@ -11,6 +11,7 @@ A layer holds its hand-written ``backward`` next to its ``forward``; ``jp.check_
 against the other.
 """
 
+from jaxprop import models
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad
@@ -130,6 +131,7 @@ __all__ = [
     "kronecker_factors",
     "loss_fn",
     "make_update",
+    "models",
     "noise_scale",
     "per_example_grads",
     "per_example_sq_norms",

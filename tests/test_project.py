@@ -15,7 +15,7 @@ FLOORS = [
     {"layers"},
     {"combinators", "losses"},
     {"backprop"},
-    {"training", "checking", "interop", "quantities"},
+    {"training", "checking", "interop", "quantities", "models"},
     {"clipping", "curvature"},
     {"explain", "bench"},
     {"cli"},

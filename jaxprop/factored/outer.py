@@ -70,7 +70,7 @@ class Outer(Factored):
         if t == 1:
             return sq_norms(x) * sq_norms(ct)
         if t * (i + o) > i * o:
-            return super().sq_norms()
+            return self.bounding_sq_norms()
         products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
         return jnp.maximum(products.sum(axis=(1, 2)), 0)
 
