@@ -172,24 +172,24 @@ class Gru(Recurrence):
             h = (1 - z) * n + z * h0
             p = (1 - z) * ((1 + n) * (1 - n))
             of_r, of_z = p * q * (r * (1 - r)), (h0 - n) * (z * (1 - z))
-            slope = jnp.concatenate([of_r, of_z, p * r, p], axis=-1)
-            return (h,), (h, slope, z)
+            slope = jnp.concatenate([of_r, of_z, p * r], axis=-1)
+            return (h,), (h, slope, p, z)
 
-        y, slope, z = along_time(step, params, x)
-        return y, (x, y, slope, z)
+        y, slope, p, z = along_time(step, params, x)
+        return y, (x, y, slope, p, z)
 
     def backward(self, params: Recurrent, residuals: Any, ct: Y) -> tuple[Recurrent, X]:
-        x, y, slope, z = residuals
+        x, y, slope, p, z = residuals
         check_ct(self, ct, y)
-        rz, rzq = 2 * self.features, 3 * self.features
 
-        def step(carry: State, ct: Array, slope: Array, z: Array) -> tuple[State, Array]:
-            (pulled,) = carry
+        def step(carry: State, ct: Array, slopes: Any, z: Array) -> tuple[State, Any]:
+            (pulled,), (slope, p) = carry, slopes
             d_h = ct + pulled
-            d = jnp.concatenate([d_h, d_h, d_h, d_h], axis=-1) * slope
-            return (d_h * z + dot(d[:, :rzq], params.u.T),), d
+            d_s = jnp.concatenate([d_h, d_h, d_h], axis=-1) * slope
+            return (d_h * z + dot(d_s, params.u.T),), (d_s, d_h * p)
 
-        d = through_time(step, ct, slope, z)
-        d_a, d_s = jnp.concatenate([d[..., :rz], d[..., rzq:]], axis=-1), d[..., :rzq]
-        d_params = Recurrent(Outer(x, d_a), Outer(before(y), d_s), Sum(d_a), Sum(d[..., rz:rzq]))
+        d_s, d_n = through_time(step, ct, (slope, p), z)
+        d_rz, d_q = jnp.split(d_s, [2 * self.features], axis=-1)
+        d_a = jnp.concatenate([d_rz, d_n], axis=-1)
+        d_params = Recurrent(Outer(x, d_a), Outer(before(y), d_s), Sum(d_a), Sum(d_q))
         return d_params, (d_a @ params.w.T).astype(x.dtype)

@@ -74,26 +74,33 @@ def along_time(step: Callable[..., Any], params: Recurrent, x: X, states: int = 
 
 
 def through_time(
-    step: Callable[..., Any], ct: Y, slope: Array, *kept: Array, states: int = 1
-) -> Array:
-    """What ``step(carry, ct_t, slope_t, *kept_t) -> (carry, d_t)`` leaves, from the last step on.
+    step: Callable[..., Any], ct: Y, slopes: Any, *kept: Array, states: int = 1
+) -> Any:
+    """What ``step(carry, ct_t, slopes_t, *kept_t) -> (carry, d_t)`` leaves, from the last step on.
 
-    d_t is written over slope_t, so that the slopes' memory serves twice. ct is read where it lies,
-    example first; the others lie time first in memory, as the scan along time has left them.
+    d_t is like slopes_t, an array or a tuple of them, and is written over it, so that the slopes'
+    memory serves twice. (XLA does so in place where a step uses each of slopes_t and d_t whole, not
+    in slices.) ct is read where it lies, example first; the others lie time first in memory, as the
+    scan along time has left them.
     """
 
-    def at(carry: tuple[Any, Array], now: tuple[Array, ...]) -> tuple[Any, None]:
+    def at(carry: tuple[Any, Any], now: tuple[Array, ...]) -> tuple[Any, None]:
         (states, written), (t, *kept_t) = carry, now
-        ct_t = jax.lax.dynamic_index_in_dim(ct, t, 1, keepdims=False)
-        slope_t = jax.lax.dynamic_index_in_dim(written, t, 0, keepdims=False)
-        states, d_t = step(states, *map(wide, (ct_t, slope_t, *kept_t)))
-        d_t = d_t.astype(written.dtype)
-        return (states, jax.lax.dynamic_update_index_in_dim(written, d_t, t, 0)), None
 
-    zero = wide(jnp.zeros_like(ct[:, 0]))
+        def read(array: Array, axis: int = 0) -> Array:
+            return wide(jax.lax.dynamic_index_in_dim(array, t, axis, keepdims=False))
+
+        def write(array: Array, d_t: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(array, d_t.astype(array.dtype), t, 0)
+
+        slopes_t = jax.tree.map(read, written)
+        states, d_t = step(states, read(ct, 1), slopes_t, *map(wide, kept_t))
+        return (states, jax.tree.map(write, written, d_t)), None
+
+    carry = (wide(jnp.zeros_like(ct[:, 0])),) * states, jax.tree.map(swap, slopes)
     steps = jnp.arange(ct.shape[1]), *map(swap, kept)
-    (_, written), _ = jax.lax.scan(at, ((zero,) * states, swap(slope)), steps, reverse=True)
-    return swap(written)
+    (_, written), _ = jax.lax.scan(at, carry, steps, reverse=True)
+    return jax.tree.map(swap, written)
 
 
 def before(y: Y) -> Y:
