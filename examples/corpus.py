@@ -7,7 +7,7 @@ import numpy as np
 
 
 def load(seed: int, most: int = 4_000_000) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes to train on and bytes held out: ASCII sources, whole files, a tenth of them held out."""
+    """Bytes to train on, and those of a tenth of the files, held out: whole files of ASCII."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [text for text in (file.read_bytes() for file in files) if text.isascii()]
     order = np.random.default_rng(seed).permutation(len(texts))

@@ -88,7 +88,7 @@ class Branch(Combinator):
 
 
 def branch(*layers: Layer, join: Literal["sum", "concatenate"] = "sum") -> Branch:
-    """Every layer on the same x, the results added up or, with ``join="concatenate"``, side by side.
+    """Every layer on the same x, the results added up or, by ``join="concatenate"``, side by side.
 
     params and residuals are tuples with one entry a layer. Concatenation is on the last axis.
     Raises ``ValueError`` for no layers and for results whose shapes do not fit together.

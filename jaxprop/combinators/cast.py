@@ -12,7 +12,7 @@ from jaxprop.layer import Layer, map_layers, require
 
 
 class Cast(Layer):
-    """y = f(x) with params and x rounded to ``dtype``, in which f computes; params stay as they are.
+    """y = f(x) with params and x rounded to ``dtype``, in which f computes.
 
     The cotangents of params are left factored in ``dtype`` and summed in at least float32, which
     is what autodiff of the same forward would round to ``dtype`` first. y is of ``dtype``.

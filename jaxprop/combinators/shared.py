@@ -6,7 +6,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 

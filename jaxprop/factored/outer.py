@@ -1,4 +1,4 @@
-"""The two forms that most layers need: of a matrix that x is multiplied by, and of what is added."""
+"""The two forms that most layers need: of a matrix that meets x, and of what is added."""
 
 from __future__ import annotations
 
@@ -51,14 +51,11 @@ class Outer(Factored):
         return jnp.einsum("nti,nto->nio", *self._sequences())
 
     def sum(self) -> Float[Array, "i o"]:
-        axes = tuple(range(self.x.ndim - 1))
-        return jnp.tensordot(
-            self.x,
-            self.ct,
-            (axes, axes),
-            preferred_element_type=wide(self.ct).dtype,
-            out_sharding=_product_sharding(self),
-        )
+        """x^T ct, or (ct^T x)^T: a CPU copies what is transposed, so let it be the smaller one."""
+        if self.x.shape[-1] <= self.ct.shape[-1]:
+            return _product(self.x, self.ct)
+        # The barrier keeps XLA from writing the second as the first.
+        return jax.lax.optimization_barrier(_product(self.ct, self.x)).T
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
         return Outer(wide(self.x), _weighted(wide(self.ct), weights)).sum()
@@ -122,12 +119,19 @@ class Outer(Factored):
         )
 
 
-def _product_sharding(form: Outer) -> NamedSharding | None:
-    """Where a mesh has explicit axes: each axis of the product as it lies in its factor."""
-    x, ct = jax.typeof(form.x).sharding, jax.typeof(form.ct).sharding
-    if AxisType.Explicit not in ct.mesh.axis_types:
-        return None
-    return NamedSharding(ct.mesh, PartitionSpec(x.spec[-1], ct.spec[-1]))
+def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Array, "i o"]:
+    """a^T b over examples and positions, added up in at least float32.
+
+    Where a mesh has explicit axes, each axis of the product lies as it does in its factor.
+    """
+    out, sharding = jax.typeof(a).sharding, None
+    if AxisType.Explicit in out.mesh.axis_types:
+        spec = PartitionSpec(out.spec[-1], jax.typeof(b).sharding.spec[-1])
+        sharding = NamedSharding(out.mesh, spec)
+    axes = tuple(range(a.ndim - 1))
+    return jnp.tensordot(
+        a, b, (axes, axes), preferred_element_type=wide(b).dtype, out_sharding=sharding
+    )
 
 
 def _weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Array, "n ..."]:

@@ -47,8 +47,7 @@ class Rows(Factored):
     def inner_products(self) -> Float[Array, "n n"]:
         """sum_ts [ids_nt = ids_ms] ct_nt . ct_ms, through the tables where those are smaller."""
         ids, ct = self._sequences()
-        n, t, d = ct.shape
-        if self.vocab < t * t:
+        if self.vocab < ids.shape[1] ** 2:
             return super().inner_products()
 
         def with_all(one: tuple[Array, Array]) -> Array:
