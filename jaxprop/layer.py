@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import chex
 import jax
@@ -81,11 +81,9 @@ class Layer(Static):
         if forward is not None and not getattr(forward, "__isabstractmethod__", False):
             cls.forward = _held_to_init(forward)
 
-    @property
-    def batch_coupled(self) -> bool:
-        """Whether an example's y depends on the batch's other examples; then it has no gradient of
-        its own, and per-example quantities raise. A subclass may write ``batch_coupled = True``."""
-        return False
+    batch_coupled: ClassVar[bool] = False
+    """Whether an example's y depends on the batch's other examples; then it has no gradient of its
+    own, and per-example quantities raise. A property, where that depends on the fields."""
 
     def init(self, key: chex.PRNGKey, x: Any) -> Any:
         """Params for inputs like x (an array or ``jax.ShapeDtypeStruct``); ``()`` for none."""
@@ -167,7 +165,7 @@ class Combinator(Layer):
     """A layer made of layers: it writes ``walk``, and ``backward`` is the walk that keeps all."""
 
     @property
-    def batch_coupled(self) -> bool:
+    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         coupled = []
 
         def note(layer: Layer) -> Layer:

@@ -71,7 +71,7 @@ class BatchNorm(Layer):
             raise TypeError(f"BatchNorm: training is True or False, not {self.training!r}")
 
     @property
-    def batch_coupled(self) -> bool:
+    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.training
 
     def init(self, key: chex.PRNGKey, x: Any) -> BatchNormParams:

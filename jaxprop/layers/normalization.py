@@ -115,7 +115,7 @@ def _mean_along(x: Array, v: Array | None = None) -> Array:
     """mean_j(x_j v_j) over the last axis, kept with length 1; v is ones where it is not given.
 
     On a CPU it is a matrix-vector product: XLA writes a sum over the last axis out to the full
-    size of x there, and the whole layer then takes twice as long.
+    size of x there, and a layer of many rows then takes more than twice as long.
     """
 
     def product(x: Array, v: Array) -> Array:
