@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from numbers import Integral
@@ -31,12 +32,11 @@ class Attention(Layer):
         dE/dq = scale dE/ds k
         dE/dk = scale dE/ds^T q
 
-    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762). Queries do not meet, so both ways go
-    through some of them at a time, and if causal with the keys up to their last one only. What is
-    kept for backward is ``save``:
+    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762). What is kept for backward is ``save``:
 
-    - ``"weights"``: e = exp(s - max s) and 1 / sum e, which multiplies y and ct in the place of e:
-      N heads T^2 numbers, little more than half of them if causal. Nothing is computed twice.
+    - ``"weights"``: e = exp(s - max s) and 1 / sum e, which multiplies y and ct in the place of e.
+      Nothing is computed twice. If causal, queries go in up to 8 parts, each with the keys up to
+      its last query only: little more than half of the N heads T^2 numbers, and of the work.
     - ``"logsumexp"``: log sum exp s, (N, heads, T). p = exp(s - logsumexp) is made again, one more
       product, for ``block`` queries at a time: memory linear in T (Rabe and Staats 2021,
       https://arxiv.org/abs/2112.05682; Dao et al. 2022, https://arxiv.org/abs/2205.14135).
@@ -168,11 +168,10 @@ class Attention(Layer):
         return jnp.where(seen, s, jnp.finfo(s.dtype).min), seen
 
     def _parts(self, t: int) -> list[tuple[slice, slice]]:
-        """Queries, and the keys they meet: at most 8 parts of at least 64 queries."""
-        if not self.causal:
-            return [(slice(0, t), slice(0, t))]
-        size = max(64, -(-t // 8))
-        return [(slice(i, min(i + size, t)), slice(0, min(i + size, t))) for i in range(0, t, size)]
+        """Queries, and the keys they meet: up to 8 parts of at least 64 queries, or one part."""
+        parts = min(8, max(1, t // 64)) if self.causal and self.save == "weights" else 1
+        ends = [t * i // parts for i in range(parts + 1)]
+        return [(slice(a, b), slice(0, b)) for a, b in itertools.pairwise(ends)]
 
     def _run(self, f: Callable[[Any], Any], zeros: Any, block: Any) -> Any:
         """f(block), a pair of what belongs to its queries (axis 2) and of sums over them."""
