@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -50,14 +51,15 @@ class Repeat(Combinator):
                     f"{self}: the layer turns {shapes(x)} into {shapes(y)}, but its y is the x of "
                     "the next"
                 )
-            return y, residuals
+            return y, Distinct.of(residuals)
 
         with seat(0, self.layer):
             return jax.lax.scan(ahead, x, params, length=self.times)
 
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
         def back(ct: Any, step: tuple[Any, Any]) -> tuple[Any, Any]:
-            left, d_x = self.layer.walk(*step, ct, leave)
+            params, residuals = step
+            left, d_x = self.layer.walk(params, residuals.tree(), ct, leave)
             return d_x, left
 
         with seat(0, self.layer):
@@ -70,6 +72,26 @@ class Repeat(Combinator):
             lambda params, key: self.layer.given(params, key=key, mask=mask),
             axis_size=self.times,
         )(params, keys)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Distinct:
+    """A tree's leaves, each once: one layer's y is often the next one's x, and both keep it."""
+
+    leaves: tuple[Any, ...]
+    places: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, tree: Any) -> Distinct:
+        leaves, structure = jax.tree.flatten(tree)
+        distinct = list({id(leaf): leaf for leaf in leaves}.values())
+        place = {id(leaf): index for index, leaf in enumerate(distinct)}
+        return cls(tuple(distinct), tuple(place[id(leaf)] for leaf in leaves), structure)
+
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, [self.leaves[place] for place in self.places])
 
 
 class Recompute(Combinator):
