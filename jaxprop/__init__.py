@@ -19,7 +19,25 @@ from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
 from jaxprop.factored import Factored, Kronecker, Outer, Stacked, Sum
 from jaxprop.interop import custom_vjp
 from jaxprop.layer import Combinator, Layer, Step
-from jaxprop.layers import Affine, Dense, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
+from jaxprop.layers import (
+    Affine,
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Dense,
+    Flatten,
+    Gelu,
+    GlobalAvgPool,
+    MaxPool,
+    Pad,
+    Patches,
+    Relu,
+    Reshape,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Tanh,
+)
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
     Gradient,
@@ -42,23 +60,32 @@ from jaxprop.training import make_update, value_and_grad
 
 __all__ = [
     "Affine",
+    "AvgPool",
     "BinaryCrossEntropy",
     "Combinator",
+    "Conv",
+    "ConvTranspose",
     "CrossEntropy",
     "Dense",
     "Factored",
+    "Flatten",
     "Gelu",
+    "GlobalAvgPool",
     "Gradient",
     "Gram",
     "HalfSquaredError",
     "Kronecker",
     "Layer",
     "Loss",
+    "MaxPool",
     "NoiseScale",
     "Outer",
+    "Pad",
+    "Patches",
     "PerExampleGrads",
     "Quantity",
     "Relu",
+    "Reshape",
     "SecondMoment",
     "Sigmoid",
     "Silu",
