@@ -175,17 +175,21 @@ def _d_x(w: Array, ct: Y, windows: Windows, groups: int, spatial: Sizes) -> X:
         for h, t, k, s, (low, _), d, e in zip(spatial, ct.shape[1:-1], *windows, strict=True):
             before = (k - 1) * d - low
             padding.append((before, (h - 1) * e + low - (t - 1) * s))
-        channels, features = w.shape[-2], w.shape[-1] // groups
-        w = jnp.flip(w, range(len(spatial))).reshape(*windows.window, channels, groups, features)
-        w = jnp.swapaxes(w, -1, -3).reshape(*windows.window, features, groups * channels)
+        n, io, out = _dimensions(windows)
+        if groups > 1:
+            channels, features = w.shape[-2], w.shape[-1] // groups
+            w = w.reshape(*windows.window, channels, groups, features).swapaxes(-1, -3)
+            w = w.reshape(*windows.window, features, groups * channels)
+        else:
+            io = io.replace("IO", "OI")
         return jax.lax.conv_general_dilated(
             ct,
-            w,
+            jnp.flip(w, range(len(spatial))),
             windows.spread,
             padding,
             lhs_dilation=windows.strides,
             rhs_dilation=windows.dilation,
-            dimension_numbers=_dimensions(windows),
+            dimension_numbers=(n, io, out),
             feature_group_count=groups,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
@@ -64,8 +65,7 @@ class Patches(Factored):
         def squares(x: Array, ct: Array) -> Array:
             return self._outers(Outer.sum, _wide(x), _wide(ct)) ** 2
 
-        blocks = _cut(1, self.x, self.ct)
-        return self._folded(_added(squares, *blocks)[:, None])[0]
+        return self._folded(_added(squares, 1, self.x, self.ct)[:, None])[0]
 
     def kronecker(self, over: str | None = None) -> Kronecker:
         """Of patches and of ct (Grosse and Martens 2016, https://arxiv.org/abs/1602.01407).
@@ -82,7 +82,7 @@ class Patches(Factored):
             (rows,) = _patches(_wide(x), self.windows, 1)
             return Outer(rows, rows).sum()
 
-        a = self._in_blocks(lambda blocks: _added(gram, blocks), self.x)
+        a = self._in_blocks(functools.partial(_added, gram), self.x)
         return Kronecker(a, Sum(self.ct).kronecker(over).b)
 
     def _outers(self, f: Callable[[Outer], Array], x: Array, ct: Array) -> Array:
@@ -114,7 +114,7 @@ class Patches(Factored):
                 return jnp.concatenate(taps, axis=-1).T @ ct
             return jnp.concatenate([tap.T @ ct for tap in taps])
 
-        rows = _added(total, *_cut(self._block("cpu"), self.x, self.ct))
+        rows = _added(total, self._block("cpu"), self.x, self.ct)
         return self._folded(rows[None, None])[0].astype(self.ct.dtype)
 
     def _convolved(self) -> Array:
@@ -138,26 +138,18 @@ class Patches(Factored):
         )
 
     def _for_each(self, f: Callable[[Outer], Float[Array, " n"]]) -> Float[Array, " n"]:
-        def of_block(block: tuple[Array, Array]) -> Array:
-            return self._outers(f, *block).sum(axis=0)
+        def of_examples(x: Array, ct: Array) -> Array:
+            return self._outers(f, x, ct).sum(axis=0)
 
-        def of_blocks(*blocks: Array) -> Array:
-            if len(blocks[0]) == 1:
-                return of_block((blocks[0][0], blocks[1][0]))
-            return jax.lax.map(of_block, blocks).reshape(-1)
-
-        return self._in_blocks(of_blocks, self.x, self.ct)
+        return self._in_blocks(functools.partial(_stacked, of_examples), self.x, self.ct)
 
     def _in_blocks(self, f: Callable[..., Array], *arrays: Array) -> Array:
-        """f of the arrays cut into blocks, which lie on a leading axis."""
+        """f of how many examples to take at a time, and the arrays."""
         sizes = {platform: self._block(platform) for platform in BLOCK_BYTES}
-        if _explicit(self.x) or len(set(sizes.values())) == 1:
-            return f(*_cut(sizes["default"], *arrays))
-        by_platform: dict[str, Any] = {
-            platform: lambda *arrays, size=size: f(*_cut(size, *arrays))
-            for platform, size in sizes.items()
-        }
-        return jax.lax.platform_dependent(*arrays, **by_platform)
+        if len(set(sizes.values())) == 1:
+            return f(sizes["default"], *arrays)
+        each: Any = {platform: functools.partial(f, size) for platform, size in sizes.items()}
+        return jax.lax.platform_dependent(*arrays, **each)
 
     def _block(self, platform: str) -> int:
         """How many examples' patches are made at a time: a divisor of N."""
@@ -176,21 +168,30 @@ def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float
     return jnp.moveaxis(jnp.concatenate(taps, axis=-1), 2, 0)
 
 
-def _cut(size: int, *arrays: Array) -> list[Array]:
-    return [a.reshape(len(a) // size, size, *a.shape[1:]) for a in arrays]
+def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
+    """The sum of f over the blocks of size examples."""
+    if size == len(arrays[0]):
+        return f(*arrays)
+
+    def add(total: Array, start: Array) -> tuple[Array, None]:
+        return total + f(*_block(start, size, arrays)), None
+
+    shape = jax.eval_shape(lambda: f(*_block(0, size, arrays)))
+    zero = jnp.zeros_like(arrays[-1], shape.dtype, shape.shape)
+    return jax.lax.scan(add, zero, jnp.arange(0, len(arrays[0]), size))[0]
 
 
-def _added(f: Callable[..., Array], *blocks: Array) -> Array:
-    """The sum of f over the blocks."""
-    if len(blocks[0]) == 1:
-        return f(*(block[0] for block in blocks))
+def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
+    """What f gives for each example, taken by blocks of size examples."""
+    if size == len(arrays[0]):
+        return f(*arrays)
+    starts = jnp.arange(0, len(arrays[0]), size)
+    return jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts).reshape(-1)
 
-    def add(total: Array, block: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + f(*block), None
 
-    shape = jax.eval_shape(f, *(block[0] for block in blocks))
-    zero = jnp.zeros_like(blocks[-1], shape.dtype, shape.shape)
-    return jax.lax.scan(add, zero, tuple(blocks))[0]
+def _block(start: Any, size: int, arrays: tuple[Array, ...]) -> list[Array]:
+    """Sliced, not reshaped: for a reshaped x XLA computes the layer before this one twice."""
+    return [jax.lax.dynamic_slice_in_dim(array, start, size) for array in arrays]
 
 
 def _explicit(x: Array) -> bool:

@@ -57,10 +57,14 @@ class MaxPool(Layer):
     def forward(self, params: tuple[()], x: X) -> tuple[Y, tuple[Array, Array]]:
         windows = _windows(self, x.shape[1:-1])
         y = _reduced(x, -jnp.inf, jax.lax.max, windows)
-        dtype = jnp.int8 if windows.taps < 128 else jnp.int32
-        first = jnp.full(y.shape, windows.taps - 1, dtype)
-        for tap, there in reversed(list(enumerate(windows.shifted(x, -jnp.inf)))):
-            first = jnp.where(there == y, jnp.asarray(tap, dtype), first)
+        first = jax.lax.platform_dependent(
+            x,
+            y,
+            cpu=lambda x, y: jax.lax.map(
+                lambda xy: _first(xy[0][None], xy[1][None], windows)[0], (x, y)
+            ),
+            default=lambda x, y: _first(x, y, windows),
+        )
         return y, (first, empty_like(x))
 
     def backward(
@@ -121,6 +125,15 @@ class GlobalAvgPool(Layer):
         n, _, *positions, c = x.shape
         ct = (ct / math.prod(positions)).reshape(n, *[1] * len(positions), c)
         return (), jnp.broadcast_to(ct, (n, *positions, c))
+
+
+def _first(x: X, y: Y, windows: Windows) -> Array:
+    """The number of the first tap at which x is y."""
+    dtype = jnp.int8 if windows.taps < 128 else jnp.int32
+    first = jnp.full(y.shape, windows.taps - 1, dtype)
+    for tap, there in reversed(list(enumerate(windows.shifted(x, -jnp.inf)))):
+        first = jnp.where(there == y, jnp.asarray(tap, dtype), first)
+    return first
 
 
 def _windows(layer: MaxPool | AvgPool, spatial: Sizes) -> Windows:
