@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.factored import Sum
+from jaxprop.factored import Sum, wide
 from jaxprop.layer import Layer, Step, map_layers
-from jaxprop.layers.normalization import X, affine, check_eps, moments, scaled, wide
+from jaxprop.layers.normalization import X, affine, check_eps, moments, scaled
 
 
 class BatchNormParams(NamedTuple):
