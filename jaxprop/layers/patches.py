@@ -101,11 +101,13 @@ class Patches(Factored):
         return jnp.moveaxis(g, 0, -2).reshape(n, *self.windows.window, channels, groups * features)
 
     def _in_one(self) -> Array:
-        return self._folded(self._outers(Outer.sum, self.x, self.ct)[:, None])[0]
+        """All patches at once, their axes as they are: for a batch that lies on several devices."""
+        patches = jnp.concatenate(self.windows.shifted(self.x), axis=-1)
+        return self._folded(Outer(patches, self.ct).sum()[None, None])[0]
 
     def _block_by_block(self) -> Array:
-        """One matmul for all taps of a block, or where channels are wide, and no copy is then
-        needed but the shifted slices, one for each."""
+        """One matmul for all taps of a block, or where channels are wide one for each: then no
+        copy is made but the taps' slices themselves."""
 
         def total(x: Array, ct: Array) -> Array:
             x, ct = _wide(x), _wide(ct).reshape(-1, ct.shape[-1])
