@@ -54,7 +54,7 @@ def load(seed: int) -> tuple[Any, ...]:
 def train(args: argparse.Namespace) -> float:
     train_x, test_x, train_y, test_y = load(args.seed)
     net = NETS[args.model](classes=10)
-    optimizer = optax.sgd(args.rate, momentum=0.9)
+    optimizer = optax.adam(args.rate)
     update = jp.make_update(net, LOSS, optimizer, value_and_grad=DIFFERENTIATE[args.grad])
     sq_norms = jax.jit(jp.per_example_sq_norms(net, LOSS))
     predict = jax.jit(lambda params, x: net.forward(params, x)[0].argmax(axis=-1))
@@ -91,7 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=0.02, help="learning rate, momentum 0.9")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of Adam")
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 
