@@ -84,12 +84,13 @@ def test_block_by_block_is_all_at_once(channels, monkeypatch):
     form = jp.Patches(x, normal(6, *windows.outputs((5, 4)), 3, seed=1), windows)
     weights = jnp.linspace(0.1, 1, 6)
     a_patch = form.ct.shape[1] * form.ct.shape[2] * windows.taps * channels * 8
-    for examples in (1, 2, 5, 6):  # in blocks of 1, 2, 3 and 6
+    for examples in (1, 2, 5, 6):  # in blocks of 1, 2, 3 and 3
         monkeypatch.setattr(patches, "BLOCK_BYTES", {"cpu": examples * a_patch, "default": 1})
-        got = [*asked(form, weights), form.kronecker().a]
+        got = [*asked(form, weights), form.kronecker().a, form._block_by_block()]
         monkeypatch.undo()
         rows = patches._patches(x, windows, 1).reshape(-1, windows.taps * channels)
-        expected = [*asked(by_vjp(form), weights), rows.T @ rows]
+        generic = by_vjp(form)
+        expected = [*asked(generic, weights), rows.T @ rows, generic.sum()]
         assert relative_error(got, expected) <= 1e-12
 
 

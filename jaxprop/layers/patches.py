@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jaxprop.factored import Factored, Kronecker, Outer, Sum, _weighted, _wide
 from jaxprop.layers.windows import Windows
 
-BLOCK_BYTES = {"cpu": 2**23, "default": 2**28}  # of patches at a time; on a CPU they stay in cache
+BLOCK_BYTES = {"cpu": 2**22, "default": 2**28}  # of patches at a time; on a CPU they stay in cache
 WIDE = 32  # channels: from here on a matmul for each tap is as fast as one for all
 
 
@@ -162,6 +162,8 @@ class Patches(Factored):
         for t in positions:
             row *= t
         most = max(1, BLOCK_BYTES[platform] // max(row, 1))
+        if platform == "cpu":
+            most = min(most, max(1, n // 2))  # a loop, before which XLA makes no patches
         return max(size for size in range(1, n + 1) if n % size == 0 and size <= most)
 
 
