@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jaxprop.factored import Factored, Kronecker, Outer, Sum, weighted, wide
 from jaxprop.layers.windows import Windows
 
-BLOCK_BYTES = {"cpu": 2**23, "default": 2**28}  # of patches at a time; on a CPU they stay in cache
+BLOCK_BYTES = {"cpu": 2**22, "default": 2**28}  # of patches at a time; on a CPU they stay in cache
 WIDE = 32  # channels: from here on a matmul for each tap is as fast as one for all
 
 
@@ -101,11 +101,13 @@ class Patches(Factored):
         return jnp.moveaxis(g, 0, -2).reshape(n, *self.windows.window, channels, groups * features)
 
     def _in_one(self) -> Array:
-        return self._folded(self._outers(Outer.sum, self.x, self.ct)[:, None])[0]
+        """All patches at once, their axes as they are: for a batch that lies on several devices."""
+        patches = jnp.concatenate(self.windows.shifted(self.x), axis=-1)
+        return self._folded(Outer(patches, self.ct).sum()[None, None])[0]
 
     def _block_by_block(self) -> Array:
-        """One matmul for all taps of a block, or where channels are wide, and no copy is then
-        needed but the shifted slices, one for each."""
+        """One matmul for all taps of a block, or where channels are wide one for each: then no
+        copy is made but the taps' slices themselves."""
 
         def total(x: Array, ct: Array) -> Array:
             x, ct = wide(x), wide(ct).reshape(-1, ct.shape[-1])
@@ -161,6 +163,8 @@ class Patches(Factored):
         for t in positions:
             row *= t
         most = max(1, BLOCK_BYTES[platform] // max(row, 1))
+        if platform == "cpu":
+            most = min(most, max(1, n // 2))  # a loop, before which XLA makes no patches
         return max(size for size in range(1, n + 1) if n % size == 0 and size <= most)
 
 
