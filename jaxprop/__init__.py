@@ -16,6 +16,9 @@ from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad
 from jaxprop.combinators import chain, skip
 from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
+from jaxprop.explain.nonfinite import Finding, find_nonfinite
+from jaxprop.explain.record import explain
+from jaxprop.explain.terms import Explanation
 from jaxprop.factored import Factored, Kronecker, Outer, Stacked, Sum
 from jaxprop.interop import custom_vjp
 from jaxprop.layer import Combinator, Layer, Step
@@ -46,7 +49,9 @@ __all__ = [
     "Combinator",
     "CrossEntropy",
     "Dense",
+    "Explanation",
     "Factored",
+    "Finding",
     "Gelu",
     "Gradient",
     "Gram",
@@ -74,6 +79,8 @@ __all__ = [
     "clipped_grad",
     "custom_vjp",
     "diag_ggn",
+    "explain",
+    "find_nonfinite",
     "ggn_root",
     "gram",
     "kronecker_factors",

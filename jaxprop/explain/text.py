@@ -10,6 +10,7 @@ from rich.text import Text
 
 from jaxprop.explain.config import WORKED_EXAMPLE
 from jaxprop.explain.document import Stage, Unit, Walkthrough, Weight
+from jaxprop.explain.numerals import fixed, plain
 
 WIDTH = 80
 TERMS = 4  # of a sum that are written out
@@ -150,17 +151,6 @@ def final(walk: Walkthrough) -> Iterator[str]:
     yield from _values(walk.final.outputs.keys(), walk.final.outputs.values())
     yield ""
     yield from _values(walk.final.weights.keys(), walk.final.weights.values())
-
-
-def fixed(number: float) -> str:
-    """Eight decimals; where those would not fit a column, or be all zeros, an exponent."""
-    text = f"{number:.8f}"
-    return text if len(text) <= 11 and (abs(number) >= 5e-9 or number == 0) else f"{number:.4e}"
-
-
-def plain(number: float) -> str:
-    """As a person would write it."""
-    return f"{number:.8g}"
 
 
 def _print(console: Console, sections: Sequence[tuple[str, Iterable[str]]]) -> None:
