@@ -7,6 +7,7 @@ of dE/dz * w over the units that s feeds.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any, NamedTuple
 
@@ -30,6 +31,11 @@ CURVE = 1000
 
 def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
     """Walk through the first step for the config's network and descend ``steps``; in float64."""
+    return descent(config, steps, 1)[0][0]
+
+
+def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, Explanation]]:
+    """The walkthroughs of the first ``shown`` of the steps, each with what it was read from."""
     with jax.enable_x64(True):
         net, loss = configs.network(config), HalfSquaredError()
         optimizer = optax.sgd(config.learning_rate)
@@ -48,43 +54,48 @@ def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
             (params, _), errors = jax.lax.scan(stretch, (params, optimizer.init(params)), gaps)
             return params, errors
 
-        explained = jax.jit(lambda params: explain(net, loss, params, x, target, keep=sys.maxsize))
+        explained = functools.partial(explain, net, loss, x=x, target=target, keep=sys.maxsize)
+        differentiate = jax.jit(jax.grad(scalar))
         params = configs.params(config)
-        params_after, _ = descend(params, jnp.array([1]))
         marks = sorted({round(steps * i / CURVE) for i in range(CURVE + 1)})
         params_last, errors = descend(params, jnp.diff(jnp.array(marks)))
-        terms, terms_after, terms_last = map(explained, (params, params_after, params_last))
-        grads = jax.jit(jax.grad(scalar))(params, x, target)
-
-        names = _Names(config)
-        before, after = _recorded(config, terms), _recorded(config, terms_after)
-        numbers = _Numbers(
-            products=names.by_name([recorded.grads for recorded in before]),
-            grads=names.by_name(grads),
-            old=names.by_name(params),
-            new=names.by_name(params_after),
+        names, terms, last = _Names(config), explained(params), explained(params_last)
+        outputs = _recorded(config, last)[-1].value
+        final = Final(
+            steps=steps,
+            error=float(last.value),
+            outputs=dict(zip(names.units[-1], outputs, strict=True)),
+            weights=names.by_name(params_last),
         )
-        stages = tuple(
-            _stage(config, names, numbers, before, after, index)
-            for index in range(len(config.layers))
-        )
-        outputs = _recorded(config, terms_last)[-1].value
-        return Walkthrough(
-            config=config,
-            stages=stages,
-            error=float(terms.value),
-            error_after=float(terms_after.value),
-            largest_difference=max(
-                abs(product - numbers.grads[name]) for name, product in numbers.products.items()
-            ),
-            curve=tuple(zip(marks, [*errors.tolist(), float(terms_last.value)], strict=True)),
-            final=Final(
-                steps=steps,
-                error=float(terms_last.value),
-                outputs=dict(zip(names.units[-1], outputs, strict=True)),
-                weights=names.by_name(params_last),
-            ),
-        )
+        curve = tuple(zip(marks, [*errors.tolist(), final.error], strict=True))
+        walks = []
+        for _ in range(shown):
+            params_after, _ = descend(params, jnp.array([1]))
+            terms_after = explained(params_after)
+            before, after = _recorded(config, terms), _recorded(config, terms_after)
+            numbers = _Numbers(
+                products=names.by_name([recorded.grads for recorded in before]),
+                grads=names.by_name(differentiate(params, x, target)),
+                old=names.by_name(params),
+                new=names.by_name(params_after),
+            )
+            walk = Walkthrough(
+                config=config,
+                stages=tuple(
+                    _stage(config, names, numbers, before, after, index)
+                    for index in range(len(config.layers))
+                ),
+                error=float(terms.value),
+                error_after=float(terms_after.value),
+                largest_difference=max(
+                    abs(product - numbers.grads[name]) for name, product in numbers.products.items()
+                ),
+                curve=curve,
+                final=final,
+            )
+            walks.append((walk, terms))
+            params, terms = params_after, terms_after
+        return walks
 
 
 class _Names:
