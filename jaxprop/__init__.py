@@ -11,6 +11,7 @@ A layer holds its hand-written ``backward`` next to its ``forward``; ``jp.check_
 against the other.
 """
 
+import jaxprop._command  # noqa: F401
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad

@@ -10,14 +10,14 @@ import jaxprop as jp
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"factored", "layer"},
+    {"_command", "factored", "layer"},
     {"layers"},
     {"combinators", "losses"},
     {"backprop"},
     {"training", "checking", "interop", "quantities"},
     {"clipping", "curvature"},
     {"explain", "bench"},
-    {"cli"},
+    {"cli", "plot"},
     {"__main__"},
 ]
 PARTS = [part for floor in FLOORS for part in floor]
@@ -103,7 +103,7 @@ def test_heavy_libraries_are_not_imported():
     import subprocess
     import sys
 
-    heavy = ("torch", "flax", "sklearn", "matplotlib", "orbax", "pytest")
+    heavy = ("torch", "flax", "sklearn", "matplotlib", "jinja2", "orbax", "pytest")
     code = f"import sys, jaxprop, jaxprop.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,7 +8,8 @@ from jaxprop.explain.document import Walkthrough
 
 UNITS = 8  # in a layer; where there are more, layers are drawn as boxes
 LABELLED = 4  # units that an edge's weight is always written on the way to
-RADIUS = 26
+RADIUS = 28
+LINE = 13  # of text
 MARGIN = 14
 
 
@@ -17,6 +18,7 @@ class Node(NamedTuple):
     x: float
     y: float
     below: int  # lines of text under it
+    aside: float  # by how much that text gives way to the weights on the right
 
 
 class Edge(NamedTuple):
@@ -38,6 +40,8 @@ class Drawing(NamedTuple):
     nodes: list[Node]
     edges: list[Edge]
     boxes: list[dict[str, Any]]
+    scale: float  # at most
+    radius: int = RADIUS
 
 
 def units(walk: Walkthrough) -> Drawing:
@@ -47,16 +51,19 @@ def units(walk: Walkthrough) -> Drawing:
     """
     columns = [list(walk.stages[0].inputs), *([u.name for u in s.units] for s in walk.stages)]
     tallest = max(map(len, columns))
-    gap = 104 if tallest <= LABELLED else 84
+    bias = {w.unit: 1 for stage in walk.stages for w in stage.biases}
+    outputs = set(columns[-1])
+    below = {name: bias.get(name, 0) + (name in outputs) for names in columns for name in names}
+    gap = 2 * RADIUS + 16 + LINE * (max(below.values()) + 1)
     height = gap * tallest + 2 * MARGIN
     at: dict[str, tuple[float, float]] = {}
     x = MARGIN + RADIUS + 0.0
     for position, names in enumerate(columns):
         if position:
-            x += 48 * (len(names) + 1) if len(names) <= LABELLED else 170
+            x += 50 * (len(names) + 1) if len(names) <= LABELLED else 170
         for i, name in enumerate(names):
             at[name] = x, height / 2 + (i - (len(names) - 1) / 2) * gap - 12
-    at["E"] = x + 92, height / 2 - 12
+    at["E"] = x + 100, height / 2 - 12
     edges = []
     for stage in walk.stages:
         count = len(stage.units)
@@ -65,10 +72,11 @@ def units(walk: Walkthrough) -> Drawing:
             for w in row:
                 edges.append(_edge(w.name, w.source, w.unit, at, t, count > LABELLED))
     edges += [_edge("", unit.name, "E", at, 0.5, False) for unit in walk.stages[-1].units]
-    bias = {w.unit: 1 for stage in walk.stages for w in stage.biases}
-    outputs = set(columns[-1])
-    nodes = [Node(name, *at[name], bias.get(name, 0) + (name in outputs)) for name in at]
-    return Drawing(at["E"][0] + RADIUS + MARGIN, height, nodes, edges, [])
+    nodes = [
+        Node(name, *at[name], below.get(name, 0), 0.0 if name in outputs else -14.0) for name in at
+    ]
+    scale = min(max(600 / height, 0.85), 1.7)
+    return Drawing(at["E"][0] + RADIUS + MARGIN, height, nodes, edges, [], scale)
 
 
 def layers(walk: Walkthrough) -> Drawing:
@@ -84,7 +92,7 @@ def layers(walk: Walkthrough) -> Drawing:
             {"name": name, "count": count, "activation": activation, "x": x, "width": width}
         )
         x += width + 34
-    return Drawing(x - 34 + MARGIN, 150, [], [], boxes)
+    return Drawing(x - 34 + MARGIN, 124, [], [], boxes, 1.4)
 
 
 def _edge(

@@ -40,13 +40,17 @@ function named(name) {
 const by = (above, below) =>
   math("mfrac", math("mrow", math("mo", "∂"), named(above)), math("mrow", math("mo", "∂"), named(below)));
 
-function value(number, written = fixed) {
-  const text = written(number);
-  const shown = element(MATHML, "mn", { class: "value", "data-value": String(number) }, text);
-  return text.startsWith("−") ? math("mrow", math("mo", "("), shown, math("mo", ")")) : shown;
+// What an equation comes to; as a factor or a term, `value`, a negative number is in brackets.
+function result(number, written = fixed) {
+  return element(MATHML, "mn", { class: "value", "data-value": String(number) }, written(number));
 }
 
-const sign = (text) => math("mo", text);
+function value(number, written = fixed) {
+  const shown = result(number, written);
+  return number < 0 ? math("mrow", math("mo", "("), shown, math("mo", ")")) : shown;
+}
+
+const sign = (text) => element(MATHML, "mo", "()".includes(text) ? {} : { form: "infix" }, text);
 const text = (words) => element(MATHML, "mtext", {}, words);
 
 // Terms with a sign between them, each term a part of its own.
@@ -58,7 +62,7 @@ function line(...parts) {
   const drawnLine = element("", "div", { class: "line" });
   for (const part of parts) {
     if (typeof part === "string") drawnLine.append(element("", "span", { class: "note" }, part));
-    else drawnLine.append(element(MATHML, "math", {}, math("mrow", ...part)));
+    else drawnLine.append(element(MATHML, "math", { displaystyle: "true" }, math("mrow", ...part)));
   }
   return drawnLine;
 }

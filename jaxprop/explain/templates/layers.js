@@ -6,7 +6,7 @@ function layerName(name, say) {
 }
 
 function layerStages(data, frame, say) {
-  const header = ["", ...["mean", "rms", "largest", "zeros", "saturated"].map((word) => say(word))];
+  const measures = ["mean", "rms", "largest", "zeros", "saturated"];
 
   function through(stage, position, way) {
     const rows = Object.entries(frame.stages[position][way]).filter(([, row]) => row);
@@ -19,8 +19,10 @@ function layerStages(data, frame, say) {
       sentence: say("What passes through the layer, in a few numbers."),
       lines: [],
       table: table(
-        header,
-        rows.map(([what, row]) => [say(what), ...row.map((number, i) => cell(number, i < 3 ? written : share))]),
+        ["", ...rows.map(([what]) => say(what))],
+        measures
+          .map((measure, i) => [say(measure), ...rows.map(([, row]) => cell(row[i], i < 3 ? written : share))])
+          .filter((_, i) => rows.some(([, row]) => row[i] !== null)),
       ),
       lit: { units: new Set(), weights: new Set(), main: stage.name },
       reached: way === "backward" ? stage.name : undefined,
@@ -39,7 +41,7 @@ function layerStages(data, frame, say) {
       way: "forward",
       title: say(after ? "The new error" : "The error"),
       sentence: say(after ? outcome : "Half the squared distance of each output from its target, added up."),
-      lines: [after ? line([value(frame.error), sign("→"), value(total)]) : line([named("E"), sign("="), value(total)])],
+      lines: [after ? line([result(frame.error), sign("→"), result(total)]) : line([named("E"), sign("="), result(total)])],
       lit: { units: new Set(), weights: new Set(), main: "E" },
       spoken: `E = ${fixed(total)}`,
       after,

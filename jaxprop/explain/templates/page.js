@@ -35,6 +35,7 @@ function draw() {
   $("frame-previous").disabled = state.frame === 0;
   $("frame-next").disabled = state.frame === data.frames.length - 1;
   light(stage);
+  keepInView();
   write(frame);
   curve();
 }
@@ -59,6 +60,14 @@ function light({ lit, way }) {
     edge.classList.toggle("lit", weight ? lit.weights.has(weight) : toError.has(source));
     edge.classList.toggle("main", Boolean(weight) && (lit.main === weight || (way === "forward" && lit.main !== undefined && lit.weights.has(weight))));
   }
+}
+
+// Where the drawing is wider than the screen.
+function keepInView() {
+  const [box, node] = [document.querySelector(".drawing"), document.querySelector("#network .node.main, #network .node.lit")];
+  if (!node || box.scrollWidth <= box.clientWidth) return;
+  const [outer, inner] = [box.getBoundingClientRect(), node.getBoundingClientRect()];
+  box.scrollLeft += (inner.left + inner.right - outer.left - outer.right) / 2;
 }
 
 // The numbers in the drawing: those that the walk has come to, and no others.
@@ -107,7 +116,7 @@ function curve() {
   const points = data.curve.filter(([, error]) => error !== null);
   $("curve").hidden = points.length < 3;
   if (points.length < 3) return;
-  const [left, right, top, bottom] = [76, 622, 16, 168];
+  const [left, right, top, bottom] = [62, 406, 14, 140];
   const last = data.curve[data.curve.length - 1][0];
   const most = Math.max(...points.map(([, error]) => error)) || 1;
   const x = (step) => left + ((right - left) * step) / last;

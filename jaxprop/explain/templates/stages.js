@@ -49,8 +49,8 @@ function unitStages(data, frame, say) {
       sentence: say("{unit} adds up what comes in, each times its weight; the activation makes its value of it.", { unit: u.name }),
       lines: [
         line([named(u.z), sign("=")], ...joined("+", terms.map(([names]) => names))),
-        line([sign("=")], ...joined("+", terms.map(([, numbers]) => numbers)), [sign("="), value(unit(u.name).z)]),
-        line([named(u.name), sign("="), ...inner], [sign("="), value(unit(u.name).value)]),
+        line([sign("=")], ...joined("+", terms.map(([, numbers]) => numbers)), [sign("="), result(unit(u.name).z)]),
+        line([named(u.name), sign("="), ...inner], [sign("="), result(unit(u.name).value)]),
       ],
       lit: { units: new Set(stage.inputs), weights: new Set(stage.weights[row]), main: u.name },
       spoken: `${u.z} = ${fixed(unit(u.name).z)}, ${u.name} = ${fixed(unit(u.name).value)}`,
@@ -69,11 +69,11 @@ function unitStages(data, frame, say) {
     const lines = output.units.map((u) =>
       line(
         [math("msub", math("mi", "E"), named(u.name)), sign("="), half(), squared(value(u.target), sign("−"), value(unit(u.name)[valueOf]))],
-        [sign("="), value(unit(u.name)[errorOf])],
+        [sign("="), result(unit(u.name)[errorOf])],
       ),
     );
-    lines.push(line([named("E"), sign("=")], ...joined("+", output.units.map((u) => [value(unit(u.name)[errorOf])])), [sign("="), value(total)]));
-    if (after) lines.push(line([value(frame.error), sign("→"), value(total)]));
+    lines.push(line([named("E"), sign("=")], ...joined("+", output.units.map((u) => [value(unit(u.name)[errorOf])])), [sign("="), result(total)]));
+    if (after) lines.push(line([result(frame.error), sign("→"), result(total)]));
     return {
       key: after ? "after" : "error",
       way: "forward",
@@ -102,7 +102,7 @@ function unitStages(data, frame, say) {
       sentence: say("The error comes back to {unit} by every weight that it feeds.", { unit: u.name }),
       lines: [
         line([by("E", u.name), sign("=")], ...joined("+", terms.map(([names]) => names))),
-        line([sign("=")], ...joined("+", terms.map(([, numbers]) => numbers)), [sign("="), value(unit(u.name).dValue)]),
+        line([sign("=")], ...joined("+", terms.map(([, numbers]) => numbers)), [sign("="), result(unit(u.name).dValue)]),
       ],
       lit: { ...above(position, u.name), main: u.name },
       reached: u.name,
@@ -118,7 +118,7 @@ function unitStages(data, frame, say) {
     lit.units.add(u.name);
     const first = [line([by("E", w), sign("=")], [by("E", u.name)], [sign("·"), by(u.name, u.z)], [sign("·"), by(u.z, w)])];
     if (position === stages.length - 1) {
-      first.unshift(line([by("E", u.name), sign("="), named(u.name), sign("−"), named(u.name.replace("o", "t"))], [sign("="), value(unit(u.name).value), sign("−"), value(u.target)], [sign("="), value(dValue)]));
+      first.unshift(line([by("E", u.name), sign("="), named(u.name), sign("−"), named(u.name.replace("o", "t"))], [sign("="), value(unit(u.name).value), sign("−"), value(u.target)], [sign("="), result(dValue)]));
     }
     return {
       key: `backward ${w}`,
@@ -127,8 +127,8 @@ function unitStages(data, frame, say) {
       sentence: say("The chain rule along the lit path from the error to {weight}.", { weight: w }),
       lines: [
         ...first,
-        line([sign("="), value(dValue)], [sign("·"), value(slope)], [sign("·"), value(last)], [sign("="), value(product)]),
-        line([sign("="), value(auto)], say("by jax.grad")),
+        line([sign("="), value(dValue)], [sign("·"), value(slope)], [sign("·"), value(last)], [sign("="), result(product)]),
+        line([sign("="), result(auto)], say("by jax.grad")),
       ],
       lit: { ...lit, main: w, source },
       reached: u.name,
