@@ -25,6 +25,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import jaxprop as jp
+from jaxprop import plot as plots
 
 LOSS = jp.CrossEntropy()
 NET = jp.chain(jp.Dense(256), jp.Gelu(), jp.Dense(128), jp.Gelu(), jp.Dense(10))
@@ -140,6 +141,7 @@ def train(args: argparse.Namespace) -> float:
         TextColumn("loss {task.fields[loss]:.4f}"),
         TimeRemainingColumn(),
     )
+    seen = []
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         first = int(run["done"])
         task = progress.add_task("train", total=args.epochs, completed=first, loss=float("nan"))
@@ -154,6 +156,8 @@ def train(args: argparse.Namespace) -> float:
             }
             if checkpoints is not None:
                 checkpoints.save(done, run)
+            if args.plot is not None:
+                seen.append((done, jp.explain(NET, LOSS, params, train_x, train_y, keep=0)))
             progress.update(task, advance=1, loss=float(loss))
             if progress.disable:
                 print(f"epoch {done:3d}  loss {loss:.4f}", flush=True)
@@ -164,6 +168,7 @@ def train(args: argparse.Namespace) -> float:
     print(f"accuracy {held_out:.2%} on {len(test_y)} digits held out of training")
     if args.plot is not None:
         plot(run["losses"], held_out, args)
+        draw_gradients(seen, run["params"], train_x[:200], train_y[:200], args.plot)
     return held_out
 
 
@@ -180,6 +185,21 @@ def plot(losses: Any, held_out: float, args: argparse.Namespace) -> None:
     axes.grid(alpha=0.3, which="both")
     figure.savefig(args.plot, dpi=150)
     print(f"loss curve in {args.plot}")
+
+
+def draw_gradients(seen: Any, params: Any, images: Any, labels: Any, path: Path) -> None:
+    """Beside the loss curve: how large what comes back is, and how examples agree at the end."""
+    sq_norms = jp.per_example_sq_norms(NET, LOSS)(params, images, labels)
+    figures = {
+        "norms": plots.norms(sq_norms),
+        "gram": plots.gram(jp.gram(NET, LOSS)(params, images, labels), labels),
+    }
+    if seen:  # a run that was resumed at its end has seen no epoch
+        epochs, explanations = zip(*seen, strict=True)
+        figures["scales"] = plots.scales(explanations, epochs, "epoch")
+    for name, figure in figures.items():
+        figure.savefig(path.with_stem(f"{path.stem}-{name}"))
+    print(f"gradients in {path.with_stem(path.stem + '-*')}")
 
 
 def positive(text: str) -> int:
@@ -216,7 +236,12 @@ def main() -> None:
         "--checkpoints", type=Path, metavar="DIR", help="save the state every epoch"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="save the loss curve")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="save the loss curve, and pictures of the gradients",
+    )
     args = parser.parse_args()
     if args.resume and args.checkpoints is None:
         parser.error("--resume needs --checkpoints DIR")

@@ -54,7 +54,9 @@ def test_digits_by_hand_and_by_autodiff(tmp_path):
         out = run("digits.py", "--grad", grad, "--plot", plot, "--checkpoints", checkpoints)
         accuracy = float(re.search(r"accuracy (\S+)%", out).group(1))
         assert accuracy >= 97
-        assert plot.read_bytes().startswith(b"\x89PNG")
+        for picture in ("", "-scales", "-norms", "-gram"):
+            path = plot.with_stem(plot.stem + picture)
+            assert path.read_bytes().startswith(b"\x89PNG")
         ends.append(final_state(checkpoints)[1]["params"])
     for hand, auto in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_allclose(hand, auto, rtol=0, atol=1e-5)
