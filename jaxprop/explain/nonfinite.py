@@ -109,7 +109,7 @@ def _in_order(terms: Explanation, of_x: Any, of_target: Any) -> Iterator[Place]:
 def _finding(
     phase: str, layer: str | None, array: str, found: Summary, suspects: Any, walk: tuple[Any, ...]
 ) -> Finding:
-    index, value = element(found.shape, int(found.at)), float(found.worst)
+    index, value = element(found.shape, int(found.first)), float(found.value)
     has_examples = array in ("x", "y", "ct", "d_x", "target") and bool(index)
     example = index[0] if has_examples else None
     x = ct = None

@@ -58,7 +58,7 @@ def _explained(net: Layer, loss: Loss, keep: int, params: Any, x: Any, target: A
         whole = Kept(y, values, ones, None, ct, (), (), ()) if kept else None
         return Explanation(net, value, left, Terms(loss, at_loss, whole))
 
-    return walked(numbers(jax.eval_shape(lambda: walked(True))) <= keep)
+    return walked(keep > 0 and numbers(jax.eval_shape(lambda: walked(True))) <= keep)
 
 
 class Recorded(Layer):

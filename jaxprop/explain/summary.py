@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ class Summary:
     """Mean, rms and largest size of an array's finite elements, and what there is besides them.
 
     All in at least float32, each a scalar; behind an axis of repetitions in a layer that is
-    repeated. ``at`` is the flat index of the first element that is not finite, and of the largest
-    where all are; ``worst`` is the element there.
+    repeated. ``first`` is the flat index of the first element that is not finite, and the array's
+    size where there is none; ``value`` is that element.
     """
 
     mean: Array
@@ -28,8 +29,8 @@ class Summary:
     max: Array
     zeros: Array  # the share of elements that are 0
     nonfinite: Array  # how many
-    at: Array
-    worst: Array
+    first: Array
+    value: Array
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
@@ -44,19 +45,24 @@ def summary(tree: Any) -> Summary | None:
     x = jnp.concatenate([leaf.ravel().astype(wide) for leaf in leaves])
     x = x if x.size else jnp.zeros(1, wide)
     finite = jnp.isfinite(x)
-    count = jnp.maximum(finite.sum(), 1).astype(x.dtype)
-    size = jnp.where(finite, jnp.abs(x), 0)
-    largest = size.max()
+    kept = jnp.where(finite, x, 0)
+    total, largest, zeros, nonfinite, first = _reduced(
+        (kept / x.size, jnp.add),
+        (jnp.abs(kept), jnp.maximum),
+        ((x == 0).astype(jnp.int32), jnp.add),
+        ((~finite).astype(jnp.int32), jnp.add),
+        (jnp.where(finite, x.size, jnp.arange(x.size, dtype=jnp.int32)), jnp.minimum),
+    )
+    count = jnp.maximum(x.size - nonfinite, 1).astype(wide)
     scale = jnp.where(largest > 0, largest, 1)  # squares of what is large or small would be lost
-    at = jnp.argmax(jnp.where(finite, size, jnp.inf))
     return Summary(
-        mean=jnp.sum(jnp.where(finite, x, 0) / count),
-        rms=scale * jnp.sqrt(jnp.sum((size / scale) ** 2) / count),
+        mean=total * (x.size / count),
+        rms=scale * jnp.sqrt(jnp.sum((kept / scale) ** 2) / count),
         max=largest,
-        zeros=jnp.mean(x == 0, dtype=x.dtype),
-        nonfinite=jnp.sum(~finite),
-        at=at,
-        worst=x[at],
+        zeros=zeros.astype(wide) / x.size,
+        nonfinite=nonfinite,
+        first=first,
+        value=x[jnp.minimum(first, x.size - 1)],
         shape=shape,
     )
 
@@ -83,3 +89,17 @@ def element(shape: tuple[int, ...], at: int) -> tuple[int, ...]:
 def numbers(tree: Any) -> int:
     """How many numbers the tree's arrays hold, by their shapes alone."""
     return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def _reduced(*pairs: tuple[Array, Any]) -> Sequence[Array]:
+    """Each array reduced by its function, all in one kernel: there are many small arrays."""
+    arrays, functions = zip(*pairs, strict=True)
+    identities = {jnp.add: 0, jnp.maximum: 0, jnp.minimum: jnp.iinfo(jnp.int32).max}
+    starts = tuple(
+        jnp.asarray(identities[f], array.dtype) for array, f in zip(arrays, functions, strict=True)
+    )
+
+    def both(left: Any, right: Any) -> Any:
+        return tuple(f(a, b) for f, a, b in zip(functions, left, right, strict=True))
+
+    return jax.lax.reduce(arrays, starts, both, (0,))
