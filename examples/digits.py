@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from checkpoints import Checkpoints
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -71,41 +72,6 @@ def make_epoch(update: Any, images: Any, labels: Any, batch: int) -> Any:
 def accuracy(params: Any, images: Any, labels: Any) -> Any:
     logits, _ = NET.forward(params, images)
     return jnp.mean(logits.argmax(axis=-1) == labels)
-
-
-class Checkpoints:
-    """Every epoch's whole state, written by orbax: a checkpoint is there in full or not at all."""
-
-    def __init__(self, directory: Path, settings: dict[str, Any], resume: bool) -> None:
-        import orbax.checkpoint as ocp
-
-        if directory.exists() and not directory.is_dir():
-            sys.exit(f"{directory} is not a directory")
-        self.args, self.settings = ocp.args, settings
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        self.manager = ocp.CheckpointManager(directory.resolve(), options=options)
-        if self.manager.latest_step() is not None and not resume:
-            sys.exit(f"{directory} holds checkpoints; add --resume, or name another directory")
-
-    def restore(self, like: Any) -> Any:
-        """The newest state, or ``like`` where there is none yet."""
-        step = self.manager.latest_step()
-        if step is None:
-            return like
-        args = self.args.Composite(settings=self.args.JsonRestore())
-        for name, value in self.manager.restore(step, args=args)["settings"].items():
-            if self.settings.get(name) != value:
-                sys.exit(f"the checkpoints are of a run with --{name} {value}; resume it with that")
-        state = self.args.StandardRestore(jax.eval_shape(lambda: like))
-        return self.manager.restore(step, args=self.args.Composite(state=state))["state"]
-
-    def save(self, epoch: int, tree: Any) -> None:
-        state, settings = self.args.StandardSave(tree), self.args.JsonSave(self.settings)
-        self.manager.save(epoch, args=self.args.Composite(state=state, settings=settings))
-
-    def close(self) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
 
 
 def train(args: argparse.Namespace) -> float:

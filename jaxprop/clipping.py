@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +13,10 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.backprop import ahead, own_gradient, walk
-from jaxprop.factored import Factored, gradient, like
-from jaxprop.layer import Layer, Step
+from jaxprop.factored import Factored, factored, gradient, like
+from jaxprop.layer import Layer, Step, Total
 from jaxprop.losses import Loss
-from jaxprop.quantities import Forms, factored, quantities, total
+from jaxprop.quantities import Forms, Seat, everything, picked, quantities, total
 
 
 def clipped_grad(
@@ -75,23 +74,23 @@ def clipped_grad(
                 raise ValueError("a noise_multiplier needs a key, a new one each step")
             if any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(params)):
                 raise TypeError("noise is for params of float32 or float64: narrower ones round it")
-            sensitivity = max_norm * math.sqrt(layers if per_layer else 1)
+            sensitivity = max_norm * jnp.sqrt(layers)
             grads = _noisy(key, grads, noise_multiplier * sensitivity / examples)
         return value, grads
 
     return of_batch
 
 
-_Clipped = Callable[[Any, Any, Any], tuple[Array, Any, int, int]]
+_Clipped = Callable[[Any, Any, Any], tuple[Array, Any, Any, int]]
 
 
 def _in_one_pass(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
     take = quantities(net, loss, forms=Forms())
 
-    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, int, int]:
+    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, Any, int]:
         taken = take(params, x, target)
         sq_norms = total(lambda form: form.bounding_sq_norms(), taken["forms"])
-        weights = _weights(sq_norms, max_norm)
+        weights = _weights(everything(sq_norms), max_norm)
         return taken["value"], _weighted(params, taken["forms"], weights), 1, weights.size
 
     return clipped
@@ -99,16 +98,16 @@ def _in_one_pass(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
 
 def _in_two_passes(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
     def norms(step: Step) -> Any:
-        return total(lambda form: form.bounding_sq_norms(), factored(step))
+        return Total(total(lambda form: form.bounding_sq_norms(), factored(step)))
 
     def sums(step: Step) -> Any:
         return gradient(step.params, step.d_params)
 
-    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, int, int]:
+    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, Any, int]:
         value, examples, residuals, pull = ahead(net, loss, params, x, target)
         ct = loss.backward(residuals)
         left, _ = pull(ct, norms)
-        weights = _weights(total(lambda sq_norms: sq_norms, left), max_norm)
+        weights = _weights(everything(left), max_norm)
         weighted = ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
         grads, _ = pull(weighted, sums)
         return value, grads, 1, examples
@@ -117,22 +116,20 @@ def _in_two_passes(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
 
 
 def _by_layer(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
-    layers = 0
-
     def leave(step: Step) -> Any:
-        nonlocal layers
         forms = factored(step)
         if not jax.tree.leaves(step.params):
-            return step.params
-        layers += 1
-        weights = _weights(total(lambda form: form.bounding_sq_norms(), forms), max_norm)
-        return _weighted(step.params, forms, weights)
+            return Seat({"grads": step.params, "layers": ()})
+        sq_norms = total(lambda form: form.bounding_sq_norms(), forms)
+        grads = _weighted(step.params, forms, _weights(sq_norms, max_norm))
+        return Seat({"grads": grads, "layers": Total(jnp.ones(()))})
 
-    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, int, int]:
-        nonlocal layers
-        layers = 0
-        value, grads, _ = walk(net, loss, leave, own_gradient)(params, x, target)
-        return value, grads, layers, len(jax.tree.leaves(x)[0])
+    back = walk(net, loss, leave, own_gradient)
+
+    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, Any, int]:
+        value, left, _ = back(params, x, target)
+        layers = everything(picked(left, "layers"))
+        return value, picked(left, "grads"), layers, len(jax.tree.leaves(x)[0])
 
     return clipped
 

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.backprop import Pull, ahead
-from jaxprop.factored import Factored, Kronecker, is_factored
+from jaxprop.factored import Factored, Kronecker, factored, is_factored
 from jaxprop.layer import Layer, require
 from jaxprop.losses import Loss
-from jaxprop.quantities import factored
+from jaxprop.quantities import each_example
 
 ROOT = "jaxprop.root"
 
@@ -63,8 +63,8 @@ def kronecker_factors(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[.
     sum_t x_t x_t^T and of sum_c sum_t ct_t ct_t^T, and their Kronecker product stands for that
     param's block of the Gauss-Newton matrix, rows of w outermost (Martens and Grosse 2015,
     https://arxiv.org/abs/1503.05671; Botev et al. 2017, https://arxiv.org/abs/1706.03662). For one
-    example without positions it is that block. A bias has a = [[1]]. Inputs at padded positions
-    (targets of -1) count in a, not in b.
+    example without positions it is that block. A bias has a = [[1]]. A position that nothing
+    comes back to, as one that is padded, counts in neither.
 
     ``exact=True`` in the place of a key says KFLR in so many words. Raises ``TypeError`` for a
     param whose cotangent has no two factors.
@@ -93,11 +93,10 @@ def ggn_root(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
 
     def of_walk(root: Any, examples: int, pull: Pull) -> Any:
         def back(ct: Any) -> Any:
-            return pull(
-                ct, lambda step: _map_forms(lambda form: form.per_example(), factored(step))
-            )
+            left, _ = pull(ct, factored)
+            return each_example(left)
 
-        return jax.vmap(back)(root)[0]
+        return jax.vmap(back)(root)
 
     return _from_root(net, loss, samples, of_walk)
 

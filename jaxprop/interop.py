@@ -34,8 +34,14 @@ def custom_vjp(layer: Layer) -> Callable[[Any, Any], Any]:
 
     def backward(saved: tuple[Any, Any, Any], ct: Any) -> tuple[Any, Any]:
         params, x, residuals = saved
-        d_params, d_x = layer.backward(params, residuals, ct)
-        return gradient(params, d_params), None if d_x is None else like(x, d_x)
+        grads, d_x = layer.walk(
+            params, residuals, ct, lambda step: gradient(step.params, step.d_params)
+        )
+        # A key or a mask in a layer's seat has no cotangent.
+        grads = jax.tree.map(
+            lambda _, grad: None if isinstance(grad, tuple) else grad, params, grads
+        )
+        return grads, None if d_x is None else like(x, d_x)
 
     apply.defvjp(forward, backward)
     return apply

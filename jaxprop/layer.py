@@ -83,7 +83,7 @@ class Layer(Static):
 
     batch_coupled: ClassVar[bool] = False
     """Whether an example's y depends on the batch's other examples; then it has no gradient of its
-    own, and per-example quantities raise."""
+    own, and per-example quantities raise. A property, where that depends on the fields."""
 
     def init(self, key: chex.PRNGKey, x: Any) -> Any:
         """Params for inputs like x (an array or ``jax.ShapeDtypeStruct``); ``()`` for none."""
@@ -109,7 +109,19 @@ class Layer(Static):
         each layer as soon as its cotangents exist, and nothing else is kept.
         """
         d_params, d_x = self.backward(params, residuals, ct)
-        return leave(Step(self, params, residuals, ct, d_params, d_x)), d_x
+        learned = params if jax.tree.leaves(d_params) or _any_floating(params) else ()
+        return leave(Step(self, learned, residuals, ct, d_params, d_x)), d_x
+
+    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
+        """params with what a step is given put in the seats of the layers that take it.
+
+        Randomness and masks are inputs like any other: ``Dropout`` finds a key in its seat and
+        ``Attention`` a mask (N, T) of the positions that are real, where otherwise their params
+        are ``()``. Each seat gets a key of its own, those inside ``repeat`` too. Gradients have
+        the structure of the params without them.
+        """
+        del key, mask
+        return params
 
     def check_params(self, params: Any, x: Any) -> None:
         """Raise ``ValueError`` unless params are of the structure and shapes that init makes."""
@@ -143,8 +155,25 @@ class Step(NamedTuple):
 Leave = Callable[[Step], Any]
 
 
+class Total(NamedTuple):
+    """What ``leave`` wants added up over the layers of a ``repeat``, where all else is stacked."""
+
+    value: Any
+
+
 class Combinator(Layer):
     """A layer made of layers: it writes ``walk``, and ``backward`` is the walk that keeps all."""
+
+    @property
+    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        coupled = []
+
+        def note(layer: Layer) -> Layer:
+            coupled.append(layer.batch_coupled)
+            return layer
+
+        map_layers(self, note)
+        return any(coupled)
 
     def backward(self, params: Any, residuals: Any, ct: Any, /) -> tuple[Any, Any]:
         return self.walk(params, residuals, ct, lambda step: step.d_params)
@@ -198,6 +227,10 @@ def require(value: object, kind: type, where: str) -> None:
         raise TypeError(f"{where} is the class {value.__name__}; write {value.__name__}(...)")
     if not isinstance(value, kind):
         raise TypeError(f"{where} is not a {kind.__name__} but {value!r}")
+
+
+def _any_floating(params: Any) -> bool:
+    return any(jnp.issubdtype(jnp.result_type(p), jnp.floating) for p in jax.tree.leaves(params))
 
 
 def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:

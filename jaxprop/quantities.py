@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.backprop import own_gradient, walk
-from jaxprop.factored import Factored, Stacked, is_factored, like, summed
-from jaxprop.layer import Layer, Static, Step
+from jaxprop.factored import Factored, Stacked, factored, is_factored, like
+from jaxprop.layer import Layer, Static, Step, Total
 from jaxprop.losses import Loss
 
 OfBatch = Callable[[Any, Any, Any], Any]
@@ -52,7 +52,10 @@ class PerExampleGrads(Quantity):
     """Each example's gradient; like params, behind an example axis."""
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return _each(lambda p, form: form.per_example().astype(p.dtype), params, forms)
+        return _each(lambda p, form: Stacked(form.per_example().astype(p.dtype)), params, forms)
+
+    def finish(self, taken: Any, examples: int) -> Any:
+        return each_example(taken)
 
 
 class SqNorms(Quantity):
@@ -61,20 +64,21 @@ class SqNorms(Quantity):
     per_layer: bool = False
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return total(lambda form: form.sq_norms(), forms)
+        norms = total(lambda form: form.sq_norms(), forms)
+        return norms if self.per_layer else Total(norms)
 
     def finish(self, taken: Any, examples: int) -> Any:
-        return taken if self.per_layer else total(_itself, taken)
+        return taken if self.per_layer else everything(taken)
 
 
 class Gram(Quantity):
     """<g_n, g_m> over all params, (N, N)."""
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return total(lambda form: form.inner_products(), forms)
+        return Total(total(lambda form: form.inner_products(), forms))
 
     def finish(self, taken: Any, examples: int) -> Any:
-        return total(_itself, taken)
+        return everything(taken)
 
 
 class SecondMoment(Quantity):
@@ -110,12 +114,12 @@ class NoiseScale(Quantity):
             wide = mean.astype(jnp.float32) if mean.dtype.itemsize < 4 else mean
             return jnp.stack([jnp.mean(form.sq_norms()), jnp.sum(wide**2)])
 
-        return total(pair, forms)
+        return Total(total(pair, forms))
 
     def finish(self, taken: Any, examples: int) -> Array:
         if examples < 2:
             raise ValueError("the noise scale is estimated from at least 2 examples, not 1")
-        mean_of_squares, square_of_mean = total(_itself, taken)
+        mean_of_squares, square_of_mean = everything(taken)
         trace = (mean_of_squares - square_of_mean) * examples / (examples - 1)
         return trace * (examples - 1) / (examples * square_of_mean - mean_of_squares)
 
@@ -145,9 +149,9 @@ def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> Callable[..., di
         if not isinstance(quantity, Quantity):
             raise TypeError(f"{name} is not a quantity but {quantity!r}; write jp.Gradient(), say")
 
-    def leave(step: Step) -> _Seat:
+    def leave(step: Step) -> Seat:
         forms, examples = factored(step), jax.tree.leaves(step.ct)[0].shape[0]
-        return _Seat(
+        return Seat(
             {name: quantity.take(step.params, forms, examples) for name, quantity in asked.items()}
         )
 
@@ -157,7 +161,7 @@ def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> Callable[..., di
         value, left, _ = back(params, x, target)
         examples = jax.tree.leaves(x)[0].shape[0]
         return {"value": value} | {
-            name: quantity.finish(_picked(left, name), examples) for name, quantity in asked.items()
+            name: quantity.finish(picked(left, name), examples) for name, quantity in asked.items()
         }
 
     return of_batch
@@ -182,7 +186,7 @@ def per_example_sq_norms(net: Layer, loss: Loss, *, per_layer: bool = False) -> 
     For a dense layer it is |x_n|^2 |ct_n|^2 (Goodfellow 2015, https://arxiv.org/abs/1510.01799),
     and along positions <X X^T, C C^T>; a per-example gradient is formed only where that costs less
     (long sequences, small weights). With ``per_layer`` the result is like the net's params, with
-    (N,) where a layer's params stand (and ``()`` for a layer without).
+    (N,) where a layer's params stand (and ``()`` for a layer without); inside ``repeat``, (L, N).
     """
     return _alone(net, loss, SqNorms(per_layer))
 
@@ -221,37 +225,8 @@ def noise_scale(net: Layer, loss: Loss) -> OfBatch:
     return _alone(net, loss, NoiseScale())
 
 
-def factored(step: Step) -> Any:
-    """d_params with a ``Factored`` cotangent at every leaf.
-
-    Where backward gave a plain array, that array has lost its examples; the layer's backward is
-    then taken again, one example at a time. Raises ``ValueError`` for a batch-coupled layer.
-    """
-    if step.layer.batch_coupled:
-        raise ValueError(
-            f"{step.layer} couples the examples of a batch: an example has no gradient of its own, "
-            "and no per-example quantity exists"
-        )
-    for path, param in jax.tree.leaves_with_path(step.params):
-        if not jnp.issubdtype(param.dtype, jnp.floating):
-            name = jax.tree_util.keystr(path)
-            raise TypeError(f"params{name} is {param.dtype}: no gradient by it exists")
-    leaves = jax.tree.leaves(step.d_params, is_leaf=is_factored)
-    if all(map(is_factored, leaves)):
-        return step.d_params
-
-    def alone(residuals: Any, ct: Any) -> Any:
-        residuals, ct = jax.tree.map(lambda leaf: leaf[None], (residuals, ct))
-        return summed(step.layer.backward(step.params, residuals, ct)[0])
-
-    each = jax.vmap(alone)(step.residuals, step.ct)
-    return jax.tree.map(
-        lambda _, d, g: d if is_factored(d) else Stacked(g), step.params, step.d_params, each
-    )
-
-
 @jax.tree_util.register_pytree_node_class
-class _Seat:
+class Seat:
     """What was taken at one layer, by name."""
 
     def __init__(self, by_name: dict[str, Any]) -> None:
@@ -261,13 +236,13 @@ class _Seat:
         return (self.by_name,), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[dict[str, Any]]) -> _Seat:
+    def tree_unflatten(cls, _: None, children: tuple[dict[str, Any]]) -> Seat:
         return cls(*children)
 
 
-def _picked(left: Any, name: str) -> Any:
+def picked(left: Any, name: str) -> Any:
     def is_seat(node: Any) -> bool:
-        return isinstance(node, _Seat)
+        return isinstance(node, Seat)
 
     return jax.tree.map(lambda seat: seat.by_name[name], left, is_leaf=is_seat)
 
@@ -286,5 +261,14 @@ def total(f: Callable[[Any], Array], forms: Any) -> Any:
     return sum(map(f, leaves[1:]), start=f(leaves[0])) if leaves else ()
 
 
-def _itself(leaf: Array) -> Array:
-    return leaf
+def each_example(forms: Any) -> Any:
+    """The forms' per-example shares, behind an example axis wherever their layer stands."""
+    return jax.tree.map(lambda form: form.per_example(), forms, is_leaf=is_factored)
+
+
+def everything(taken: Any) -> Array:
+    """The sum of what was taken at the layers. Raises ``ValueError`` for a net without params."""
+    leaves = jax.tree.leaves(taken)
+    if not leaves:
+        raise ValueError("the net has no params, so that there is no gradient to ask about")
+    return sum(leaves[1:], start=leaves[0])

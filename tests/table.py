@@ -28,6 +28,12 @@ def edge(*shape: int) -> Any:
     return x
 
 
+def ids(*shape: int) -> Any:
+    """Token ids below 7, many of them more than once."""
+    return np.random.default_rng(0).integers(0, 7, shape) // 2 * 2
+
+
+BLOCK = jp.skip(jp.chain(jp.Dense(5), jp.Tanh(), jp.Dense(4)))
 MLP = jp.chain(jp.Dense(7), jp.Gelu(), jp.Dense(5), jp.Tanh(), jp.Dense(3))
 ACTIVATIONS = (
     jp.Sigmoid(),
@@ -47,14 +53,87 @@ TABLE = [
     Row(jp.Dense(3, bias=False), normal(5, 4)),
     *(Row(layer, normal(3, 5)) for layer in ACTIVATIONS),
     *(Row(layer, normal(1, 2, 3)) for layer in ACTIVATIONS),
+    Row(jp.LayerNorm(), normal(5, 4)),
+    Row(jp.LayerNorm(eps=0.1), 3 + normal(2, 3, 5)),
+    Row(jp.LayerNorm(), normal(1, 2, 3, 4)),
+    Row(jp.RMSNorm(), normal(5, 4)),
+    Row(jp.RMSNorm(), normal(1, 3, 5)),
+    Row(jp.GroupNorm(2), normal(3, 2, 5, 6)),
+    Row(jp.GroupNorm(1), normal(3, 8)),
+    Row(jp.GroupNorm(3), normal(1, 7, 3)),
+    Row(jp.BatchNorm(), normal(7, 4)),
+    Row(jp.BatchNorm(), normal(3, 2, 5, 4)),
+    Row(jp.BatchNorm(eps=0.1), normal(1, 6, 3)),
+    Row(jp.chain(jp.Dense(4, bias=False), jp.BatchNorm(), jp.Tanh()), normal(7, 3)),
+    Row(jp.BatchNorm(training=False), normal(4, 3)),
+    Row(jp.chain(jp.BatchNorm(training=False), jp.Silu(), jp.Dense(3)), normal(3, 2, 4)),
+    Row(jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(5), jp.Gelu(), jp.Dense(4))), normal(3, 2, 4)),
+    Row(jp.Attention(2), normal(2, 5, 12)),
+    Row(jp.Attention(1), normal(3, 1, 9)),
+    Row(jp.Attention(3, causal=False), normal(2, 7, 27)),
+    Row(jp.Attention(2, save="logsumexp", block=2), normal(2, 5, 12)),
+    Row(jp.Attention(1, save="logsumexp"), normal(1, 1, 3)),
+    Row(jp.Attention(3, causal=False, save="logsumexp", block=3), normal(2, 7, 27)),
+    Row(jp.Positions(5), normal(3, 5, 4)),
+    Row(jp.Positions(7), normal(2, 3, 1)),
+    Row(jp.SinusoidalPositions(), normal(2, 3, 5)),
+    Row(jp.Rotary(2), normal(2, 5, 12)),
+    Row(jp.chain(jp.Dense(12), jp.Rotary(2), jp.Attention(2), jp.Dense(3)), normal(2, 3, 4)),
+    Row(jp.chain(jp.Dense(12), jp.Attention(2), jp.Dense(3)), normal(3, 5, 4)),
     Row(jp.skip(jp.Tanh()), normal(3, 4)),
     Row(jp.skip(jp.Dense(4)), normal(3, 4)),
     Row(jp.skip(jp.chain(jp.Dense(6), jp.Silu(), jp.Dense(4))), normal(3, 2, 4)),
     Row(jp.chain(jp.Relu()), normal(3, 4)),
     Row(MLP, normal(4, 6)),
     Row(MLP, normal(1, 6)),
+    Row(jp.branch(jp.Dense(3), jp.chain(jp.Dense(2), jp.Tanh(), jp.Dense(3))), normal(3, 4)),
+    Row(jp.branch(jp.Tanh(), jp.Dense(3), jp.Dense(1), join="concatenate"), normal(2, 3, 4)),
+    Row(jp.repeat(BLOCK, 3), normal(3, 4)),
+    Row(jp.repeat(jp.recompute(BLOCK), 2), normal(1, 3, 4)),
+    Row(jp.chain(jp.repeat(jp.repeat(jp.Dense(4), 2), 3), jp.Dense(2)), normal(2, 4)),
+    Row(jp.recompute(MLP), normal(4, 6)),
+    Row(jp.shared(jp.Dense(4), 1), normal(3, 4)),
+    Row(jp.shared(jp.Dense(4, bias=False), 3), normal(3, 4)),
+    Row(jp.repeat(jp.shared(BLOCK, 2), 2), normal(2, 3, 4)),
+    Row(jp.Dropout(0.5), normal(3, 4)),
+    Row(jp.Embedding(7, 3), ids(4)),
+    Row(jp.chain(jp.Embedding(7, 3), jp.Dense(2)), ids(3, 9)),
+    Row(jp.chain(jp.Embedding(99, 3), jp.Tanh(), jp.Dense(2)), ids(1, 5)),
+    Row(jp.tied(jp.Embedding(7, 4), BLOCK), ids(3, 5)),
+    Row(jp.tied(jp.Embedding(7, 4), jp.repeat(BLOCK, 2)), ids(1, 2, 2)),
+    *(
+        Row(layer(features), normal(*shape))
+        for layer in (jp.Rnn, jp.Lstm, jp.Gru)
+        for features, shape in ((4, (3, 5, 2)), (3, (2, 1, 4)))
+    ),
+    Row(jp.chain(jp.Lstm(1), jp.Gru(2)), normal(1, 7, 1)),
     Row(jp.chain(jp.chain(jp.Dense(4), jp.Relu()), jp.skip(jp.chain(jp.Dense(4)))), normal(3, 2)),
 ]
+
+IMAGES = [
+    Row(jp.Conv(3, (2, 3)), normal(2, 4, 3, 2)),
+    Row(jp.Conv(4, (3, 3), (2, 1), "VALID", groups=2), normal(2, 5, 4, 2)),
+    Row(jp.Conv(2, (3, 2), 2, ((1, 2), (0, 1)), (2, 1), bias=False), normal(1, 6, 5, 3)),
+    Row(jp.Conv(3, (3,), 2), normal(3, 6, 2)),
+    Row(jp.Conv(2, (1,)), normal(2, 3, 4)),
+    Row(jp.Conv(2, (2, 1, 2)), normal(2, 3, 2, 3, 1)),
+    Row(jp.ConvTranspose(2, (3, 2), (2, 3)), normal(2, 3, 2, 3)),
+    Row(jp.ConvTranspose(2, (2,), padding="VALID", bias=False), normal(1, 4, 2)),
+    Row(jp.MaxPool((2, 2)), np.round(normal(3, 5, 4, 2))),
+    Row(jp.MaxPool((3, 2), (2, 1), "SAME"), np.round(normal(1, 5, 4, 2))),
+    Row(jp.MaxPool((2,), 3, ((1, 0),)), normal(2, 7, 3)),
+    Row(jp.AvgPool((2, 3), (2, 2), "SAME"), normal(2, 5, 4, 2)),
+    Row(jp.AvgPool((2, 1, 2)), normal(1, 4, 3, 3, 2)),
+    Row(jp.GlobalAvgPool(), normal(2, 3, 2, 4)),
+    Row(jp.Flatten(), normal(3, 2, 2)),
+    Row(jp.Reshape((3, 2)), normal(2, 6)),
+    Row(jp.Pad(((1, 0), (2, 1)), 0.5), normal(2, 2, 3, 2)),
+    Row(
+        jp.chain(jp.Conv(3, (2, 2)), jp.Relu(), jp.MaxPool((2, 2)), jp.Flatten(), jp.Dense(2)),
+        normal(3, 4, 5, 2),
+    ),
+]
+TABLE += IMAGES
 
 LOSSES = [
     (jp.HalfSquaredError(), normal(4, 3), 1 - normal(4, 3)),
@@ -76,12 +155,13 @@ def row_id(row: Any) -> str:
 
 def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
     """(params, x) of the dtype, params with noise so that no bias is zero."""
-    x = jnp.asarray(row.x, dtype)
+    x = jnp.asarray(row.x, dtype if np.issubdtype(row.x.dtype, np.floating) else None)
     params = row.layer.init(jax.random.key(1), x)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves) + 1)
     leaves = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape, dtype)
+        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
         for leaf, key in zip(leaves, keys[1:], strict=True)
     ]
     return jax.tree.unflatten(structure, leaves), x

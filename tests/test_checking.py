@@ -130,6 +130,41 @@ def test_examples_one_by_one():
         jp.check_layer(Coupled(), X)
 
 
+def test_a_layer_that_says_it_is_coupled_is_spared_its_examples_one_by_one():
+    class Declared(jp.Layer):
+        batch_coupled = True
+        wrong: bool = False
+
+        def forward(self, params, x):
+            return x - x.mean(0), x
+
+        def backward(self, params, x, ct):
+            return (), ct if self.wrong else ct - ct.mean(0)
+
+    jp.check_layer(Declared(), X)
+    jp.check_layer(jp.chain(jp.Tanh(), jp.skip(Declared())), X)
+    with pytest.raises(AssertionError, match=r"d_x disagrees with jax\.vjp of forward"):
+        jp.check_layer(Declared(wrong=True), X)
+
+
+def test_a_param_held_constant_has_no_cotangent():
+    class Fixed(jp.Layer):
+        wrong: bool = False
+
+        def init(self, key, x):
+            return jnp.ones(x.shape[-1], x.dtype)
+
+        def forward(self, params, x):
+            return x * jax.lax.stop_gradient(params), x
+
+        def backward(self, params, x, ct):
+            return jp.Sum(ct * x if self.wrong else jnp.zeros_like(x)), ct * params
+
+    jp.check_layer(Fixed(), X)
+    with pytest.raises(AssertionError, match=r"d_params disagrees with jax\.vjp of forward"):
+        jp.check_layer(Fixed(wrong=True), X)
+
+
 class Moody(jp.Layer):
     """Another answer for one of: traced code, scanned code, cotangents that are not small."""
 

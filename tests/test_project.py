@@ -10,11 +10,12 @@ import jaxprop as jp
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"_command", "factored", "layer"},
+    {"_command", "layer"},
+    {"factored"},
     {"layers"},
     {"combinators", "losses"},
     {"backprop"},
-    {"training", "checking", "interop", "quantities"},
+    {"training", "checking", "interop", "quantities", "models"},
     {"clipping", "curvature"},
     {"explain", "bench"},
     {"cli", "plot"},

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprop.backprop import loss_fn
+from jaxprop.bench.sequences import Network, gpt, lstm
 from jaxprop.clipping import clipped_grad
 from jaxprop.combinators import chain
 from jaxprop.curvature import diag_ggn, kronecker_factors
@@ -89,6 +90,18 @@ def mlp(
     return Case(lambda: hand(net, loss), without_key, (*args, keys[3]))
 
 
+def trained(network: Network) -> Case:
+    """The network's value and gradient, by hand and by autodiff."""
+    net, loss, args = network
+    return Case(lambda: value_and_grad(net, loss), lambda: autodiff(net, loss), args)
+
+
+def norms(network: Network) -> Case:
+    """The network's per-example squared norms, beside its gradient by hand."""
+    net, loss, args = network
+    return Case(lambda: per_example_sq_norms(net, loss), lambda: value_and_grad(net, loss), args)
+
+
 def worked_example(steps: int) -> Case:
     """The classic 2-2-2 network, trained in one scan."""
     net, loss = (
@@ -120,6 +133,7 @@ def worked_example(steps: int) -> Case:
 
 
 MNIST = functools.partial(mlp, 784, 1024, 1024, 10, batch=128)
+LSTM = functools.partial(lstm, batch=32, length=64, features=256)
 WIDE = functools.partial(mlp, 5120, 2560, 1280, batch=32)
 
 ROWS: dict[str, Callable[[], Case]] = {
@@ -141,5 +155,11 @@ ROWS: dict[str, Callable[[], Case]] = {
     "diag-ggn": lambda: MNIST(hand=diag_ggn),
     "kfac": lambda: MNIST(hand=kronecker_factors, key=True),
     "kflr": lambda: MNIST(hand=kronecker_factors),
+    "gpt": lambda: trained(gpt(scan=False)),
+    "gpt-repeat": lambda: trained(gpt(scan=True)),
+    "gpt-recompute": lambda: trained(gpt(scan=True, recomputing=True)),
+    "gpt-norms": lambda: norms(gpt(scan=False)),
+    "lstm": lambda: trained(LSTM()),
+    "lstm-norms": lambda: norms(LSTM()),
     "grads/vmap": lambda: MNIST(hand=per_example_grads, auto=vmap_of_grad),
 }

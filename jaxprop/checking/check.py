@@ -12,10 +12,10 @@ from jax import Array
 from jax.tree_util import keystr
 
 from jaxprop.checking.differences import check_differences
-from jaxprop.checking.oracles import ORACLES, backward_of, d_name, each_alone
+from jaxprop.checking.oracles import backward_of, d_name, each_alone, oracles_for
 from jaxprop.checking.points import float64, is_floating, normal, tenth, with_noise
 from jaxprop.factored import is_factored
-from jaxprop.layer import Layer, require
+from jaxprop.layer import Combinator, Layer, require
 
 DIRECTIONS = 3
 
@@ -31,10 +31,13 @@ def check_layer(
     - equals ``jax.vjp`` of ``forward``,
     - is linear in ct,
     - is, for a batch, the sum over its examples taken one by one (for d_x: their stack), and each
-      example's share of it, where it is factored, that of the example alone,
+      example's share of it, where it is factored, that of the example alone (a layer that is
+      ``batch_coupled`` says that this does not hold, and is spared it),
+    - where it is factored, has in its first factor nothing of ct (``Factored.of_squares``),
     - is the same under ``jit``,
     - is the same when forward and backward are scanned, with the residuals stacked in between,
-    - agrees with central differences of ``forward`` in a random direction near the point.
+    - agrees with central differences of ``forward`` in a random direction near the point; a param
+      that forward holds constant by ``jax.lax.stop_gradient`` is spared that.
 
     y and residuals must be arrays with the example on axis 0.
 
@@ -70,14 +73,16 @@ def check_layer(
         y, residuals = layer.forward(params, x)
         _check_forward(layer, y, residuals, len(jax.tree.leaves(x)[0]))
         oracles = {
-            words: jax.jit(functools.partial(oracle, layer)) for words, oracle in ORACLES.items()
+            words: jax.jit(functools.partial(oracle, layer))
+            for words, oracle in oracles_for(layer).items()
         }
         for key in jax.random.split(keys[2], DIRECTIONS):
             ct = normal(key, y)
             got = backward_of(layer, params, x, residuals, ct)
             for words, oracle in oracles.items():
                 _compare(layer, got, oracle(params, x, ct, key), words, rtol, ct)
-            _check_shares(layer, params, x, residuals, ct, rtol)
+            if not layer.batch_coupled:
+                _check_shares(layer, params, x, residuals, ct, normal(key, y), rtol)
             check_differences(layer, params, x, ct, key)
 
 
@@ -90,7 +95,8 @@ def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
                     f"{at} is the {type(leaf).__name__} {leaf!r}, which would not survive jit or "
                     "scan; a fact that is known beforehand is a field of the layer"
                 )
-            if leaf.shape[:1] != (examples,):
+            inner = name == "residuals" and isinstance(layer, Combinator)  # a stack of layers', say
+            if not inner and leaf.shape[:1] != (examples,):
                 raise AssertionError(
                     f"{at} has shape {leaf.shape}, but axis 0 is the example and x has {examples}"
                 )
@@ -98,15 +104,25 @@ def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
                 raise AssertionError(f"{at} is {leaf.dtype}, which has no cotangent")
 
 
-def _check_shares(layer: Layer, params: Any, x: Any, residuals: Any, ct: Any, rtol: float) -> None:
-    """Each example's share, as the factored cotangents give it, against that example alone."""
+def _check_shares(
+    layer: Layer, params: Any, x: Any, residuals: Any, ct: Any, other_ct: Any, rtol: float
+) -> None:
+    """Each factored leaf: its examples' shares, and its squares beside those of another ct."""
     d_params, _ = layer.backward(params, residuals, ct)
+    others = dict(_forms(layer.backward(params, residuals, other_ct)[0]))
     alone = dict(jax.tree.leaves_with_path(each_alone(layer, params, x, ct)["params"]))
-    for path, form in jax.tree.leaves_with_path(d_params, is_leaf=is_factored):
-        if is_factored(form):
-            got, expected = {"params": form.per_example()}, {"params": alone[path]}
-            where = f"each example alone, at d_params{keystr(path)}"
-            _compare(layer, got, expected, where, rtol, ct, by_example=True)
+    for path, form in _forms(d_params):
+        where = f"each example alone, at d_params{keystr(path)}"
+        got, expected = {"params": form.per_example()}, {"params": alone[path]}
+        _compare(layer, got, expected, where, rtol, ct, by_example=True)
+        where = f"the sum of squares, by a form whose first factor depends on ct, at {keystr(path)}"
+        got = {"params": form.of_squares(others[path].squares())}
+        _compare(layer, got, {"params": others[path].second_moment()}, where, rtol, other_ct)
+
+
+def _forms(d_params: Any) -> list[tuple[Any, Any]]:
+    leaves = jax.tree.leaves_with_path(d_params, is_leaf=is_factored)
+    return [(path, leaf) for path, leaf in leaves if is_factored(leaf)]
 
 
 def _compare(

@@ -50,6 +50,8 @@ def check_differences(layer: Layer, params: Any, x: Any, ct: Any, key: chex.PRNG
     hidden = 16 * jnp.finfo(jnp.float64).eps * norm(ct) * (norm(y) + norm_of_floats(point)) / STEP
     cotangents = jax.jit(functools.partial(answer, layer))(**point, ct=ct)
     for path, d_leaf in jax.tree.leaves_with_path(cotangents):
+        if path[0].key == "params" and not jnp.any(d_leaf):
+            continue  # no derivative by choice: jax.vjp, which found none either, has compared it
 
         def moved(h: float, path: Any = path) -> Any:
             def move(at: Any, leaf: Array, v: Array) -> Array:

@@ -96,6 +96,12 @@ ORACLES = {
 }
 
 
+def oracles_for(layer: Layer) -> dict[str, Any]:
+    """All of them, but for a batch-coupled layer the one that takes its examples apart."""
+    apart = _by_examples if layer.batch_coupled else None
+    return {words: oracle for words, oracle in ORACLES.items() if oracle is not apart}
+
+
 def in_form(layer: Layer, primals: dict[str, Any], cotangents: dict[str, Any]) -> dict[str, Any]:
     """The cotangents, held to the form of their primals; None for an integer, which has none."""
 

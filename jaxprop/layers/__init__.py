@@ -1,6 +1,58 @@
 """The layers, a file for each family."""
 
 from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
+from jaxprop.layers.attention import Attention
+from jaxprop.layers.batch_norm import BatchNorm, BatchNormParams, evaluation, with_statistics
+from jaxprop.layers.convolution import Conv, ConvTranspose
 from jaxprop.layers.dense import Affine, Dense
+from jaxprop.layers.dropout import Dropout
+from jaxprop.layers.embedding import Embedding, Rows
+from jaxprop.layers.group_norm import GroupNorm
+from jaxprop.layers.normalization import LayerNorm, Norm, RMSNorm
+from jaxprop.layers.patches import Patches
+from jaxprop.layers.pooling import AvgPool, GlobalAvgPool, MaxPool
+from jaxprop.layers.positions import Leading, Positions, Rotary, SinusoidalPositions
+from jaxprop.layers.recurrent import Gru, Lstm, Rnn
+from jaxprop.layers.shape import Flatten, Pad, Reshape
+from jaxprop.layers.through_time import Recurrent
 
-__all__ = ["Affine", "Dense", "Elementwise", "Gelu", "Relu", "Sigmoid", "Silu", "Softplus", "Tanh"]
+__all__ = [
+    "Affine",
+    "Attention",
+    "AvgPool",
+    "BatchNorm",
+    "BatchNormParams",
+    "Conv",
+    "ConvTranspose",
+    "Dense",
+    "Dropout",
+    "Elementwise",
+    "Embedding",
+    "Flatten",
+    "Gelu",
+    "GlobalAvgPool",
+    "GroupNorm",
+    "Gru",
+    "LayerNorm",
+    "Leading",
+    "Lstm",
+    "MaxPool",
+    "Norm",
+    "Pad",
+    "Patches",
+    "Positions",
+    "RMSNorm",
+    "Recurrent",
+    "Relu",
+    "Reshape",
+    "Rnn",
+    "Rotary",
+    "Rows",
+    "Sigmoid",
+    "Silu",
+    "SinusoidalPositions",
+    "Softplus",
+    "Tanh",
+    "evaluation",
+    "with_statistics",
+]

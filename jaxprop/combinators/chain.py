@@ -1,4 +1,4 @@
-"""Layers made of layers."""
+"""Layers one after the other, and the skip connection."""
 
 from __future__ import annotations
 
@@ -57,6 +57,15 @@ class Chain(Combinator):
             left.append(here)
         return tuple(reversed(left)), ct
 
+    def given(
+        self, params: tuple[Any, ...], *, key: chex.PRNGKey | None = None, mask: Any = None
+    ) -> tuple[Any, ...]:
+        self._check_length(params)
+        return tuple(
+            layer.given(p, key=None if key is None else jax.random.fold_in(key, index), mask=mask)
+            for index, (layer, p) in enumerate(zip(self.layers, params, strict=True))
+        )
+
     def _check_length(self, params: Any) -> None:
         if type(params) is not tuple or len(params) != len(self.layers):
             got = len(params) if type(params) is tuple else shapes(params)
@@ -95,6 +104,9 @@ class Skip(Combinator):
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
         left, d_x = self.layer.walk(params, residuals, ct, leave)
         return left, (ct + d_x).astype(d_x.dtype)
+
+    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
+        return self.layer.given(params, key=key, mask=mask)
 
 
 def chain(*layers: Layer) -> Chain:

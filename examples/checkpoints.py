@@ -1,0 +1,42 @@
+"""Checkpoints of a training run, which the examples share."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Checkpoints:
+    """The whole state of a run, written by orbax: a checkpoint is there in full or not at all."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any], resume: bool) -> None:
+        import orbax.checkpoint as ocp
+
+        if directory.exists() and not directory.is_dir():
+            sys.exit(f"{directory} is not a directory")
+        self.args, self.settings = ocp.args, settings
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self.manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        if self.manager.latest_step() is not None and not resume:
+            sys.exit(f"{directory} holds checkpoints; add --resume, or name another directory")
+
+    def restore(self, like: Any) -> Any:
+        """The newest state, or ``like`` where there is none yet."""
+        step = self.manager.latest_step()
+        if step is None:
+            return like
+        args = self.args.Composite(settings=self.args.JsonRestore())
+        for name, value in self.manager.restore(step, args=args)["settings"].items():
+            if self.settings.get(name) != value:
+                sys.exit(f"the checkpoints are of a run with --{name} {value}; resume it with that")
+        state = self.args.StandardRestore(jax.eval_shape(lambda: like))
+        return self.manager.restore(step, args=self.args.Composite(state=state))["state"]
+
+    def save(self, epoch: int, tree: Any) -> None:
+        state, settings = self.args.StandardSave(tree), self.args.JsonSave(self.settings)
+        self.manager.save(epoch, args=self.args.Composite(state=state, settings=settings))
+
+    def close(self) -> None:
+        self.manager.wait_until_finished()
+        self.manager.close()

@@ -1,0 +1,171 @@
+"""A byte-level GPT that learns to write Python, from the standard library's own sources.
+
+    python examples/gpt.py
+    python examples/gpt.py --auto --steps 200
+    python examples/gpt.py --dtype bfloat16 --recompute
+    python examples/gpt.py --checkpoints runs/gpt                  (stop it at any moment, then)
+    python examples/gpt.py --checkpoints runs/gpt --resume
+
+Pre-norm blocks in one ``repeat``, learned positions, one table for reading bytes and scoring them.
+A tenth of the files is held out; on windows of them the loss is given in bits per byte. Between
+two reports all steps are one ``lax.scan``. ``examples/peers/torch_gpt_train.py`` trains the same
+network on the same windows in PyTorch.
+"""
+
+import argparse
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from checkpoints import Checkpoints
+from corpus import load, show, starts
+
+import jaxprop as jp
+
+LOSS = jp.CrossEntropy()
+SYMBOLS = 128
+
+
+def make_net(args: argparse.Namespace) -> Any:
+    d = args.features
+    block = jp.chain(
+        jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(3 * d), jp.Attention(args.heads), jp.Dense(d))),
+        jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(4 * d), jp.Gelu(), jp.Dense(d))),
+    )
+    block = jp.recompute(block) if args.recompute else block
+    body = jp.chain(jp.Positions(args.length), jp.repeat(block, args.layers), jp.LayerNorm())
+    net = jp.tied(jp.Embedding(SYMBOLS, d), body)
+    return net if args.dtype == "float32" else jp.cast(net, args.dtype)
+
+
+def autodiff(net: Any, loss: Any) -> Any:
+    return jax.value_and_grad(jp.loss_fn(net, loss))
+
+
+def windows(text: Any, starts: Any, length: int) -> tuple[Any, Any]:
+    """Bytes x (N, length), and at each place the byte that follows."""
+    cut = text[starts[:, None] + jnp.arange(length + 1)].astype(jnp.int32)
+    return cut[:, :-1], cut[:, 1:]
+
+
+def make_steps(update: Any, text: Any, length: int) -> Any:
+    """A jitted ``steps(params, state, starts) -> (params, state, mean loss)``: one scan."""
+
+    @functools.partial(jax.jit, donate_argnames=("params", "state"))
+    def steps(params: Any, state: Any, starts: Any) -> tuple[Any, Any, Any]:
+        def step(carry: Any, starts: Any) -> tuple[Any, Any]:
+            params, state, value = update(*carry, *windows(text, starts, length))
+            return (params, state), value
+
+        (params, state), values = jax.lax.scan(step, (params, state), starts)
+        return params, state, values.mean()
+
+    return steps
+
+
+@functools.partial(jax.jit, static_argnames=("net", "context", "length"))
+def sample(net: Any, params: Any, key: Any, context: int, length: int) -> Any:
+    """``length`` bytes, each drawn from the model's distribution after the ``context`` before."""
+
+    def step(seen: Any, key: Any) -> tuple[Any, Any]:
+        logits, _ = net.forward(params, seen[None])
+        drawn = jax.random.categorical(key, logits[0, -1].astype(jnp.float32) / 0.7)
+        return jnp.append(seen[1:], drawn), drawn
+
+    newlines = jnp.full(context, ord("\n"), jnp.int32)
+    return jax.lax.scan(step, newlines, jax.random.split(key, length))[1]
+
+
+def train(args: argparse.Namespace) -> float:
+    """Trains, prints, and returns the last bits per byte on the held-out windows."""
+    text, held_out = load(args.seed)
+    order = starts(args.seed, args.steps, args.batch, args.length, text)
+    text, order = jnp.asarray(text), jnp.asarray(order)
+    net = make_net(args)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, args.rate, min(100, args.steps // 2), args.steps
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
+    differentiate = autodiff if args.auto else jp.value_and_grad
+    update = jp.make_update(net, LOSS, optimizer, value_and_grad=differentiate)
+    steps = make_steps(update, text, args.length)
+
+    at = jnp.asarray(starts(args.seed + 1, 8, 32, args.length, held_out))
+    held_out = jnp.asarray(held_out)
+
+    @jax.jit
+    def bits(params: Any) -> Any:
+        def of(at: Any) -> Any:
+            return jp.loss_fn(net, LOSS)(params, *windows(held_out, at, args.length))
+
+        return jax.lax.map(of, at).mean() / math.log(2)
+
+    for_init, for_sample = jax.random.split(jax.random.key(args.seed))
+    params = net.init(for_init, windows(text, order[0], args.length)[0])
+    run = {"params": params, "state": optimizer.init(params), "done": jnp.zeros((), jnp.int32)}
+    checkpoints = None
+    if args.checkpoints is not None:
+        names = ("steps", "batch", "length", "layers", "features", "heads", "rate", "seed", "dtype")
+        settings = {name: getattr(args, name) for name in names}
+        checkpoints = Checkpoints(args.checkpoints, settings, args.resume)
+        run = checkpoints.restore(run)
+
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{size:,} params, {len(text):,} bytes to train on", flush=True)
+    each, first, held = math.ceil(args.steps / args.reports), int(run["done"]), math.nan
+    start = time.perf_counter()
+    for done in range(first, args.steps, each):
+        params, state, value = steps(run["params"], run["state"], order[done : done + each])
+        done = min(done + each, args.steps)
+        run = {"params": params, "state": state, "done": jnp.asarray(done, jnp.int32)}
+        held = float(bits(params))
+        print(
+            f"step {done:6d}  train {value / math.log(2):.3f}  held out {held:.3f} bits per byte  "
+            f"{time.perf_counter() - start:5.0f} s",
+            flush=True,
+        )
+        if checkpoints is not None:
+            checkpoints.save(done, run)
+    if checkpoints is not None:
+        checkpoints.close()
+    print("a sample:")
+    print(show(sample(net, run["params"], for_sample, args.length, args.sample)))
+    return held
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a GPT to write Python.")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--hand", action="store_true", help="the hand-written chain (the default)")
+    how.add_argument("--auto", action="store_true", help="jax.value_and_grad")
+    for name, default in (
+        ("steps", 2000), ("batch", 16), ("length", 128), ("layers", 6), ("features", 256),
+        ("heads", 4), ("reports", 10), ("sample", 400),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate of Adam")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--recompute", action="store_true", help="keep one input a block")
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="DIR", help="save the state at every report"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    args = parser.parse_args()
+    counts = ("steps", "batch", "length", "layers", "features", "heads", "reports", "sample")
+    if min(getattr(args, name) for name in counts) < 1:
+        parser.error("all sizes and counts are at least 1")
+    if args.features % args.heads:
+        parser.error("--heads must divide --features")
+    if args.resume and args.checkpoints is None:
+        parser.error("--resume needs --checkpoints DIR")
+    train(args)
+
+
+if __name__ == "__main__":
+    main()

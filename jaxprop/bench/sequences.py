@@ -1,0 +1,36 @@
+"""The networks on sequences that are measured: each ``(net, loss, (params, x, target))``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprop.combinators import chain
+from jaxprop.layer import Layer
+from jaxprop.layers import Dense, Lstm
+from jaxprop.losses import CrossEntropy, Loss
+from jaxprop.models import Gpt2Config, gpt2
+
+Network = tuple[Layer, Loss, tuple[Any, Any, Any]]
+
+
+def gpt(*, scan: bool, recomputing: bool = False, batch: int = 8) -> Network:
+    """Six blocks of 256 features and 4 heads on 128 tokens of a vocabulary of 128."""
+    config = Gpt2Config(vocab=128, length=128, features=256, heads=4, layers=6)
+    net, keys = (
+        gpt2(config, scan=scan, recomputing=recomputing),
+        jax.random.split(jax.random.key(0)),
+    )
+    tokens = jax.random.randint(keys[0], (batch, config.length + 1), 0, config.vocab, jnp.int32)
+    x, target = tokens[:, :-1], tokens[:, 1:]
+    return net, CrossEntropy(), (net.init(keys[1], x), x, target)
+
+
+def lstm(*, batch: int, length: int, features: int) -> Network:
+    """An LSTM and ten classes at every step."""
+    net, keys = chain(Lstm(features), Dense(10)), jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch, length, features), jnp.float32)
+    target = jax.random.randint(keys[1], (batch, length), 0, 10)
+    return net, CrossEntropy(), (net.init(keys[2], x), x, target)

@@ -1,0 +1,71 @@
+"""Computing in a narrower dtype than that of the params."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxprop.layer import Layer, map_layers, require
+
+
+class Cast(Layer):
+    """y = f(x) with params and x rounded to ``dtype``, in which f computes.
+
+    The cotangents of params are left factored in ``dtype`` and summed in at least float32, which
+    is what autodiff of the same forward would round to ``dtype`` first. y is of ``dtype``.
+    """
+
+    layer: Layer
+    dtype: str
+
+    @property
+    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.layer.batch_coupled
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Any:
+        return self.layer.init(key, x)
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Nothing: the inner layer holds the params to its own ``init``."""
+
+    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+        y, residuals = self.layer.forward(*self._rounded((params, x)))
+        # Empty arrays that say what dtypes x has.
+        return y, (residuals, jax.tree.map(lambda leaf: leaf[:, ..., :0], x))
+
+    def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
+        residuals, like = residuals
+        d_params, d_x = self.layer.backward(self._rounded(params), residuals, self._rounded(ct))
+        if d_x is None:
+            return d_params, None
+        return d_params, jax.tree.map(lambda like, d: d.astype(like.dtype), like, d_x)
+
+    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
+        return self.layer.given(params, key=key, mask=mask)
+
+    def _rounded(self, tree: Any) -> Any:
+        def rounded(leaf: Any) -> Any:
+            floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            return leaf.astype(self.dtype) if floating else leaf
+
+        return jax.tree.map(rounded, tree)
+
+
+def cast(net: Layer, dtype: Any) -> Layer:
+    """The same net computing in ``dtype``, with params and gradients in their own.
+
+    Every layer that is not made of layers rounds its params and its x: with float32 params and
+    ``jnp.bfloat16`` this is mixed precision. Statistics, softmax and the loss are computed in at
+    least float32 as always, and cotangents of params accumulate in it. In float16 small cotangents
+    are lost: ``jp.value_and_grad(..., loss_scale=2.0**12)`` keeps them.
+
+    Raises ``TypeError`` for a dtype that is not floating.
+    """
+    require(net, Layer, "cast")
+    name = jnp.dtype(dtype).name
+    if not jnp.issubdtype(name, jnp.floating):
+        raise TypeError(f"cast takes a floating dtype, not {name}")
+    return map_layers(net, lambda layer: Cast(layer, name))

@@ -1,0 +1,170 @@
+"""A stack of equal layers as one scan, and residuals that are computed anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxprop.factored import over_layers
+from jaxprop.layer import Combinator, Layer, Leave, Total, require, seat, shapes
+
+
+class Repeat(Combinator):
+    """``times`` layers of one kind, each with params of its own, as a ``lax.scan`` over the stack.
+
+    Forward, (y, residuals) is what a scan calls (carry, ys); the chain rule is the scan in reverse,
+    whose carry is ct. What ``leave`` takes is taken inside, at each layer, and only that is
+    stacked: ``Total`` is added up, and a form becomes a ``Repeated`` one.
+    """
+
+    layer: Layer
+    times: int
+
+    def __post_init__(self) -> None:
+        require(self.layer, Layer, "repeat")
+        check_times("repeat", self.times)
+
+    def __repr__(self) -> str:
+        return f"repeat({self.layer!r}, {self.times})"
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Any:
+        return jax.vmap(lambda key: self.layer.init(key, x))(jax.random.split(key, self.times))
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Only the stack: each layer holds its own params to its own ``init``."""
+        for path, leaf in jax.tree.leaves_with_path(params):
+            if jnp.shape(leaf)[:1] != (self.times,):
+                raise ValueError(
+                    f"{self}: params{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but "
+                    f"axis 0 is the layer, and there are {self.times}"
+                )
+
+    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+        def ahead(x: Any, params: Any) -> tuple[Any, Any]:
+            y, residuals = self.layer.forward(params, x)
+            if shapes(y) != shapes(x):
+                raise ValueError(
+                    f"{self}: the layer turns {shapes(x)} into {shapes(y)}, but its y is the x of "
+                    "the next"
+                )
+            return y, Distinct.of(residuals)
+
+        with seat(0, self.layer):
+            return jax.lax.scan(ahead, x, params, length=self.times)
+
+    def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
+        def back(ct: Any, step: tuple[Any, Any]) -> tuple[Any, Any]:
+            params, residuals = step
+            left, d_x = self.layer.walk(params, residuals.tree(), ct, leave)
+            return d_x, left
+
+        with seat(0, self.layer):
+            d_x, left = jax.lax.scan(back, ct, (params, residuals), length=self.times, reverse=True)
+        return over_layers(_added_up(left)), d_x
+
+    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
+        keys = None if key is None else jax.random.split(key, self.times)
+        return jax.vmap(
+            lambda params, key: self.layer.given(params, key=key, mask=mask),
+            axis_size=self.times,
+        )(params, keys)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Distinct:
+    """A tree's leaves, each once: one layer's y is often the next one's x, and both keep it."""
+
+    leaves: tuple[Any, ...]
+    places: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, tree: Any) -> Distinct:
+        leaves, structure = jax.tree.flatten(tree)
+        distinct = list({id(leaf): leaf for leaf in leaves}.values())
+        place = {id(leaf): index for index, leaf in enumerate(distinct)}
+        return cls(tuple(distinct), tuple(place[id(leaf)] for leaf in leaves), structure)
+
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, [self.leaves[place] for place in self.places])
+
+
+class Recompute(Combinator):
+    """y = f(x), keeping x alone: the way back computes f's residuals anew, layer by layer.
+
+    For the price of a second forward the memory of all residuals becomes that of one layer's
+    (Chen et al. 2016, https://arxiv.org/abs/1604.06174). XLA for CPUs may find that it has computed
+    them before, and keep them after all; inside ``repeat`` it cannot.
+    """
+
+    layer: Layer
+
+    def __post_init__(self) -> None:
+        require(self.layer, Layer, "recompute")
+
+    def __repr__(self) -> str:
+        return f"recompute({self.layer!r})"
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Any:
+        return self.layer.init(key, x)
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Nothing: the inner layer holds the params to its own ``init``."""
+
+    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+        y, _ = self.layer.forward(params, x)
+        return y, x
+
+    def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
+        params, x, ct = jax.lax.optimization_barrier((params, residuals, ct))
+        _, residuals = self.layer.forward(params, x)
+        return self.layer.walk(params, residuals, ct, leave)
+
+    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
+        return self.layer.given(params, key=key, mask=mask)
+
+
+def repeat(layer: Layer, times: int) -> Repeat:
+    """``times`` copies of the layer one after the other, each with params of its own, in one scan.
+
+    Each leaf of params is the stack (times, ...) of the layers' leaves. The program is compiled for
+    one layer, whatever the depth. The layer keeps the shape and dtype of x; others raise
+    ``ValueError``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net = jp.repeat(jp.skip(jp.chain(jp.Dense(4), jp.Tanh())), 12)
+        >>> net.init(jax.random.key(0), jnp.ones((2, 4)))[0].w.shape
+        (12, 4, 4)
+    """
+    return Repeat(layer, times)
+
+
+def recompute(layer: Layer) -> Recompute:
+    """The layer, with no residuals kept but x; the way back computes them anew.
+
+    ``repeat(recompute(block), times)`` keeps one x a block. params are the layer's.
+    """
+    return Recompute(layer)
+
+
+def check_times(name: str, times: Any) -> None:
+    if isinstance(times, bool) or not isinstance(times, int):
+        raise TypeError(f"{name} takes a whole number of times, not {times!r}")
+    if times < 1:
+        raise ValueError(f"{name} takes at least 1 time, not {times}")
+
+
+def _added_up(left: Any) -> Any:
+    def is_total(node: Any) -> bool:
+        return isinstance(node, Total)
+
+    def add(node: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sum(axis=0), node) if is_total(node) else node
+
+    return jax.tree.map(add, left, is_leaf=is_total)

@@ -1,0 +1,153 @@
+"""The two forms that most layers need: of a matrix that meets x, and of what is added."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float
+
+from jaxprop.factored.form import Factored, Kronecker, sq_norms, wide
+
+
+class Sum(Factored):
+    """g_n = sum over positions t of ct[n, t], of shape (O,)."""
+
+    ct: Float[Array, "n ... o"]
+
+    def per_example(self) -> Float[Array, "n o"]:
+        return self.ct.sum(axis=tuple(range(1, self.ct.ndim - 1)))
+
+    def sum(self) -> Float[Array, " o"]:
+        return wide(self.ct).sum(axis=tuple(range(self.ct.ndim - 1)))
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, " o"]:
+        return Sum(_weighted(wide(self.ct), weights)).sum()
+
+    def squares(self) -> Float[Array, "n o"]:
+        return wide(self.per_example()) ** 2
+
+    def of_squares(self, squares: Float[Array, "n o"]) -> Float[Array, " o"]:
+        return squares.sum(axis=0)
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        examples = jnp.full((1, 1), len(self.ct), wide(self.ct).dtype)
+        return Kronecker(examples, gram(self.ct, over))
+
+
+class Outer(Factored):
+    """g_n = sum over positions t of x[n, t] (outer) ct[n, t], of shape (I, O).
+
+    ct is linear in the cotangent of the layer's output, and x does not depend on it.
+    """
+
+    x: Float[Array, "n ... i"]
+    ct: Float[Array, "n ... o"]
+
+    def per_example(self) -> Float[Array, "n i o"]:
+        return jnp.einsum("nti,nto->nio", *self._sequences())
+
+    def sum(self) -> Float[Array, "i o"]:
+        """x^T ct, or (ct^T x)^T: a CPU copies what is transposed, so let it be the smaller one."""
+        if self.x.shape[-1] <= self.ct.shape[-1]:
+            return _product(self.x, self.ct)
+        # The barrier keeps XLA from writing the second as the first.
+        return jax.lax.optimization_barrier(_product(self.ct, self.x)).T
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
+        return Outer(wide(self.x), _weighted(wide(self.ct), weights)).sum()
+
+    def sq_norms(self) -> Float[Array, " n"]:
+        """|x|^2 |ct|^2; along T positions <X X^T, C C^T>, or |X^T C|^2 where that is cheaper."""
+        x, ct = map(wide, self._sequences())
+        (_, t, i), o = x.shape, ct.shape[-1]
+        if t == 1:
+            return sq_norms(x) * sq_norms(ct)
+        if t * (i + o) > i * o:
+            return self.bounding_sq_norms()
+        products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
+        return jnp.maximum(products.sum(axis=(1, 2)), 0)
+
+    def bounding_sq_norms(self) -> Float[Array, " n"]:
+        """Along positions |X^T C|^2, one example after the other: a sum of squares."""
+        x, ct = map(wide, self._sequences())
+        if x.shape[1] == 1:
+            return self.sq_norms()
+        return jax.lax.map(lambda example: jnp.sum((example[0].T @ example[1]) ** 2), (x, ct))
+
+    def inner_products(self) -> Float[Array, "n n"]:
+        """(x_n . x_m)(ct_n . ct_m), summed over pairs of positions, or through g where cheaper."""
+        x, ct = map(wide, self._sequences())
+        (n, t, i), o = x.shape, ct.shape[-1]
+        if n * t * t * (i + o) > (t + n) * i * o:
+            return super().inner_products()
+        products = jnp.einsum("nti,msi->ntms", x, x) * jnp.einsum("nto,mso->ntms", ct, ct)
+        return products.sum(axis=(1, 3))
+
+    def squares(self) -> Array:
+        """ct^2, for (x^2)^T (ct^2). Along T > 1 positions their sum comes before the square."""
+        x, ct = map(wide, self._sequences())
+        if x.shape[1] == 1:
+            return ct[:, 0] ** 2
+
+        def add(total: Array, example: tuple[Array, Array]) -> tuple[Array, None]:
+            x, ct = example
+            return total + (x.T @ ct) ** 2, None
+
+        zero = jnp.zeros((x.shape[-1], ct.shape[-1]), jnp.result_type(x, ct))
+        return jax.lax.scan(add, zero, (x, ct))[0]
+
+    def of_squares(self, squares: Array) -> Float[Array, "i o"]:
+        x, _ = self._sequences()
+        if x.shape[1] > 1:
+            return squares
+        return Outer(wide(x[:, 0]) ** 2, squares).sum()
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        x = jnp.where(reached(self.ct, over), self.x, 0)
+        return Kronecker(gram(x), gram(self.ct, over))
+
+    def _sequences(self) -> tuple[Float[Array, "n t i"], Float[Array, "n t o"]]:
+        """The factors with their positions on one axis, of length 1 where there are none."""
+        length = math.prod(self.x.shape[1:-1])
+        return (
+            self.x.reshape(self.x.shape[0], length, self.x.shape[-1]),
+            self.ct.reshape(self.ct.shape[0], length, self.ct.shape[-1]),
+        )
+
+
+def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Array, "i o"]:
+    """a^T b over examples and positions, added up in at least float32.
+
+    Where a mesh has explicit axes, each axis of the product lies as it does in its factor.
+    """
+    out, sharding = jax.typeof(a).sharding, None
+    if AxisType.Explicit in out.mesh.axis_types:
+        spec = PartitionSpec(out.spec[-1], jax.typeof(b).sharding.spec[-1])
+        sharding = NamedSharding(out.mesh, spec)
+    axes = tuple(range(a.ndim - 1))
+    return jnp.tensordot(
+        a, b, (axes, axes), preferred_element_type=wide(b).dtype, out_sharding=sharding
+    )
+
+
+def _weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Array, "n ..."]:
+    return ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
+
+
+def reached(ct: Float[Array, "n ... d"], over: str | None = None) -> Bool[Array, "n ... 1"]:
+    """Where anything came back at all: what stands at a padded position weighs nothing."""
+    met = jnp.any(ct != 0, axis=-1, keepdims=True)
+    return met if over is None else jax.lax.pmax(met.astype(jnp.int32), over) > 0
+
+
+def gram(x: Float[Array, "n ... d"], over: str | None = None) -> Float[Array, "d d"]:
+    """x^T x over all rows of x, those along the vmap axis ``over`` included."""
+    x = wide(x)
+    if over is not None:
+        x = jax.lax.all_gather(x, over)
+    x = x.reshape(-1, x.shape[-1])
+    return x.T @ x

@@ -1,0 +1,227 @@
+"""Attention, which keeps its softmax weights or computes them again."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.layer import Layer, shapes
+
+Heads = Float[Array, "n h t d"]
+
+
+class Attention(Layer):
+    """y = softmax(q k^T / sqrt(d)) v for each head, with q, k and v packed in x.
+
+    With s = scale q k^T, p = softmax(s) over the keys and y = p v, the chain rule gives
+
+        dE/dv = p^T ct
+        dE/dp = ct v^T
+        dE/ds = p (dE/dp - sum over keys of p dE/dp)    softmax's Jacobian is diag(p) - p p^T
+              = p (dE/dp - <ct, y>)                     as sum_k p_k <ct, v_k> = <ct, y>
+        dE/dq = scale dE/ds k
+        dE/dk = scale dE/ds^T q
+
+    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762). What is kept for backward is ``save``:
+
+    - ``"weights"``: e = exp(s - max s) and 1 / sum e, which multiplies y and ct in the place of e.
+      Nothing is computed twice. If causal, queries go in up to 8 parts, each with the keys up to
+      its last query only: little more than half of the N heads T^2 numbers, and of the work.
+    - ``"logsumexp"``: log sum exp s, (N, heads, T). p = exp(s - logsumexp) is made again, one more
+      product, for ``block`` queries at a time: memory linear in T (Rabe and Staats 2021,
+      https://arxiv.org/abs/2112.05682; Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+
+    x is (N, T, 3D), floating: the D features of q, then of k, then of v, each with its heads one
+    after the other. y is (N, T, D); scale is 1 / sqrt(D / heads). ``causal``: position t looks at
+    the positions up to t. The softmax is computed in at least float32.
+
+    There is nothing to train: params are ``()`` or a padding mask, bool (N, T), True where a
+    position is real. Keys that are padding get no weight; where no key is left, y and the
+    cotangents are 0. d_params is always ``()``.
+
+    Raises ``ValueError`` for another mask and for x that is not (N, T, 3D) with heads dividing D,
+    ``TypeError`` for x not floating.
+    """
+
+    heads: int
+    causal: bool = True
+    save: str = "weights"
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "block"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"Attention: {name} is a whole number, not {value!r}")
+            if value < 1:
+                raise ValueError(f"Attention: {name} is at least 1, not {value}")
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"Attention: causal is True or False, not {self.causal!r}")
+        if self.save not in ("weights", "logsumexp"):
+            raise ValueError(f"Attention: save is 'weights' or 'logsumexp', not {self.save!r}")
+
+    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+        if getattr(x, "ndim", None) != 3 or not all(x.shape[1:]) or x.shape[2] % (3 * self.heads):
+            raise ValueError(
+                f"{self} takes x of shape (N, T, 3D), q, k and v packed, with {self.heads} heads "
+                f"dividing D, not {shapes(x)}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{self} takes floating x, not {x.dtype}")
+        return ()
+
+    def given(self, params: Any, *, key: Any = None, mask: Any = None) -> Any:
+        """The padding mask in the place of the params."""
+        return params if mask is None else mask
+
+    def check_params(self, params: Any, x: Any) -> None:
+        super().check_params((), x)
+        is_mask = getattr(params, "shape", None) == x.shape[:2] and params.dtype == bool
+        if not is_mask and not (isinstance(params, tuple) and params == ()):
+            raise ValueError(
+                f"{self}: params are {shapes(params)}, but an input {shapes(x)} takes () or a "
+                f"padding mask bool{list(x.shape[:2])}, True where a position is real"
+            )
+
+    def forward(
+        self, params: Any, x: Float[Array, "n t c"]
+    ) -> tuple[Float[Array, "n t d"], tuple[Any, ...]]:
+        q, k, v = _split(x, self.heads)
+        parts = []
+        for rows, keys in self._parts(x.shape[1]):
+            attend = functools.partial(self._attend, params, k[:, :, keys], v[:, :, keys])
+            parts.append(self._run(attend, (), (q[:, :, rows], _positions(rows)))[0])
+        ys, kept = zip(*parts, strict=True)
+        y = jnp.concatenate(ys, 2).swapaxes(1, 2).reshape(*x.shape[:2], -1).astype(x.dtype)
+        return y, (x, y, kept)
+
+    def backward(
+        self, params: Any, residuals: tuple[Any, ...], ct: Float[Array, "n t d"]
+    ) -> tuple[tuple[()], Float[Array, "n t c"]]:
+        x, y, kept = residuals
+        q, k, v = _split(x, self.heads)
+        ct, y = (z.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for z in (ct, y))
+        mean = jnp.sum(_wide(ct) * _wide(y), -1, keepdims=True)
+        d_q, d_k, d_v = [], [], []
+        for (rows, keys), saved in zip(self._parts(x.shape[1]), kept, strict=True):
+            pull = functools.partial(self._pull, params, k[:, :, keys], v[:, :, keys])
+            zeros = (jnp.zeros_like(k[:, :, keys], mean.dtype),) * 2
+            block = q[:, :, rows], _positions(rows), ct[:, :, rows], mean[:, :, rows], saved
+            here = self._run(pull, zeros, block)
+            d_q.append(here[0])
+            d_k.append(_until(x.shape[1], here[1][0]))
+            d_v.append(_until(x.shape[1], here[1][1]))
+        d_x = jnp.stack([jnp.concatenate(d_q, 2) * _scale(q), sum(d_k), sum(d_v)], 2)
+        return (), d_x.transpose(0, 3, 2, 1, 4).reshape(x.shape).astype(x.dtype)
+
+    def _attend(self, params: Any, k: Heads, v: Heads, block: Any) -> tuple[Any, tuple[()]]:
+        """A block of queries forward: ``((y, kept), ())``."""
+        q, at = block
+        s, seen = self._scores(params, q, k, at)
+        top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
+        e = jnp.exp(s - top)
+        if isinstance(params, tuple):
+            total = e.sum(-1, keepdims=True)
+        else:
+            e = jnp.where(seen, e, 0)
+            total = e.sum(-1, keepdims=True)
+            total = jnp.where(total > 0, total, 1)
+        e, r = e.astype(q.dtype), 1 / total
+        y = _product("nhqk,nhkd->nhqd", e, v) * r
+        return (y, (e, r) if self.save == "weights" else top + jnp.log(total)), ()
+
+    def _pull(self, params: Any, k: Heads, v: Heads, block: Any) -> tuple[Heads, Any]:
+        """A block of queries backward: ``(d_q, (d_k, d_v))``."""
+        q, at, ct, mean, saved = block
+        if self.save == "weights":
+            p, r = saved
+            ct, mean = (_wide(ct) * r).astype(ct.dtype), mean * r
+        else:
+            s, seen = self._scores(params, q, k, at)
+            p = jnp.exp(s - saved)
+            p = (p if isinstance(params, tuple) else jnp.where(seen, p, 0)).astype(q.dtype)
+        d_v = _product("nhqk,nhqd->nhkd", p, ct)
+        d_p = _product("nhqd,nhkd->nhqk", ct, v)
+        d_s = (_wide(p) * (d_p - mean)).astype(q.dtype)
+        d_q = _product("nhqk,nhkd->nhqd", d_s, k)
+        return d_q, (_product("nhqk,nhqd->nhkd", d_s, q), d_v)
+
+    def _scores(self, params: Any, q: Heads, k: Heads, at: Array) -> tuple[Heads, Any]:
+        """s, at its least where a key is not seen, and where that is."""
+        s = _product("nhqd,nhkd->nhqk", q, k)
+        masked, keys = not isinstance(params, tuple), k.shape[2]
+        if not self.causal and not masked:
+            return s, None
+        seen = at >= (jnp.arange(keys) if self.causal else 0)
+        if masked:
+            seen = seen & params[:, None, None, :keys]
+        return jnp.where(seen, s, jnp.finfo(s.dtype).min), seen
+
+    def _parts(self, t: int) -> list[tuple[slice, slice]]:
+        """Queries, and the keys they meet: up to 8 parts of at least 64 queries, or one part."""
+        parts = min(8, max(1, t // 64)) if self.causal and self.save == "weights" else 1
+        ends = [t * i // parts for i in range(parts + 1)]
+        return [(slice(a, b), slice(0, b)) for a, b in itertools.pairwise(ends)]
+
+    def _run(self, f: Callable[[Any], Any], zeros: Any, block: Any) -> Any:
+        """f(block), a pair of what belongs to its queries (axis 2) and of sums over them."""
+        if self.save == "weights":
+            return f(block)
+        t = block[0].shape[2]
+        blocks = -(-t // self.block)
+        size = -(-t // blocks)
+
+        def split(z: Array) -> Array:
+            z = _until(blocks * size, z)
+            return jnp.moveaxis(z.reshape(*z.shape[:2], blocks, size, *z.shape[3:]), 2, 0)
+
+        def join(z: Array) -> Array:
+            z = jnp.moveaxis(z, 0, 2)
+            return z.reshape(*z.shape[:2], blocks * size, *z.shape[4:])[:, :, :t]
+
+        def step(sums: Any, block: Any) -> tuple[Any, Any]:
+            out, more = f(block)
+            return jax.tree.map(jnp.add, sums, more), out
+
+        sums, out = jax.lax.scan(step, zeros, jax.tree.map(split, block))
+        return jax.tree.map(join, out), sums
+
+
+def _split(x: Float[Array, "n t c"], heads: int) -> tuple[Heads, Heads, Heads]:
+    """scale q, k and v, each (N, heads, T, d)."""
+    n, t, c = x.shape
+    q, k, v = x.reshape(n, t, 3, heads, c // (3 * heads)).transpose(2, 0, 3, 1, 4)
+    return (_wide(q) * _scale(q)).astype(q.dtype), k, v
+
+
+def _positions(rows: slice) -> Array:
+    return jnp.arange(rows.start, rows.stop).reshape(1, 1, -1, 1)
+
+
+def _until(t: int, z: Heads) -> Heads:
+    """z with zeros up to T = t."""
+    return jnp.pad(z, ((0, 0), (0, 0), (0, t - z.shape[2]), (0, 0)))
+
+
+def _scale(q: Heads) -> float:
+    return 1 / math.sqrt(q.shape[-1])
+
+
+def _wide(z: Array) -> Array:
+    return z.astype(jnp.float32) if z.dtype.itemsize < 4 else z
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+    """einsum that adds up in at least float32."""
+    wide = jnp.float32 if a.dtype.itemsize < 4 else a.dtype
+    return jnp.einsum(spec, a, b, preferred_element_type=wide)

@@ -1,0 +1,237 @@
+"""Convolution over positions, and its transpose."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.factored import Sum
+from jaxprop.layer import Layer
+from jaxprop.layers.dense import Affine
+from jaxprop.layers.patches import Patches
+from jaxprop.layers.windows import (
+    Padding,
+    Sizes,
+    Windows,
+    check_images,
+    check_padding,
+    check_window,
+    sizes,
+)
+
+X = Float[Array, "n ... c"]
+Y = Float[Array, "n ... o"]
+FEW = 16  # channels: below, XLA's CPU convolution that pulls back to x is slower than a matmul
+
+
+class Conv(Layer):
+    """y[t] = sum_k x[t s + k d] w[k] + b, over the taps k of the window; a cross-correlation.
+
+    At each tap the layer is dense: y[n, t] takes x[n, t s + k d] times the matrix w[k], s being
+    the stride and d the dilation (t, k, s and d each have an entry for each spatial axis). Dense
+    layers that share their output add up, so
+
+        dE/dw[k]    = sum_n sum_t x[n, t s + k d] (outer) ct[n, t]        ``Patches``
+        dE/db       = sum_n sum_t ct[n, t]
+        dE/dx[n, h] = sum of ct[n, t] w[k]^T over all t and k with t s + k d = h
+
+    and the last is again a convolution: of ct with s - 1 zeros between its neighbours, by the
+    flipped window with w's two channel axes swapped (Dumoulin and Visin 2016,
+    https://arxiv.org/abs/1603.07285). Where only few of those zeros' products count, or few
+    channels are left to sum, a CPU is faster with the sum as it stands: one matmul for all taps,
+    each tap's part added to where it was read.
+
+    x is (N, *spatial, C), floating, with one to three spatial axes, as many as ``window`` has; y is
+    (N, *outputs, features). w is (*window, C / groups, features) and starts as LeCun normal, b as
+    zeros. ``strides`` and ``dilation`` take a whole number for all axes or a tuple, and are 1 where
+    left out; ``padding`` with zeros is "SAME", "VALID" or a (low, high) pair for each axis. With
+    ``groups``, channels and features are cut into that many convolutions side by side.
+    Raises ``ValueError`` for x of another rank, channels that groups do not divide, and an input
+    smaller than the window; ``TypeError`` for x not floating.
+    """
+
+    features: int
+    window: Sizes = (3, 3)
+    strides: int | Sizes | None = None
+    padding: Padding = "SAME"
+    dilation: int | Sizes | None = None
+    groups: int = 1
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        sizes("Conv: dilation", self.dilation, len(self.window))
+        if isinstance(self.groups, bool) or not isinstance(self.groups, Integral):
+            raise TypeError(f"Conv: groups is a whole number, not {self.groups!r}")
+        if self.groups < 1 or self.features % self.groups:
+            raise ValueError(
+                f"Conv: groups divides features, {self.features}, but is {self.groups}"
+            )
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Affine:
+        check_images(self, x, len(self.window))
+        if x.shape[-1] % self.groups:
+            raise ValueError(
+                f"{self} takes x whose channels {self.groups} groups divide, not {x.shape}"
+            )
+        return _init(self, key, x, x.shape[-1] // self.groups, self._windows(x))
+
+    def forward(self, params: Affine, x: X) -> tuple[Y, X]:
+        return _affine(params, x, self._windows(x), self.groups), x
+
+    def backward(self, params: Affine, x: X, ct: Y) -> tuple[Affine, X]:
+        windows = self._windows(x)
+        _check_ct(self, x, ct, windows)
+        d_b = None if params.b is None else Sum(ct)
+        d_x = _d_x(params.w, ct, windows, self.groups, x.shape[1:-1]).astype(x.dtype)
+        return Affine(Patches(x, ct, windows, self.groups), d_b), d_x
+
+    def _windows(self, x: Any) -> Windows:
+        rank = len(self.window)
+        strides = sizes("Conv: strides", self.strides, rank)
+        dilation = sizes("Conv: dilation", self.dilation, rank)
+        return Windows.over(x.shape[1:-1], self.window, strides, self.padding, dilation)
+
+
+class ConvTranspose(Layer):
+    """The convolution of x with s - 1 zeros between its neighbours, as ``jax.lax.conv_transpose``.
+
+    y[t] = sum_k x'[t + k - low] w[k] + b, where x'[h s] = x[h] and the rest is zero. It is ``Conv``
+    of x' with strides 1, and so are its derivatives; d_x, which is needed at multiples of s only,
+    is an ordinary convolution of ct with strides s. The window is not flipped and w's channel axes
+    are not swapped (``transpose_kernel=False`` there).
+
+    x is (N, *spatial, C), floating; y is (N, *outputs, features), where "SAME" makes outputs
+    spatial * strides and "VALID" spatial * strides + max(window - strides, 0). A (low, high) pair
+    for each axis pads x'. w is (*window, C, features) and starts as LeCun normal, b as zeros.
+    Raises as ``Conv`` does.
+    """
+
+    features: int
+    window: Sizes = (3, 3)
+    strides: int | Sizes | None = None
+    padding: Padding = "SAME"
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Affine:
+        check_images(self, x, len(self.window))
+        return _init(self, key, x, x.shape[-1], self._windows())
+
+    def forward(self, params: Affine, x: X) -> tuple[Y, X]:
+        return _affine(params, x, self._windows(), 1), x
+
+    def backward(self, params: Affine, x: X, ct: Y) -> tuple[Affine, X]:
+        windows = self._windows()
+        _check_ct(self, x, ct, windows)
+        d_b = None if params.b is None else Sum(ct)
+        d_x = _d_x(params.w, ct, windows, 1, x.shape[1:-1]).astype(x.dtype)
+        return Affine(Patches(x, ct, windows), d_b), d_x
+
+    def _windows(self) -> Windows:
+        ones = (1,) * len(self.window)
+        strides = sizes("ConvTranspose: strides", self.strides, len(self.window))
+        if isinstance(self.padding, str):
+            pairs = zip(self.window, strides, strict=True)
+            padding = tuple(_transposed(self.padding, k, s) for k, s in pairs)
+        else:
+            padding = self.padding
+        return Windows(self.window, ones, padding, ones, strides)
+
+
+def _transposed(padding: str, k: int, s: int) -> tuple[int, int]:
+    if padding == "VALID":
+        return k - 1, max(k, s) - 1
+    total = k + s - 2
+    low = k - 1 if s > k - 1 else -(-total // 2)
+    return low, total - low
+
+
+def _affine(params: Affine, x: X, windows: Windows, groups: int) -> Y:
+    y = jax.lax.conv_general_dilated(
+        x,
+        params.w,
+        windows.strides,
+        windows.padding,
+        lhs_dilation=windows.spread,
+        rhs_dilation=windows.dilation,
+        dimension_numbers=_dimensions(windows),
+        feature_group_count=groups,
+    )
+    return y if params.b is None else y + params.b
+
+
+def _d_x(w: Array, ct: Y, windows: Windows, groups: int, spatial: Sizes) -> X:
+    def convolved(w: Array, ct: Y) -> X:
+        padding = []
+        for h, t, k, s, (low, _), d, e in zip(spatial, ct.shape[1:-1], *windows, strict=True):
+            before = (k - 1) * d - low
+            padding.append((before, (h - 1) * e + low - (t - 1) * s))
+        n, io, out = _dimensions(windows)
+        if groups > 1:
+            channels, features = w.shape[-2], w.shape[-1] // groups
+            w = w.reshape(*windows.window, channels, groups, features).swapaxes(-1, -3)
+            w = w.reshape(*windows.window, features, groups * channels)
+        else:
+            io = io.replace("IO", "OI")
+        return jax.lax.conv_general_dilated(
+            ct,
+            jnp.flip(w, range(len(spatial))),
+            windows.spread,
+            padding,
+            lhs_dilation=windows.strides,
+            rhs_dilation=windows.dilation,
+            dimension_numbers=(n, io, out),
+            feature_group_count=groups,
+        )
+
+    def added(w: Array, ct: Y) -> X:
+        parts = ct @ w.reshape(-1, w.shape[-1]).T
+        return windows.put_back(jnp.split(parts, windows.taps, axis=-1), spatial)
+
+    if groups > 1 or max(windows.spread) > 1 or w.shape[-2] >= FEW:
+        return convolved(w, ct)
+    return jax.lax.platform_dependent(w, ct, cpu=added, default=convolved)
+
+
+def _dimensions(windows: Windows) -> tuple[str, str, str]:
+    axes = "HWD"[: len(windows.window)]
+    return f"N{axes}C", f"{axes}IO", f"N{axes}C"
+
+
+def _init(
+    layer: Conv | ConvTranspose, key: chex.PRNGKey, x: Any, channels: int, windows: Windows
+) -> Affine:
+    if not all(windows.outputs(x.shape[1:-1])):
+        raise ValueError(f"{layer}: no window fits into x of shape {x.shape}")
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    shape = (*layer.window, channels, layer.features)
+    w = jax.nn.initializers.lecun_normal()(key, shape, dtype)
+    return Affine(w, jnp.zeros(layer.features, dtype) if layer.bias else None)
+
+
+def _check_fields(layer: Conv | ConvTranspose) -> None:
+    name = type(layer).__name__
+    if isinstance(layer.features, bool) or not isinstance(layer.features, Integral):
+        raise TypeError(f"{name} takes a whole number of features, not {layer.features!r}")
+    if layer.features < 1:
+        raise ValueError(f"{name} takes at least 1 feature, not {layer.features}")
+    if not isinstance(layer.bias, bool):
+        raise TypeError(f"{name}: bias is True or False, not {layer.bias!r}")
+    check_window(name, layer.window)
+    sizes(f"{name}: strides", layer.strides, len(layer.window))
+    check_padding(name, layer.padding, len(layer.window))
+
+
+def _check_ct(layer: Layer, x: X, ct: Y, windows: Windows) -> None:
+    expected = (len(x), *windows.outputs(x.shape[1:-1]))
+    if ct.shape[:-1] != expected:
+        raise ValueError(f"{layer}: ct has shape {ct.shape}, but x has {x.shape}")

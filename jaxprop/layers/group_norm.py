@@ -1,0 +1,81 @@
+"""Normalization of an example's groups of channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.factored import Sum
+from jaxprop.layer import Layer
+from jaxprop.layers.normalization import Norm, X, affine, check_eps, scaled, wide
+
+
+class GroupNorm(Layer):
+    """y = n * scale + bias, n = (x - mean) * rstd, statistics of an example's group of channels.
+
+    The C channels are split into ``groups`` of neighbours, and mean and var are over all positions
+    and the channels of a group: LayerNorm's derivation holds with that set in the place of a row's
+    features (Wu and He 2018, https://arxiv.org/abs/1803.08494). One group is layer normalization
+    of the whole example; as many groups as channels, instance normalization.
+
+    Sums over the positions of an example come first, for they are three things at once: with
+    b = sum_t ct and a = sum_t ct n, both (N, C), over P positions and K channels in a group,
+
+        each example's share of dE/dbias is b, of dE/dscale a
+        mean(dn) = sum_group(scale b) / (P K),  mean(dn n) = sum_group(scale a) / (P K)
+        dE/dx = rstd (ct scale - mean(dn) - n mean(dn n))
+
+    x is (N, ..., C), floating; scale starts as ones, bias as zeros. Saved are x and two numbers a
+    channel of an example. Raises ``ValueError`` for x without an example axis or channels that
+    ``groups`` does not divide, and ``TypeError`` for x not floating.
+    """
+
+    groups: int
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.groups, bool) or not isinstance(self.groups, Integral):
+            raise TypeError(f"GroupNorm takes a whole number of groups, not {self.groups!r}")
+        if self.groups < 1:
+            raise ValueError(f"GroupNorm takes at least 1 group, not {self.groups}")
+        check_eps(self, self.eps)
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Norm:
+        params = affine(self, x)
+        if x.shape[-1] % self.groups:
+            raise ValueError(
+                f"{self} takes x with channels that {self.groups} groups divide, not {x.shape}"
+            )
+        return params
+
+    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, X, X]]:
+        mean = self._mean_of_groups(_over_positions(jnp.mean, wide(x)))
+        var = self._mean_of_groups(_over_positions(jnp.mean, (wide(x) - mean) ** 2))
+        rstd = jax.lax.rsqrt(var + float(self.eps))
+        return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
+
+    def backward(self, params: Norm, residuals: tuple[X, X, X], ct: X) -> tuple[Norm, X]:
+        x, mean, rstd = residuals
+        n, ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
+        a, b = _over_positions(jnp.sum, ct * n), _over_positions(jnp.sum, ct)
+        positions = math.prod(x.shape[1:-1])
+        along_ones = self._mean_of_groups(scale * b) / positions
+        along_n = self._mean_of_groups(scale * a) / positions
+        d_x = rstd * (ct * scale - along_ones - n * along_n)
+        return Norm(Sum(a), Sum(b)), d_x.astype(x.dtype)
+
+    def _mean_of_groups(self, each: Array) -> Array:
+        """The mean over a group's channels, at each of its channels."""
+        groups = each.reshape(*each.shape[:-1], self.groups, -1)
+        return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(each.shape)
+
+
+def _over_positions(reduce: Callable[..., Array], x: Array) -> Array:
+    return reduce(x, tuple(range(1, x.ndim - 1)), keepdims=True)

@@ -1,0 +1,169 @@
+"""Normalization of each row of features, and what all normalizations have in common.
+
+All standardize, n = (x - mean) * rstd with rstd = 1 / sqrt(var + eps), and then scale and shift,
+y = n * scale + bias. Statistics are computed in at least float32, the variance from x - mean (as
+E x^2 - mean^2 it would cancel); y and d_x have the dtype of x.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.factored import Sum
+from jaxprop.layer import Layer, shapes
+
+X = Float[Array, "n ... c"]
+Rows = Float[Array, "n ... 1"]
+
+
+class Norm(NamedTuple):
+    """Params scale (C,) and bias (C,), or their cotangents. bias is None in a layer without."""
+
+    scale: Any
+    bias: Any = None
+
+
+class LayerNorm(Layer):
+    """y = n * scale + bias, n = (x - mean) * rstd, statistics over the last axis.
+
+    With dn = ct * scale the cotangent of n, and D features, n reaches x_i in three ways: directly,
+    through mean, and through rstd. From n_j = (x_j - mean) * rstd,
+
+        d mean / d x_i = 1 / D
+        d var  / d x_i = 2 (x_i - mean) / D             (the mean's part: sum_j (x_j - mean) = 0)
+        d rstd / d x_i = -1/2 rstd^3 d var / d x_i = -rstd^2 n_i / D
+        d n_j  / d x_i = ([i = j] - 1/D) rstd + (x_j - mean) (-rstd^2 n_i / D)
+                       = rstd ([i = j] - 1/D - n_j n_i / D)
+
+    and the sum over j of dn_j times it is
+
+        dE/dx_i     = rstd (dn_i - mean_j(dn_j) - n_i mean_j(dn_j n_j))
+        dE/dscale_i = sum over examples and positions of ct_i n_i
+        dE/dbias_i  = sum over examples and positions of ct_i
+
+    For eps = 0 this takes dn's components along (1, ..., 1) and along n away: to shift or to
+    stretch x changes nothing (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450).
+
+    x is (N, ..., D), floating; scale starts as ones, bias as zeros. Saved are x, which costs
+    nothing where another layer keeps it too, and two numbers a row: n in float32 would be twice
+    the size of a bfloat16 x, and n in bfloat16 is rounded. Raises ``ValueError`` for x without an
+    example axis and ``TypeError`` for x not floating.
+    """
+
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_eps(self, self.eps)
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Norm:
+        return affine(self, x)
+
+    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, Rows, Rows]]:
+        mean = _mean_along(wide(x))
+        rstd = jax.lax.rsqrt(_mean_along((wide(x) - mean) ** 2) + float(self.eps))
+        return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
+
+    def backward(self, params: Norm, residuals: tuple[X, Rows, Rows], ct: X) -> tuple[Norm, X]:
+        x, mean, rstd = residuals
+        n, wide_ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
+        mean_dn, mean_dn_n = _mean_along(wide_ct, scale), _mean_along(wide_ct * n, scale)
+        d_x = rstd * (wide_ct * scale - mean_dn - n * mean_dn_n)
+        return Norm(Sum(wide_ct * n), Sum(ct)), d_x.astype(x.dtype)
+
+
+class RMSNorm(Layer):
+    """y = n * scale, n = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps), over the last axis.
+
+    LayerNorm without the mean: d rstd / d x_i = -rstd^2 n_i / D, so that
+    d n_j / d x_i = rstd ([i = j] - n_j n_i / D), and with dn = ct * scale
+
+        dE/dx_i     = rstd (dn_i - n_i mean_j(dn_j n_j))
+        dE/dscale_i = sum over examples and positions of ct_i n_i
+
+    (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
+
+    x is (N, ..., D), floating; scale starts as ones. Saved are x and one number a row. Raises
+    ``ValueError`` for x without an example axis and ``TypeError`` for x not floating.
+    """
+
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_eps(self, self.eps)
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Norm:
+        return Norm(affine(self, x).scale)
+
+    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, Rows]]:
+        rstd = jax.lax.rsqrt(_mean_along(wide(x) ** 2) + float(self.eps))
+        return scaled(params, wide(x) * rstd, x), (x, rstd)
+
+    def backward(self, params: Norm, residuals: tuple[X, Rows], ct: X) -> tuple[Norm, X]:
+        x, rstd = residuals
+        n, wide_ct, scale = wide(x) * rstd, wide(ct), wide(params.scale)
+        d_x = rstd * (wide_ct * scale - n * _mean_along(wide_ct * n, scale))
+        return Norm(Sum(wide_ct * n)), d_x.astype(x.dtype)
+
+
+def _mean_along(x: Array, v: Array | None = None) -> Array:
+    """mean_j(x_j v_j) over the last axis, kept with length 1; v is ones where it is not given.
+
+    On a CPU it is a matrix-vector product: XLA writes a sum over the last axis out to the full
+    size of x there, and a layer of many rows then takes more than twice as long.
+    """
+
+    def product(x: Array, v: Array) -> Array:
+        return x @ v[:, None]
+
+    def reduction(x: Array, v: Array) -> Array:
+        return jnp.sum(x * v, -1, keepdims=True)
+
+    v = jnp.ones(x.shape[-1], x.dtype) if v is None else v
+    return jax.lax.platform_dependent(x, v, cpu=product, default=reduction) / x.shape[-1]
+
+
+def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """(mean, var) over the axes, which are kept with length 1."""
+    x = wide(x)
+    mean = x.mean(axes, keepdims=True)
+    return mean, jnp.mean((x - mean) ** 2, axes, keepdims=True)
+
+
+def scaled(params: Any, n: Array, x: Array) -> Array:
+    y = n * wide(params.scale)
+    return (y if params.bias is None else y + wide(params.bias)).astype(x.dtype)
+
+
+def wide(x: Array) -> Array:
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
+def affine(layer: Layer, x: Any) -> Norm:
+    """Ones and zeros for the last axis of x, once x is found to be what the layer takes."""
+    if not hasattr(x, "ndim"):
+        raise TypeError(f"{layer} takes an array x, not {shapes(x)}")
+    if x.ndim < 2:
+        raise ValueError(
+            f"{layer} takes x of shape (N, ..., C), axis 0 the example, not {x.shape}; "
+            "for one example write x[None]"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{layer} takes floating x, not {x.dtype}")
+    if not x.shape[-1]:
+        raise ValueError(f"{layer} takes x of at least one feature, not {x.shape}")
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    return Norm(jnp.ones(x.shape[-1], dtype), jnp.zeros(x.shape[-1], dtype))
+
+
+def check_eps(layer: Layer, eps: Any) -> None:
+    name = type(layer).__name__
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"{name} takes eps as a number, not {eps!r}")
+    if not eps > 0:
+        raise ValueError(f"{name} takes a positive eps, not {eps}")

@@ -1,0 +1,198 @@
+"""The factored cotangent of a convolution's weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType
+from jaxtyping import Float
+
+from jaxprop.factored import Factored, Kronecker, Outer, Sum, _weighted, _wide
+from jaxprop.layers.windows import Windows
+
+BLOCK_BYTES = {"cpu": 2**23, "default": 2**28}  # of patches at a time; on a CPU they stay in cache
+WIDE = 32  # channels: from here on a matmul for each tap is as fast as one for all
+
+
+class Patches(Factored):
+    """g_n[k] = sum over positions t of x[n, t s + k d] (outer) ct[n, t], for each tap k.
+
+    With a window's inputs, its patch, as one row, that is ``Outer(patches of x, ct)``, and all
+    that holds for a dense layer along positions holds here. The patches of a batch are many times
+    as large as x, so they are made for a block of examples at a time. Groups cut the channels of
+    x and of ct alike, and each is a convolution of its own.
+
+    x is (N, ..., C), ct (N, ..., O); g_n is (*window, C / groups, O).
+    """
+
+    x: Float[Array, "n ... c"]
+    ct: Float[Array, "n ... o"]
+    windows: Windows = field(metadata={"static": True})
+    groups: int = field(default=1, metadata={"static": True})
+
+    def per_example(self) -> Float[Array, "n ..."]:
+        return self._folded(self._outers(Outer.per_example, self.x, self.ct))
+
+    def sum(self) -> Array:
+        if self.groups > 1 or max(self.windows.spread) > 1:
+            return self._convolved()
+        if _explicit(self.x):
+            return self._in_one()
+        return jax.lax.platform_dependent(
+            self, cpu=Patches._block_by_block, default=Patches._convolved
+        )
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
+        ct = _weighted(_wide(self.ct), weights)
+        return Patches(_wide(self.x), ct, self.windows, self.groups).sum()
+
+    def sq_norms(self) -> Float[Array, " n"]:
+        return self._for_each(Outer.sq_norms)
+
+    def bounding_sq_norms(self) -> Float[Array, " n"]:
+        return self._for_each(Outer.bounding_sq_norms)
+
+    def inner_products(self) -> Float[Array, "n n"]:
+        return self._outers(Outer.inner_products, self.x, self.ct).sum(axis=0)
+
+    def squares(self) -> Array:
+        def squares(x: Array, ct: Array) -> Array:
+            return self._outers(Outer.sum, _wide(x), _wide(ct)) ** 2
+
+        return self._folded(_added(squares, 1, self.x, self.ct)[:, None])[0]
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        """Of patches and of ct (Grosse and Martens 2016, https://arxiv.org/abs/1602.01407).
+
+        Raises ``TypeError`` for groups: their weights are not one matrix.
+        """
+        if self.groups > 1:
+            raise TypeError(
+                f"a convolution in {self.groups} groups has no Kronecker factors: its weights are "
+                "not one matrix"
+            )
+
+        def gram(x: Array) -> Array:
+            (rows,) = _patches(_wide(x), self.windows, 1)
+            return Outer(rows, rows).sum()
+
+        a = self._in_blocks(functools.partial(_added, gram), self.x)
+        return Kronecker(a, Sum(self.ct).kronecker(over).b)
+
+    def _outers(self, f: Callable[[Outer], Array], x: Array, ct: Array) -> Array:
+        """f of each group's ``Outer``, on a leading axis."""
+        ct = ct.reshape(len(ct), -1, self.groups, ct.shape[-1] // self.groups)
+        outer = Outer(_patches(x, self.windows, self.groups), jnp.moveaxis(ct, 2, 0))
+        if self.groups > 1:
+            return jax.vmap(f)(outer)
+        return f(Outer(outer.x[0], outer.ct[0]))[None]
+
+    def _folded(self, g: Float[Array, "g n i o"]) -> Float[Array, "n ..."]:
+        """The groups' weights, a row for each tap and channel, in the shape of w."""
+        groups, n, rows, features = g.shape
+        channels = rows // self.windows.taps
+        g = g.reshape(groups, n, *self.windows.window, channels, features)
+        return jnp.moveaxis(g, 0, -2).reshape(n, *self.windows.window, channels, groups * features)
+
+    def _in_one(self) -> Array:
+        return self._folded(self._outers(Outer.sum, self.x, self.ct)[:, None])[0]
+
+    def _block_by_block(self) -> Array:
+        """One matmul for all taps of a block, or where channels are wide, and no copy is then
+        needed but the shifted slices, one for each."""
+
+        def total(x: Array, ct: Array) -> Array:
+            x, ct = _wide(x), _wide(ct).reshape(-1, ct.shape[-1])
+            taps = [tap.reshape(-1, x.shape[-1]) for tap in self.windows.shifted(x)]
+            if x.shape[-1] < WIDE:
+                return jnp.concatenate(taps, axis=-1).T @ ct
+            return jnp.concatenate([tap.T @ ct for tap in taps])
+
+        rows = _added(total, self._block("cpu"), self.x, self.ct)
+        return self._folded(rows[None, None])[0].astype(self.ct.dtype)
+
+    def _convolved(self) -> Array:
+        """The convolution whose positions are the taps, channels the examples, window ct."""
+        config = []
+        for h, t, k, s, (low, _), d, e in zip(
+            self.x.shape[1:-1], self.ct.shape[1:-1], *self.windows, strict=True
+        ):
+            reach = (t - 1) * s + (k - 1) * d + 1
+            config.append((low, reach - low - (h - 1) * e - 1))
+        axes = "HWD"[: len(config)]
+        return jax.lax.conv_general_dilated(
+            self.x,
+            self.ct,
+            self.windows.dilation,
+            config,
+            lhs_dilation=self.windows.spread,
+            rhs_dilation=self.windows.strides,
+            dimension_numbers=(f"C{axes}N", f"I{axes}O", f"{axes}NC"),
+            batch_group_count=self.groups,
+        )
+
+    def _for_each(self, f: Callable[[Outer], Float[Array, " n"]]) -> Float[Array, " n"]:
+        def of_examples(x: Array, ct: Array) -> Array:
+            return self._outers(f, x, ct).sum(axis=0)
+
+        return self._in_blocks(functools.partial(_stacked, of_examples), self.x, self.ct)
+
+    def _in_blocks(self, f: Callable[..., Array], *arrays: Array) -> Array:
+        """f of how many examples to take at a time, and the arrays."""
+        sizes = {platform: self._block(platform) for platform in BLOCK_BYTES}
+        if len(set(sizes.values())) == 1:
+            return f(sizes["default"], *arrays)
+        each: Any = {platform: functools.partial(f, size) for platform, size in sizes.items()}
+        return jax.lax.platform_dependent(*arrays, **each)
+
+    def _block(self, platform: str) -> int:
+        """How many examples' patches are made at a time: a divisor of N."""
+        n, *positions, _ = self.ct.shape
+        if _explicit(self.x):
+            return n
+        row = self.windows.taps * self.x.shape[-1] * _wide(self.x).dtype.itemsize
+        for t in positions:
+            row *= t
+        most = max(1, BLOCK_BYTES[platform] // max(row, 1))
+        return max(size for size in range(1, n + 1) if n % size == 0 and size <= most)
+
+
+def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float[Array, "g n t i"]:
+    taps = [tap.reshape(len(x), -1, groups, x.shape[-1] // groups) for tap in windows.shifted(x)]
+    return jnp.moveaxis(jnp.concatenate(taps, axis=-1), 2, 0)
+
+
+def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
+    """The sum of f over the blocks of size examples."""
+    if size == len(arrays[0]):
+        return f(*arrays)
+
+    def add(total: Array, start: Array) -> tuple[Array, None]:
+        return total + f(*_block(start, size, arrays)), None
+
+    shape = jax.eval_shape(lambda: f(*_block(0, size, arrays)))
+    zero = jnp.zeros_like(arrays[-1], shape.dtype, shape.shape)
+    return jax.lax.scan(add, zero, jnp.arange(0, len(arrays[0]), size))[0]
+
+
+def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
+    """What f gives for each example, taken by blocks of size examples."""
+    if size == len(arrays[0]):
+        return f(*arrays)
+    starts = jnp.arange(0, len(arrays[0]), size)
+    return jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts).reshape(-1)
+
+
+def _block(start: Any, size: int, arrays: tuple[Array, ...]) -> list[Array]:
+    """Sliced, not reshaped: for a reshaped x XLA computes the layer before this one twice."""
+    return [jax.lax.dynamic_slice_in_dim(array, start, size) for array in arrays]
+
+
+def _explicit(x: Array) -> bool:
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types

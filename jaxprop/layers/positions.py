@@ -1,0 +1,181 @@
+"""Where in the sequence something stands: added to x, or as a rotation of queries and keys.
+
+The last two have no params, and tables of sines that are made in float64 while tracing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from numbers import Integral
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.factored import Factored, Stacked
+from jaxprop.layer import Layer, shapes
+
+X = Float[Array, "n t d"]
+
+
+class Leading(Factored):
+    """g_n = ct[n], of shape (T, ...), on a param's first T rows, and zero on its other rows."""
+
+    ct: Float[Array, "n t ..."]
+    rows: int = dataclasses.field(metadata={"static": True})
+
+    def per_example(self) -> Float[Array, "n r ..."]:
+        return jax.vmap(self._padded)(self.ct)
+
+    def sum(self) -> Float[Array, "r ..."]:
+        return self._padded(Stacked(self.ct).sum())
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "r ..."]:
+        return self._padded(Stacked(self.ct).weighted_sum(weights))
+
+    def sq_norms(self) -> Float[Array, " n"]:
+        return Stacked(self.ct).sq_norms()
+
+    def inner_products(self) -> Float[Array, "n n"]:
+        return Stacked(self.ct).inner_products()
+
+    def squares(self) -> Float[Array, "r ..."]:
+        return self._padded(Stacked(self.ct).squares())
+
+    def _padded(self, g: Float[Array, "t ..."]) -> Float[Array, "r ..."]:
+        return jnp.pad(g, ((0, self.rows - len(g)), *[(0, 0)] * (g.ndim - 1)))
+
+
+class Positions(Layer):
+    """y[n, t] = x[n, t] + table[t], with a learned row for each of the first ``length`` positions.
+
+    dE/dx = ct, and dE/dtable[t] = sum_n ct[n, t]; rows from T on take no part.
+
+    x is (N, T, D), floating, T at most ``length``; params are the table, (length, D), at first
+    normal with deviation 0.02 (as in GPT-2). Raises ``ValueError`` for a longer or another x,
+    ``TypeError`` for x not floating.
+    """
+
+    length: int
+
+    def __post_init__(self) -> None:
+        _at_least_one("Positions: length", self.length)
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Float[Array, "r d"]:
+        _check_sequence(self, x)
+        if x.shape[1] > self.length:
+            raise ValueError(f"{self} has {self.length} positions, x {shapes(x)} has {x.shape[1]}")
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+        return jax.nn.initializers.normal(0.02)(key, (self.length, x.shape[2]), dtype)
+
+    def forward(self, params: Float[Array, "r d"], x: X) -> tuple[X, tuple[()]]:
+        return x + params[: x.shape[1]], ()
+
+    def backward(
+        self, params: Float[Array, "r d"], residuals: tuple[()], ct: X
+    ) -> tuple[Leading, X]:
+        return Leading(ct, self.length), ct
+
+
+class SinusoidalPositions(Layer):
+    """y[n, t] = x[n, t] + table[t], with sines and cosines of t at D / 2 frequencies; dE/dx = ct.
+
+    table[t, 2i] = sin(t / 10000^(2i/D)) and table[t, 2i + 1] = cos(t / 10000^(2i/D))
+    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5). No params.
+
+    x is (N, T, D), floating. Raises ``ValueError`` for another x, ``TypeError`` for x not floating.
+    """
+
+    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+        _check_sequence(self, x)
+        return ()
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, tuple[()]]:
+        _, t, d = x.shape
+        column = np.arange(d)
+        angles = _angles(t, 10000.0, 2 * (column // 2) / d)
+        return x + jnp.asarray(np.where(column % 2, np.cos(angles), np.sin(angles)), x.dtype), ()
+
+    def backward(self, params: tuple[()], residuals: tuple[()], ct: X) -> tuple[tuple[()], X]:
+        return (), ct
+
+
+class Rotary(Layer):
+    """q and k, in the x that ``Attention(heads)`` takes, turned by angles that grow with t.
+
+    Features i and i + d/2 of a head of d features are a pair, the halves of the head as in GPT-NeoX
+    and Llama. At position t, with the angle a = t base^(-2i/d),
+
+        y[i]       = x[i] cos a - x[i + d/2] sin a
+        y[i + d/2] = x[i] sin a + x[i + d/2] cos a
+
+    so that <q_t, k_s> depends on t and s through t - s only. v is left as it is. A rotation's
+    transpose is its inverse: dE/dx is ct turned by -a (Su et al. 2021,
+    https://arxiv.org/abs/2104.09864). No params.
+
+    x and y are (N, T, 3D), floating, q, k and v packed; d = D / heads is even, else ``ValueError``.
+    ``TypeError`` for x not floating.
+
+    Example:
+        >>> import jaxprop as jp
+        >>> d = 8
+        >>> block = jp.chain(jp.Dense(3 * d), jp.Rotary(2), jp.Attention(2), jp.Dense(d))
+    """
+
+    heads: int
+    base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _at_least_one("Rotary: heads", self.heads)
+        if not self.base > 0:
+            raise ValueError(f"Rotary: base is positive, not {self.base!r}")
+
+    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+        _check_sequence(self, x)
+        if not x.shape[2] or x.shape[2] % (6 * self.heads):
+            raise ValueError(
+                f"{self} takes x of shape (N, T, 3D), q, k and v packed, with {self.heads} heads "
+                f"of an even number of features each, not {shapes(x)}"
+            )
+        return ()
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, tuple[()]]:
+        return self._turned(x, 1), ()
+
+    def backward(self, params: tuple[()], residuals: tuple[()], ct: X) -> tuple[tuple[()], X]:
+        return (), self._turned(ct, -1)
+
+    def _turned(self, x: X, sign: int) -> X:
+        n, t, c = x.shape
+        half = c // (6 * self.heads)
+        angles = _angles(t, self.base, np.arange(half) / half)[:, None, None]
+        wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
+        cos, sin = jnp.asarray(np.cos(angles), wide), jnp.asarray(sign * np.sin(angles), wide)
+        qk, v = jnp.split(x, [2 * c // 3], -1)
+        pairs = qk.reshape(n, t, 2, self.heads, 2, half).astype(wide)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], -2)
+        return jnp.concatenate([turned.reshape(qk.shape).astype(x.dtype), v], -1)
+
+
+def _angles(t: int, base: float, powers: Any) -> np.ndarray:
+    """position / base^power, (T, len(powers)), in float64."""
+    return np.arange(t)[:, None] * np.float64(base) ** -powers
+
+
+def _at_least_one(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} is at least 1, not {value}")
+
+
+def _check_sequence(layer: Layer, x: Any) -> None:
+    if getattr(x, "ndim", None) != 3:
+        raise ValueError(f"{layer} takes x of shape (N, T, D), not {shapes(x)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{layer} takes floating x, not {x.dtype}")

@@ -1,0 +1,195 @@
+"""Recurrent layers: one step along the sequence, and backpropagation through time as a scan.
+
+The three share a plan. What the inputs contribute, x w, is one matmul for all steps before the
+scan; only h u stays inside. ``forward`` saves each step's local derivatives, its *slopes*, so that
+the reverse scan only multiplies and adds: it carries the cotangent of the state and leaves that of
+each pre-activation, written over the slopes that it has used. The sums over time are no part of the
+scan: with z_t = x_t w + h_(t-1) u + b they are sum_t x_t (outer) d_z_t for w, sum_t h_(t-1) (outer)
+d_z_t for u and sum_t d_z_t for b, each one matmul or one sum, in the forms that ``Dense`` has along
+a sequence (Werbos 1990, https://doi.org/10.1109/5.58337).
+
+States start as zeros. Of narrow dtypes, all that a scan carries or adds is in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.factored import Outer, Sum
+from jaxprop.layers.through_time import (
+    Recurrence,
+    Recurrent,
+    X,
+    Y,
+    along_time,
+    before,
+    check_ct,
+    dot,
+    through_time,
+    wide,
+)
+
+State = tuple[Array]
+States = tuple[Array, Array]
+
+
+class Rnn(Recurrence):
+    """h_t = tanh(z_t) with z_t = x_t w + h_(t-1) u + b: the simple recurrent network.
+
+    h_t is the output y_t and enters z_(t+1), so from the last step to the first
+
+        d_h_t = ct_t + d_z_(t+1) u^T,        d_z_t = d_h_t (1 - h_t^2).
+
+    The slopes are written in y, so nothing new is saved
+    (Elman 1990, https://doi.org/10.1207/s15516709cog1402_1).
+    Shapes, initial params and errors are those of ``Recurrence``.
+    """
+
+    gates: ClassVar[int] = 1
+
+    def forward(self, params: Recurrent, x: X) -> tuple[Y, tuple[X, Y]]:
+        def step(carry: State, from_x: Array) -> tuple[State, State]:
+            (h,) = carry
+            h = jnp.tanh(wide(from_x) + dot(h, params.u) + wide(params.b))
+            return (h,), (h,)
+
+        (y,) = along_time(step, params, x)
+        return y, (x, y)
+
+    def backward(self, params: Recurrent, residuals: Any, ct: Y) -> tuple[Recurrent, X]:
+        x, y = residuals
+        check_ct(self, ct, y)
+
+        def step(carry: State, ct: Array, slope: Array) -> tuple[State, Array]:
+            (pulled,) = carry
+            d_z = (ct + pulled) * slope
+            return (dot(d_z, params.u.T),), d_z
+
+        d_z = through_time(step, ct, (1 + y) * (1 - y))
+        d_params = Recurrent(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
+        return d_params, (d_z @ params.w.T).astype(x.dtype)
+
+
+class Lstm(Recurrence):
+    """h_t = o_t tanh(c_t) with c_t = f_t c_(t-1) + i_t g_t: long short-term memory.
+
+    The gates are z_t = x_t w + h_(t-1) u + b, cut in four: i, f and o the sigmoids of their parts,
+    g the tanh of its own. c_t reaches the loss through h_t and through c_(t+1), h_t through y_t
+    and z_(t+1):
+
+        d_h_t = ct_t + d_z_(t+1) u^T,        d_c_t = d_c_(t+1) f_(t+1) + d_h_t o_t (1 - tanh^2 c_t)
+
+    and each part of d_z_t is d_c_t (that of o: d_h_t) times a slope known on the way there,
+
+        of i: g_t i_t (1 - i_t)              of f: c_(t-1) f_t (1 - f_t)
+        of g: i_t (1 - g_t^2)                of o: tanh(c_t) o_t (1 - o_t).
+
+    Saved are these four, f_t and o_t (1 - tanh^2 c_t), not the gates and c.
+    (Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; f is that of Gers,
+    Schmidhuber and Cummins 2000, https://doi.org/10.1162/089976600300015015.)
+    The part of b that f takes starts at 1, so that a new cell remembers; else shapes, initial
+    params and errors are those of ``Recurrence``.
+    """
+
+    gates: ClassVar[int] = 4
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Recurrent:
+        params = super().init(key, x)
+        return params._replace(b=params.b.at[self.features : 2 * self.features].set(1))
+
+    def forward(self, params: Recurrent, x: X) -> tuple[Y, Any]:
+        def step(carry: States, from_x: Array) -> tuple[States, Any]:
+            h, c0 = carry
+            z = wide(from_x) + dot(h, params.u) + wide(params.b)
+            i, f, g, o = jnp.split(z, 4, axis=-1)
+            i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+            c = f * c0 + i * g
+            t = jnp.tanh(c)
+            h = o * t
+            of_i, of_f = g * (i * (1 - i)), c0 * (f * (1 - f))
+            of_g, of_o = i * ((1 + g) * (1 - g)), t * (o * (1 - o))
+            slope = jnp.concatenate([of_i, of_f, of_g, of_o], axis=-1)
+            return (h, c), (h, slope, f, o * ((1 + t) * (1 - t)))
+
+        y, slope, f, of_c = along_time(step, params, x, states=2)
+        return y, (x, y, slope, f, of_c)
+
+    def backward(self, params: Recurrent, residuals: Any, ct: Y) -> tuple[Recurrent, X]:
+        x, y, slope, f, of_c = residuals
+        check_ct(self, ct, y)
+
+        def step(
+            carry: States, ct: Array, slope: Array, f: Array, of_c: Array
+        ) -> tuple[States, Array]:
+            pulled, d_c = carry
+            d_h = ct + pulled
+            d_c = d_c + d_h * of_c
+            d_z = jnp.concatenate([d_c, d_c, d_c, d_h], axis=-1) * slope
+            return (dot(d_z, params.u.T), d_c * f), d_z
+
+        d_z = through_time(step, ct, slope, f, of_c, states=2)
+        d_params = Recurrent(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
+        return d_params, (d_z @ params.w.T).astype(x.dtype)
+
+
+class Gru(Recurrence):
+    """h_t = (1 - z_t) n_t + z_t h_(t-1): the gated recurrent unit.
+
+    With a_t = x_t w + b and s_t = h_(t-1) u, each cut in three parts r, z and n,
+
+        r_t = sigmoid(a_r + s_r),   z_t = sigmoid(a_z + s_z),   n_t = tanh(a_n + r_t q_t),
+
+    where q_t = s_n + b_u: the reset gate scales the recurrent product, not the state, as cuDNN and
+    PyTorch have it. (A recurrent bias of the other gates would only repeat b.) All that hangs on
+    d_h_t = ct_t + d_h_(t+1) z_(t+1) + d_s_(t+1) u^T is d_h_t times a slope known on the way there,
+
+        of a_n: p_t = (1 - z_t) (1 - n_t^2)         of a_r: p_t q_t r_t (1 - r_t)
+        of q:   p_t r_t                             of a_z: (h_(t-1) - n_t) z_t (1 - z_t).
+
+    x meets (d_a_r, d_a_z, d_a_n), and h_(t-1) meets d_s = (d_a_r, d_a_z, d_q). Saved are the slopes
+    and z_t (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
+    Shapes, initial params and errors are those of ``Recurrence``.
+    """
+
+    gates: ClassVar[int] = 3
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Recurrent:
+        params = super().init(key, x)
+        return params._replace(b_u=jnp.zeros(self.features, params.b.dtype))
+
+    def forward(self, params: Recurrent, x: X) -> tuple[Y, Any]:
+        def step(carry: State, from_x: Array) -> tuple[State, Any]:
+            (h0,) = carry
+            a_r, a_z, a_n = jnp.split(wide(from_x) + wide(params.b), 3, axis=-1)
+            s_r, s_z, s_n = jnp.split(dot(h0, params.u), 3, axis=-1)
+            r, z, q = jax.nn.sigmoid(a_r + s_r), jax.nn.sigmoid(a_z + s_z), s_n + wide(params.b_u)
+            n = jnp.tanh(a_n + r * q)
+            h = (1 - z) * n + z * h0
+            p = (1 - z) * ((1 + n) * (1 - n))
+            of_r, of_z = p * q * (r * (1 - r)), (h0 - n) * (z * (1 - z))
+            slope = jnp.concatenate([of_r, of_z, p * r], axis=-1)
+            return (h,), (h, slope, p, z)
+
+        y, slope, p, z = along_time(step, params, x)
+        return y, (x, y, slope, p, z)
+
+    def backward(self, params: Recurrent, residuals: Any, ct: Y) -> tuple[Recurrent, X]:
+        x, y, slope, p, z = residuals
+        check_ct(self, ct, y)
+
+        def step(carry: State, ct: Array, slopes: Any, z: Array) -> tuple[State, Any]:
+            (pulled,), (slope, p) = carry, slopes
+            d_h = ct + pulled
+            d_s = jnp.concatenate([d_h, d_h, d_h], axis=-1) * slope
+            return (d_h * z + dot(d_s, params.u.T),), (d_s, d_h * p)
+
+        d_s, d_n = through_time(step, ct, (slope, p), z)
+        d_rz, d_q = jnp.split(d_s, [2 * self.features], axis=-1)
+        d_a = jnp.concatenate([d_rz, d_n], axis=-1)
+        d_params = Recurrent(Outer(x, d_a), Outer(before(y), d_s), Sum(d_a), Sum(d_q))
+        return d_params, (d_a @ params.w.T).astype(x.dtype)

@@ -1,0 +1,129 @@
+"""What recurrent layers share: their params, and the scans along time and back through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, ClassVar, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.layer import Layer, shapes
+
+X = Float[Array, "n t i"]
+Y = Float[Array, "n t f"]
+
+
+class Recurrent(NamedTuple):
+    """Params w (I, GF), u (F, GF) and b (GF,), G gates side by side, and b_u (F,) in a Gru."""
+
+    w: Any
+    u: Any
+    b: Any
+    b_u: Any = None
+
+
+class Recurrence(Layer):
+    """x (N, T, I), floating, to all hidden states (N, T, features), through ``gates`` gates.
+
+    w starts as LeCun normal, each gate's block of u orthogonal, b as zeros.
+    Raises ``ValueError`` for x of another rank, without steps or without features, and
+    ``TypeError`` for x not floating.
+    """
+
+    features: int
+    gates: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if isinstance(self.features, bool) or not isinstance(self.features, Integral):
+            raise TypeError(f"{name} takes a whole number of features, not {self.features!r}")
+        if self.features < 1:
+            raise ValueError(f"{name} takes at least 1 feature, not {self.features}")
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Recurrent:
+        if not hasattr(x, "ndim"):
+            raise TypeError(f"{self} takes an array x, not {shapes(x)}")
+        if x.ndim != 3:
+            raise ValueError(
+                f"{self} takes x of shape (N, T, I), axis 0 the example, not {x.shape}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{self} takes floating x, not {x.dtype}")
+        if not x.shape[1] or not x.shape[2]:
+            raise ValueError(f"{self} takes x of at least one step and one feature, not {x.shape}")
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+        for_w, *for_u = jax.random.split(key, 1 + self.gates)
+        width, square = self.gates * self.features, (self.features, self.features)
+        w = jax.nn.initializers.lecun_normal()(for_w, (x.shape[2], width), dtype)
+        orthogonal = jax.nn.initializers.orthogonal(dtype=wider(dtype))
+        u = jnp.concatenate([orthogonal(key, square) for key in for_u], axis=1)
+        return Recurrent(w, u.astype(dtype), jnp.zeros(width, dtype))
+
+
+def along_time(step: Callable[..., Any], params: Recurrent, x: X, states: int = 1) -> list[Array]:
+    """What ``step(carry, x_t w) -> (carry, left)`` leaves at each step, example first."""
+    from_x = swap(x) @ params.w
+    zero = wide(jnp.zeros_like(from_x[0, :, : params.u.shape[0]]))
+    _, left = jax.lax.scan(step, (zero,) * states, from_x)
+    return [swap(leaf.astype(x.dtype)) for leaf in left]
+
+
+def through_time(
+    step: Callable[..., Any], ct: Y, slopes: Any, *kept: Array, states: int = 1
+) -> Any:
+    """What ``step(carry, ct_t, slopes_t, *kept_t) -> (carry, d_t)`` leaves, from the last step on.
+
+    d_t is like slopes_t, an array or a tuple of them, and is written over it, so that the slopes'
+    memory serves twice. (XLA does so in place where a step uses each of slopes_t and d_t whole, not
+    in slices.) ct is read where it lies, example first; the others lie time first in memory, as the
+    scan along time has left them.
+    """
+
+    def at(carry: tuple[Any, Any], now: tuple[Array, ...]) -> tuple[Any, None]:
+        (states, written), (t, *kept_t) = carry, now
+
+        def read(array: Array, axis: int = 0) -> Array:
+            return wide(jax.lax.dynamic_index_in_dim(array, t, axis, keepdims=False))
+
+        def write(array: Array, d_t: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(array, d_t.astype(array.dtype), t, 0)
+
+        slopes_t = jax.tree.map(read, written)
+        states, d_t = step(states, read(ct, 1), slopes_t, *map(wide, kept_t))
+        return (states, jax.tree.map(write, written, d_t)), None
+
+    carry = (wide(jnp.zeros_like(ct[:, 0])),) * states, jax.tree.map(swap, slopes)
+    steps = jnp.arange(ct.shape[1]), *map(swap, kept)
+    (_, written), _ = jax.lax.scan(at, carry, steps, reverse=True)
+    return jax.tree.map(swap, written)
+
+
+def before(y: Y) -> Y:
+    """h_(t-1) at each step, zeros at the first."""
+    return jnp.pad(y[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+
+def swap(x: Float[Array, "a b c"]) -> Float[Array, "b a c"]:
+    return jnp.swapaxes(x, 0, 1)
+
+
+def dot(x: Float[Array, "n k"], u: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    return jnp.matmul(x.astype(u.dtype), u, preferred_element_type=wider(u.dtype))
+
+
+def wide(x: Array) -> Array:
+    return x.astype(wider(x.dtype))
+
+
+def wider(dtype: Any) -> Any:
+    return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
+def check_ct(layer: Layer, ct: Y, y: Y) -> None:
+    if ct.shape != y.shape:
+        raise ValueError(f"{layer}: ct has shape {ct.shape}, but y has {y.shape}")

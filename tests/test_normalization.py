@@ -1,0 +1,333 @@
+"""What normalization means, where it is delicate, and the running statistics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from table import Row, at, relative_error
+from test_layers import by_hand, ct_for
+
+import jaxprop as jp
+
+LAYERS = [jp.LayerNorm(), jp.RMSNorm(), jp.GroupNorm(2), jp.BatchNorm()]
+layers = pytest.mark.parametrize("layer", LAYERS, ids=repr)
+AXES = {"LayerNorm": -1, "RMSNorm": -1, "GroupNorm": (1, 3), "BatchNorm": (0, 1)}
+
+
+def normal(*shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def in_groups(layer, y):
+    return y.reshape(*y.shape[:-1], layer.groups, -1) if isinstance(layer, jp.GroupNorm) else y
+
+
+def y_of(layer, x):
+    return layer.forward(layer.init(jax.random.key(0), x), x)[0]
+
+
+@layers
+@pytest.mark.parametrize("eps", [1e-9, 0.5])
+def test_y_is_standard_up_to_eps(layer, eps):
+    layer = type(layer)(*([2] if isinstance(layer, jp.GroupNorm) else []), eps=eps)
+    x = 3 + 2 * normal(3, 4, 6)
+    axes = AXES[type(layer).__name__]
+    x_groups, y = in_groups(layer, x), in_groups(layer, y_of(layer, x))
+    if isinstance(layer, jp.RMSNorm):
+        before, after = (x_groups**2).mean(axes), (y**2).mean(axes)
+    else:
+        np.testing.assert_allclose(y.mean(axes), 0, atol=1e-14)
+        before, after = x_groups.var(axes), y.var(axes)
+    np.testing.assert_allclose(after, before / (before + eps), rtol=1e-12)
+
+
+@layers
+def test_constant_rows(layer):
+    """Without variance y is the bias, and 1 / sqrt(eps) is as steep as it gets."""
+    params, x = at(Row(layer, np.full((2, 3, 4), 7.0)))
+    if isinstance(layer, jp.RMSNorm):
+        x = 0 * x
+    y, _ = layer.forward(params, x)
+    bias = jnp.zeros(4) if params.bias is None else params.bias
+    np.testing.assert_allclose(y, jnp.broadcast_to(bias, y.shape))
+    ct = ct_for(layer, params, x)
+    d_params, d_x = by_hand(layer, params, x, ct)
+    assert not d_params.scale.any()
+    assert jnp.isfinite(d_x).all()
+    assert jnp.abs(d_x).max() <= jnp.abs(ct * params.scale).max() * 2 / np.sqrt(layer.eps)
+
+
+@layers
+def test_one_row_of_one_example(layer):
+    params, x = at(Row(layer, np.array([[1.0, -2.0, 4.0, 8.0]])))
+    ct = jnp.ones_like(x)
+    y, _ = layer.forward(params, x)
+    _, d_x = by_hand(layer, params, x, ct)
+    assert jnp.isfinite(d_x).all()
+    if isinstance(layer, jp.BatchNorm):
+        np.testing.assert_array_equal(y[0], params.bias)
+        np.testing.assert_array_equal(d_x, 0)
+
+
+@pytest.mark.parametrize("layer", LAYERS[:1] + LAYERS[2:], ids=repr)
+def test_large_offsets_in_float32(layer):
+    """float32 has a step of 1e-3 at 1e4, and E x^2 - mean^2 an error of 10 in a variance of 1."""
+    x = np.asarray(1e4 + normal(8, 16, 32), np.float32)
+    params, x = at(Row(layer, x), jnp.float32)
+    ct = ct_for(layer, params, x)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, x, ct))
+    y, exact = layer.forward(params, x)[0], layer.forward(*wide[:2])[0]
+    np.testing.assert_allclose(y, exact, atol=2e-3)
+    assert relative_error(by_hand(layer, params, x, ct), by_hand(layer, *wide)) <= 2e-3
+
+
+@layers
+def test_bfloat16_sums_many_rows_in_float32(layer):
+    params, x = at(Row(layer, 1 + normal(512, 64, 4)), jnp.bfloat16)
+    ct = 1 + ct_for(layer, params, x)
+    (d_params, _), wide = by_hand(layer, params, x, ct), (params, x, ct)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), wide)
+    expected, _ = by_hand(layer, *wide)
+    assert d_params.scale.dtype == jnp.bfloat16
+    error = jnp.abs(d_params.scale.astype(jnp.float64) - expected.scale)
+    assert jnp.all(error <= 2**-8 * jnp.abs(expected.scale) + 1e-4 * jnp.abs(expected.scale).max())
+
+
+def test_groups_between_layer_and_instance_normalization():
+    x = normal(3, 5, 6)
+    whole = y_of(jp.LayerNorm(), x.reshape(3, 30)).reshape(x.shape)
+    np.testing.assert_allclose(y_of(jp.GroupNorm(1), x), whole, rtol=1e-12)
+    each = y_of(jp.LayerNorm(), x.transpose(0, 2, 1)).transpose(0, 2, 1)
+    np.testing.assert_allclose(y_of(jp.GroupNorm(6), x), each, rtol=1e-12)
+
+
+NET = jp.chain(
+    jp.Dense(6, bias=False),
+    jp.BatchNorm(),
+    jp.Tanh(),
+    jp.skip(jp.chain(jp.Dense(6, bias=False), jp.BatchNorm(momentum=0.5))),
+    jp.Dense(3),
+)
+LOSS = jp.HalfSquaredError()
+
+
+def problem(examples=8):
+    params, x = at(Row(NET, normal(examples, 5)))
+    return params, x, normal(examples, 3, seed=2)
+
+
+PER_EXAMPLE = ["per_example_grads", "per_example_sq_norms", "gram", "second_moment", "variance"]
+
+
+@pytest.mark.parametrize("name", PER_EXAMPLE)
+def test_per_example_quantities_exist_in_evaluation_only(name):
+    args = problem()
+    words = r"BatchNorm\(momentum=0.5\) couples the examples of a batch"
+    with pytest.raises(ValueError, match=words):
+        getattr(jp, name)(NET, LOSS)(*args)
+    net = jp.evaluation(NET)
+    got = jax.jit(getattr(jp, name)(net, LOSS))(*args)
+    assert relative_error(got, getattr(oracles, name)(net, LOSS)(*args)) <= 1e-10
+
+
+def test_curvature_of_running_statistics_is_zero():
+    params, x, target = problem()
+    net = jp.evaluation(NET)
+    norm = jp.diag_ggn(net, LOSS)(params, x, target)[1]
+    assert not norm.mean.any()
+    assert norm.scale.all()
+    factors = jp.kronecker_factors(net, LOSS)(params, x, target)[1]
+    assert not factors.var.b.any()
+
+
+def test_batch_coupling_shows_through_combinators():
+    assert NET.batch_coupled
+    assert jp.skip(jp.BatchNorm()).batch_coupled
+    assert not jp.evaluation(NET).batch_coupled
+    jp.check_layer(NET, normal(8, 5))
+
+
+def test_evaluation_changes_what_trains_and_nothing_else():
+    class Noisy(jp.Layer):
+        training: bool = True
+
+        def forward(self, params, x):
+            return x, x
+
+        def backward(self, params, x, ct):
+            return (), ct
+
+    net = jp.chain(jp.skip(jp.chain(Noisy(), jp.LayerNorm())), jp.BatchNorm(momentum=0.5))
+    assert jp.evaluation(net) == jp.chain(
+        jp.skip(jp.chain(Noisy(training=False), jp.LayerNorm())),
+        jp.BatchNorm(momentum=0.5, training=False),
+    )
+    assert jp.evaluation(jp.evaluation(net)) == jp.evaluation(net)
+
+
+def test_one_step_of_the_running_statistics():
+    layer = jp.BatchNorm(momentum=0.75)
+    params, x = at(Row(layer, 5 + normal(6, 2, 3)))
+    moved = jp.with_statistics(layer, params, x)
+    np.testing.assert_allclose(moved.mean, 0.75 * params.mean + 0.25 * x.mean((0, 1)))
+    np.testing.assert_allclose(moved.var, 0.75 * params.var + 0.25 * x.var((0, 1)))
+    np.testing.assert_array_equal(moved.scale, params.scale)
+    frozen = jp.with_statistics(jp.evaluation(layer), params, x)
+    assert relative_error(frozen, params) == 0
+
+
+def test_running_statistics_converge_to_the_batch_s():
+    params, x, _ = problem()
+    move = jax.jit(functools.partial(jp.with_statistics, NET))
+    for _ in range(300):
+        params = move(params, x)
+    y, _ = NET.forward(params, x)
+    evaluated, _ = jp.evaluation(NET).forward(params, x)
+    np.testing.assert_allclose(evaluated, y, rtol=1e-10)
+
+
+def test_an_optimizer_leaves_them_alone():
+    params, x, target = problem()
+    for net in (NET, jp.evaluation(NET)):
+        grads = jax.jit(jp.value_and_grad(net, LOSS))(params, x, target)[1]
+        updates, _ = optax.sgd(0.1).update(grads, optax.sgd(0.1).init(params))
+        after = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(after[1].mean, params[1].mean)
+        np.testing.assert_array_equal(after[1].var, params[1].var)
+        assert (after[1].scale != params[1].scale).all()
+
+
+def test_the_way_forward_is_shared():
+    """Beside value_and_grad in one jit, moving the statistics adds a few numbers a channel."""
+    params, x, target = problem(256)
+
+    def both(params, x, target):
+        moved = jp.with_statistics(NET, params, x)
+        return moved, jp.value_and_grad(NET, LOSS)(moved, x, target)
+
+    def flops(f):
+        return jax.jit(f).lower(params, x, target).compile().cost_analysis()["flops"]
+
+    alone = flops(jp.value_and_grad(NET, LOSS))
+    assert flops(both) <= 1.01 * alone
+
+
+def test_training_inside_scan():
+    params, x, target = problem(24)
+    optimizer = optax.sgd(0.1)
+    update = jp.make_update(NET, LOSS, optimizer)
+    batches = x.reshape(3, 8, -1), target.reshape(3, 8, -1)
+
+    def step(carry, batch):
+        params, state = carry
+        params, state, value = update(jp.with_statistics(NET, params, batch[0]), state, *batch)
+        return (params, state), value
+
+    start = jax.tree.map(jnp.copy, params), optimizer.init(params)
+    (scanned, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, batches))(start)
+    carry = start
+    for batch in zip(*batches, strict=True):
+        carry, _ = step(carry, batch)
+    assert relative_error(scanned, carry[0]) <= 1e-12
+
+
+def test_a_layer_inside_scan():
+    """The same block three times over stacked params, its residuals stacked by scan."""
+    inner = jp.BatchNorm(), jp.Dense(6), jp.GroupNorm(2), jp.Tanh(), jp.LayerNorm(), jp.RMSNorm()
+    block = jp.skip(jp.chain(*inner))
+    x = normal(7, 6)
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = jax.vmap(lambda key: block.init(key, x))(keys)
+    apply = jp.custom_vjp(block)
+
+    def value(f, params, x):
+        return jnp.sum(jax.lax.scan(lambda x, p: (f(p, x), None), x, params)[0] ** 2)
+
+    got = jax.grad(functools.partial(value, apply), (0, 1))(stacked, x)
+    forward = functools.partial(value, lambda p, x: block.forward(p, x)[0])
+    expected = jax.grad(forward, (0, 1))(stacked, x)
+    assert relative_error(got, expected) <= 1e-10
+
+
+def against_torch(layer, module, x, channels_last=True):
+    torch = pytest.importorskip("torch")
+    params, x = at(Row(layer, x))
+    ct = ct_for(layer, params, x)
+    module = module(torch).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor(np.asarray(params.scale)))
+        module.bias.copy_(torch.tensor(np.asarray(params.bias)))
+
+    def there(a):
+        a = torch.tensor(np.asarray(a))
+        return a if channels_last else a.movedim(-1, 1)
+
+    t = there(x).requires_grad_()
+    y = module(t)
+    y.backward(there(ct))
+
+    def back(a):
+        return (a if channels_last else a.movedim(1, -1)).detach().numpy()
+
+    d_params, d_x = by_hand(layer, params, x, ct)
+    got = (layer.forward(params, x)[0], d_params.scale, d_params.bias, d_x)
+    expected = (back(y), module.weight.grad.numpy(), module.bias.grad.numpy(), back(t.grad))
+    assert relative_error(got, expected) <= 1e-11
+    return module, params, x
+
+
+def test_torch_layer_norm():
+    against_torch(jp.LayerNorm(), lambda torch: torch.nn.LayerNorm(5), normal(4, 3, 5))
+
+
+def test_torch_group_norm():
+    x = normal(4, 3, 2, 6)
+    against_torch(jp.GroupNorm(3), lambda torch: torch.nn.GroupNorm(3, 6), x, False)
+
+
+def test_torch_batch_norm():
+    """PyTorch's momentum is the new one's weight, and its running variance has M - 1 below."""
+    layer = jp.BatchNorm(momentum=0.75)
+    module, params, x = against_torch(
+        layer, lambda torch: torch.nn.BatchNorm2d(6, momentum=0.25), normal(4, 3, 2, 6), False
+    )
+    start = params._replace(mean=jnp.zeros(6), var=jnp.ones(6))
+    moved = jp.with_statistics(layer, start, x)
+    np.testing.assert_allclose(moved.mean, module.running_mean.numpy(), rtol=1e-11)
+    rows = x.size // 6
+    unbiased = 0.75 + (moved.var - 0.75) * rows / (rows - 1)
+    np.testing.assert_allclose(unbiased, module.running_var.numpy(), rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: jp.LayerNorm(eps=0.0), ValueError, "LayerNorm takes a positive eps, not 0.0"),
+        (lambda: jp.RMSNorm(eps="s"), TypeError, "RMSNorm takes eps as a number, not 's'"),
+        (lambda: jp.GroupNorm(2.0), TypeError, "GroupNorm takes a whole number of groups"),
+        (lambda: jp.GroupNorm(0), ValueError, "GroupNorm takes at least 1 group, not 0"),
+        (lambda: jp.BatchNorm(momentum=1.0), ValueError, r"a momentum in \[0, 1\), not 1.0"),
+        (lambda: jp.BatchNorm(momentum=True), TypeError, "momentum as a number, not True"),
+        (lambda: jp.BatchNorm(training=1), TypeError, "training is True or False, not 1"),
+        (lambda: y_of(jp.LayerNorm(), jnp.ones(3)), ValueError, r"write x\[None\]"),
+        (lambda: y_of(jp.BatchNorm(), jnp.ones((2, 3), int)), TypeError, "floating x, not int64"),
+        (lambda: y_of(jp.RMSNorm(), jnp.ones((2, 0))), ValueError, "at least one feature"),
+        (
+            lambda: y_of(jp.GroupNorm(4), jnp.ones((2, 6))),
+            ValueError,
+            r"GroupNorm\(4\) takes x with channels that 4 groups divide, not \(2, 6\)",
+        ),
+        (
+            lambda: jp.LayerNorm().forward(jp.Norm(jnp.ones(3), jnp.ones(3)), jnp.ones((2, 4))),
+            ValueError,
+            r"params.scale has shape \(3,\), but an input float64\[2,4\] takes \(4,\)",
+        ),
+    ],
+)
+def test_errors_say_what_is_wrong(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
