@@ -1,6 +1,5 @@
 """An explanation holds what jax.vjp, jax.vmap(jax.grad) and numpy say of the same walk."""
 
-import functools
 import io
 
 import jax
@@ -15,33 +14,6 @@ from tests.table import MLP, TABLE, at, normal, relative_error, row_id
 
 LOSS = jp.HalfSquaredError()
 CLOSE = 1e-11
-
-
-class Loop(jp.Combinator):
-    """A layer run ``times`` times by ``lax.scan``, each with params of its own."""
-
-    layer: jp.Layer
-    times: int
-
-    def init(self, key, x):
-        return jax.vmap(lambda key: self.layer.init(key, x))(jax.random.split(key, self.times))
-
-    def check_params(self, params, x):
-        """Nothing: the layer that is run does that."""
-
-    def forward(self, params, x):
-        def once(x, params):
-            return self.layer.forward(params, x)
-
-        return jax.lax.scan(once, x, params)
-
-    def walk(self, params, residuals, ct, leave):
-        def once(ct, here):
-            left, d_x = self.layer.walk(*here, ct, leave)
-            return d_x, left
-
-        d_x, left = jax.lax.scan(once, ct, (params, residuals), reverse=True)
-        return left, d_x
 
 
 class Coupled(jp.Layer):
@@ -82,28 +54,38 @@ def own_grads(net, loss, params, x, target):
 
 
 @pytest.mark.parametrize("row", TABLE, ids=row_id)
-def test_a_layer_s_terms_are_those_of_jax_vjp(row):
+def test_a_layer_s_terms_are_those_of_autodiff(row):
+    """x, y, ct and d_x of a layer, its gradients, and two weights of every param in every layer."""
     params, x = at(row)
-    y, _ = row.layer.forward(params, x)
-    target = jnp.zeros_like(y)
-    explained = jax.jit(functools.partial(jp.explain, row.layer, LOSS, keep=10**9))
-    terms = explained(params, x, target)
-    every = terms.layers
-    first, last = next(iter(every.values())), list(every.values())[-1]
+    coupled = row.layer.batch_coupled
 
-    def pulled(params, x):
-        y, pull = jax.vjp(lambda params, x: row.layer.forward(params, x)[0], params, x)
-        return y, *pull(y)
+    @jax.jit
+    def computed(params, x):
+        y, _ = row.layer.forward(params, x)
+        target = jnp.zeros_like(y)
+        terms = jp.explain(row.layer, LOSS, params, x, target, keep=10**9)
+        _, grads = jp.value_and_grad(row.layer, LOSS)(params, x, target)
+        shares = None if coupled else jp.per_example_grads(row.layer, LOSS)(params, x, target)
+        d_x = row.layer.backward(params, row.layer.forward(params, x)[1], y)[1]
+        return terms, y, grads, shares, d_x
 
-    y, d_params, d_x = jax.jit(pulled)(params, x)
-    assert relative_error((first.x, terms.loss.x, terms.loss.d_x), (x, y, y)) <= CLOSE
-    if not isinstance(row.layer, jp.Combinator) or "skip" not in repr(row.layer):
-        assert relative_error(first.d_x, d_x) <= CLOSE
-    grads = [terms[name].grad for name in terms.names]
-    mean = jax.tree.map(lambda d: d / len(x), jax.tree.leaves(d_params))
-    assert relative_error(grads, mean) <= CLOSE
+    terms, y, grads, shares, d_x = jax.device_get(computed(params, x))
+    assert relative_error((terms.loss.x, terms.loss.d_x), (y, y)) <= CLOSE
     if not isinstance(row.layer, jp.Combinator):
-        assert relative_error((last.y, last.ct), (y, y)) <= CLOSE
+        (alone,) = terms.layers.values()
+        got = (alone.x, alone.y, alone.ct, alone.d_x)
+        assert relative_error(got, (np.asarray(x), y, y, d_x)) <= CLOSE
+    leaves = jax.tree.leaves(grads)
+    assert relative_error([terms[name].grad for name in terms.names], leaves) <= CLOSE
+    last = terms.example(len(x) - 1)
+    for name, share in zip(last.names, jax.tree.leaves(shares), strict=not coupled):
+        for index in {(0,) * (share.ndim - 1), tuple(size - 1 for size in share.shape[1:])}:
+            factors, product = last[name][index]
+            assert float(product) == pytest.approx(share[-1][index], rel=1e-9, abs=1e-13)
+            if factors:
+                made = np.prod([np.asarray(f) for f in factors.values()], axis=0).sum()
+                assert made == pytest.approx(float(product), rel=1e-9, abs=1e-13)
+    assert max(map(len, str(last).splitlines())) <= 80
 
 
 def test_every_weight_of_every_example_is_the_product_of_its_factors():
@@ -176,7 +158,7 @@ def test_a_summary_is_of_the_finite_elements_and_survives_their_squares():
 def test_a_repeated_layer_has_an_axis_of_repetitions_and_turns():
     x, target = normal(3, 4), normal(3, 4)
     block = jp.skip(jp.chain(jp.Dense(4), jp.Tanh()))
-    net = jp.chain(jp.Dense(4), Loop(block, 3), Loop(block, 2))
+    net = jp.chain(jp.Dense(4), jp.repeat(block, 3), jp.repeat(block, 2))
     params = net.init(jax.random.key(0), x)
     terms = jax.jit(lambda params: jp.explain(net, LOSS, params, x, target))(params)
     assert terms.names == ["0.w", "0.b", "1.0.w", "1.0.b", "2.0.w", "2.0.b"]
@@ -198,7 +180,7 @@ def test_a_repeated_layer_has_an_axis_of_repetitions_and_turns():
 
 def test_loops_in_loops_take_turns():
     x = normal(2, 3)
-    net = Loop(jp.chain(jp.Tanh(), Loop(jp.chain(jp.Dense(3), jp.Tanh()), 2)), 2)
+    net = jp.repeat(jp.chain(jp.Tanh(), jp.repeat(jp.chain(jp.Dense(3), jp.Tanh()), 2)), 2)
     terms = jp.explain(net, LOSS, net.init(jax.random.key(0), x), x, x)
     inner = [["0", i, name, j] for i in range(2) for j in range(2) for name in ("1.0", "1.1")]
     expected = []
@@ -253,7 +235,7 @@ def test_integer_inputs_and_narrow_dtypes():
 @pytest.mark.parametrize("keep", [0, 10**6])
 def test_prints_in_80_columns_without_colour(keep):
     x, target = normal(3, 7, 6), normal(3, 7, 3)
-    net = jp.chain(jp.Dense(20), jp.Sigmoid(), Loop(jp.skip(jp.Dense(20)), 2), jp.Dense(3))
+    net = jp.chain(jp.Dense(20), jp.Sigmoid(), jp.repeat(jp.skip(jp.Dense(20)), 2), jp.Dense(3))
     terms = jp.explain(net, LOSS, net.init(jax.random.key(0), x), x, target, keep=keep)
     text = str(terms)
     assert max(map(len, text.splitlines())) <= 80

@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 
-from jaxprop.combinators import Chain, Skip
+from jaxprop.combinators.chain import Chain, Skip
+from jaxprop.combinators.repeat import Recompute
+from jaxprop.combinators.shared import Tied
 from jaxprop.layer import Layer
 
 
@@ -21,11 +23,14 @@ def _loop(net: Layer, name: str) -> str:
     """The place of the layer that may repeat the one of that name, as far as can be seen."""
     seat: list[str] = []
     for place in name.split("."):
-        while isinstance(net, Skip):
+        while isinstance(net, Skip | Recompute):
             net = net.layer
-        if not isinstance(net, Chain):
+        if isinstance(net, Chain):
+            net = net.layers[int(place)]
+        elif isinstance(net, Tied):
+            net = (net.embedding, net.body)[int(place)]
+        else:
             break
-        net = net.layers[int(place)]
         seat.append(place)
     return ".".join(seat)
 

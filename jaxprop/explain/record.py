@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.backprop import ahead
+from jaxprop.combinators.cast import Cast
 from jaxprop.explain.summary import dead, numbers, saturated, summary
 from jaxprop.explain.terms import Explanation, Kept, Summaries, Terms
 from jaxprop.factored import gradient
@@ -66,6 +67,10 @@ class Recorded(Layer):
 
     layer: Layer
 
+    @property
+    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.layer.batch_coupled
+
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
         y, residuals = self.layer.forward(params, x)
         return y, (x, y, residuals)
@@ -98,7 +103,7 @@ def _read(step: Step, examples: int, kept: bool) -> Terms:
     if isinstance(step.layer, Recorded):
         x, y, residuals = step.residuals
         step = step._replace(layer=step.layer.layer, residuals=residuals)
-        if isinstance(step.layer, Elementwise):
+        if _is_elementwise(step.layer):
             _, slope = step.layer.backward(step.params, residuals, jnp.ones_like(y))
     grads = jax.tree.map(lambda g: g / examples, gradient(step.params, step.d_params))
     summaries = _summaries(x, y, step.ct, step.d_x, step.params, grads, slope)
@@ -108,6 +113,12 @@ def _read(step: Step, examples: int, kept: bool) -> Terms:
         forms = factored(step)
     whole = Kept(x, y, step.ct, slope, step.d_x, step.params, forms, grads)
     return Terms(step.layer, summaries, whole)
+
+
+def _is_elementwise(layer: Layer) -> bool:
+    return (
+        _is_elementwise(layer.layer) if isinstance(layer, Cast) else isinstance(layer, Elementwise)
+    )
 
 
 def _summaries(

@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxprop.explain import order
 from jaxprop.explain.summary import Summary
-from jaxprop.factored import Outer, Sum, is_factored
+from jaxprop.factored import Outer, Repeated, Sum, is_factored
 from jaxprop.layer import Layer
 from jaxprop.losses import Loss
 
@@ -122,6 +122,8 @@ class Param:
             )
         place = self._checked(index)
         form = jax.tree.leaves(forms, is_leaf=is_factored)[self.position]
+        while isinstance(form, Repeated):
+            form = form.form
         at, inner = (*place[: len(repeats)], self.example), place[len(repeats) :]
         form = jax.tree.map(lambda leaf: leaf[at][None], form)
         factors: dict[str, Array] = {}
