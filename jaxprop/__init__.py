@@ -59,8 +59,6 @@ from jaxprop.layers import (
     SinusoidalPositions,
     Softplus,
     Tanh,
-    evaluation,
-    with_statistics,
 )
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
@@ -80,7 +78,7 @@ from jaxprop.quantities import (
     second_moment,
     variance,
 )
-from jaxprop.training import make_update, value_and_grad
+from jaxprop.training import evaluation, make_update, value_and_grad, with_statistics
 
 __all__ = [
     "Affine",

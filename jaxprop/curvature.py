@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -28,24 +28,35 @@ from jaxprop.quantities import each_example
 ROOT = "jaxprop.root"
 
 
+class Root(NamedTuple):
+    """A root of the loss Hessian, a column at a time; each is a cotangent of y."""
+
+    columns: int
+    column: Callable[[Any], Any]
+
+    def whole(self) -> Any:
+        return jax.vmap(self.column)(jnp.arange(self.columns))
+
+
 def diag_ggn(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
     """``f(params, x, target, key=None)``: the diagonal of the Gauss-Newton matrix; like params.
 
     Exact by one walk back for each output, or with a key by ``samples`` of them. One column of the
     root after the other, only squares are added up; they meet a layer's input once, at the end:
-    (x^2)^T sum_c ct_c^2. The root itself is held whole: (C, N, ...) for y of shape (N, ...).
+    (x^2)^T sum_c ct_c^2. Each column of the root is made as it is needed.
     """
 
-    def of_walk(root: Any, examples: int, pull: Pull) -> Any:
+    def of_walk(root: Root, examples: int, pull: Pull) -> Any:
         def squares(ct: Any) -> Any:
             left, _ = pull(ct, lambda step: _map_forms(lambda form: form.squares(), factored(step)))
             return left
 
-        def add(total: Any, ct: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, squares(ct)), None
+        def add(total: Any, c: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, squares(root.column(c))), None
 
-        total, _ = jax.lax.scan(add, squares(root[0]), root[1:])
-        forms, _ = pull(root[0], factored)
+        first = root.column(0)
+        total, _ = jax.lax.scan(add, squares(first), jnp.arange(1, root.columns))
+        forms, _ = pull(first, factored)
         return jax.tree.map(
             lambda form, squares: form.of_squares(squares) / examples,
             forms,
@@ -70,7 +81,7 @@ def kronecker_factors(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[.
     param whose cotangent has no two factors.
     """
 
-    def of_walk(root: Any, examples: int, pull: Pull) -> Any:
+    def of_walk(root: Root, examples: int, pull: Pull) -> Any:
         def factors(form: Factored) -> Kronecker:
             a, b = form.kronecker(over=ROOT)
             return Kronecker(a / examples, b / examples)
@@ -79,7 +90,7 @@ def kronecker_factors(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[.
             left, _ = pull(ct, lambda step: _map_forms(factors, factored(step)))
             return left
 
-        return jax.vmap(back, axis_name=ROOT, out_axes=None)(root)
+        return jax.vmap(back, axis_name=ROOT, out_axes=None)(root.whole())
 
     return _from_root(net, loss, samples, of_walk)
 
@@ -91,20 +102,20 @@ def ggn_root(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
     loss. C is the number of columns of the loss Hessian's root, or with a key of ``samples``.
     """
 
-    def of_walk(root: Any, examples: int, pull: Pull) -> Any:
+    def of_walk(root: Root, examples: int, pull: Pull) -> Any:
         def back(ct: Any) -> Any:
             left, _ = pull(ct, factored)
             return each_example(left)
 
-        return jax.vmap(back)(root)
+        return jax.vmap(back)(root.whole())
 
     return _from_root(net, loss, samples, of_walk)
 
 
 def _from_root(
-    net: Layer, loss: Loss, samples: int, of_walk: Callable[[Any, int, Pull], Any]
+    net: Layer, loss: Loss, samples: int, of_walk: Callable[[Root, int, Pull], Any]
 ) -> Callable[..., Any]:
-    """``of_walk(root, N, pull)`` from the loss's root, exact or sampled: a column on each index."""
+    """``of_walk(root, N, pull)`` from the loss's root, exact or sampled."""
     require(net, Layer, "net")
     require(loss, Loss, "loss")
     if samples < 1:
@@ -117,10 +128,11 @@ def _from_root(
             raise TypeError("a key samples and exact does not: give one of them")
         _, examples, residuals, pull = ahead(net, loss, params, x, target)
         if key is None:
-            root = loss.hessian_root(residuals)
+            columns = loss.hessian_columns(residuals)
+            root = Root(columns, lambda c: loss.hessian_column(residuals, c))
         else:
             keys = jax.random.split(key, samples)
-            root = jax.vmap(loss.sample, (0, None))(keys, residuals) / math.sqrt(samples)
+            root = Root(samples, lambda c: loss.sample(keys[c], residuals) / math.sqrt(samples))
         return of_walk(root, examples, pull)
 
     return of_batch

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jaxprop.factored import wide
 from jaxprop.layer import Static
 
 
@@ -41,7 +42,22 @@ class Loss(Static):
         root of the generalised Gauss-Newton matrix (Schraudolph 2002,
         https://doi.org/10.1162/08997660260028683).
         """
-        raise NotImplementedError(f"{self} has no hessian_root")
+        return jax.vmap(self.hessian_column, (None, 0))(
+            residuals, jnp.arange(self.hessian_columns(residuals))
+        )
+
+    def hessian_columns(self, residuals: Any, /) -> int:
+        """How many columns ``hessian_root`` has."""
+        if type(self).hessian_root is Loss.hessian_root:
+            raise NotImplementedError(f"{self} has no hessian_root")
+        return jax.eval_shape(self.hessian_root, residuals).shape[0]
+
+    def hessian_column(self, residuals: Any, c: Any, /) -> Array:
+        """The column c of ``hessian_root``. Where c is traced, as in a scan, only it is made.
+
+        A loss writes ``hessian_root``, or this one and ``hessian_columns``.
+        """
+        return self.hessian_root(residuals)[c]
 
     def sample(self, key: chex.PRNGKey, residuals: Any, /) -> Array:
         """A random cotangent s of y with E s = 0 and E s s^T the Hessian that hessian_root roots.
@@ -64,15 +80,18 @@ class HalfSquaredError(Loss):
         self, y: Float[Array, "n ..."], target: Float[Array, "n ..."]
     ) -> tuple[Float[Array, " n"], Float[Array, "n ..."]]:
         _check(self, y, target, y.shape, jnp.floating)
-        wide = _wide(y)
-        error = wide - target.astype(wide.dtype)
+        outputs = wide(y)
+        error = outputs - target.astype(outputs.dtype)
         return 0.5 * jnp.sum(error**2, axis=_positions(error)), error
 
     def backward(self, residuals: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         return residuals
 
-    def hessian_root(self, residuals: Float[Array, "n ..."]) -> Float[Array, "c n ..."]:
-        return _columns(jnp.ones_like(residuals))
+    def hessian_columns(self, residuals: Float[Array, "n ..."]) -> int:
+        return _outputs(residuals)
+
+    def hessian_column(self, residuals: Float[Array, "n ..."], c: Any) -> Float[Array, "n ..."]:
+        return _only(c, jnp.ones_like(residuals))
 
     def sample(self, key: chex.PRNGKey, residuals: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         return jax.random.normal(key, residuals.shape, residuals.dtype)
@@ -96,7 +115,7 @@ class CrossEntropy(Loss):
         self, y: Float[Array, "n ... c"], target: Int[Array, "n ..."]
     ) -> tuple[Float[Array, " n"], Any]:
         _check(self, y, target, y.shape[:-1], jnp.integer)
-        logits = _wide(y)
+        logits = wide(y)
         shift = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         powers = jnp.exp(logits - shift)
         total = powers.sum(axis=-1, keepdims=True)
@@ -113,18 +132,15 @@ class CrossEntropy(Loss):
         p, chosen, weight = residuals
         return (p - jax.nn.one_hot(chosen, p.shape[-1], dtype=p.dtype)) * weight[..., None]
 
-    def hessian_root(self, residuals: Any) -> Float[Array, "c n ... c"]:
-        """Columns sqrt(p_c) (e_c - p), for each position in turn: (TC, N, T, C) for y (N, T, C)."""
+    def hessian_columns(self, residuals: Any) -> int:
+        return _outputs(residuals[0])
+
+    def hessian_column(self, residuals: Any, c: Any) -> Float[Array, "n ... c"]:
+        """sqrt(p_c) (e_c - p) at one position: for y (N, T, C) the positions come outermost."""
         p, _, weight = residuals
-        classes = jnp.eye(p.shape[-1], dtype=p.dtype)
-        root = jnp.sqrt(p * weight[..., None])
-        columns = jnp.moveaxis(root[..., None, :] * (classes - p[..., None]), -1, 0)
-        if p.ndim == 2:
-            return columns
-        columns = columns.reshape(p.shape[-1], p.shape[0], -1, p.shape[-1])
-        positions = jnp.eye(columns.shape[2], dtype=p.dtype)
-        each = columns * positions[:, None, None, :, None]
-        return each.reshape(-1, *p.shape)
+        root = _only(c, jnp.sqrt(p * weight[..., None]))
+        at = root.sum(axis=-1, keepdims=True)
+        return root - at * p
 
     def sample(self, key: chex.PRNGKey, residuals: Any) -> Float[Array, "n ... c"]:
         p, _, weight = residuals
@@ -147,7 +163,7 @@ class BinaryCrossEntropy(Loss):
         self, y: Float[Array, "n ..."], target: Array
     ) -> tuple[Float[Array, " n"], tuple[Float[Array, "n ..."], Float[Array, "n ..."]]]:
         _check(self, y, target, y.shape, jnp.floating, jnp.integer, jnp.bool_)
-        logits = _wide(y)
+        logits = wide(y)
         t = target.astype(logits.dtype)
         values = jnp.sum(jax.nn.softplus(logits) - t * logits, axis=_positions(y)) / _outputs(y)
         return values, (jax.nn.sigmoid(logits), t)
@@ -156,9 +172,12 @@ class BinaryCrossEntropy(Loss):
         s, t = residuals
         return (s - t) / _outputs(s)
 
-    def hessian_root(self, residuals: Any) -> Float[Array, "c n ..."]:
+    def hessian_columns(self, residuals: Any) -> int:
+        return _outputs(residuals[0])
+
+    def hessian_column(self, residuals: Any, c: Any) -> Float[Array, "n ..."]:
         s, _ = residuals
-        return _columns(jnp.sqrt(s * (1 - s) / _outputs(s)))
+        return _only(c, jnp.sqrt(s * (1 - s) / _outputs(s)))
 
     def sample(self, key: chex.PRNGKey, residuals: Any) -> Float[Array, "n ..."]:
         s, _ = residuals
@@ -166,19 +185,14 @@ class BinaryCrossEntropy(Loss):
         return (s - drawn) / math.sqrt(_outputs(s))
 
 
-def _columns(root: Float[Array, "n ..."]) -> Float[Array, "c n ..."]:
-    """The columns of a diagonal root: each is zero but for one of an example's outputs."""
-    flat = root.reshape(root.shape[0], -1)
-    columns = flat * jnp.eye(flat.shape[1], dtype=root.dtype)[:, None, :]
-    return columns.reshape(-1, *root.shape)
+def _only(c: Any, root: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+    """root with zeros for all of an example's outputs but the one numbered c."""
+    one = jnp.arange(_outputs(root)) == c
+    return jnp.where(one.reshape(root.shape[1:]), root, 0)
 
 
 def _outputs(y: Array) -> int:
     return max(math.prod(y.shape[1:]), 1)
-
-
-def _wide(y: Array) -> Array:
-    return y.astype(jnp.float32) if y.dtype.itemsize < 4 else y
 
 
 def _positions(y: Array) -> tuple[int, ...]:

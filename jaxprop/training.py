@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,10 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxprop.backprop import loss_fn, mean_gradient, walk
+from jaxprop.combinators.cast import Cast
 from jaxprop.factored import gradient
-from jaxprop.layer import Layer, Step
+from jaxprop.layer import Layer, Step, map_layers
+from jaxprop.layers import BatchNorm
 from jaxprop.losses import Loss
 
 ValueAndGrad = Callable[[Any, Any, Any], tuple[Array, Any]]
@@ -102,6 +105,50 @@ def make_update(
         return step(*_fit_to_donate((params, state)), x, target, key)
 
     return update
+
+
+def evaluation(net: Layer) -> Layer:
+    """The net as it is used after training: every layer with a field ``training``, at False.
+
+    Example:
+        >>> import jaxprop as jp
+        >>> jp.evaluation(jp.chain(jp.Dense(3), jp.BatchNorm()))
+        chain(Dense(3), BatchNorm(training=False))
+    """
+
+    def evaluating(layer: Layer) -> Layer:
+        inner = getattr(layer, "layer", None)
+        if isinstance(inner, Layer):  # a wrapper, as Cast and Shared are
+            return dataclasses.replace(layer, layer=evaluation(inner))
+        has_it = isinstance(getattr(layer, "training", None), bool)
+        return dataclasses.replace(layer, training=False) if has_it else layer
+
+    return map_layers(net, evaluating)
+
+
+def with_statistics(net: Layer, params: Any, x: Any) -> Any:
+    """params with each BatchNorm's running statistics moved towards those of the batch x.
+
+    For a BatchNorm in training, running = momentum * running + (1 - momentum) * the batch's; all
+    else is as it was. In one ``jax.jit`` with ``value_and_grad`` of the same params, or with
+    ``update`` of the params that it returns, the way forward is computed once:
+
+        @jax.jit
+        def step(params, state, x, target):
+            return update(jp.with_statistics(net, params, x), state, x, target)
+    """
+
+    def leave(step: Step) -> Any:
+        layer, residuals = step.layer, step.residuals
+        if isinstance(layer, Cast):
+            layer, (residuals, _) = layer.layer, residuals
+        if isinstance(layer, BatchNorm) and layer.training:
+            return layer.with_statistics(step.params, residuals)
+        return step.params
+
+    y, residuals = net.forward(params, x)
+    unused = jax.tree.map(jnp.zeros_like, y)
+    return net.walk(params, residuals, unused, leave)[0]
 
 
 def _fit_to_donate(tree: Any) -> Any:

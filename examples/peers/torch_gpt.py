@@ -46,7 +46,7 @@ class Gpt(nn.Module):
     def forward(self, tokens, target):
         y = self.norm(self.blocks(self.embedding(tokens) + self.positions))
         logits = y @ self.embedding.weight.T
-        return F.cross_entropy(logits.view(-1, VOCABULARY), target.view(-1))
+        return F.cross_entropy(logits.view(-1, VOCABULARY), target.reshape(-1))
 
 
 def main():

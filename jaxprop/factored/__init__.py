@@ -3,7 +3,7 @@
 from jaxprop.factored.composed import Joint, Repeated, joint, over_layers
 from jaxprop.factored.form import Factored, Kronecker, Stacked, is_factored, wide
 from jaxprop.factored.gradient import factored, gradient, like, summed
-from jaxprop.factored.outer import Outer, Sum, gram, reached
+from jaxprop.factored.outer import Outer, Sum, gram, reached, weighted
 
 __all__ = [
     "Factored",
@@ -22,5 +22,6 @@ __all__ = [
     "over_layers",
     "reached",
     "summed",
+    "weighted",
     "wide",
 ]

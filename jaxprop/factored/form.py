@@ -56,7 +56,7 @@ class Factored(abc.ABC):
         """|g_n|^2 for each example."""
         return sq_norms(self.per_example())
 
-    def boundingsq_norms(self) -> Float[Array, " n"]:
+    def bounding_sq_norms(self) -> Float[Array, " n"]:
         """|g_n|^2 in a way that cannot cancel, for whoever relies on it as a bound."""
         return self.sq_norms()
 

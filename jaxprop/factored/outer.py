@@ -25,7 +25,7 @@ class Sum(Factored):
         return wide(self.ct).sum(axis=tuple(range(self.ct.ndim - 1)))
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, " o"]:
-        return Sum(_weighted(wide(self.ct), weights)).sum()
+        return Sum(weighted(wide(self.ct), weights)).sum()
 
     def squares(self) -> Float[Array, "n o"]:
         return wide(self.per_example()) ** 2
@@ -58,7 +58,7 @@ class Outer(Factored):
         return jax.lax.optimization_barrier(_product(self.ct, self.x)).T
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
-        return Outer(wide(self.x), _weighted(wide(self.ct), weights)).sum()
+        return Outer(wide(self.x), weighted(wide(self.ct), weights)).sum()
 
     def sq_norms(self) -> Float[Array, " n"]:
         """|x|^2 |ct|^2; along T positions <X X^T, C C^T>, or |X^T C|^2 where that is cheaper."""
@@ -134,7 +134,7 @@ def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Ar
     )
 
 
-def _weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Array, "n ..."]:
+def weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Array, "n ..."]:
     return ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
 
 

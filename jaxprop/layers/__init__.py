@@ -2,7 +2,7 @@
 
 from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
 from jaxprop.layers.attention import Attention
-from jaxprop.layers.batch_norm import BatchNorm, BatchNormParams, evaluation, with_statistics
+from jaxprop.layers.batch_norm import BatchNorm, BatchNormParams
 from jaxprop.layers.convolution import Conv, ConvTranspose
 from jaxprop.layers.dense import Affine, Dense
 from jaxprop.layers.dropout import Dropout
@@ -53,6 +53,4 @@ __all__ = [
     "SinusoidalPositions",
     "Softplus",
     "Tanh",
-    "evaluation",
-    "with_statistics",
 ]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.factored import wide
 from jaxprop.layer import Layer, shapes
 
 Heads = Float[Array, "n h t d"]
@@ -111,7 +112,7 @@ class Attention(Layer):
         x, y, kept = residuals
         q, k, v = _split(x, self.heads)
         ct, y = (z.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for z in (ct, y))
-        mean = jnp.sum(_wide(ct) * _wide(y), -1, keepdims=True)
+        mean = jnp.sum(wide(ct) * wide(y), -1, keepdims=True)
         d_q, d_k, d_v = [], [], []
         for (rows, keys), saved in zip(self._parts(x.shape[1]), kept, strict=True):
             pull = functools.partial(self._pull, params, k[:, :, keys], v[:, :, keys])
@@ -145,14 +146,14 @@ class Attention(Layer):
         q, at, ct, mean, saved = block
         if self.save == "weights":
             p, r = saved
-            ct, mean = (_wide(ct) * r).astype(ct.dtype), mean * r
+            ct, mean = (wide(ct) * r).astype(ct.dtype), mean * r
         else:
             s, seen = self._scores(params, q, k, at)
             p = jnp.exp(s - saved)
             p = (p if isinstance(params, tuple) else jnp.where(seen, p, 0)).astype(q.dtype)
         d_v = _product("nhqk,nhqd->nhkd", p, ct)
         d_p = _product("nhqd,nhkd->nhqk", ct, v)
-        d_s = (_wide(p) * (d_p - mean)).astype(q.dtype)
+        d_s = (wide(p) * (d_p - mean)).astype(q.dtype)
         d_q = _product("nhqk,nhkd->nhqd", d_s, k)
         return d_q, (_product("nhqk,nhqd->nhkd", d_s, q), d_v)
 
@@ -201,7 +202,7 @@ def _split(x: Float[Array, "n t c"], heads: int) -> tuple[Heads, Heads, Heads]:
     """scale q, k and v, each (N, heads, T, d)."""
     n, t, c = x.shape
     q, k, v = x.reshape(n, t, 3, heads, c // (3 * heads)).transpose(2, 0, 3, 1, 4)
-    return (_wide(q) * _scale(q)).astype(q.dtype), k, v
+    return (wide(q) * _scale(q)).astype(q.dtype), k, v
 
 
 def _positions(rows: slice) -> Array:
@@ -217,11 +218,6 @@ def _scale(q: Heads) -> float:
     return 1 / math.sqrt(q.shape[-1])
 
 
-def _wide(z: Array) -> Array:
-    return z.astype(jnp.float32) if z.dtype.itemsize < 4 else z
-
-
 def _product(spec: str, a: Array, b: Array) -> Array:
     """einsum that adds up in at least float32."""
-    wide = jnp.float32 if a.dtype.itemsize < 4 else a.dtype
-    return jnp.einsum(spec, a, b, preferred_element_type=wide)
+    return jnp.einsum(spec, a, b, preferred_element_type=wide(a).dtype)

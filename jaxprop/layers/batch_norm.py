@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import chex
@@ -10,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.factored import Sum
-from jaxprop.layer import Layer, Step, map_layers
-from jaxprop.layers.normalization import X, affine, check_eps, moments, scaled, wide
+from jaxprop.factored import Sum, wide
+from jaxprop.layer import Layer
+from jaxprop.layers.normalization import X, affine, check_eps, moments, scaled
 
 
 class BatchNormParams(NamedTuple):
@@ -116,41 +115,3 @@ class BatchNorm(Layer):
 
 def _all_but_last(x: X) -> tuple[int, ...]:
     return tuple(range(x.ndim - 1))
-
-
-def evaluation(net: Layer) -> Layer:
-    """The net as it is used after training: every layer with a field ``training``, at False.
-
-    Example:
-        >>> import jaxprop as jp
-        >>> jp.evaluation(jp.chain(jp.Dense(3), jp.BatchNorm()))
-        chain(Dense(3), BatchNorm(training=False))
-    """
-
-    def evaluating(layer: Layer) -> Layer:
-        has_it = isinstance(getattr(layer, "training", None), bool)
-        return dataclasses.replace(layer, training=False) if has_it else layer
-
-    return map_layers(net, evaluating)
-
-
-def with_statistics(net: Layer, params: Any, x: Any) -> Any:
-    """params with each BatchNorm's running statistics moved towards those of the batch x.
-
-    For a BatchNorm in training, running = momentum * running + (1 - momentum) * the batch's; all
-    else is as it was. In one ``jax.jit`` with ``value_and_grad`` of the same params, or with
-    ``update`` of the params that it returns, the way forward is computed once:
-
-        @jax.jit
-        def step(params, state, x, target):
-            return update(jp.with_statistics(net, params, x), state, x, target)
-    """
-
-    def leave(step: Step) -> Any:
-        if isinstance(step.layer, BatchNorm) and step.layer.training:
-            return step.layer.with_statistics(step.params, step.residuals)
-        return step.params
-
-    y, residuals = net.forward(params, x)
-    unused = jax.tree.map(jnp.zeros_like, y)
-    return net.walk(params, residuals, unused, leave)[0]

@@ -43,9 +43,8 @@ class Conv(Layer):
 
     and the last is again a convolution: of ct with s - 1 zeros between its neighbours, by the
     flipped window with w's two channel axes swapped (Dumoulin and Visin 2016,
-    https://arxiv.org/abs/1603.07285). Where only few of those zeros' products count, or few
-    channels are left to sum, a CPU is faster with the sum as it stands: one matmul for all taps,
-    each tap's part added to where it was read.
+    https://arxiv.org/abs/1603.07285). For x of few channels a CPU is faster with the sum as it
+    stands: one matmul for all taps, and each tap's part added to where it was read.
 
     x is (N, *spatial, C), floating, with one to three spatial axes, as many as ``window`` has; y is
     (N, *outputs, features). w is (*window, C / groups, features) and starts as LeCun normal, b as

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.factored import Sum
+from jaxprop.factored import Sum, wide
 from jaxprop.layer import Layer
-from jaxprop.layers.normalization import Norm, X, affine, check_eps, scaled, wide
+from jaxprop.layers.normalization import Norm, X, affine, check_eps, scaled
 
 
 class GroupNorm(Layer):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.factored import Sum
+from jaxprop.factored import Sum, wide
 from jaxprop.layer import Layer, shapes
 
 X = Float[Array, "n ... c"]
@@ -138,10 +138,6 @@ def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
 def scaled(params: Any, n: Array, x: Array) -> Array:
     y = n * wide(params.scale)
     return (y if params.bias is None else y + wide(params.bias)).astype(x.dtype)
-
-
-def wide(x: Array) -> Array:
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def affine(layer: Layer, x: Any) -> Norm:

@@ -13,10 +13,10 @@ from jax import Array
 from jax.sharding import AxisType
 from jaxtyping import Float
 
-from jaxprop.factored import Factored, Kronecker, Outer, Sum, _weighted, _wide
+from jaxprop.factored import Factored, Kronecker, Outer, Sum, weighted, wide
 from jaxprop.layers.windows import Windows
 
-BLOCK_BYTES = {"cpu": 2**23, "default": 2**28}  # of patches at a time; on a CPU they stay in cache
+BLOCK_BYTES = {"cpu": 2**22, "default": 2**28}  # of patches at a time; on a CPU they stay in cache
 WIDE = 32  # channels: from here on a matmul for each tap is as fast as one for all
 
 
@@ -49,8 +49,8 @@ class Patches(Factored):
         )
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
-        ct = _weighted(_wide(self.ct), weights)
-        return Patches(_wide(self.x), ct, self.windows, self.groups).sum()
+        ct = weighted(wide(self.ct), weights)
+        return Patches(wide(self.x), ct, self.windows, self.groups).sum()
 
     def sq_norms(self) -> Float[Array, " n"]:
         return self._for_each(Outer.sq_norms)
@@ -63,7 +63,7 @@ class Patches(Factored):
 
     def squares(self) -> Array:
         def squares(x: Array, ct: Array) -> Array:
-            return self._outers(Outer.sum, _wide(x), _wide(ct)) ** 2
+            return self._outers(Outer.sum, wide(x), wide(ct)) ** 2
 
         return self._folded(_added(squares, 1, self.x, self.ct)[:, None])[0]
 
@@ -79,7 +79,7 @@ class Patches(Factored):
             )
 
         def gram(x: Array) -> Array:
-            (rows,) = _patches(_wide(x), self.windows, 1)
+            (rows,) = _patches(wide(x), self.windows, 1)
             return Outer(rows, rows).sum()
 
         a = self._in_blocks(functools.partial(_added, gram), self.x)
@@ -101,21 +101,23 @@ class Patches(Factored):
         return jnp.moveaxis(g, 0, -2).reshape(n, *self.windows.window, channels, groups * features)
 
     def _in_one(self) -> Array:
-        return self._folded(self._outers(Outer.sum, self.x, self.ct)[:, None])[0]
+        """All patches at once, their axes as they are: for a batch that lies on several devices."""
+        patches = jnp.concatenate(self.windows.shifted(self.x), axis=-1)
+        return self._folded(Outer(patches, self.ct).sum()[None, None])[0]
 
     def _block_by_block(self) -> Array:
-        """One matmul for all taps of a block, or where channels are wide, and no copy is then
-        needed but the shifted slices, one for each."""
+        """One matmul for all taps of a block, or where channels are wide one for each: then no
+        copy is made but the taps' slices themselves."""
 
         def total(x: Array, ct: Array) -> Array:
-            x, ct = _wide(x), _wide(ct).reshape(-1, ct.shape[-1])
+            x, ct = wide(x), wide(ct).reshape(-1, ct.shape[-1])
             taps = [tap.reshape(-1, x.shape[-1]) for tap in self.windows.shifted(x)]
             if x.shape[-1] < WIDE:
                 return jnp.concatenate(taps, axis=-1).T @ ct
             return jnp.concatenate([tap.T @ ct for tap in taps])
 
         rows = _added(total, self._block("cpu"), self.x, self.ct)
-        return self._folded(rows[None, None])[0].astype(self.ct.dtype)
+        return self._folded(rows[None, None])[0]
 
     def _convolved(self) -> Array:
         """The convolution whose positions are the taps, channels the examples, window ct."""
@@ -135,6 +137,7 @@ class Patches(Factored):
             rhs_dilation=self.windows.strides,
             dimension_numbers=(f"C{axes}N", f"I{axes}O", f"{axes}NC"),
             batch_group_count=self.groups,
+            preferred_element_type=wide(self.ct).dtype,
         )
 
     def _for_each(self, f: Callable[[Outer], Float[Array, " n"]]) -> Float[Array, " n"]:
@@ -156,10 +159,12 @@ class Patches(Factored):
         n, *positions, _ = self.ct.shape
         if _explicit(self.x):
             return n
-        row = self.windows.taps * self.x.shape[-1] * _wide(self.x).dtype.itemsize
+        row = self.windows.taps * self.x.shape[-1] * wide(self.x).dtype.itemsize
         for t in positions:
             row *= t
         most = max(1, BLOCK_BYTES[platform] // max(row, 1))
+        if platform == "cpu":
+            most = min(most, max(1, n // 2))  # a loop, before which XLA makes no patches
         return max(size for size in range(1, n + 1) if n % size == 0 and size <= most)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.factored import Outer, Sum
+from jaxprop.factored import Outer, Sum, wide
 from jaxprop.layers.through_time import (
     Recurrence,
     Recurrent,
@@ -31,7 +31,6 @@ from jaxprop.layers.through_time import (
     check_ct,
     dot,
     through_time,
-    wide,
 )
 
 State = tuple[Array]

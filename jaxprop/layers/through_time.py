@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.factored import wide
 from jaxprop.layer import Layer, shapes
 
 X = Float[Array, "n t i"]
@@ -60,7 +61,7 @@ class Recurrence(Layer):
         for_w, *for_u = jax.random.split(key, 1 + self.gates)
         width, square = self.gates * self.features, (self.features, self.features)
         w = jax.nn.initializers.lecun_normal()(for_w, (x.shape[2], width), dtype)
-        orthogonal = jax.nn.initializers.orthogonal(dtype=wider(dtype))
+        orthogonal = jax.nn.initializers.orthogonal(dtype=wide(jnp.zeros((), dtype)).dtype)
         u = jnp.concatenate([orthogonal(key, square) for key in for_u], axis=1)
         return Recurrent(w, u.astype(dtype), jnp.zeros(width, dtype))
 
@@ -113,15 +114,7 @@ def swap(x: Float[Array, "a b c"]) -> Float[Array, "b a c"]:
 
 
 def dot(x: Float[Array, "n k"], u: Float[Array, "k m"]) -> Float[Array, "n m"]:
-    return jnp.matmul(x.astype(u.dtype), u, preferred_element_type=wider(u.dtype))
-
-
-def wide(x: Array) -> Array:
-    return x.astype(wider(x.dtype))
-
-
-def wider(dtype: Any) -> Any:
-    return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+    return jnp.matmul(x.astype(u.dtype), u, preferred_element_type=wide(u).dtype)
 
 
 def check_ct(layer: Layer, ct: Y, y: Y) -> None:

@@ -1,0 +1,221 @@
+"""What is particular to each layer made of layers, beside what the table asks of all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from table import BLOCK, Row, at, ids, normal, relative_error
+
+import jaxprop as jp
+from jaxprop.bench.sequences import gpt
+
+
+def test_a_repeat_is_the_chain_of_its_layers():
+    net = jp.repeat(BLOCK, 3)
+    params, x = at(Row(net, normal(4, 4)))
+    unrolled = jp.chain(BLOCK, BLOCK, BLOCK)
+    each = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(3))
+    target = normal(4, 4)
+    loss = jp.HalfSquaredError()
+    value, grads = jp.value_and_grad(net, loss)(params, x, target)
+    expected = jp.value_and_grad(unrolled, loss)(each, x, target)
+    got = value, tuple(jax.tree.map(lambda leaf, i=i: leaf[i], grads) for i in range(3))
+    assert relative_error(got, expected) <= 1e-12
+    norms = jp.per_example_sq_norms(net, loss)(params, x, target)
+    assert relative_error(norms, jp.per_example_sq_norms(unrolled, loss)(each, x, target)) <= 1e-12
+    by_layer = jp.per_example_sq_norms(net, loss, per_layer=True)(params, x, target)
+    assert jax.tree.leaves(jax.tree.map(jnp.shape, by_layer)) == [3, 4, 3, 4]
+
+
+def test_per_layer_noise_counts_the_layers_of_a_repeat():
+    net = jp.repeat(jp.skip(jp.Dense(30)), 4)
+    params, x = at(Row(net, normal(5, 30)))
+    args = params, x, normal(5, 30)
+    clean, noisy = (
+        jp.clipped_grad(net, jp.HalfSquaredError(), 0.5, multiplier, per_layer=True)(
+            *args, key=jax.random.key(0)
+        )[1]
+        for multiplier in (0.0, 3.0)
+    )
+    noise = np.ravel(noisy.w - clean.w)
+    assert abs(noise.std() / (3.0 * 0.5 * 4**0.5 / 5) - 1) < 4 / np.sqrt(2 * noise.size)
+
+
+def test_two_passes_through_a_repeat_keep_no_cotangents():
+    net, loss, args = gpt(scan=True, recomputing=True, batch=2)
+    one, two = (
+        jax.jit(jp.clipped_grad(net, loss, 1.0, two_pass=two_pass)).lower(*args).compile()
+        for two_pass in (False, True)
+    )
+    assert two.memory_analysis().temp_size_in_bytes < one.memory_analysis().temp_size_in_bytes / 2
+
+
+def test_recompute_keeps_its_input_alone():
+    params, x = at(Row(jp.recompute(BLOCK), normal(3, 4)))
+    _, residuals = jp.recompute(BLOCK).forward(params, x)
+    assert [leaf.shape for leaf in jax.tree.leaves(residuals)] == [(3, 4)]
+
+
+def test_a_repeat_keeps_a_tensor_once():
+    params, x = at(Row(jp.repeat(jp.chain(jp.Tanh(), jp.Dense(4)), 5), normal(3, 4)))
+    _, residuals = jp.repeat(jp.chain(jp.Tanh(), jp.Dense(4)), 5).forward(params, x)
+    assert [leaf.shape for leaf in jax.tree.leaves(residuals)] == [(5, 3, 4)]
+
+
+def test_uses_of_a_shared_param_are_joined_before_they_are_squared():
+    net, loss = jp.shared(jp.Dense(3, bias=False), 2), jp.HalfSquaredError()
+    params, x = at(Row(net, normal(2, 3)))
+    target = normal(2, 3)
+    norms = jp.per_example_sq_norms(net, loss)(params, x, target)
+    grads = jp.per_example_grads(net, loss)(params, x, target)
+    np.testing.assert_allclose(norms, jnp.sum(grads.w**2, (1, 2)), rtol=1e-12)
+    apart = jp.chain(jp.Dense(3, bias=False), jp.Dense(3, bias=False))
+    as_two = jp.per_example_sq_norms(apart, loss)((params, params), x, target)
+    assert np.all(np.abs(norms - as_two) > 1e-3 * norms)
+
+
+def test_no_vocabulary_sized_buffer_for_an_embedding_s_norms():
+    vocab = 50_000
+    net, loss = jp.chain(jp.Embedding(vocab, 8), jp.Dense(3)), jp.CrossEntropy()
+    x = jnp.asarray(ids(4, 16))
+    params = net.init(jax.random.key(0), x)
+    f = jax.jit(jp.per_example_sq_norms(net, loss)).lower(params, x, x % 3)
+    assert f.compile().memory_analysis().temp_size_in_bytes < 4 * vocab
+
+
+def test_an_id_outside_the_vocabulary_gives_nan_and_no_gradient():
+    layer = jp.Embedding(5, 2)
+    table = layer.init(jax.random.key(0), jnp.array([0]))
+    for bad in (-1, 5):
+        y, residuals = layer.forward(table, jnp.array([1, bad]))
+        assert bool(jnp.isnan(y[1]).all())
+        assert not bool(jnp.isnan(y[0]).any())
+        d_table, d_x = layer.backward(table, residuals, jnp.ones((2, 2)))
+        assert d_x is None
+        np.testing.assert_array_equal(d_table.sum().sum(1), [0, 2, 0, 0, 0])
+
+
+def dropping():
+    block = jp.skip(jp.chain(jp.Dense(6), jp.Dropout(0.5)))
+    net = jp.chain(jp.Dropout(0.25), jp.repeat(block, 3), jp.Dense(2))
+    return net, *at(Row(net, normal(8, 6)))
+
+
+def test_dropout_finds_its_key_in_its_seat():
+    net, params, x = dropping()
+    plain, _ = net.forward(params, x)
+    given = net.given(params, key=jax.random.key(0))
+    first, again = (net.forward(given, x)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    other, _ = net.forward(net.given(params, key=jax.random.key(1)), x)
+    assert float(jnp.abs(first - plain).min()) > 0
+    assert float(jnp.abs(first - other).max()) > 0
+    inside = given[1][1]
+    assert inside.shape == (3,)
+    assert len({str(jax.random.key_data(key)) for key in [*inside, given[0]]}) == 4
+
+
+def test_dropout_by_hand_is_dropout_by_autodiff():
+    net, params, x = dropping()
+    key, target, loss = jax.random.key(3), normal(8, 2), jp.HalfSquaredError()
+    got = jax.jit(jp.value_and_grad(net, loss))(net.given(params, key=key), x, target)
+    expected = jax.value_and_grad(
+        lambda params: jp.loss_fn(net, loss)(net.given(params, key=key), x, target)
+    )(params)
+    assert relative_error(got, expected) <= 1e-12
+    grads = jp.per_example_grads(net, loss)(net.given(params, key=key), x, target)
+    assert relative_error(jax.tree.map(lambda g: g.mean(0), grads), got[1]) <= 1e-12
+    f = jp.custom_vjp(net)
+    by_custom = jax.grad(
+        lambda params: (f(net.given(params, key=key), x) ** 2).sum(), allow_int=True
+    )(params)
+    by_auto = jax.grad(lambda p: (net.forward(net.given(p, key=key), x)[0] ** 2).sum())(params)
+    assert relative_error(by_custom, by_auto) <= 1e-12
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_update_takes_a_key():
+    net, params, x = dropping()
+    update = jp.make_update(net, jp.HalfSquaredError(), optax.adam(0.01))
+    state, target = optax.adam(0.01).init(params), normal(8, 2)
+    values = []
+    for step in range(3):
+        params, state, value = update(params, state, x, target, jax.random.key(step))
+        values.append(float(value))
+    assert jax.tree.structure(params) == jax.tree.structure(dropping()[1])
+    assert len(set(values)) == 3
+
+
+def test_dropout_keeps_the_mean():
+    layer, x = jp.Dropout(0.3), jnp.ones((400, 50))
+    y, kept = layer.forward(jax.random.key(0), x)
+    assert abs(float(y.mean()) - 1) < 0.02
+    assert abs(float(kept.mean()) - 0.7) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_cast_computes_narrow_and_accumulates_wide(dtype):
+    net = jp.chain(jp.Embedding(7, 6), jp.repeat(jp.skip(jp.Dense(6)), 2), jp.Dense(3))
+    params, x = at(Row(net, ids(4, 5)), jnp.float32)
+    args, loss = (params, x, x % 3), jp.CrossEntropy()
+    narrow = jp.cast(net, dtype)
+    y, residuals = narrow.forward(params, x)
+    assert y.dtype == dtype
+    kept = [leaf.dtype for leaf in jax.tree.leaves(residuals) if leaf.size]
+    assert jnp.float32 not in kept
+    value, grads = jax.jit(jp.value_and_grad(narrow, loss, loss_scale=2.0**8))(*args)
+    assert value.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
+    expected = jp.value_and_grad(net, loss)(*args)
+    assert relative_error((value, grads), expected) <= 0.05
+    rounded = jax.tree.map(lambda g: g.astype(dtype).astype(jnp.float32), grads)
+    assert relative_error(grads, rounded) > 1e-4  # more than a narrow sum would have held
+    norms = jp.per_example_sq_norms(narrow, loss)(*args)
+    assert relative_error(norms, jp.per_example_sq_norms(net, loss)(*args)) <= 0.05
+
+
+def test_loss_scale_keeps_what_float16_loses():
+    net, loss = (
+        jp.cast(jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(2)), jnp.float16),
+        jp.CrossEntropy(),
+    )
+    params, x = at(Row(net, 1e-6 * normal(64, 3)), jnp.float32)
+    args = params, x, jnp.zeros(64, jnp.int32)
+    wide = jp.value_and_grad(jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(2)), loss)(*args)[1]
+    lost, kept = (
+        jp.value_and_grad(net, loss, loss_scale=scale)(*args)[1][0].b for scale in (1e-4, 2.0**10)
+    )
+    assert relative_error(kept, wide[0].b) < 0.01 < relative_error(lost, wide[0].b)
+
+
+def raises(error, words, f, *args):
+    with pytest.raises(error, match=words):
+        f(*args)
+
+
+def test_errors():
+    x = jnp.ones((2, 4))
+    key = jax.random.key(0)
+    wider = jp.repeat(jp.Dense(5), 2)
+    params = jax.vmap(lambda key: jp.Dense(5).init(key, x))(jax.random.split(key, 2))
+    raises(ValueError, "its y is the x of the next", wider.forward, params, x)
+    raises(ValueError, "at least 1 time, not 0", jp.repeat, jp.Dense(4), 0)
+    raises(TypeError, "whole number of times, not 2.0", jp.repeat, jp.Dense(4), 2.0)
+    net = jp.repeat(jp.Dense(4), 3)
+    raises(ValueError, "axis 0 is the layer, and there are 3", net.forward, (x, x[0]), x)
+    raises(ValueError, "at least one layer", jp.branch)
+    raises(ValueError, "'sum' or 'concatenate', not 'stack'", lambda: jp.branch(net, join="stack"))
+    two = jp.branch(jp.Dense(3), jp.Dense(2))
+    raises(ValueError, "cannot be joined by sum", two.forward, two.init(key, x), x)
+    raises(ValueError, "takes a tuple of as many params", two.forward, (), x)
+    raises(ValueError, "repeat inside is not supported", jp.shared, net, 2)
+    tied = jp.tied(jp.Embedding(7, 4), jp.Dense(3))
+    tokens = jnp.zeros((2, 3), int)
+    raises(ValueError, "scores 4 features", tied.forward, tied.init(key, tokens), tokens)
+    raises(ValueError, "takes the params", tied.forward, (), tokens)
+    raises(TypeError, "integer ids, not", jp.Embedding(3, 4).init, key, x)
+    raises(TypeError, "integer ids, not", jp.Embedding(3, 4).forward, jnp.ones((3, 4)), x)
+    raises(ValueError, r"rate in \[0, 1\), not 1", jp.Dropout, 1)
+    raises(ValueError, r"\(\) or a key", jp.Dropout(0.1).forward, x, x)
+    raises(TypeError, "floating dtype, not int32", jp.cast, net, jnp.int32)

@@ -1,0 +1,270 @@
+"""The factored form of a convolution's weights, its errors, and PyTorch as an oracle."""
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from table import Row, at, relative_error
+
+import jaxprop as jp
+from jaxprop.layers import patches
+from jaxprop.layers.windows import Windows
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+@st.composite
+def forms(draw):
+    rank = draw(st.integers(1, 2))
+
+    def axes(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+
+    padding = tuple(zip(axes(0, 1), axes(0, 1), strict=True))
+    windows = Windows(axes(1, 3), axes(1, 2), padding, axes(1, 2), axes(1, 2))
+    spatial, groups = axes(5, 6), draw(st.integers(1, 2))
+    batch = draw(st.integers(1, 4))
+    x = normal(batch, *spatial, groups * draw(st.integers(1, 3)))
+    ct = normal(batch, *windows.outputs(spatial), groups * draw(st.integers(1, 3)), seed=1)
+    return jp.Patches(x, ct, windows, groups)
+
+
+def by_vjp(form):
+    """g_n as ``jax.vjp`` of the convolution gives it."""
+    windows = form.windows
+    axes = "HWD"[: len(windows.window)]
+
+    def own(x, ct):
+        def f(w):
+            return jax.lax.conv_general_dilated(
+                x[None],
+                w,
+                windows.strides,
+                windows.padding,
+                windows.spread,
+                windows.dilation,
+                (f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+                form.groups,
+            )
+
+        shape = (*windows.window, x.shape[-1] // form.groups, ct.shape[-1])
+        return jax.vjp(f, jnp.zeros(shape))[1](ct[None])[0]
+
+    return jp.Stacked(jax.vmap(own)(form.x, form.ct))
+
+
+def asked(form, weights):
+    return [
+        form.per_example(),
+        form.sum(),
+        form.weighted_sum(weights),
+        form.sq_norms(),
+        form.bounding_sq_norms(),
+        form.inner_products(),
+        form.second_moment(),
+    ]
+
+
+@settings(max_examples=12)
+@given(form=forms())
+def test_every_question_is_answered_as_by_the_generic_rule(form):
+    weights = jnp.linspace(0.1, 1, len(form.x))
+    got, expected = jax.jit(lambda form: (asked(form, weights), asked(by_vjp(form), weights)))(form)
+    assert relative_error(got, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("channels", [2, patches.WIDE])
+def test_block_by_block_is_all_at_once(channels, monkeypatch):
+    windows = Windows.over((5, 4), (3, 2), (1, 2), "SAME", (1, 1))
+    x = normal(6, 5, 4, channels)
+    form = jp.Patches(x, normal(6, *windows.outputs((5, 4)), 3, seed=1), windows)
+    weights = jnp.linspace(0.1, 1, 6)
+    a_patch = form.ct.shape[1] * form.ct.shape[2] * windows.taps * channels * 8
+    for examples in (1, 2, 5, 6):  # in blocks of 1, 2, 3 and 3
+        monkeypatch.setattr(patches, "BLOCK_BYTES", {"cpu": examples * a_patch, "default": 1})
+        got = [*asked(form, weights), form.kronecker().a, form._block_by_block()]
+        monkeypatch.undo()
+        rows = patches._patches(x, windows, 1).reshape(-1, windows.taps * channels)
+        generic = by_vjp(form)
+        expected = [*asked(generic, weights), rows.T @ rows, generic.sum()]
+        assert relative_error(got, expected) <= 1e-12
+
+
+def test_both_platforms_rules_agree():
+    windows = Windows.over((6, 5), (3, 2), (2, 1), "SAME", (1, 2))
+    form = jp.Patches(normal(4, 6, 5, 3), normal(4, *windows.outputs((6, 5)), 2, seed=1), windows)
+    assert relative_error(form._convolved(), form._block_by_block()) <= 1e-12
+    assert relative_error(form._in_one(), form._convolved()) <= 1e-12
+
+
+def test_kronecker_factors_of_one_position_are_the_ggn_block():
+    """A window over the whole image is a dense layer of its pixels."""
+    net, loss = jp.chain(jp.Conv(3, (2, 3), padding="VALID"), jp.Flatten()), jp.CrossEntropy()
+    dense = jp.chain(jp.Flatten(), jp.Dense(3))
+    params, x = at(Row(net, np.asarray(normal(1, 2, 3, 2))))
+    flat = ((), jp.Affine(params[0].w.reshape(12, 3), params[0].b))
+    target = jnp.array([1])
+    got = jax.jit(jp.kronecker_factors(net, loss))(params, x, target)[0]
+    expected = jax.jit(jp.kronecker_factors(dense, loss))(flat, x, target)[1]
+    assert relative_error(got, expected) <= 1e-12
+
+
+def test_groups_have_no_kronecker_factors():
+    net, loss = jp.chain(jp.Conv(4, groups=2), jp.GlobalAvgPool()), jp.CrossEntropy()
+    params, x = at(Row(net, np.asarray(normal(2, 3, 3, 2))))
+    with pytest.raises(TypeError, match="in 2 groups has no Kronecker factors"):
+        jp.kronecker_factors(net, loss)(params, x, jnp.array([0, 1]))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 0), (2, 2))])
+def test_transpose_is_that_of_jax(padding):
+    for window, strides in (((3, 2), (2, 3)), ((2, 4), (3, 1)), ((1, 3), (2, 2))):
+        layer = jp.ConvTranspose(2, window, strides, padding, bias=False)
+        x = normal(2, 3, 4, 3)
+        params = layer.init(jax.random.key(0), x)
+        expected = jax.lax.conv_transpose(x, params.w, strides, padding)
+        assert relative_error(layer.forward(params, x)[0], expected) <= 1e-12
+
+
+def test_first_of_equals_wins():
+    """All elements of a window are equal, and the first of them has the whole cotangent."""
+    layer, x = jp.MaxPool((2, 2)), jnp.ones((1, 2, 2, 1))
+    _, residuals = layer.forward((), x)
+    _, d_x = layer.backward((), residuals, jnp.full((1, 1, 1, 1), 3.0))
+    np.testing.assert_array_equal(d_x[0, :, :, 0], [[3, 0], [0, 0]])
+
+
+def test_quantities_under_explicit_sharding():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    net, loss = jp.chain(jp.Conv(4, (3, 3), 2), jp.Relu(), jp.GlobalAvgPool()), jp.CrossEntropy()
+    params, x = at(Row(net, np.asarray(normal(4, 5, 5, 2))))
+    target = jnp.array([0, 1, 2, 3])
+    _, expected = jax.jit(jp.value_and_grad(net, loss))(params, x, target)
+    with jax.set_mesh(mesh):
+        spread = jax.sharding.PartitionSpec("d")
+        args = params, jax.device_put(x, spread), jax.device_put(target, spread)
+        _, got = jax.jit(jp.value_and_grad(net, loss))(*args)
+    assert relative_error(jax.tree.map(np.asarray, got), expected) <= 1e-12
+
+
+def test_under_shard_map():
+    net, loss = jp.chain(jp.Conv(3), jp.MaxPool((2, 2)), jp.GlobalAvgPool()), jp.CrossEntropy()
+    params, x = at(Row(net, np.asarray(normal(8, 4, 4, 2))))
+    target = jnp.arange(8) % 3
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    for f in (jp.value_and_grad(net, loss), jp.clipped_grad(net, loss, 1e6)):
+        sharded = jax.shard_map(
+            lambda *args, f=f: f(*args)[1],
+            mesh=mesh,
+            in_specs=(P(), P("d"), P("d")),
+            out_specs=P(),
+        )
+        got = jax.tree.map(lambda g: g / 2, jax.jit(sharded)(params, x, target))
+        assert relative_error(got, jax.jit(f)(params, x, target)[1]) <= 1e-12
+
+
+IMAGE = jax.ShapeDtypeStruct((2, 6, 5, 4), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: jp.Conv(0), ValueError, "at least 1 feature, not 0"),
+        (lambda: jp.Conv(2.0), TypeError, "whole number of features, not 2.0"),
+        (lambda: jp.Conv(4, 3), TypeError, "window is a tuple with a size for each axis, not 3"),
+        (lambda: jp.Conv(4, (3, 0)), ValueError, "at least 1 along each axis"),
+        (lambda: jp.Conv(4, (1, 1, 1, 1)), ValueError, "1 to 3 axes, not 4"),
+        (lambda: jp.Conv(4, strides=(1,)), ValueError, "strides has 1 entries"),
+        (lambda: jp.Conv(4, strides=0), ValueError, "strides must be at least 1"),
+        (lambda: jp.Conv(4, dilation=1.5), TypeError, "dilation takes a whole number"),
+        (lambda: jp.Conv(4, padding="FULL"), ValueError, 'padding is "SAME", "VALID" or'),
+        (lambda: jp.Conv(4, padding=((1, 1),)), ValueError, "pair for each of 2 axes"),
+        (lambda: jp.Conv(4, padding=((1, -1), (0, 0))), ValueError, "must not be negative"),
+        (lambda: jp.Conv(4, groups=3), ValueError, "groups divides features, 4, but is 3"),
+        (lambda: jp.Conv(4, bias=1), TypeError, "bias is True or False, not 1"),
+        (lambda: jp.Conv(6, groups=3), ValueError, "whose channels 3 groups divide"),
+        (lambda: jp.Conv(4, (3,)), ValueError, r"takes x of shape \(N, T, C\), not \(2, 6, 5, 4\)"),
+        (lambda: jp.Conv(4, (7, 1), padding="VALID"), ValueError, "no window fits into x"),
+        (lambda: jp.ConvTranspose(0), ValueError, "ConvTranspose takes at least 1 feature"),
+        (lambda: jp.MaxPool((2,)), ValueError, r"takes x of shape \(N, T, C\)"),
+        (lambda: jp.MaxPool((7, 7)), ValueError, "no window fits into x"),
+        (lambda: jp.MaxPool(padding=((2, 0), (0, 0))), ValueError, "smaller than the window"),
+        (lambda: jp.AvgPool(2), TypeError, "AvgPool: window is a tuple"),
+        (lambda: jp.Reshape((3, 3)), ValueError, "an example has 9 elements, but x has"),
+        (lambda: jp.Reshape([3]), TypeError, "takes a tuple of whole numbers"),
+        (lambda: jp.Pad(((1, 1),)), ValueError, "takes x with 1 axes between N and C"),
+        (lambda: jp.Pad(((1, -1),)), TypeError, "pairs of whole numbers"),
+    ],
+)
+def test_errors(make, error, words):
+    with pytest.raises(error, match=words):
+        make().init(jax.random.key(0), IMAGE)
+
+
+@pytest.mark.parametrize("layer", [jp.Conv(2), jp.MaxPool(), jp.Flatten(), jp.GlobalAvgPool()])
+def test_integers_are_refused(layer):
+    with pytest.raises(TypeError, match="takes floating x, not int32"):
+        layer.init(jax.random.key(0), jax.ShapeDtypeStruct((2, 4, 4, 1), jnp.int32))
+
+
+def test_a_wrong_cotangent_is_named():
+    layer, x = jp.Conv(3), jnp.ones((2, 4, 4, 1))
+    params = layer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"ct has shape \(2, 3, 3, 3\), but x has \(2, 4, 4, 1\)"):
+        layer.backward(params, x, jnp.ones((2, 3, 3, 3)))
+
+
+def test_pytorch_agrees():
+    """Convolution with stride, dilation and groups, pooling with ties, and their gradients."""
+    torch = pytest.importorskip("torch")
+    from torch import nn
+
+    net = jp.chain(
+        jp.Conv(6, (3, 2), (2, 1), ((1, 1), (2, 2)), (1, 2), groups=2),
+        jp.Relu(),
+        jp.MaxPool((3, 3), 2, ((1, 1), (1, 1))),
+        jp.ConvTranspose(3, (3, 2), (2, 1), "VALID"),
+        jp.AvgPool((2, 2), 1, ((1, 1), (1, 1))),
+    )
+    params, x = at(Row(net, np.asarray(normal(3, 8, 7, 4))))
+    y, residuals = net.forward(params, x)
+    ct = normal(*y.shape, seed=1)
+    d_params, d_x = net.backward(params, residuals, ct)
+
+    torch.set_default_dtype(torch.float64)
+    peer = nn.Sequential(
+        nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.ConvTranspose2d(6, 3, (3, 2), (2, 1)),
+        nn.AvgPool2d(2, 1, 1),
+    )
+    w, b = params[0]
+    transposed = np.flip(np.asarray(params[3].w), (0, 1))  # torch's window is flipped
+    with torch.no_grad():
+        peer[0].weight.copy_(torch.tensor(np.transpose(w, (3, 2, 0, 1))))
+        peer[0].bias.copy_(torch.tensor(np.asarray(b)))
+        peer[3].weight.copy_(torch.tensor(np.transpose(transposed, (2, 3, 0, 1)).copy()))
+        peer[3].bias.copy_(torch.tensor(np.asarray(params[3].b)))
+    its_x = torch.tensor(np.transpose(x, (0, 3, 1, 2)), requires_grad=True)
+    its_y = peer(its_x)
+    its_y.backward(torch.tensor(np.transpose(ct, (0, 3, 1, 2))))
+
+    def last(image):
+        return np.transpose(image.detach().numpy(), (0, 2, 3, 1))
+
+    got = y, d_x, d_params[0].w.sum(), d_params[0].b.sum(), d_params[3].w.sum()
+    its_w = np.transpose(peer[3].weight.grad.numpy(), (2, 3, 0, 1))
+    expected = (
+        last(its_y),
+        last(its_x.grad),
+        np.transpose(peer[0].weight.grad.numpy(), (2, 3, 1, 0)),
+        peer[0].bias.grad.numpy(),
+        np.flip(its_w, (0, 1)),
+    )
+    assert relative_error(got, expected) <= 1e-12
