@@ -12,11 +12,10 @@ from jaxprop.backprop import ahead
 from jaxprop.combinators.cast import Cast
 from jaxprop.explain.summary import dead, numbers, saturated, summary
 from jaxprop.explain.terms import Explanation, Kept, Summaries, Terms
-from jaxprop.factored import gradient
+from jaxprop.factored import factored, gradient
 from jaxprop.layer import Layer, Step, map_layers, require
 from jaxprop.layers import Elementwise
 from jaxprop.losses import Loss
-from jaxprop.quantities import factored
 
 KEEP = 10_000
 
