@@ -137,5 +137,5 @@ def test_suspects():
     net = jp.chain(jp.Dense(3), Times(1e4))
     found = jp.find_nonfinite(net, LOSS, net.init(jax.random.key(0), x), x, normal(20, 3))
     assert found.suspects == (
-        "Layer 0 Dense(3): cotangents explode, to 1.00e+04 times the loss's own.",
+        "Layer 0 Dense(3): cotangents explode, to 1.0e+04 times the loss's own.",
     )

@@ -71,7 +71,7 @@ def find_nonfinite(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> 
         >>> params = ((), jp.Affine(jnp.float32([[3e38]]), jnp.float32([3e38])))
         >>> print(jp.find_nonfinite(net, jp.HalfSquaredError(), params, x, x))
         On the way forward layer 1 Dense(1) gave inf: y[0, 0], of example 0. All before it was
-        finite; the largest |x| of that example was 7.62e-01. Not finite in y: 2 of 2.
+        finite; the largest |x| of that example was 7.6e-01. Not finite in y: 2 of 2.
     """
     terms, of_x, of_target = jax.device_get(_walked(net, loss, params, x, target))
     suspects = tuple(_suspects(terms))
@@ -157,7 +157,7 @@ def _suspects(terms: Explanation) -> Iterator[str]:
                 yield f"{title}: {share(s.dead)} of its units are dead, flat for every example."
         if s.saturated is not None and s.saturated > SATURATED and not isinstance(at.layer, Relu):
             yield f"{title} is saturated: {share(s.saturated)} of its slopes are below 0.01."
-        if s.ct is not None and first is not None and first.rms:
+        if s.ct is not None and not s.ct.nonfinite and first is not None and first.rms:
             sizes.append((float(s.ct.rms) / float(first.rms), title))
     if sizes and max(sizes)[0] > EXPLODING:
         ratio, title = max(sizes)

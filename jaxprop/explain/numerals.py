@@ -19,9 +19,9 @@ def plain(number: SupportsFloat) -> str:
 
 
 def short(number: SupportsFloat) -> str:
-    """Two decimals and an exponent, 8 columns; a 0 and what is not finite in as many letters."""
+    """One decimal and an exponent, 7 columns; a 0 and what is not finite in as many letters."""
     number = float(number)
-    return f"{number:.2e}" if number and math.isfinite(number) else f"{number:g}"
+    return f"{number:.1e}" if number and math.isfinite(number) else f"{number:g}"
 
 
 def share(number: SupportsFloat) -> str:

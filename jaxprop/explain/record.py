@@ -102,22 +102,20 @@ def _read(step: Step, examples: int, kept: bool) -> Terms:
     if isinstance(step.layer, Recorded):
         x, y, residuals = step.residuals
         step = step._replace(layer=step.layer.layer, residuals=residuals)
-        if _is_elementwise(step.layer):
+        if isinstance(_inner(step.layer), Elementwise):
             _, slope = step.layer.backward(step.params, residuals, jnp.ones_like(y))
     grads = jax.tree.map(lambda g: g / examples, gradient(step.params, step.d_params))
     summaries = _summaries(x, y, step.ct, step.d_x, step.params, grads, slope)
     if not kept:
-        return Terms(step.layer, summaries, None)
+        return Terms(_inner(step.layer), summaries, None)
     if not step.layer.batch_coupled:
         forms = factored(step)
     whole = Kept(x, y, step.ct, slope, step.d_x, step.params, forms, grads)
-    return Terms(step.layer, summaries, whole)
+    return Terms(_inner(step.layer), summaries, whole)
 
 
-def _is_elementwise(layer: Layer) -> bool:
-    return (
-        _is_elementwise(layer.layer) if isinstance(layer, Cast) else isinstance(layer, Elementwise)
-    )
+def _inner(layer: Layer) -> Layer:
+    return _inner(layer.layer) if isinstance(layer, Cast) else layer
 
 
 def _summaries(

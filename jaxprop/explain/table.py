@@ -47,9 +47,9 @@ def table(explanation: Explanation) -> Any:
 def _summaries(explanation: Explanation) -> Table:
     """A line a layer."""
     drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    drawn.add_column("layer", no_wrap=True, overflow="ellipsis")
-    for name in ("mean y", "rms y", "max |y|", "zeros", "sat.", "rms ct", "rms grad", "bad"):
-        drawn.add_column(name, justify="right", no_wrap=True, min_width=8 if " " in name else 5)
+    drawn.add_column("layer", no_wrap=True, overflow="ellipsis", max_width=23)
+    for name in ("mean y", "rms y", "max |y|", "zeros", "sat.", "rms ct", "rms d_w", "bad"):
+        drawn.add_column(name, justify="right", no_wrap=True)
     for name, terms in explanation.runs():
         s = terms.summaries
         y = [""] * 4 if s.y is None else [*map(short, (s.y.mean, s.y.rms, s.y.max))]
@@ -57,7 +57,7 @@ def _summaries(explanation: Explanation) -> Table:
         slope = "" if s.saturated is None else share(s.saturated)
         ct = "" if s.ct is None else short(s.ct.rms)
         drawn.add_row(
-            f"{name} {terms.layer}".strip(), *y, slope, ct, _rms_of_all(s.grads), str(_bad(terms))
+            f"{name} {terms.layer}".strip(), *y, slope, ct, _rms_of_all(s.grads), _bad(terms)
         )
     return drawn
 
@@ -71,11 +71,12 @@ def _rms_of_all(summaries: Any) -> str:
     return short(math.sqrt(squares / sum(sizes)))
 
 
-def _bad(terms: Terms) -> int:
+def _bad(terms: Terms) -> str:
     """How many numbers that are not finite the layer made."""
     s = terms.summaries
     made = jax.tree.leaves((s.y, s.d_x, s.grads), is_leaf=lambda node: isinstance(node, Summary))
-    return sum(int(one.nonfinite) for one in made)
+    count = sum(int(one.nonfinite) for one in made)
+    return str(count) if count < 10_000 else f"{count:.0e}"
 
 
 def _lines(explanation: Explanation) -> Iterator[str]:
