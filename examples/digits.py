@@ -14,6 +14,7 @@ with the same bits as one that was not.
 import argparse
 import functools
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from jaxprop import plot as plots
 
 LOSS = jp.CrossEntropy()
 NET = jp.chain(jp.Dense(256), jp.Gelu(), jp.Dense(128), jp.Gelu(), jp.Dense(10))
+WATCHED = 512  # digits, whose gradients are measured while training on a terminal
+WATCHING = 0.01  # the part of the time that this may take
 DIFFERENTIATE = {
     "hand": jp.value_and_grad,
     "auto": lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss)),
@@ -74,6 +77,14 @@ def accuracy(params: Any, images: Any, labels: Any) -> Any:
     return jnp.mean(logits.argmax(axis=-1) == labels)
 
 
+@jax.jit
+def watched(params: Any, images: Any, labels: Any) -> tuple[Any, Any]:
+    """The gradient's norm and the noise scale on a few digits, from one walk."""
+    asked = {"grads": jp.Gradient(), "noise": jp.NoiseScale()}
+    found = jp.quantities(NET, LOSS, **asked)(params, images, labels)
+    return optax.global_norm(found["grads"]), found["noise"]
+
+
 def train(args: argparse.Namespace) -> float:
     train_x, train_y, test_x, test_y = load(args.seed)
     if args.batch > len(train_y):
@@ -104,15 +115,20 @@ def train(args: argparse.Namespace) -> float:
         TextColumn("epoch"),
         MofNCompleteColumn(),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} examples/s"),
+        TextColumn("gradient {task.fields[norm]:.3f}  noise scale {task.fields[noise]:,.0f}"),
         TimeRemainingColumn(),
     )
+    nothing = dict.fromkeys(("loss", "speed", "norm", "noise"), float("nan"))
     seen = []
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
-        first = int(run["done"])
-        task = progress.add_task("train", total=args.epochs, completed=first, loss=float("nan"))
+        first, spent = int(run["done"]), 0.0
+        if not progress.disable:
+            watched(run["params"], train_x[:WATCHED], train_y[:WATCHED])  # compile it
+        started = time.perf_counter()
+        task = progress.add_task("train", total=args.epochs, completed=first, **nothing)
         for done in range(first + 1, args.epochs + 1):
-            key = jax.random.fold_in(for_order, done)
+            began, key = time.perf_counter(), jax.random.fold_in(for_order, done)
             params, state, loss = epoch(run["params"], run["state"], key)
             run = {
                 "params": params,
@@ -124,9 +140,16 @@ def train(args: argparse.Namespace) -> float:
                 checkpoints.save(done, run)
             if args.plot is not None:
                 seen.append((done, jp.explain(NET, LOSS, params, train_x, train_y, keep=0)))
-            progress.update(task, advance=1, loss=float(loss))
             if progress.disable:
                 print(f"epoch {done:3d}  loss {loss:.4f}", flush=True)
+                continue
+            loss, speed = float(loss), len(train_y) / (time.perf_counter() - began)
+            progress.update(task, advance=1, loss=loss, speed=speed)
+            now = time.perf_counter()
+            if spent <= WATCHING * (now - started):
+                norm, noise = map(float, watched(params, train_x[:WATCHED], train_y[:WATCHED]))
+                progress.update(task, norm=norm, noise=noise)
+                spent += time.perf_counter() - now
     if checkpoints is not None:
         checkpoints.close()
 

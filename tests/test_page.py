@@ -13,7 +13,9 @@ from jaxprop.explain.page import page
 from jaxprop.explain.walkthrough import descent
 from jaxprop.explain.words import KOREAN
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 DEEP = """
