@@ -249,6 +249,19 @@ def test_prints_in_80_columns_without_colour(keep):
     assert "Sigmoid()" in out.getvalue()
 
 
+def test_a_gpt_is_a_line_a_layer():
+    net = jp.models.gpt2(jp.models.Gpt2Config(vocab=40, length=8, features=16, heads=2, layers=2))
+    x = jnp.arange(16).reshape(2, 8)
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), net.init(jax.random.key(0), x))
+    terms = jp.explain(jp.cast(net, jnp.bfloat16), jp.CrossEntropy(), params, x, x, keep=0)
+    lines = str(terms).splitlines()
+    assert len(lines) == 3 + 2 + 2 * 8 + 1
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("1.1.0.2[1] Attention(2)") for line in lines) == 1
+    assert terms.layers["1.1.1.2"].summaries.saturated.shape == (2,)  # Gelu, seen through the cast
+    assert terms.layers["0"].summaries.d_x is None
+
+
 def test_the_worked_example_prints_its_numbers():
     from jaxprop.explain.config import WORKED_EXAMPLE, example, network, params
 
