@@ -21,10 +21,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import jaxprop as jp
-from jaxprop.bench.networks import all_cnn_c_net, three_c3d_net
 
 LOSS = jp.CrossEntropy()
-NETS = {"3c3d": three_c3d_net, "all-cnn-c": all_cnn_c_net}
+NETS = {"3c3d": jp.models.three_c3d, "all-cnn-c": jp.models.all_cnn_c}
 DIFFERENTIATE = {
     "hand": jp.value_and_grad,
     "auto": lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss)),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprop.backprop import loss_fn
+from jaxprop.bench.images import all_cnn_c, three_c3d
 from jaxprop.bench.sequences import Network, gpt, lstm
 from jaxprop.clipping import clipped_grad
 from jaxprop.combinators import chain
@@ -161,5 +162,9 @@ ROWS: dict[str, Callable[[], Case]] = {
     "gpt-norms": lambda: norms(gpt(scan=False)),
     "lstm": lambda: trained(LSTM()),
     "lstm-norms": lambda: norms(LSTM()),
+    "3c3d": lambda: trained(three_c3d(batch=64)),
+    "3c3d-norms": lambda: norms(three_c3d(batch=64)),
+    "all-cnn-c": lambda: trained(all_cnn_c(batch=32)),
+    "all-cnn-c-norms": lambda: norms(all_cnn_c(batch=32)),
     "grads/vmap": lambda: MNIST(hand=per_example_grads, auto=vmap_of_grad),
 }

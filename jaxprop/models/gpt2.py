@@ -1,4 +1,4 @@
-"""Networks that people know, built of this library's layers."""
+"""GPT-2, and the way from its published tensors to params and back."""
 
 from __future__ import annotations
 

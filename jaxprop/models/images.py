@@ -1,20 +1,13 @@
-"""Networks of the literature on images: (net, loss, args), args being (params, x, target)."""
+"""Networks of the literature on images (N, H, W, C): x to logits (N, classes)."""
 
 from __future__ import annotations
-
-from typing import Any
-
-import jax
 
 from jaxprop.combinators import Chain, chain
 from jaxprop.layer import Layer
 from jaxprop.layers import Conv, Dense, Flatten, GlobalAvgPool, MaxPool, Relu
-from jaxprop.losses import CrossEntropy, Loss
-
-Problem = tuple[Layer, Loss, tuple[Any, ...]]
 
 
-def three_c3d_net(classes: int = 10) -> Chain:
+def three_c3d(classes: int = 10) -> Chain:
     """3C3D, for 32 x 32 images: three convolutions, three dense layers.
 
     As in DeepOBS (Schneider et al. 2019, https://arxiv.org/abs/1903.05499), whose test problem
@@ -28,7 +21,7 @@ def three_c3d_net(classes: int = 10) -> Chain:
     )
 
 
-def all_cnn_c_net(classes: int = 100) -> Chain:
+def all_cnn_c(classes: int = 100) -> Chain:
     """All-CNN-C, for 32 x 32 images: strided convolutions in the place of pooling, no dense layer.
 
     Springenberg et al. 2015, https://arxiv.org/abs/1412.6806, table 1 and section 3.2.1; without
@@ -48,20 +41,3 @@ def all_cnn_c_net(classes: int = 100) -> Chain:
     ):
         layers += [Conv(features, (window, window), strides, padding), Relu()]
     return chain(*layers, GlobalAvgPool())
-
-
-def three_c3d(batch: int) -> Problem:
-    """3C3D on random images of CIFAR-10's size."""
-    return _on_random_images(three_c3d_net(), batch, classes=10)
-
-
-def all_cnn_c(batch: int) -> Problem:
-    """All-CNN-C on random images of CIFAR-100's size."""
-    return _on_random_images(all_cnn_c_net(), batch, classes=100)
-
-
-def _on_random_images(net: Layer, batch: int, classes: int) -> Problem:
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (batch, 32, 32, 3))
-    target = jax.random.randint(keys[1], (batch,), 0, classes)
-    return net, CrossEntropy(), (net.init(keys[2], x), x, target)
