@@ -188,7 +188,11 @@ IMAGE = jax.ShapeDtypeStruct((2, 6, 5, 4), jnp.float32)
         (lambda: jp.Conv(4, groups=3), ValueError, "groups divides features, 4, but is 3"),
         (lambda: jp.Conv(4, bias=1), TypeError, "bias is True or False, not 1"),
         (lambda: jp.Conv(6, groups=3), ValueError, "whose channels 3 groups divide"),
-        (lambda: jp.Conv(4, (3,)), ValueError, r"takes x of shape \(N, T, C\), axis 0 the example, not \(2, 6, 5, 4\)"),
+        (
+            lambda: jp.Conv(4, (3,)),
+            ValueError,
+            r"takes x of shape \(N, T, C\), axis 0 the example, not \(2, 6, 5, 4\)",
+        ),
         (lambda: jp.Conv(4, (7, 1), padding="VALID"), ValueError, "no window fits into x"),
         (lambda: jp.ConvTranspose(0), ValueError, "ConvTranspose: features is at least 1"),
         (lambda: jp.MaxPool((2,)), ValueError, r"takes x of shape \(N, T, C\)"),

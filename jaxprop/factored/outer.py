@@ -54,8 +54,10 @@ class Outer(Factored):
         """x^T ct, or (ct^T x)^T: a CPU copies what is transposed, so let it be the smaller one."""
         if self.x.shape[-1] <= self.ct.shape[-1]:
             return _product(self.x, self.ct)
-        # The barrier keeps XLA from writing the second as the first.
-        return jax.lax.optimization_barrier(_product(self.ct, self.x)).T
+        transposed = _product(self.ct, self.x)
+        # Behind the barrier XLA does not see that this is x^T ct; flat, it has but one layout.
+        flat = jax.lax.optimization_barrier(transposed.ravel())
+        return flat.reshape(transposed.shape).T
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
         return Outer(wide(self.x), weighted(wide(self.ct), weights)).sum()
