@@ -52,7 +52,7 @@ def train(net: jp.Layer, args: argparse.Namespace, observe: Observe) -> float:
     """Trains with Adam, prints a line an epoch, and returns the accuracy on the images held out.
 
     ``observe(params, x, target)`` is called after each epoch, with all training images, for what
-    the line ends with.
+    the line ends with. The first epoch's time a step includes compilation.
     """
     train_x, test_x, train_y, test_y = load(args.seed, args.examples)
     optimizer = optax.adam(args.rate)

@@ -1,7 +1,7 @@
 """A pre-activation ResNet with GroupNorm on images of 32 x 32: how large should its batch be?
 
     python examples/resnet.py
-    python examples/resnet.py --blocks 3 --features 32
+    python examples/resnet.py --blocks 3 --features 16
     python examples/resnet.py --grad auto
 
 A stage is one ``repeat`` of equal blocks, each x + f(x) with the norms and relus ahead of the
@@ -28,7 +28,7 @@ def residual(features: int, strides: int = 1) -> jp.Layer:
     )
 
 
-def make_net(features: int, blocks: int, stages: int = 3, classes: int = 10) -> jp.Layer:
+def make_net(features: int, blocks: int, stages: int, classes: int = 10) -> jp.Layer:
     layers: list[jp.Layer] = [jp.Conv(features, strides=2)]
     for stage in range(stages):
         width = features * 2**stage
@@ -54,14 +54,16 @@ def noise_scale(net: jp.Layer, examples: int = 512) -> Observe:
 
 def main() -> None:
     parser = make_parser("Train a small ResNet on digits.")
-    parser.add_argument("--features", type=int, default=16, help="channels of the first stage")
-    parser.add_argument("--blocks", type=int, default=1, help="equal blocks in each of 3 stages")
+    parser.set_defaults(epochs=10, batch=32, rate=1e-2)
+    parser.add_argument("--features", type=int, default=8, help="channels of the first stage")
+    parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--blocks", type=int, default=1, help="equal blocks in each stage")
     args = parse(parser)
     if args.features < GROUPS or args.features % GROUPS:
         parser.error(f"--features is a multiple of {GROUPS}")
-    if args.blocks < 1:
-        parser.error("--blocks is at least 1")
-    net = make_net(args.features, args.blocks)
+    if min(args.stages, args.blocks) < 1:
+        parser.error("--stages and --blocks are at least 1")
+    net = make_net(args.features, args.blocks, args.stages)
     train(net, args, noise_scale(net))
 
 
