@@ -14,6 +14,7 @@ with the same bits as one that was not.
 import argparse
 import functools
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,12 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import jaxprop as jp
+from jaxprop import plot as plots
 
 LOSS = jp.CrossEntropy()
 NET = jp.chain(jp.Dense(256), jp.Gelu(), jp.Dense(128), jp.Gelu(), jp.Dense(10))
+WATCHED = 512  # digits, whose gradients are measured while training on a terminal
+WATCHING = 0.01  # the part of the time that this may take
 DIFFERENTIATE = {
     "hand": jp.value_and_grad,
     "auto": lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss)),
@@ -73,6 +77,14 @@ def accuracy(params: Any, images: Any, labels: Any) -> Any:
     return jnp.mean(logits.argmax(axis=-1) == labels)
 
 
+@jax.jit
+def watched(params: Any, images: Any, labels: Any) -> tuple[Any, Any]:
+    """The gradient's norm and the noise scale on a few digits, from one walk."""
+    asked = {"grads": jp.Gradient(), "noise": jp.NoiseScale()}
+    found = jp.quantities(NET, LOSS, **asked)(params, images, labels)
+    return optax.global_norm(found["grads"]), found["noise"]
+
+
 def train(args: argparse.Namespace) -> float:
     train_x, train_y, test_x, test_y = load(args.seed)
     if args.batch > len(train_y):
@@ -103,14 +115,20 @@ def train(args: argparse.Namespace) -> float:
         TextColumn("epoch"),
         MofNCompleteColumn(),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} examples/s"),
+        TextColumn("gradient {task.fields[norm]:.3f}  noise scale {task.fields[noise]:,.0f}"),
         TimeRemainingColumn(),
     )
+    nothing = dict.fromkeys(("loss", "speed", "norm", "noise"), float("nan"))
+    seen = []
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
-        first = int(run["done"])
-        task = progress.add_task("train", total=args.epochs, completed=first, loss=float("nan"))
+        first, spent = int(run["done"]), 0.0
+        if not progress.disable:
+            watched(run["params"], train_x[:WATCHED], train_y[:WATCHED])  # compile it
+        started = time.perf_counter()
+        task = progress.add_task("train", total=args.epochs, completed=first, **nothing)
         for done in range(first + 1, args.epochs + 1):
-            key = jax.random.fold_in(for_order, done)
+            began, key = time.perf_counter(), jax.random.fold_in(for_order, done)
             params, state, loss = epoch(run["params"], run["state"], key)
             run = {
                 "params": params,
@@ -120,9 +138,18 @@ def train(args: argparse.Namespace) -> float:
             }
             if checkpoints is not None:
                 checkpoints.save(done, run)
-            progress.update(task, advance=1, loss=float(loss))
+            if args.plot is not None:
+                seen.append((done, jp.explain(NET, LOSS, params, train_x, train_y, keep=0)))
             if progress.disable:
                 print(f"epoch {done:3d}  loss {loss:.4f}", flush=True)
+                continue
+            loss, speed = float(loss), len(train_y) / (time.perf_counter() - began)
+            progress.update(task, advance=1, loss=loss, speed=speed)
+            now = time.perf_counter()
+            if spent <= WATCHING * (now - started):
+                norm, noise = map(float, watched(params, train_x[:WATCHED], train_y[:WATCHED]))
+                progress.update(task, norm=norm, noise=noise)
+                spent += time.perf_counter() - now
     if checkpoints is not None:
         checkpoints.close()
 
@@ -130,6 +157,7 @@ def train(args: argparse.Namespace) -> float:
     print(f"accuracy {held_out:.2%} on {len(test_y)} digits held out of training")
     if args.plot is not None:
         plot(run["losses"], held_out, args)
+        draw_gradients(seen, run["params"], train_x[:200], train_y[:200], args.plot)
     return held_out
 
 
@@ -146,6 +174,21 @@ def plot(losses: Any, held_out: float, args: argparse.Namespace) -> None:
     axes.grid(alpha=0.3, which="both")
     figure.savefig(args.plot, dpi=150)
     print(f"loss curve in {args.plot}")
+
+
+def draw_gradients(seen: Any, params: Any, images: Any, labels: Any, path: Path) -> None:
+    """Beside the loss curve: how large what comes back is, and how examples agree at the end."""
+    sq_norms = jp.per_example_sq_norms(NET, LOSS)(params, images, labels)
+    figures = {
+        "norms": plots.norms(sq_norms),
+        "gram": plots.gram(jp.gram(NET, LOSS)(params, images, labels), labels),
+    }
+    if seen:  # a run that was resumed at its end has seen no epoch
+        epochs, explanations = zip(*seen, strict=True)
+        figures["scales"] = plots.scales(explanations, epochs, "epoch")
+    for name, figure in figures.items():
+        figure.savefig(path.with_stem(f"{path.stem}-{name}"))
+    print(f"gradients in {path.with_stem(path.stem + '-*')}")
 
 
 def positive(text: str) -> int:
@@ -182,7 +225,12 @@ def main() -> None:
         "--checkpoints", type=Path, metavar="DIR", help="save the state every epoch"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="save the loss curve")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="save the loss curve, and pictures of the gradients",
+    )
     args = parser.parse_args()
     if args.resume and args.checkpoints is None:
         parser.error("--resume needs --checkpoints DIR")

@@ -11,12 +11,16 @@ A layer holds its hand-written ``backward`` next to its ``forward``; ``jp.check_
 against the other.
 """
 
+import jaxprop._command  # noqa: F401
 from jaxprop import models
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad
 from jaxprop.combinators import branch, cast, chain, recompute, repeat, shared, skip, tied
 from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
+from jaxprop.explain.nonfinite import Finding, find_nonfinite
+from jaxprop.explain.record import explain
+from jaxprop.explain.terms import Explanation
 from jaxprop.factored import Factored, Joint, Kronecker, Outer, Repeated, Stacked, Sum
 from jaxprop.interop import custom_vjp
 from jaxprop.layer import Combinator, Layer, Step, Total
@@ -90,7 +94,9 @@ __all__ = [
     "Dense",
     "Dropout",
     "Embedding",
+    "Explanation",
     "Factored",
+    "Finding",
     "Flatten",
     "Gelu",
     "GlobalAvgPool",
@@ -142,6 +148,8 @@ __all__ = [
     "custom_vjp",
     "diag_ggn",
     "evaluation",
+    "explain",
+    "find_nonfinite",
     "ggn_root",
     "gram",
     "kronecker_factors",

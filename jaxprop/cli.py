@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import signal
 import sys
@@ -14,8 +15,10 @@ from rich.console import Console
 
 from jaxprop.bench import BenchError, bench, regressions
 from jaxprop.explain import text
-from jaxprop.explain.config import WORKED_EXAMPLE, ConfigError, dump, load
+from jaxprop.explain.config import WORKED_EXAMPLE, Config, ConfigError, dump, load
+from jaxprop.explain.page import page
 from jaxprop.explain.walkthrough import walkthrough
+from jaxprop.explain.words import LANGUAGES
 
 MOST_STEPS = 10**9
 
@@ -51,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     output = walk.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON document")
     output.add_argument("--print-config", action="store_true", help="print the network as TOML")
+    output.add_argument(
+        "--html", metavar="FILE", help="write a page to step through (needs jinja2)"
+    )
+    walk.add_argument(
+        "--lang", choices=LANGUAGES, default="en", help="the language of the text: %(choices)s"
+    )
     walk.set_defaults(run=_walkthrough)
     measure = commands.add_parser(
         "bench",
@@ -78,6 +87,8 @@ def _walkthrough(args: argparse.Namespace) -> int:
         return 0
     if args.weight is not None and args.steps > 1:
         raise ConfigError("--weight shows the first step: leave out --steps")
+    if args.html is not None:
+        return _html(config, args)
     walk = walkthrough(config, args.steps)
     names = [weight.name for weight in walk.chains()]
     if args.weight is not None and args.weight not in names:
@@ -88,9 +99,21 @@ def _walkthrough(args: argparse.Namespace) -> int:
         return 0
     console = Console(highlight=False)
     if args.weight is not None:
-        text.show_weight(walk, args.weight, console)
+        text.show_weight(walk, args.weight, console, args.lang)
     else:
-        text.show(walk, console)
+        text.show(walk, console, args.lang)
+    return 0
+
+
+def _html(config: Config, args: argparse.Namespace) -> int:
+    if args.weight is not None:
+        raise ConfigError("--html shows every weight: leave out --weight")
+    if importlib.util.find_spec("jinja2") is None:
+        raise ConfigError("--html needs jinja2: pip install 'jaxprop-vjp[html]'")
+    try:
+        Path(args.html).write_text(page(config, args.steps, args.lang), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {args.html}: {(error.strerror or '').lower()}") from error
     return 0
 
 

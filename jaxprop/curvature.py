@@ -124,8 +124,10 @@ def _from_root(
     def of_batch(
         params: Any, x: Any, target: Any, key: chex.PRNGKey | None = None, *, exact: Any = None
     ) -> Any:
-        if key is not None and exact is not None:
+        if key is not None and exact is not None and exact is not False:
             raise TypeError("a key samples and exact does not: give one of them")
+        if key is None and (samples != 1 or exact is False):
+            raise TypeError("to sample takes a key; without one the whole root is used")
         _, examples, residuals, pull = ahead(net, loss, params, x, target)
         if key is None:
             columns = loss.hessian_columns(residuals)

@@ -106,8 +106,8 @@ class CrossEntropy(Loss):
     class c drawn from p.
 
     y is (N, C) or (N, T, C), floating; target (N,) or (N, T), integers in [0, C). A target of -1
-    is padding: it weighs nothing, and the mean of an example is over its other positions (an
-    example that is all padding has value 0 and still counts in N). A target that is C or more
+    (or less) is padding: it weighs nothing, and the mean of an example is over its other positions
+    (an example that is all padding has value 0 and still counts in N). A target that is C or more
     makes the value NaN.
     """
 

@@ -174,8 +174,8 @@ IMAGE = jax.ShapeDtypeStruct((2, 6, 5, 4), jnp.float32)
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: jp.Conv(0), ValueError, "at least 1 feature, not 0"),
-        (lambda: jp.Conv(2.0), TypeError, "whole number of features, not 2.0"),
+        (lambda: jp.Conv(0), ValueError, "Conv: features is at least 1, not 0"),
+        (lambda: jp.Conv(2.0), TypeError, "features is a whole number, not 2.0"),
         (lambda: jp.Conv(4, 3), TypeError, "window is a tuple with a size for each axis, not 3"),
         (lambda: jp.Conv(4, (3, 0)), ValueError, "at least 1 along each axis"),
         (lambda: jp.Conv(4, (1, 1, 1, 1)), ValueError, "1 to 3 axes, not 4"),
@@ -188,9 +188,9 @@ IMAGE = jax.ShapeDtypeStruct((2, 6, 5, 4), jnp.float32)
         (lambda: jp.Conv(4, groups=3), ValueError, "groups divides features, 4, but is 3"),
         (lambda: jp.Conv(4, bias=1), TypeError, "bias is True or False, not 1"),
         (lambda: jp.Conv(6, groups=3), ValueError, "whose channels 3 groups divide"),
-        (lambda: jp.Conv(4, (3,)), ValueError, r"takes x of shape \(N, T, C\), not \(2, 6, 5, 4\)"),
+        (lambda: jp.Conv(4, (3,)), ValueError, r"takes x of shape \(N, T, C\), axis 0 the example, not \(2, 6, 5, 4\)"),
         (lambda: jp.Conv(4, (7, 1), padding="VALID"), ValueError, "no window fits into x"),
-        (lambda: jp.ConvTranspose(0), ValueError, "ConvTranspose takes at least 1 feature"),
+        (lambda: jp.ConvTranspose(0), ValueError, "ConvTranspose: features is at least 1"),
         (lambda: jp.MaxPool((2,)), ValueError, r"takes x of shape \(N, T, C\)"),
         (lambda: jp.MaxPool((7, 7)), ValueError, "no window fits into x"),
         (lambda: jp.MaxPool(padding=((2, 0), (0, 0))), ValueError, "smaller than the window"),

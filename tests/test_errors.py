@@ -115,9 +115,9 @@ def test_empty_chain():
         (lambda: jp.chain(jp.Relu), r"chain: layer 0 is the class Relu; write Relu\(...\)"),
         (lambda: jp.skip(jp.Tanh), r"skip is the class Tanh; write Tanh\(...\)"),
         (lambda: jp.skip(3), "skip is not a Layer but 3"),
-        (lambda: jp.Dense("wide"), "Dense takes a whole number of features, not 'wide'"),
-        (lambda: jp.Dense(True), "Dense takes a whole number of features, not True"),
-        (lambda: jp.Dense(2.0), "Dense takes a whole number of features, not 2.0"),
+        (lambda: jp.Dense("wide"), "Dense: features is a whole number, not 'wide'"),
+        (lambda: jp.Dense(True), "Dense: features is a whole number, not True"),
+        (lambda: jp.Dense(2.0), "Dense: features is a whole number, not 2.0"),
         (lambda: jp.Dense(784, 256), "Dense: bias is True or False, not 256"),
         (lambda: jp.Gelu("none"), "Gelu: approximate is True or False, not 'none'"),
         (lambda: jp.loss_fn(NET, jp.CrossEntropy), r"loss is the class CrossEntropy; write"),
@@ -134,7 +134,7 @@ def test_not_a_layer(make, message):
 
 
 def test_dense_of_no_features():
-    with pytest.raises(ValueError, match="Dense takes at least 1 feature, not 0"):
+    with pytest.raises(ValueError, match="Dense: features is at least 1, not 0"):
         jp.Dense(0)
 
 

@@ -54,7 +54,9 @@ def test_digits_by_hand_and_by_autodiff(tmp_path):
         out = run("digits.py", "--grad", grad, "--plot", plot, "--checkpoints", checkpoints)
         accuracy = float(re.search(r"accuracy (\S+)%", out).group(1))
         assert accuracy >= 97
-        assert plot.read_bytes().startswith(b"\x89PNG")
+        for picture in ("", "-scales", "-norms", "-gram"):
+            path = plot.with_stem(plot.stem + picture)
+            assert path.read_bytes().startswith(b"\x89PNG")
         ends.append(final_state(checkpoints)[1]["params"])
     for hand, auto in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_allclose(hand, auto, rtol=0, atol=1e-5)
@@ -133,3 +135,24 @@ def test_kfac_takes_fewer_steps_than_tuned_sgd(tmp_path):
     kfac, sgd = map(int, re.search(r"KFAC (\d+) steps, SGD (\d+) steps", out).groups())
     assert kfac < 0.75 * sgd
     assert (tmp_path / "kfac.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
+def test_digits_on_a_terminal_shows_what_goes_on():
+    here, there = os.openpty()
+    environment = ENVIRONMENT | {"COLUMNS": "140", "TERM": "xterm"}
+    argv = command("digits.py", "--epochs", 5)
+    with subprocess.Popen(argv, env=environment, stdout=there, stderr=subprocess.PIPE) as running:
+        os.close(there)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(here, 65536)
+            except OSError:  # Linux says so when the other end is closed
+                break
+        assert running.stderr.read() == b""
+    os.close(here)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert running.returncode == 0
+    last = re.findall(r"loss (\S+)  (\S+) examples/s gradient (\S+)  noise scale (\S+)", text)[-1]
+    assert "nan" not in last

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from table import relative_error
 
 import jaxprop as jp
@@ -20,6 +21,19 @@ def test_names_and_params_are_each_other_s_reverse():
     again = gpt2_params({f"transformer.{name}": tensor for name, tensor in tensors.items()})
     assert relative_error(again, params) == 0
     net.check_params(again, tokens)
+
+
+def test_a_published_file_is_loaded(tmp_path):
+    net, tokens = gpt2(SMALL), jnp.ones((2, 7), jnp.int32)
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32), net.init(jax.random.key(0), tokens)
+    )
+    tensors = {name: np.asarray(tensor) for name, tensor in gpt2_tensors(params).items()}
+    tensors["h.0.attn.bias"] = np.tri(24, dtype=np.float32)  # a mask, as the published file has
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded, again = load_gpt2(tmp_path / "model.safetensors", heads=4)
+    assert loaded == net
+    assert relative_error(again, params) == 0
 
 
 def test_the_published_sizes():
@@ -48,6 +62,7 @@ def test_dropout_takes_effect_with_a_key():
     assert float(jnp.abs(difference).max()) > 0.01
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_against_transformers(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

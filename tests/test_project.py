@@ -10,7 +10,7 @@ import jaxprop as jp
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"layer"},
+    {"_command", "layer"},
     {"factored"},
     {"layers"},
     {"combinators", "losses"},
@@ -18,7 +18,7 @@ FLOORS = [
     {"training", "checking", "interop", "quantities", "models"},
     {"clipping", "curvature"},
     {"explain", "bench"},
-    {"cli"},
+    {"cli", "plot"},
     {"__main__"},
 ]
 PARTS = [part for floor in FLOORS for part in floor]
@@ -65,7 +65,7 @@ def test_the_floors_are_those_of_the_package():
 @pytest.mark.usefixtures("standard_promotion")
 def test_readme_code_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     namespace = {}
     for block in blocks:
         exec(block, namespace)
@@ -104,7 +104,7 @@ def test_heavy_libraries_are_not_imported():
     import subprocess
     import sys
 
-    heavy = ("torch", "flax", "sklearn", "matplotlib", "orbax", "pytest")
+    heavy = ("torch", "flax", "sklearn", "matplotlib", "jinja2", "orbax", "pytest")
     code = f"import sys, jaxprop, jaxprop.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -83,9 +83,9 @@ def test_initial_params(kind):
 @kinds
 def test_what_does_not_fit_is_said(kind):
     name, key = kind.__name__, jax.random.key(0)
-    with pytest.raises(TypeError, match=f"{name} takes a whole number of features, not 2.5"):
+    with pytest.raises(TypeError, match=f"{name}: features is a whole number, not 2.5"):
         kind(2.5)
-    with pytest.raises(ValueError, match=f"{name} takes at least 1 feature, not 0"):
+    with pytest.raises(ValueError, match=f"{name}: features is at least 1, not 0"):
         kind(0)
     with pytest.raises(ValueError, match=rf"{name}\(2\) takes x of shape \(N, T, I\).*\(3, 4\)"):
         kind(2).init(key, jnp.ones((3, 4)))

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from jaxprop.cli import main
 from jaxprop.explain import config as configs
 from jaxprop.explain.config import WORKED_EXAMPLE, ConfigError
-from jaxprop.explain.walkthrough import walkthrough
+from jaxprop.explain.walkthrough import descent, walkthrough
 
 # The values that the article behind the example publishes, to 8 decimals. Two that it prints
 # otherwise after the step, z2 = 0.10988248 and o2 = 0.66296548, are misprints: its own h2 and
@@ -347,3 +349,51 @@ def test_ctrl_c_ends_it_quietly():
         out, err = running.communicate(timeout=10)
     assert (out, err) == (b"", b"")
     assert running.returncode == -signal.SIGINT
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is loaded")
+def test_ctrl_c_while_jax_is_imported_is_quiet():
+    with subprocess.Popen(COMMAND, env=ENVIRONMENT, stderr=subprocess.PIPE) as running:
+        maps = Path(f"/proc/{running.pid}/maps")
+        while running.poll() is None and "jaxlib" not in maps.read_text():
+            time.sleep(0.002)
+        running.send_signal(signal.SIGINT)
+        assert running.stderr.read() == b""
+    assert running.returncode == -signal.SIGINT
+
+
+def test_korean(capsys):
+    english, korean = (
+        printed(capsys, "--steps", "20"),
+        printed(capsys, "--steps", "20", "--lang", "ko"),
+    )
+    assert [line[:4] for line in korean.splitlines() if line and line[0] != " "][:2] == [
+        "신경망", "순전파",
+    ]  # fmt: skip
+    numbers = re.compile(r"\d\.\d{8}")
+    assert numbers.findall(english) == numbers.findall(korean)
+    assert all(cell_len(line) <= 80 for line in korean.splitlines())
+    for word in re.findall(r"[A-Za-z.]{4,}", korean):
+        assert word in ("sigmoid", "float", "jax.grad"), word
+    one = printed(capsys, "--weight", "w3", "--lang", "ko")
+    assert one.startswith("w3, x1에서 h2(으)로 (은닉층)")
+
+
+@pytest.mark.parametrize("text", [configs.dump(WORKED_EXAMPLE), DEEP])
+def test_every_sentence_is_translated(capsys, tmp_path, text):
+    (tmp_path / "net.toml").write_text(text)
+    config = str(tmp_path / "net.toml")
+    assert "갱신" in printed(capsys, "--config", config, "--steps", "2", "--lang", "ko")
+    last = configs.load(config).layers[-1].biases
+    assert "jax.grad의 값" in printed(capsys, "--config", config, "--weight", "w1", "--lang", "ko")
+    assert last is None or "편향" in printed(
+        capsys, "--config", config, "--weight", "b1", "--lang", "ko"
+    )
+
+
+def test_the_descent_is_one_walkthrough_after_the_other(walk):
+    first, second = (shown for shown, _ in descent(WORKED_EXAMPLE, 5, 2))
+    assert first.chains() == walk.chains()
+    assert [w.old for w in second.chains()] == [w.new for w in first.chains()]
+    assert second.error == first.error_after > second.error_after
+    assert second.curve == first.curve

@@ -11,13 +11,14 @@ import numpy as np
 from jax import Array
 from jax.tree_util import keystr
 
-from jaxprop.checking.differences import check_differences
+from jaxprop.checking.differences import differences_of
 from jaxprop.checking.oracles import backward_of, d_name, each_alone, oracles_for
 from jaxprop.checking.points import float64, is_floating, normal, tenth, with_noise
 from jaxprop.factored import is_factored
 from jaxprop.layer import Combinator, Layer, require
 
 DIRECTIONS = 3
+OF_CT = "the sum of squares (of_squares looks at the form's own ct)"
 
 
 def check_layer(
@@ -65,25 +66,29 @@ def check_layer(
         keys = jax.random.split(jax.random.key(seed), 4)
         x = float64("x", x)
         if params is None:
-            params = float64("params", layer.init(keys[1], x))
-            params = with_noise(keys[0], params, tenth)
+            params = float64("params", jax.jit(layer.init)(keys[1], x))
+            params = jax.jit(lambda key, tree: with_noise(key, tree, tenth))(keys[0], params)
         params = float64("params", params)
         if not any(leaf.size and is_floating(leaf) for leaf in jax.tree.leaves((params, x))):
             raise ValueError(f"{layer}: nothing to check, neither params nor x hold floats")
         y, residuals = layer.forward(params, x)
         _check_forward(layer, y, residuals, len(jax.tree.leaves(x)[0]))
+        cts = jax.jit(lambda key, y: (normal(key, y), normal(jax.random.fold_in(key, 1), y)))
         oracles = {
             words: jax.jit(functools.partial(oracle, layer))
             for words, oracle in oracles_for(layer).items()
         }
+        shares, differences = jax.jit(functools.partial(_shares, layer)), differences_of(layer)
         for key in jax.random.split(keys[2], DIRECTIONS):
-            ct = normal(key, y)
+            ct, other = cts(key, y)
             got = backward_of(layer, params, x, residuals, ct)
             for words, oracle in oracles.items():
                 _compare(layer, got, oracle(params, x, ct, key), words, rtol, ct)
             if not layer.batch_coupled:
-                _check_shares(layer, params, x, residuals, ct, normal(key, y), rtol)
-            check_differences(layer, params, x, ct, key)
+                each, squares = shares(params, x, residuals, ct, other)
+                _compare(layer, *each, "each example alone", rtol, ct, by_example=True)
+                _compare(layer, *squares, OF_CT, rtol, other)
+            differences(params, x, ct, key)
 
 
 def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
@@ -104,25 +109,27 @@ def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
                 raise AssertionError(f"{at} is {leaf.dtype}, which has no cotangent")
 
 
-def _check_shares(
-    layer: Layer, params: Any, x: Any, residuals: Any, ct: Any, other_ct: Any, rtol: float
-) -> None:
-    """Each factored leaf: its examples' shares, and its squares beside those of another ct."""
-    d_params, _ = layer.backward(params, residuals, ct)
-    others = dict(_forms(layer.backward(params, residuals, other_ct)[0]))
-    alone = dict(jax.tree.leaves_with_path(each_alone(layer, params, x, ct)["params"]))
-    for path, form in _forms(d_params):
-        where = f"each example alone, at d_params{keystr(path)}"
-        got, expected = {"params": form.per_example()}, {"params": alone[path]}
-        _compare(layer, got, expected, where, rtol, ct, by_example=True)
-        where = f"the sum of squares, by a form whose first factor depends on ct, at {keystr(path)}"
-        got = {"params": form.of_squares(others[path].squares())}
-        _compare(layer, got, {"params": others[path].second_moment()}, where, rtol, other_ct)
+def _shares(
+    layer: Layer, params: Any, x: Any, residuals: Any, ct: Any, other_ct: Any
+) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """What factored leaves say beside what is so: of each example, and of the sum of squares.
 
-
-def _forms(d_params: Any) -> list[tuple[Any, Any]]:
-    leaves = jax.tree.leaves_with_path(d_params, is_leaf=is_factored)
-    return [(path, leaf) for path, leaf in leaves if is_factored(leaf)]
+    The latter is asked of the form of ct, with the squares of another's.
+    """
+    forms, others = (
+        jax.tree.leaves_with_path(layer.backward(params, residuals, ct)[0], is_leaf=is_factored)
+        for ct in (ct, other_ct)
+    )
+    alone = jax.tree.leaves(each_alone(layer, params, x, ct)["params"])
+    each: tuple[Any, Any] = ({}, {})
+    squares: tuple[Any, Any] = ({}, {})
+    for (path, form), (_, other), share in zip(forms, others, alone, strict=True):
+        if is_factored(form):
+            name = f"params{keystr(path)}"
+            each[0][name], each[1][name] = form.per_example(), share
+            squares[0][name] = form.of_squares(other.squares())
+            squares[1][name] = other.second_moment()
+    return each, squares
 
 
 def _compare(

@@ -1,1 +1,1 @@
-"""The backward pass as something to read."""
+"""The backward pass as something to read: as values, as text, as a page."""

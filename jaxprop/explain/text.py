@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from jaxprop.explain.config import WORKED_EXAMPLE
 from jaxprop.explain.document import Stage, Unit, Walkthrough, Weight
+from jaxprop.explain.numerals import fixed, plain
+from jaxprop.explain.words import Say, words
 
 WIDTH = 80
 TERMS = 4  # of a sum that are written out
@@ -18,42 +21,66 @@ CURVE_ROWS = 10
 CURVE_WIDTH = 40
 
 
-def show(walk: Walkthrough, console: Console) -> None:
+def show(walk: Walkthrough, console: Console, language: str = "en") -> None:
     """The five sections: the network, forward, a step back for each layer, the check."""
-    sections = [("The network", network(walk)), ("Forward", forward(walk))]
+    say = words(language)
+    sections = [(say("The network"), network(walk, say)), (say("Forward"), forward(walk))]
     for number, stage in enumerate(reversed(walk.stages), 1):
-        sections.append((f"Step {number}: the {stage.name} weights", step(stage)))
-    sections.append(("The check", check(walk)))
+        title = say("Step {number}: the {layer} weights", number=number, layer=_layer(stage, say))
+        sections.append((title, step(stage, say)))
+    sections.append((say("The check"), check(walk, say)))
     if walk.final.steps > 1:
-        sections.append((f"After {walk.final.steps} steps", final(walk)))
+        title = say("After {steps} steps", steps=walk.final.steps)
+        sections.append((title, final(walk, say)))
     _print(console, sections)
 
 
-def show_weight(walk: Walkthrough, name: str, console: Console) -> None:
+def show_weight(walk: Walkthrough, name: str, console: Console, language: str = "en") -> None:
     """One weight's chain, and nothing else."""
     stage, chain = next((s, w) for s in walk.stages for w in s.chains() if w.name == name)
     unit = next(unit for unit in stage.units if unit.name == chain.unit)
-    source = "the bias" if chain.source == "1" else f"from {chain.source}"
+    say = words(language)
+    rate, bias = plain(walk.config.learning_rate), chain.source == "1"
+    source = say("the bias") if bias else say("from {source}", source=chain.source)
     lines = [*_arrival(unit), ""] if unit.paths else []
     lines += [
         f"∂E/∂{name} = {_chain_rule(chain)}",
         f"{'':{len(name) + 5}}= "
         + " · ".join(_bracketed(fixed(f)) for f in (chain.d_value, chain.slope, chain.d_z)),
-        f"{'':{len(name) + 5}}= {fixed(chain.product)}   by hand",
-        f"{'':{len(name) + 5}}= {fixed(chain.jax_grad)}   by jax.grad",
+        f"{'':{len(name) + 5}}= {fixed(chain.product)}   {say('by hand')}",
+        f"{'':{len(name) + 5}}= {fixed(chain.jax_grad)}   {say('by jax.grad')}",
         "",
-        f"new {name} = {plain(chain.old)} − {plain(walk.config.learning_rate)} · "
+        f"{say('new {name}', name=name)} = {plain(chain.old)} − {rate} · "
         f"{_bracketed(fixed(chain.product))} = {fixed(chain.new)}",
     ]
-    _print(console, [(f"{name}, {source} to {chain.unit} ({stage.name} layer)", lines)])
+    title = say(
+        "{name}, {source} to {unit} ({layer} layer)",
+        name=name,
+        source=source,
+        unit=chain.unit,
+        layer=_layer(stage, say),
+    )
+    _print(console, [(title, lines)])
 
 
-def network(walk: Walkthrough) -> Iterator[str]:
+def network(walk: Walkthrough, say: Say) -> Iterator[str]:
     config = walk.config
-    layers = [f"{_count(len(s.units), s.name + ' unit')} ({s.activation})" for s in walk.stages]
-    bias = [] if any(stage.biases for stage in walk.stages) else ["no bias"]
-    yield from _flow([_count(len(config.inputs), "input"), *layers, *bias], ", ")
-    yield f"error E = Σ ½ (t − o)², learning rate {plain(config.learning_rate)}, float64"
+    inputs = len(config.inputs)
+    parts = [say("{count} input" if inputs == 1 else "{count} inputs", count=inputs)]
+    for stage in walk.stages:
+        units = "unit" if len(stage.units) == 1 else "units"
+        parts.append(
+            say(
+                f"{{count}} {{layer}} {units} ({{activation}})",
+                count=len(stage.units),
+                layer=_layer(stage, say),
+                activation=stage.activation,
+            )
+        )
+    bias = [] if any(stage.biases for stage in walk.stages) else [say("no bias")]
+    yield from _flow([*parts, *bias], ", ")
+    rate = plain(config.learning_rate)
+    yield say("error E = Σ ½ (t − o)², learning rate {rate}, float64", rate=rate)
     yield ""
     yield from _values(walk.stages[0].inputs, config.inputs)
     yield from _values([f"t{i + 1}" for i in range(len(config.targets))], config.targets)
@@ -67,11 +94,11 @@ def network(walk: Walkthrough) -> Iterator[str]:
             for line in _values([w.name for w in numbers], [w.old for w in numbers]):
                 yield f"    {line}"
     yield ""
-    yield "In arrays z = x @ w, with a column for each unit:"
+    yield say("In arrays z = x @ w, with a column for each unit:")
     for stage in walk.stages:
         columns = [[row[i].name for row in stage.weights] for i in range(len(stage.inputs))]
         rows = [f"[{_listed(column)}]" for column in columns]
-        yield f"    {stage.name}: w = [{_listed(rows, 3)}]"
+        yield f"    {_layer(stage, say)}: w = [{_listed(rows, 3)}]"
 
 
 def forward(walk: Walkthrough) -> Iterator[str]:
@@ -90,19 +117,20 @@ def forward(walk: Walkthrough) -> Iterator[str]:
     yield f"E = {fixed(walk.error)}"
 
 
-def step(stage: Stage) -> Iterator[str]:
+def step(stage: Stage, say: Say) -> Iterator[str]:
     first = stage.chains()[0]
     yield f"∂E/∂{first.name} = {_chain_rule(first)}"
     if stage.units[0].paths:
-        yield "and the error comes back to a hidden unit by every weight that it feeds:"
+        yield say("and the error comes back to a hidden unit by every weight that it feeds:")
         yield ""
         for unit in stage.units:
             yield from _arrival(unit)
     else:
-        yield "with ∂E/∂o = o − t, and the same for the others:"
+        yield say("with ∂E/∂o = o − t, and the same for the others:")
     yield ""
     letter = first.unit[0]
-    header = ["", f"∂E/∂{letter}", f"∂{letter}/∂z", "∂z/∂w", "product", "jax.grad", "new"]
+    header = ["", f"∂E/∂{letter}", f"∂{letter}/∂z", "∂z/∂w"]
+    header += [say("product"), "jax.grad", say("new")]
     yield from _table(
         header,
         [
@@ -112,8 +140,8 @@ def step(stage: Stage) -> Iterator[str]:
     )
 
 
-def check(walk: Walkthrough) -> Iterator[str]:
-    yield "Forward again, with the new weights:"
+def check(walk: Walkthrough, say: Say) -> Iterator[str]:
+    yield say("Forward again, with the new weights:")
     yield ""
     for stage in walk.stages:
         for unit in stage.units:
@@ -126,18 +154,22 @@ def check(walk: Walkthrough) -> Iterator[str]:
         assert unit.error_after is not None
         yield f"E_{unit.name} = {fixed(unit.error_after)}"
     yield ""
-    yield f"E before {fixed(walk.error)}"
+    yield say("E before {error}", error=fixed(walk.error))
     change = "the error fell" if walk.error_after < walk.error else "the error did not fall"
-    yield f"E after  {fixed(walk.error_after)}    {change}"
-    count, difference = _count(len(walk.chains()), "weight"), f"{walk.largest_difference:.1e}"
-    yield f"By hand and by jax.grad, the largest difference over {count}: {difference}"
+    yield f"{say('E after  {error}', error=fixed(walk.error_after))}    {say(change)}"
+    weights = "weight" if len(walk.chains()) == 1 else "weights"
+    yield say(
+        f"By hand and by jax.grad, the largest difference over {{count}} {weights}: {{difference}}",
+        count=len(walk.chains()),
+        difference=f"{walk.largest_difference:.1e}",
+    )
     if walk.config == WORKED_EXAMPLE:
         yield ""
-        yield "The article behind this example prints z2 = 0.10988248 and o2 = 0.66296548"
-        yield "here: misprints, since its own h2 and E_o2 agree with the values above."
+        yield say("The article behind this example prints z2 = 0.10988248 and o2 = 0.66296548")
+        yield say("here: misprints, since its own h2 and E_o2 agree with the values above.")
 
 
-def final(walk: Walkthrough) -> Iterator[str]:
+def final(walk: Walkthrough, say: Say) -> Iterator[str]:
     last = len(walk.curve) - 1
     shown = sorted({round(last * i / CURVE_ROWS) for i in range(CURVE_ROWS + 1)})
     rows = [walk.curve[i] for i in shown]
@@ -145,22 +177,12 @@ def final(walk: Walkthrough) -> Iterator[str]:
     width = len(str(walk.final.steps))
     for taken, error in rows:
         bar = "█" * round(CURVE_WIDTH * error / top) if top and math.isfinite(error) else ""
-        yield f"step {taken:>{width}}   E = {fixed(error):<11}  {bar}".rstrip()
+        step = say("step {taken}", taken=f"{taken:>{width}}")
+        yield f"{step}   E = {fixed(error):<11}  {bar}".rstrip()
     yield ""
     yield from _values(walk.final.outputs.keys(), walk.final.outputs.values())
     yield ""
     yield from _values(walk.final.weights.keys(), walk.final.weights.values())
-
-
-def fixed(number: float) -> str:
-    """Eight decimals; where those would not fit a column, or be all zeros, an exponent."""
-    text = f"{number:.8f}"
-    return text if len(text) <= 11 and (abs(number) >= 5e-9 or number == 0) else f"{number:.4e}"
-
-
-def plain(number: float) -> str:
-    """As a person would write it."""
-    return f"{number:.8g}"
 
 
 def _print(console: Console, sections: Sequence[tuple[str, Iterable[str]]]) -> None:
@@ -207,7 +229,7 @@ def _flow(cells: Iterable[str], between: str) -> Iterator[str]:
     """The cells one after the other, in lines that fit."""
     line = ""
     for cell in cells:
-        if line and len(line) + len(between) + len(cell) > WIDTH - 6:
+        if line and cell_len(line + between + cell) > WIDTH - 6:
             yield line.rstrip() + between.rstrip()
             line = ""
         line += between + cell if line else cell
@@ -235,12 +257,16 @@ def _elided(parts: Sequence[str], most: int = TERMS) -> list[str]:
     return list(parts) if len(parts) <= most else [*parts[: max(1, most - 2)], "…", parts[-1]]
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _layer(stage: Stage, say: Say) -> str:
+    kind, dash, number = stage.name.partition("-")
+    return say("hidden-{number}", number=number) if dash else say(kind)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
-        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+        cells = [
+            " " * (width - cell_len(cell)) + cell
+            for cell, width in zip(row[1:], widths[1:], strict=True)
+        ]
         yield " ".join([f"{row[0]:<{widths[0]}}", *cells])

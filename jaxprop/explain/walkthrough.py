@@ -7,6 +7,8 @@ of dE/dz * w over the units that s feeds.
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +20,8 @@ from jaxprop.backprop import loss_fn
 from jaxprop.explain import config as configs
 from jaxprop.explain.config import Config
 from jaxprop.explain.document import Final, Path, Stage, Unit, Walkthrough, Weight
-from jaxprop.explain.terms import Terms, terms
-from jaxprop.factored import summed
+from jaxprop.explain.record import explain
+from jaxprop.explain.terms import Explanation
 from jaxprop.layers import Affine
 from jaxprop.losses import HalfSquaredError
 from jaxprop.training import make_update
@@ -29,6 +31,11 @@ CURVE = 1000
 
 def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
     """Walk through the first step for the config's network and descend ``steps``; in float64."""
+    return descent(config, steps, 1)[0][0]
+
+
+def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, Explanation]]:
+    """The walkthroughs of the first ``shown`` of the steps, each with what it was read from."""
     with jax.enable_x64(True):
         net, loss = configs.network(config), HalfSquaredError()
         optimizer = optax.sgd(config.learning_rate)
@@ -47,44 +54,48 @@ def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
             (params, _), errors = jax.lax.scan(stretch, (params, optimizer.init(params)), gaps)
             return params, errors
 
-        explained = jax.jit(lambda params: terms(net, loss, params, x, target))
+        explained = functools.partial(explain, net, loss, x=x, target=target, keep=sys.maxsize)
+        differentiate = jax.jit(jax.grad(scalar))
         params = configs.params(config)
-        params_after, _ = descend(params, jnp.array([1]))
         marks = sorted({round(steps * i / CURVE) for i in range(CURVE + 1)})
         params_last, errors = descend(params, jnp.diff(jnp.array(marks)))
-        (error, left), (error_after, left_after) = explained(params), explained(params_after)
-        error_last, left_last = explained(params_last)
-        grads = jax.jit(jax.grad(scalar))(params, x, target)
-
-        names = _Names(config)
-        before, after = _recorded(config, left), _recorded(config, left_after)
-        numbers = _Numbers(
-            products=names.by_name([recorded.d_params for recorded in before]),
-            grads=names.by_name(grads),
-            old=names.by_name(params),
-            new=names.by_name(params_after),
+        names, terms, last = _Names(config), explained(params), explained(params_last)
+        outputs = _recorded(config, last)[-1].value
+        final = Final(
+            steps=steps,
+            error=float(last.value),
+            outputs=dict(zip(names.units[-1], outputs, strict=True)),
+            weights=names.by_name(params_last),
         )
-        stages = tuple(
-            _stage(config, names, numbers, before, after, index)
-            for index in range(len(config.layers))
-        )
-        outputs = _recorded(config, left_last)[-1].value
-        return Walkthrough(
-            config=config,
-            stages=stages,
-            error=float(error),
-            error_after=float(error_after),
-            largest_difference=max(
-                abs(product - numbers.grads[name]) for name, product in numbers.products.items()
-            ),
-            curve=tuple(zip(marks, [*errors.tolist(), float(error_last)], strict=True)),
-            final=Final(
-                steps=steps,
-                error=float(error_last),
-                outputs=dict(zip(names.units[-1], outputs, strict=True)),
-                weights=names.by_name(params_last),
-            ),
-        )
+        curve = tuple(zip(marks, [*errors.tolist(), final.error], strict=True))
+        walks = []
+        for _ in range(shown):
+            params_after, _ = descend(params, jnp.array([1]))
+            terms_after = explained(params_after)
+            before, after = _recorded(config, terms), _recorded(config, terms_after)
+            numbers = _Numbers(
+                products=names.by_name([recorded.grads for recorded in before]),
+                grads=names.by_name(differentiate(params, x, target)),
+                old=names.by_name(params),
+                new=names.by_name(params_after),
+            )
+            walk = Walkthrough(
+                config=config,
+                stages=tuple(
+                    _stage(config, names, numbers, before, after, index)
+                    for index in range(len(config.layers))
+                ),
+                error=float(terms.value),
+                error_after=float(terms_after.value),
+                largest_difference=max(
+                    abs(product - numbers.grads[name]) for name, product in numbers.products.items()
+                ),
+                curve=curve,
+                final=final,
+            )
+            walks.append((walk, terms))
+            params, terms = params_after, terms_after
+        return walks
 
 
 class _Names:
@@ -136,20 +147,18 @@ class _Recorded(NamedTuple):
     d_value: list[float]
     slope: list[float]
     d_z: list[float]
-    d_params: Affine
+    grads: Affine
 
 
-def _recorded(config: Config, left: tuple[Terms, ...]) -> list[_Recorded]:
-    ahead = iter(left)
+def _recorded(config: Config, terms: Explanation) -> list[_Recorded]:
+    ahead = iter(terms.layers.values())
     recorded = []
     for units in config.layers:
         dense = next(ahead)
         active = dense if configs.ACTIVATIONS[units.activation] is None else next(ahead)
         slope = jnp.ones_like(active.y) if active.slope is None else active.slope
         rows = (dense.x, dense.y, active.y, active.ct, slope, dense.ct)
-        recorded.append(
-            _Recorded(*[row[0].tolist() for row in rows], d_params=summed(dense.d_params))
-        )
+        recorded.append(_Recorded(*[row[0].tolist() for row in rows], grads=dense.grads))
     return recorded
 
 

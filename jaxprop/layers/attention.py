@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import chex
@@ -17,6 +16,7 @@ from jaxtyping import Float
 
 from jaxprop.factored import wide
 from jaxprop.layer import Layer, shapes
+from jaxprop.layers.checks import check_counts, check_flags
 
 Heads = Float[Array, "n h t d"]
 
@@ -60,14 +60,8 @@ class Attention(Layer):
     block: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("heads", "block"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"Attention: {name} is a whole number, not {value!r}")
-            if value < 1:
-                raise ValueError(f"Attention: {name} is at least 1, not {value}")
-        if not isinstance(self.causal, bool):
-            raise TypeError(f"Attention: causal is True or False, not {self.causal!r}")
+        check_counts(self, "heads", "block")
+        check_flags(self, "causal")
         if self.save not in ("weights", "logsumexp"):
             raise ValueError(f"Attention: save is 'weights' or 'logsumexp', not {self.save!r}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import chex
@@ -13,13 +12,14 @@ from jaxtyping import Float
 
 from jaxprop.factored import Sum
 from jaxprop.layer import Layer
+from jaxprop.layers.checks import check_counts, check_flags, check_x
 from jaxprop.layers.dense import Affine
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.windows import (
+    AXES,
     Padding,
     Sizes,
     Windows,
-    check_images,
     check_padding,
     check_window,
     sizes,
@@ -66,15 +66,14 @@ class Conv(Layer):
     def __post_init__(self) -> None:
         _check_fields(self)
         sizes("Conv: dilation", self.dilation, len(self.window))
-        if isinstance(self.groups, bool) or not isinstance(self.groups, Integral):
-            raise TypeError(f"Conv: groups is a whole number, not {self.groups!r}")
-        if self.groups < 1 or self.features % self.groups:
+        check_counts(self, "groups")
+        if self.features % self.groups:
             raise ValueError(
                 f"Conv: groups divides features, {self.features}, but is {self.groups}"
             )
 
     def init(self, key: chex.PRNGKey, x: Any) -> Affine:
-        check_images(self, x, len(self.window))
+        check_x(self, x, AXES[len(self.window)])
         if x.shape[-1] % self.groups:
             raise ValueError(
                 f"{self} takes x whose channels {self.groups} groups divide, not {x.shape}"
@@ -122,7 +121,7 @@ class ConvTranspose(Layer):
         _check_fields(self)
 
     def init(self, key: chex.PRNGKey, x: Any) -> Affine:
-        check_images(self, x, len(self.window))
+        check_x(self, x, AXES[len(self.window)])
         return _init(self, key, x, x.shape[-1], self._windows())
 
     def forward(self, params: Affine, x: X) -> tuple[Y, X]:
@@ -219,12 +218,8 @@ def _init(
 
 def _check_fields(layer: Conv | ConvTranspose) -> None:
     name = type(layer).__name__
-    if isinstance(layer.features, bool) or not isinstance(layer.features, Integral):
-        raise TypeError(f"{name} takes a whole number of features, not {layer.features!r}")
-    if layer.features < 1:
-        raise ValueError(f"{name} takes at least 1 feature, not {layer.features}")
-    if not isinstance(layer.bias, bool):
-        raise TypeError(f"{name}: bias is True or False, not {layer.bias!r}")
+    check_counts(layer, "features")
+    check_flags(layer, "bias")
     check_window(name, layer.window)
     sizes(f"{name}: strides", layer.strides, len(layer.window))
     check_padding(name, layer.padding, len(layer.window))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import chex
@@ -12,7 +11,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.factored import Outer, Sum
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer
+from jaxprop.layers.checks import check_counts, check_flags, check_x
 
 
 class Affine(NamedTuple):
@@ -42,25 +42,11 @@ class Dense(Layer):
     bias: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.features, bool) or not isinstance(self.features, Integral):
-            raise TypeError(f"Dense takes a whole number of features, not {self.features!r}")
-        if self.features < 1:
-            raise ValueError(f"Dense takes at least 1 feature, not {self.features}")
-        if not isinstance(self.bias, bool):
-            raise TypeError(f"Dense: bias is True or False, not {self.bias!r}")
+        check_counts(self, "features")
+        check_flags(self, "bias")
 
     def init(self, key: chex.PRNGKey, x: Any) -> Affine:
-        if not hasattr(x, "ndim"):
-            raise TypeError(f"{self} takes an array x, not {shapes(x)}")
-        if x.ndim < 2:
-            raise ValueError(
-                f"{self} takes x of shape (N, ..., I), axis 0 the example, not {x.shape}; "
-                "for one example write x[None]"
-            )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{self} takes floating x, not {x.dtype}")
-        if not x.shape[-1]:
-            raise ValueError(f"{self} takes x of at least one feature, not {x.shape}")
+        check_x(self, x, "N, ..., I")
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
         w = jax.nn.initializers.lecun_normal()(key, (x.shape[-1], self.features), dtype)
         return Affine(w, jnp.zeros(self.features, dtype) if self.bias else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from numbers import Integral
 from typing import Any
 
 import chex
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int
 
 from jaxprop.factored import Factored, Kronecker, gram, reached, wide
 from jaxprop.layer import Layer, shapes
+from jaxprop.layers.checks import check_counts
 
 
 class Rows(Factored):
@@ -100,12 +100,7 @@ class Embedding(Layer):
     features: int
 
     def __post_init__(self) -> None:
-        for name in ("vocab", "features"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"Embedding: {name} is a whole number, not {value!r}")
-            if value < 1:
-                raise ValueError(f"Embedding: {name} is at least 1, not {value}")
+        check_counts(self, "vocab", "features")
 
     def init(self, key: chex.PRNGKey, x: Any) -> Float[Array, "v d"]:
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):

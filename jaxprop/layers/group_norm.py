@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import chex
@@ -14,6 +13,7 @@ from jax import Array
 
 from jaxprop.factored import Sum, wide
 from jaxprop.layer import Layer
+from jaxprop.layers.checks import check_counts
 from jaxprop.layers.normalization import Norm, X, affine, check_eps, scaled
 
 
@@ -41,10 +41,7 @@ class GroupNorm(Layer):
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if isinstance(self.groups, bool) or not isinstance(self.groups, Integral):
-            raise TypeError(f"GroupNorm takes a whole number of groups, not {self.groups!r}")
-        if self.groups < 1:
-            raise ValueError(f"GroupNorm takes at least 1 group, not {self.groups}")
+        check_counts(self, "groups")
         check_eps(self, self.eps)
 
     def init(self, key: chex.PRNGKey, x: Any) -> Norm:

@@ -16,7 +16,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.factored import Sum, wide
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer
+from jaxprop.layers.checks import check_x
 
 X = Float[Array, "n ... c"]
 Rows = Float[Array, "n ... 1"]
@@ -142,17 +143,7 @@ def scaled(params: Any, n: Array, x: Array) -> Array:
 
 def affine(layer: Layer, x: Any) -> Norm:
     """Ones and zeros for the last axis of x, once x is found to be what the layer takes."""
-    if not hasattr(x, "ndim"):
-        raise TypeError(f"{layer} takes an array x, not {shapes(x)}")
-    if x.ndim < 2:
-        raise ValueError(
-            f"{layer} takes x of shape (N, ..., C), axis 0 the example, not {x.shape}; "
-            "for one example write x[None]"
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{layer} takes floating x, not {x.dtype}")
-    if not x.shape[-1]:
-        raise ValueError(f"{layer} takes x of at least one feature, not {x.shape}")
+    check_x(layer, x, "N, ..., C")
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     return Norm(jnp.ones(x.shape[-1], dtype), jnp.zeros(x.shape[-1], dtype))
 

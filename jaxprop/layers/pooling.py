@@ -13,11 +13,12 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.layer import Layer
+from jaxprop.layers.checks import check_x
 from jaxprop.layers.windows import (
+    AXES,
     Padding,
     Sizes,
     Windows,
-    check_images,
     check_padding,
     check_window,
     empty_like,
@@ -113,7 +114,7 @@ class GlobalAvgPool(Layer):
     def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
         if x.ndim < 3:
             raise ValueError(f"{self} takes x of shape (N, ..., C) with positions, not {x.shape}")
-        check_images(self, x, x.ndim - 2)
+        check_x(self, x, "N, ..., C")
         return ()
 
     def forward(self, params: tuple[()], x: X) -> tuple[Float[Array, "n c"], Array]:
@@ -156,7 +157,7 @@ def _reduced(x: X, start: Any, combine: Any, windows: Windows) -> Y:
 
 
 def _init(layer: MaxPool | AvgPool, x: Any) -> tuple[()]:
-    check_images(layer, x, len(layer.window))
+    check_x(layer, x, AXES[len(layer.window)])
     if not all(_windows(layer, x.shape[1:-1]).outputs(x.shape[1:-1])):
         raise ValueError(f"{layer}: no window fits into x of shape {x.shape}")
     return ()

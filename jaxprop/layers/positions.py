@@ -6,7 +6,6 @@ The last two have no params, and tables of sines that are made in float64 while 
 from __future__ import annotations
 
 import dataclasses
-from numbers import Integral
 from typing import Any
 
 import chex
@@ -18,6 +17,7 @@ from jaxtyping import Float
 
 from jaxprop.factored import Factored, Stacked
 from jaxprop.layer import Layer, shapes
+from jaxprop.layers.checks import check_counts, check_x
 
 X = Float[Array, "n t d"]
 
@@ -63,10 +63,10 @@ class Positions(Layer):
     length: int
 
     def __post_init__(self) -> None:
-        _at_least_one("Positions: length", self.length)
+        check_counts(self, "length")
 
     def init(self, key: chex.PRNGKey, x: Any) -> Float[Array, "r d"]:
-        _check_sequence(self, x)
+        check_x(self, x, "N, T, D")
         if x.shape[1] > self.length:
             raise ValueError(f"{self} has {self.length} positions, x {shapes(x)} has {x.shape[1]}")
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
@@ -91,7 +91,7 @@ class SinusoidalPositions(Layer):
     """
 
     def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
-        _check_sequence(self, x)
+        check_x(self, x, "N, T, D")
         return ()
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, tuple[()]]:
@@ -130,12 +130,12 @@ class Rotary(Layer):
     base: float = 10000.0
 
     def __post_init__(self) -> None:
-        _at_least_one("Rotary: heads", self.heads)
+        check_counts(self, "heads")
         if not self.base > 0:
             raise ValueError(f"Rotary: base is positive, not {self.base!r}")
 
     def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
-        _check_sequence(self, x)
+        check_x(self, x, "N, T, D")
         if not x.shape[2] or x.shape[2] % (6 * self.heads):
             raise ValueError(
                 f"{self} takes x of shape (N, T, 3D), q, k and v packed, with {self.heads} heads "
@@ -165,17 +165,3 @@ class Rotary(Layer):
 def _angles(t: int, base: float, powers: Any) -> np.ndarray:
     """position / base^power, (T, len(powers)), in float64."""
     return np.arange(t)[:, None] * np.float64(base) ** -powers
-
-
-def _at_least_one(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} is a whole number, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} is at least 1, not {value}")
-
-
-def _check_sequence(layer: Layer, x: Any) -> None:
-    if getattr(x, "ndim", None) != 3:
-        raise ValueError(f"{layer} takes x of shape (N, T, D), not {shapes(x)}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{layer} takes floating x, not {x.dtype}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 from typing import Any
 
 import chex
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer
+from jaxprop.layers.checks import check_x, is_whole
 from jaxprop.layers.windows import empty_like
 
 X = Float[Array, "n ..."]
@@ -25,7 +25,8 @@ class Flatten(Layer):
     """
 
     def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
-        return _check(self, x)
+        check_x(self, x, "N, ...")
+        return ()
 
     def forward(self, params: tuple[()], x: X) -> tuple[Float[Array, "n d"], Array]:
         return x.reshape(len(x), math.prod(x.shape[1:])), empty_like(x)
@@ -51,7 +52,7 @@ class Reshape(Layer):
             )
 
     def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
-        _check(self, x)
+        check_x(self, x, "N, ...")
         if math.prod(x.shape[1:]) != math.prod(self.shape):
             raise ValueError(
                 f"{self}: an example has {math.prod(self.shape)} elements, but x has {x.shape}"
@@ -84,7 +85,7 @@ class Pad(Layer):
             raise TypeError(f"Pad: value is a number, not {self.value!r}")
 
     def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
-        _check(self, x)
+        check_x(self, x, "N, ...")
         if x.ndim != len(self.widths) + 2:
             raise ValueError(
                 f"{self} takes x with {len(self.widths)} axes between N and C, not {x.shape}"
@@ -102,18 +103,8 @@ class Pad(Layer):
         return (), jax.lax.slice(ct, starts, limits)
 
 
-def _check(layer: Layer, x: Any) -> tuple[()]:
-    if not hasattr(x, "ndim"):
-        raise TypeError(f"{layer} takes an array x, not {shapes(x)}")
-    if not x.ndim:
-        raise ValueError(f"{layer} takes x of shape (N, ...), axis 0 the example, not a scalar")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{layer} takes floating x, not {x.dtype}")
-    return ()
-
-
 def _natural(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+    return is_whole(value) and int(value) >= 0
 
 
 def _pair(value: Any) -> bool:

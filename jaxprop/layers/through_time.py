@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import chex
@@ -13,7 +12,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.factored import wide
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer
+from jaxprop.layers.checks import check_counts, check_x
 
 X = Float[Array, "n t i"]
 Y = Float[Array, "n t f"]
@@ -40,21 +40,10 @@ class Recurrence(Layer):
     gates: ClassVar[int]
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if isinstance(self.features, bool) or not isinstance(self.features, Integral):
-            raise TypeError(f"{name} takes a whole number of features, not {self.features!r}")
-        if self.features < 1:
-            raise ValueError(f"{name} takes at least 1 feature, not {self.features}")
+        check_counts(self, "features")
 
     def init(self, key: chex.PRNGKey, x: Any) -> Recurrent:
-        if not hasattr(x, "ndim"):
-            raise TypeError(f"{self} takes an array x, not {shapes(x)}")
-        if x.ndim != 3:
-            raise ValueError(
-                f"{self} takes x of shape (N, T, I), axis 0 the example, not {x.shape}"
-            )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{self} takes floating x, not {x.dtype}")
+        check_x(self, x, "N, T, I")
         if not x.shape[1] or not x.shape[2]:
             raise ValueError(f"{self} takes x of at least one step and one feature, not {x.shape}")
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.layers.checks import is_whole
+
+AXES = {1: "N, T, C", 2: "N, H, W, C", 3: "N, H, W, D, C"}
 Sizes = tuple[int, ...]
 Padding = str | tuple[tuple[int, int], ...]
 
@@ -113,8 +115,8 @@ def sizes(name: str, value: Any, rank: int) -> Sizes:
     """
     if value is None:
         return (1,) * rank
-    each: Any = (value,) * rank if isinstance(value, Integral) else value
-    if not isinstance(each, tuple) or not all(map(_whole, each)):
+    each: Any = (value,) * rank if is_whole(value) else value
+    if not isinstance(each, tuple) or not all(map(is_whole, each)):
         raise TypeError(f"{name} takes a whole number or a tuple of them, not {value!r}")
     if len(each) != rank:
         raise ValueError(f"{name} has {len(each)} entries, but the window has {rank}")
@@ -125,7 +127,7 @@ def sizes(name: str, value: Any, rank: int) -> Sizes:
 
 def check_window(name: str, window: Any) -> None:
     """Raise unless window is a tuple of one to three positive whole numbers."""
-    if not isinstance(window, tuple) or not window or not all(map(_whole, window)):
+    if not isinstance(window, tuple) or not window or not all(map(is_whole, window)):
         raise TypeError(f"{name}: window is a tuple with a size for each axis, not {window!r}")
     if len(window) > 3:
         raise ValueError(f"{name}: window has 1 to 3 axes, not {len(window)}")
@@ -138,7 +140,7 @@ def check_padding(name: str, padding: Any, rank: int) -> None:
     if padding in ("SAME", "VALID"):
         return
     pairs = isinstance(padding, tuple) and all(
-        isinstance(pair, tuple) and len(pair) == 2 and all(map(_whole, pair)) for pair in padding
+        isinstance(pair, tuple) and len(pair) == 2 and all(map(is_whole, pair)) for pair in padding
     )
     if not pairs or len(padding) != rank:
         raise ValueError(
@@ -147,20 +149,3 @@ def check_padding(name: str, padding: Any, rank: int) -> None:
         )
     if any(side < 0 for pair in padding for side in pair):
         raise ValueError(f"{name}: padding must not be negative, not {padding!r}")
-
-
-def check_images(layer: Any, x: Any, rank: int) -> None:
-    """Raise unless x is a floating array with an example axis, rank spatial axes and channels."""
-    if not hasattr(x, "ndim"):
-        raise TypeError(f"{layer} takes an array x, not {x!r}")
-    if x.ndim != rank + 2:
-        axes = ", ".join(("H", "W", "D")[:rank] if rank > 1 else "T")
-        raise ValueError(f"{layer} takes x of shape (N, {axes}, C), not {x.shape}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{layer} takes floating x, not {x.dtype}")
-    if not x.shape[-1]:
-        raise ValueError(f"{layer} takes x of at least one channel, not {x.shape}")
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

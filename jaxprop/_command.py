@@ -1,0 +1,11 @@
+"""Imported before all else: Ctrl-C while JAX is imported ends the command, without a traceback."""
+
+import os
+import signal
+import sys
+
+command = sys.argv[0] if sys.argv else ""
+if os.path.basename(command) in ("jaxprop", "jaxprop.exe") or (
+    command == "-m" and "jaxprop" in sys.orig_argv
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,135 @@
+"""The walkthrough's words in the languages that it speaks; English is the key to all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+LANGUAGES = {"en": "English", "ko": "한국어"}
+
+Say = Callable[..., str]
+
+KOREAN = {
+    # the terminal
+    "The network": "신경망",
+    "Forward": "순전파",
+    "Step {number}: the {layer} weights": "{number}단계: {layer} 가중치",
+    "The check": "검산",
+    "After {steps} steps": "{steps}번의 갱신 뒤",
+    "the bias": "편향",
+    "from {source}": "{source}에서",
+    "{name}, {source} to {unit} ({layer} layer)": "{name}, {source} {unit}(으)로 ({layer}층)",
+    "by hand": "손으로 유도한 값",
+    "by jax.grad": "jax.grad의 값",
+    "new {name}": "새 {name}",
+    "{count} input": "입력 {count}개",
+    "{count} inputs": "입력 {count}개",
+    "{count} {layer} unit ({activation})": "{layer} 유닛 {count}개 ({activation})",
+    "{count} {layer} units ({activation})": "{layer} 유닛 {count}개 ({activation})",
+    "hidden": "은닉",
+    "hidden-{number}": "은닉-{number}",
+    "output": "출력",
+    "no bias": "편향 없음",
+    "error E = Σ ½ (t − o)², learning rate {rate}, float64": (
+        "오차 E = Σ ½ (t − o)², 학습률 {rate}, float64"
+    ),
+    "In arrays z = x @ w, with a column for each unit:": ("배열로는 z = x @ w, 유닛마다 열 하나:"),
+    "and the error comes back to a hidden unit by every weight that it feeds:": (
+        "은닉 유닛의 오차는 그 유닛이 이어진 모든 가중치를 거쳐 돌아옵니다:"
+    ),
+    "with ∂E/∂o = o − t, and the same for the others:": (
+        "여기서 ∂E/∂o = o − t 이고, 나머지도 같습니다:"
+    ),
+    "product": "곱",
+    "new": "새 값",
+    "Forward again, with the new weights:": "새 가중치로 다시 순전파:",
+    "E before {error}": "갱신 전 E {error}",
+    "E after  {error}": "갱신 후 E {error}",
+    "the error fell": "오차가 줄었습니다",
+    "the error did not fall": "오차가 줄지 않았습니다",
+    "By hand and by jax.grad, the largest difference over {count} weight: {difference}": (
+        "손으로 유도한 값과 jax.grad의 최대 차이 (가중치 {count}개): {difference}"
+    ),
+    "By hand and by jax.grad, the largest difference over {count} weights: {difference}": (
+        "손으로 유도한 값과 jax.grad의 최대 차이 (가중치 {count}개): {difference}"
+    ),
+    "The article behind this example prints z2 = 0.10988248 and o2 = 0.66296548": (
+        "이 예제의 원문에는 z2 = 0.10988248, o2 = 0.66296548로 인쇄되어 있으나"
+    ),
+    "here: misprints, since its own h2 and E_o2 agree with the values above.": (
+        "오식입니다. 원문의 h2와 E_o2는 위의 값과 일치합니다."
+    ),
+    "step {taken}": "{taken}번째",
+    # the page
+    "Backpropagation, one number at a time": "역전파, 한 숫자씩",
+    "Every number is from one walk forward and back, every derivative by jax.grad as well.": (
+        "모든 숫자는 한 번의 순전파와 역전파에서 나왔고, 기울기는 jax.grad로도 구했습니다."
+    ),
+    "Previous": "이전",
+    "Next": "다음",
+    "Stage": "단계",
+    "Step of descent": "경사 하강 횟수",
+    "{i} of {n}": "{n} 중 {i}",
+    "Arrow keys: left and right for the stage, up and down for the step of descent.": (
+        "화살표 키: 왼쪽·오른쪽은 단계, 위·아래는 경사 하강 횟수."
+    ),
+    "The error by step of descent": "경사 하강 횟수에 따른 오차",
+    "The drawing needs JavaScript; the same numbers are in: jaxprop walkthrough": (
+        "그림에는 JavaScript가 필요합니다. 같은 숫자를 jaxprop walkthrough가 출력합니다."
+    ),
+    "Forward to {unit}": "{unit}까지 순전파",
+    "{unit} adds up what comes in, each times its weight; the activation makes its value of it.": (
+        "{unit}은(는) 들어오는 값에 가중치를 곱해 더하고, 활성화 함수를 거쳐 값을 냅니다."
+    ),
+    "The error": "오차",
+    "Half the squared distance of each output from its target, added up.": (
+        "각 출력과 목표의 거리를 제곱한 것의 절반을 모두 더합니다."
+    ),
+    "Back to {unit}": "{unit}까지 역전파",
+    "The error comes back to {unit} by every weight that it feeds.": (
+        "오차는 {unit}에서 나가는 모든 가중치를 거쳐 {unit}(으)로 돌아옵니다."
+    ),
+    "Back to {weight}": "{weight}까지 역전파",
+    "The chain rule along the lit path from the error to {weight}.": (
+        "오차에서 {weight}까지 밝게 표시된 길을 따른 연쇄 법칙."
+    ),
+    "The update": "갱신",
+    "Every weight goes down its slope by {rate} times its derivative.": (
+        "모든 가중치를 미분값의 {rate}배만큼 기울기 아래로 옮깁니다."
+    ),
+    "weight": "가중치",
+    "old": "이전 값",
+    "The new error": "새 오차",
+    "Forward again with the new weights: the error fell.": (
+        "새 가중치로 다시 순전파: 오차가 줄었습니다."
+    ),
+    "Forward again with the new weights: the error did not fall.": (
+        "새 가중치로 다시 순전파: 오차가 줄지 않았습니다."
+    ),
+    "Forward through the {layer} layer": "{layer}층 순전파",
+    "Back through the {layer} layer": "{layer}층 역전파",
+    "What passes through the layer, in a few numbers.": "층을 지나는 값들을 몇 개의 수로.",
+    "mean": "평균",
+    "rms": "제곱평균제곱근",
+    "largest": "최댓값",
+    "zeros": "0의 비율",
+    "saturated": "포화 비율",
+    "weighted sums z": "가중합 z",
+    "values": "값",
+    "derivatives by the values": "값에 대한 미분",
+    "derivatives by the weights": "가중치에 대한 미분",
+    "derivatives by the biases": "편향에 대한 미분",
+    "{count} unit": "유닛 {count}개",
+    "{count} units": "유닛 {count}개",
+}
+
+
+def words(language: str) -> Say:
+    """``say(english, **values)`` in the language of that code; KeyError where it is not known."""
+    catalogue: dict[str, str] = {"en": {}, "ko": KOREAN}[language]
+
+    def say(english: str, **values: Any) -> str:
+        known = catalogue[english] if catalogue else english
+        return known.format(**values) if values else known
+
+    return say

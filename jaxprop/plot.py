@@ -1,0 +1,162 @@
+"""Pictures of training: one function each, returning the matplotlib ``Figure``.
+
+They need the ``plot`` extra: ``pip install 'jaxprop-vjp[plot]'``. A figure belongs to nobody's
+window: ``figure.savefig("name.png")`` writes it, and a notebook shows it.
+
+    from jaxprop import plot
+
+    plot.scales(explanations).savefig("scales.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxprop.explain.summary import Summary
+from jaxprop.explain.terms import Explanation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["gram", "norms", "scales"]
+
+
+def scales(
+    explanations: Sequence[Explanation], steps: Sequence[float] | None = None, unit: str = "step"
+) -> Figure:
+    """The rms of the cotangent at each layer, and of its gradient, over training.
+
+    Args:
+        explanations: what ``jp.explain`` gave at points of the training (``keep=0`` suffices).
+        steps: when that was; 0, 1, 2, … if left out.
+        unit: of what steps counts.
+    """
+    explanations = [jax.device_get(one) for one in explanations]
+    if not explanations:
+        raise ValueError("scales: there is no explanation to draw")
+    at = range(len(explanations)) if steps is None else list(steps)
+    if len(at) != len(explanations):
+        raise ValueError(f"scales: {len(at)} steps for {len(explanations)} explanations")
+    runs = [one.runs() for one in explanations]
+    names = [f"{name} {terms.layer}".strip() for name, terms in runs[0]]
+    cts = np.array([[_rms(terms.summaries.ct) for _, terms in run] for run in runs])
+    grads = np.array([[_rms(terms.summaries.grads) for _, terms in run] for run in runs])
+    figure = _figure(9, 4.2)
+    left, right = figure.subplots(1, 2, sharex=True)
+    colours = _colours(len(names))
+    for axes, values, title in ((left, cts, "cotangent"), (right, grads, "gradient")):
+        for name, column, colour in zip(names, values.T, colours, strict=True):
+            if np.any(column > 0):  # a layer without params has no gradient
+                axes.plot(at, np.where(column > 0, column, np.nan), color=colour, label=name)
+        axes.set(yscale="log", xlabel=unit, ylabel=f"rms of the {title}", title=title.title())
+        axes.grid(alpha=0.3)
+    if len(names) <= 12:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    else:
+        _depth_bar(figure, [left, right], names)
+    return figure
+
+
+def norms(sq_norms: ArrayLike, max_norm: float | None = None) -> Figure:
+    """The histogram of per-example gradient norms.
+
+    Args:
+        sq_norms: the squared norms (N,), as ``jp.per_example_sq_norms`` gives them.
+        max_norm: a bound on the norm to draw in, as ``jp.clipped_grad`` takes it.
+    """
+    values = np.sqrt(np.asarray(sq_norms, np.float64))
+    if values.ndim != 1 or not values.size:
+        raise ValueError(f"norms takes squared norms of shape (N,), not {values.shape}")
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("norms: none of the norms is finite")
+    figure = _figure(6.4, 4.2)
+    axes = figure.subplots()
+    axes.hist(finite, bins="auto" if np.ptp(finite) else 1, color=BLUE, edgecolor="white")
+    axes.axvline(float(np.median(finite)), color="black", ls=":", label="median")
+    if max_norm is not None:
+        over = np.mean(~(values <= max_norm))
+        axes.axvline(max_norm, color=ORANGE, lw=2, label=f"max_norm {max_norm:g}: {over:.0%} above")
+    bad = values.size - finite.size
+    title = f"Norms of {values.size} examples' gradients"
+    axes.set(xlabel="norm", ylabel="examples", title=f"{title}, {bad} not finite" if bad else title)
+    axes.legend()
+    axes.grid(alpha=0.3, axis="y")
+    return figure
+
+
+def gram(inner: ArrayLike, labels: ArrayLike | None = None) -> Figure:
+    """The Gram matrix of a batch's gradients, as cosines: which examples pull the same way.
+
+    Args:
+        inner: all inner products (N, N), as ``jp.gram`` gives them.
+        labels: a label for each example (N,); examples of one label are drawn side by side.
+    """
+    products = np.asarray(inner, np.float64)
+    if products.ndim != 2 or products.shape[0] != products.shape[1]:
+        raise ValueError(f"gram takes inner products of shape (N, N), not {products.shape}")
+    sizes = np.sqrt(np.diag(products))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = products / np.outer(sizes, sizes)  # NaN for a gradient of 0
+    figure = _figure(6.0, 5.2)
+    axes = figure.subplots()
+    ordered = None if labels is None else np.asarray(labels)
+    if ordered is not None:
+        if ordered.shape != sizes.shape:
+            raise ValueError(f"gram: labels of shape {ordered.shape} for {len(sizes)} examples")
+        order = np.argsort(ordered, kind="stable")
+        cosines, ordered = cosines[np.ix_(order, order)], ordered[order]
+    image = axes.imshow(cosines, cmap="PuOr_r", vmin=-1, vmax=1, interpolation="nearest")
+    axes.set(xlabel="example", ylabel="example", title="Cosines between examples' gradients")
+    if ordered is not None:
+        ends = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+        bounds = np.concatenate([[0], ends, [len(ordered)]])
+        middles = (bounds[:-1] + bounds[1:] - 1) / 2
+        for edge in ends:
+            axes.axhline(edge - 0.5, color="black", lw=0.6)
+            axes.axvline(edge - 0.5, color="black", lw=0.6)
+        axes.set(xlabel="label", ylabel="label")
+        axes.set_xticks(middles, [str(ordered[int(m)]) for m in middles])
+        axes.set_yticks(middles, [str(ordered[int(m)]) for m in middles])
+    figure.colorbar(image, label="cosine")
+    return figure
+
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito, told apart by the colour-blind
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def _colours(count: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](np.linspace(0, 0.9, count))
+
+
+def _depth_bar(figure: Figure, axes: Any, names: Sequence[str]) -> None:
+    """For more layers than a legend holds: the first is dark, the last bright."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colours = ScalarMappable(Normalize(0, len(names)), ListedColormap(_colours(len(names))))
+    bar = figure.colorbar(colours, ax=axes, ticks=[0.5, len(names) - 0.5])
+    bar.ax.set_yticklabels([names[0], names[-1]])
+
+
+def _rms(summaries: Any) -> float:
+    """Of all the summaries together."""
+    each = jax.tree.leaves(summaries, is_leaf=lambda node: isinstance(node, Summary))
+    sizes = [np.prod(one.shape) for one in each]
+    if not sum(sizes):
+        return 0.0
+    squares = sum(float(one.rms) ** 2 * size for one, size in zip(each, sizes, strict=True))
+    return float(np.sqrt(squares / sum(sizes)))
