@@ -15,7 +15,7 @@ SCALE = r"noise scale (?:above )?\d+$"
     ("script", "observed"),
     [
         (("three_c3d.py",), NORMS),
-        (("resnet.py", "--features", 4, "--stages", 2), SCALE),
+        (("resnet.py", "--features", 8, "--stages", 2), SCALE),
     ],
     ids=["3c3d", "resnet"],
 )
