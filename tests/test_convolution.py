@@ -191,7 +191,7 @@ IMAGE = jax.ShapeDtypeStruct((2, 6, 5, 4), jnp.float32)
         (
             lambda: jp.Conv(4, (3,)),
             ValueError,
-            r"takes x of shape \(N, T, C\), axis 0 the example, not \(2, 6, 5, 4\)",
+            r"\(N, T, C\), axis 0 the example, not \(2, 6, 5, 4\)",
         ),
         (lambda: jp.Conv(4, (7, 1), padding="VALID"), ValueError, "no window fits into x"),
         (lambda: jp.ConvTranspose(0), ValueError, "ConvTranspose: features is at least 1"),
