@@ -268,7 +268,7 @@ def each_example(forms: Any) -> Any:
 
 def everything(taken: Any) -> Array:
     """The sum of what was taken at the layers. Raises ``ValueError`` for a net without params."""
-    leaves = jax.tree.leaves(taken)
+    leaves: list[Array] = jax.tree.leaves(taken)
     if not leaves:
         raise ValueError("the net has no params, so that there is no gradient to ask about")
     return sum(leaves[1:], start=leaves[0])

@@ -2,8 +2,10 @@
 
 import os
 
+# The tests compile far more than they run: LLVM is told not to optimize.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0"
 )
 
 import jax

@@ -1,6 +1,7 @@
 """Every quantity against its oracle, on every net of the table, and what they mean together."""
 
 import functools
+import itertools
 
 import hypothesis.strategies as st
 import jax
@@ -98,8 +99,15 @@ QUANTITIES = [
 ]
 
 
-@pytest.mark.parametrize("loss", [jp.HalfSquaredError(), jp.CrossEntropy()], ids=str)
-@rows
+EACH_LOSS = (jp.HalfSquaredError(), jp.CrossEntropy(), jp.BinaryCrossEntropy())
+rows_and_losses = pytest.mark.parametrize(  # the losses in turn: compiling is what takes the time
+    ("row", "loss"),
+    list(zip(ROWS, itertools.cycle(EACH_LOSS), strict=False)),
+    ids=lambda value: str(value) if isinstance(value, jp.Loss) else row_id(value),
+)
+
+
+@rows_and_losses
 def test_against_the_oracle(row, loss):
     net, loss, *args = problem(row, loss)
     names = QUANTITIES
@@ -192,29 +200,24 @@ def test_samples_have_the_hessian_for_covariance(loss, y, target):
     )
 
 
-@pytest.mark.parametrize(
-    "loss", [jp.HalfSquaredError(), jp.CrossEntropy(), jp.BinaryCrossEntropy()], ids=str
-)
-@rows
-def test_diag_ggn(row, loss):
+@rows_and_losses
+def test_the_gauss_newton_matrix(row, loss):
+    """Its blocks from the root, and its diagonal."""
     net, loss, *args = problem(row, loss)
-    got = jax.jit(jp.diag_ggn(net, loss))(*args)
-    assert relative_error(got, run(oracles.diag_ggn(net, loss), *args)) <= 1e-10
-
-
-@rows
-def test_ggn_root(row):
-    net, loss, *args = problem(row, jp.CrossEntropy())
-    root = run(jp.ggn_root(net, loss), *args)
 
     def block(v):
         v = v.reshape(*v.shape[:2], -1)
         return jnp.einsum("cni,cnj->nij", v, v)
 
-    assert (
-        relative_error(jax.tree.map(block, root), run(oracles.ggn_blocks(net, loss), *args))
-        <= 1e-10
-    )
+    @jax.jit
+    def both(*args):
+        blocks = oracles.ggn_blocks(net, loss)(*args)
+        expected = blocks, oracles.diagonal(args[0], blocks)
+        return (jax.tree.map(block, jp.ggn_root(net, loss)(*args)),), expected
+
+    (blocks,), expected = both(*args)
+    got = blocks, jax.jit(jp.diag_ggn(net, loss))(*args)
+    assert relative_error(got, expected) <= 1e-10
 
 
 KFAC_NET = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3))

@@ -85,9 +85,9 @@ def check_layer(
             for words, oracle in oracles.items():
                 _compare(layer, got, oracle(params, x, ct, key), words, rtol, ct)
             if not layer.batch_coupled:
-                each, squares = shares(params, x, residuals, ct, other)
-                _compare(layer, *each, "each example alone", rtol, ct, by_example=True)
-                _compare(layer, *squares, OF_CT, rtol, other)
+                (each, alone), (squares, moments) = shares(params, x, residuals, ct, other)
+                _compare(layer, each, alone, "each example alone", rtol, ct, by_example=True)
+                _compare(layer, squares, moments, OF_CT, rtol, other)
             differences(params, x, ct, key)
 
 

@@ -73,9 +73,9 @@ class Branch(Combinator):
         cts = jnp.split(ct, ends[:-1], axis=-1) if widths else [ct] * len(self.layers)
         left, d_x = [], None
         steps = zip(self.layers, params, residuals, cts, strict=True)
-        for index, (layer, *step) in enumerate(steps):
+        for index, (layer, p, r, ct) in enumerate(steps):
             with seat(index, layer):
-                here, d = layer.walk(*step, leave)
+                here, d = layer.walk(p, r, ct, leave)
             left.append(here)
             d_x = d if d_x is None else jax.tree.map(jnp.add, d_x, d)
         return tuple(left), d_x

@@ -30,9 +30,8 @@ class Dropout(Layer):
             raise ValueError(f"Dropout takes a rate in [0, 1), not {self.rate!r}")
 
     def check_params(self, params: Any, x: Any) -> None:
-        if not _absent(params) and not jnp.issubdtype(
-            getattr(params, "dtype", None), jax.dtypes.prng_key
-        ):
+        dtype = getattr(params, "dtype", bool)
+        if not _absent(params) and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
             raise ValueError(
                 f"{self} takes params () or a key of jax.random.key, not {shapes(params)}"
             )

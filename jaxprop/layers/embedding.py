@@ -110,7 +110,7 @@ class Embedding(Layer):
         return jax.random.normal(key, (self.vocab, self.features)) / self.features**0.5
 
     def check_params(self, params: Any, x: Any) -> None:
-        if not jnp.issubdtype(getattr(x, "dtype", None), jnp.integer):
+        if not jnp.issubdtype(getattr(x, "dtype", bool), jnp.integer):
             raise TypeError(f"{self} takes integer ids, not {shapes(x)}")
         super().check_params(params, x)
 
