@@ -14,7 +14,6 @@ with the same bits as one that was not.
 import argparse
 import functools
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from checkpoints import Checkpoints
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from watching import Watch, draw, gradients
 
 import jaxprop as jp
-from jaxprop import plot as plots
 
 LOSS = jp.CrossEntropy()
 NET = jp.chain(jp.Dense(256), jp.Gelu(), jp.Dense(128), jp.Gelu(), jp.Dense(10))
 WATCHED = 512  # digits, whose gradients are measured while training on a terminal
-WATCHING = 0.01  # the part of the time that this may take
 DIFFERENTIATE = {
     "hand": jp.value_and_grad,
     "auto": lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss)),
@@ -77,14 +74,6 @@ def accuracy(params: Any, images: Any, labels: Any) -> Any:
     return jnp.mean(logits.argmax(axis=-1) == labels)
 
 
-@jax.jit
-def watched(params: Any, images: Any, labels: Any) -> tuple[Any, Any]:
-    """The gradient's norm and the noise scale on a few digits, from one walk."""
-    asked = {"grads": jp.Gradient(), "noise": jp.NoiseScale()}
-    found = jp.quantities(NET, LOSS, **asked)(params, images, labels)
-    return optax.global_norm(found["grads"]), found["noise"]
-
-
 def train(args: argparse.Namespace) -> float:
     train_x, train_y, test_x, test_y = load(args.seed)
     if args.batch > len(train_y):
@@ -111,24 +100,11 @@ def train(args: argparse.Namespace) -> float:
         if run["done"]:
             print(f"resumed after epoch {run['done']}", flush=True)
 
-    columns = (
-        TextColumn("epoch"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} examples/s"),
-        TextColumn("gradient {task.fields[norm]:.3f}  noise scale {task.fields[noise]:,.0f}"),
-        TimeRemainingColumn(),
-    )
-    nothing = dict.fromkeys(("loss", "speed", "norm", "noise"), float("nan"))
-    seen = []
-    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
-        first, spent = int(run["done"]), 0.0
-        if not progress.disable:
-            watched(run["params"], train_x[:WATCHED], train_y[:WATCHED])  # compile it
-        started = time.perf_counter()
-        task = progress.add_task("train", total=args.epochs, completed=first, **nothing)
+    seen, first = [], int(run["done"])
+    measure = gradients(NET, LOSS, train_x[:WATCHED], train_y[:WATCHED])
+    with Watch("epoch", args.epochs, first, measure) as watch:
         for done in range(first + 1, args.epochs + 1):
-            began, key = time.perf_counter(), jax.random.fold_in(for_order, done)
+            key = jax.random.fold_in(for_order, done)
             params, state, loss = epoch(run["params"], run["state"], key)
             run = {
                 "params": params,
@@ -140,16 +116,9 @@ def train(args: argparse.Namespace) -> float:
                 checkpoints.save(done, run)
             if args.plot is not None:
                 seen.append((done, jp.explain(NET, LOSS, params, train_x, train_y, keep=0)))
-            if progress.disable:
-                print(f"epoch {done:3d}  loss {loss:.4f}", flush=True)
-                continue
-            loss, speed = float(loss), len(train_y) / (time.perf_counter() - began)
-            progress.update(task, advance=1, loss=loss, speed=speed)
-            now = time.perf_counter()
-            if spent <= WATCHING * (now - started):
-                norm, noise = map(float, watched(params, train_x[:WATCHED], train_y[:WATCHED]))
-                progress.update(task, norm=norm, noise=noise)
-                spent += time.perf_counter() - now
+            watch.update(done, len(train_y), loss, params)
+            if watch.off:
+                watch.print(f"epoch {done:3d}  loss {loss:.4f}")
     if checkpoints is not None:
         checkpoints.close()
 
@@ -157,7 +126,7 @@ def train(args: argparse.Namespace) -> float:
     print(f"accuracy {held_out:.2%} on {len(test_y)} digits held out of training")
     if args.plot is not None:
         plot(run["losses"], held_out, args)
-        draw_gradients(seen, run["params"], train_x[:200], train_y[:200], args.plot)
+        draw(NET, LOSS, run["params"], train_x[:200], train_y[:200], seen, "epoch", args.plot)
     return held_out
 
 
@@ -174,21 +143,6 @@ def plot(losses: Any, held_out: float, args: argparse.Namespace) -> None:
     axes.grid(alpha=0.3, which="both")
     figure.savefig(args.plot, dpi=150)
     print(f"loss curve in {args.plot}")
-
-
-def draw_gradients(seen: Any, params: Any, images: Any, labels: Any, path: Path) -> None:
-    """Beside the loss curve: how large what comes back is, and how examples agree at the end."""
-    sq_norms = jp.per_example_sq_norms(NET, LOSS)(params, images, labels)
-    figures = {
-        "norms": plots.norms(sq_norms),
-        "gram": plots.gram(jp.gram(NET, LOSS)(params, images, labels), labels),
-    }
-    if seen:  # a run that was resumed at its end has seen no epoch
-        epochs, explanations = zip(*seen, strict=True)
-        figures["scales"] = plots.scales(explanations, epochs, "epoch")
-    for name, figure in figures.items():
-        figure.savefig(path.with_stem(f"{path.stem}-{name}"))
-    print(f"gradients in {path.with_stem(path.stem + '-*')}")
 
 
 def positive(text: str) -> int:

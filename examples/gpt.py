@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 from checkpoints import Checkpoints
 from corpus import load, show, starts
+from watching import Watch, draw, gradients
 
 import jaxprop as jp
 
@@ -118,21 +119,28 @@ def train(args: argparse.Namespace) -> float:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{size:,} params, {len(text):,} bytes to train on", flush=True)
     each, first, held = math.ceil(args.steps / args.reports), int(run["done"]), math.nan
-    start = time.perf_counter()
-    for done in range(first, args.steps, each):
-        params, state, value = steps(run["params"], run["state"], order[done : done + each])
-        done = min(done + each, args.steps)
-        run = {"params": params, "state": state, "done": jnp.asarray(done, jnp.int32)}
-        held = float(bits(params))
-        print(
-            f"step {done:6d}  train {value / math.log(2):.3f}  held out {held:.3f} bits per byte  "
-            f"{time.perf_counter() - start:5.0f} s",
-            flush=True,
-        )
-        if checkpoints is not None:
-            checkpoints.save(done, run)
+    few = windows(text, order[0][:8], args.length)
+    seen, start = [], time.perf_counter()
+    with Watch("step", args.steps, first, gradients(net, LOSS, *few)) as watch:
+        for done in range(first, args.steps, each):
+            rows = order[done : done + each]
+            params, state, value = steps(run["params"], run["state"], rows)
+            done += len(rows)
+            run = {"params": params, "state": state, "done": jnp.asarray(done, jnp.int32)}
+            watch.update(done, rows.size, value, params)
+            held = float(bits(params))
+            watch.print(
+                f"step {done:6d}  train {value / math.log(2):.3f}  "
+                f"held out {held:.3f} bits per byte  {time.perf_counter() - start:5.0f} s"
+            )
+            if args.plot is not None:
+                seen.append((done, jp.explain(net, LOSS, params, *few, keep=0)))
+            if checkpoints is not None:
+                checkpoints.save(done, run)
     if checkpoints is not None:
         checkpoints.close()
+    if args.plot is not None:
+        draw(net, LOSS, run["params"], *few, seen, "step", args.plot)
     print("a sample:")
     print(show(sample(net, run["params"], for_sample, args.length, args.sample)))
     return held
@@ -156,12 +164,15 @@ def main() -> None:
         "--checkpoints", type=Path, metavar="DIR", help="save the state at every report"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="save pictures of the gradients")
     args = parser.parse_args()
     counts = ("steps", "batch", "length", "layers", "features", "heads", "reports", "sample")
     if min(getattr(args, name) for name in counts) < 1:
         parser.error("all sizes and counts are at least 1")
     if args.features % args.heads:
         parser.error("--heads must divide --features")
+    if args.plot is not None and not args.plot.absolute().parent.is_dir():
+        parser.error(f"--plot {args.plot}: no such directory")
     if args.resume and args.checkpoints is None:
         parser.error("--resume needs --checkpoints DIR")
     train(args)
