@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxprop.combinators.chain import given_each
 from jaxprop.layer import Combinator, Layer, Leave, require, seat, shapes
 
 
@@ -81,10 +82,7 @@ class Branch(Combinator):
         return tuple(left), d_x
 
     def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
-        return tuple(
-            layer.given(p, key=None if key is None else jax.random.fold_in(key, index), mask=mask)
-            for index, (layer, p) in enumerate(zip(self.layers, params, strict=True))
-        )
+        return given_each(self.layers, params, key, mask)
 
 
 def branch(*layers: Layer, join: Literal["sum", "concatenate"] = "sum") -> Branch:

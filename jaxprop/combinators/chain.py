@@ -61,10 +61,7 @@ class Chain(Combinator):
         self, params: tuple[Any, ...], *, key: chex.PRNGKey | None = None, mask: Any = None
     ) -> tuple[Any, ...]:
         self._check_length(params)
-        return tuple(
-            layer.given(p, key=None if key is None else jax.random.fold_in(key, index), mask=mask)
-            for index, (layer, p) in enumerate(zip(self.layers, params, strict=True))
-        )
+        return given_each(self.layers, params, key, mask)
 
     def _check_length(self, params: Any) -> None:
         if type(params) is not tuple or len(params) != len(self.layers):
@@ -128,3 +125,13 @@ def skip(layer: Layer) -> Skip:
     The layer keeps the shape of x; another shape raises ``ValueError``.
     """
     return Skip(layer)
+
+
+def given_each(
+    layers: tuple[Layer, ...], params: tuple[Any, ...], key: chex.PRNGKey | None, mask: Any
+) -> tuple[Any, ...]:
+    """``given`` of layers side by side, a key of its own for each."""
+    return tuple(
+        layer.given(p, key=None if key is None else jax.random.fold_in(key, index), mask=mask)
+        for index, (layer, p) in enumerate(zip(layers, params, strict=True))
+    )
