@@ -155,11 +155,13 @@ def row_id(row: Any) -> str:
 
 def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
     """(params, x) of the dtype, params with noise so that no bias is zero."""
-    x = jnp.asarray(row.x, dtype if np.issubdtype(row.x.dtype, np.floating) else None)
+    floating = np.issubdtype(row.x.dtype, np.floating)
+    x = jnp.asarray(row.x, dtype if floating else None)
     rng = np.random.default_rng(2)
 
     def with_noise(leaf: Any) -> Any:
-        return jnp.asarray(np.asarray(leaf, float) + 0.1 * rng.normal(size=leaf.shape), dtype)
+        noisy = np.asarray(leaf, float) + 0.1 * rng.normal(size=leaf.shape)
+        return jnp.asarray(noisy, leaf.dtype if floating else dtype)
 
     return jax.tree.map(with_noise, jax.jit(row.layer.init)(jax.random.key(1), x)), x
 
