@@ -58,7 +58,8 @@ def test_narrow_dtypes(row, dtype):
     got = by_hand(row.layer, params, x, ct)
     chex.assert_trees_all_equal_dtypes(got, (params, x if got[1] is not None else None))
     wide = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == dtype else leaf, (params, x, ct)
+        lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(jnp.float64),
+        (params, x, ct),
     )
     assert relative_error(got, by_hand(row.layer, *wide)) <= RTOL[dtype]
 
