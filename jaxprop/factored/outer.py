@@ -51,8 +51,10 @@ class Outer(Factored):
         return jnp.einsum("nti,nto->nio", *self._sequences())
 
     def sum(self) -> Float[Array, "i o"]:
-        """x^T ct, or (ct^T x)^T: a CPU copies what is transposed, so let it be the smaller one."""
-        if self.x.shape[-1] <= self.ct.shape[-1]:
+        """x^T ct, or (ct^T x)^T: a CPU copies what is transposed, so let that be the less."""
+        i, o = self.x.shape[-1], self.ct.shape[-1]
+        rows = math.prod(self.x.shape[:-1])
+        if rows * i <= rows * o + i * o:
             return _product(self.x, self.ct)
         transposed = _product(self.ct, self.x)
         # Behind the barrier XLA does not see that this is x^T ct; flat, it has but one layout.
