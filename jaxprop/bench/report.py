@@ -16,9 +16,9 @@ from jaxprop.bench.rows import ROWS
 RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1
 EXPLANATION = """\
-hand: jaxprop; auto: jax.value_and_grad of the same loss, or in a row /vmap the same quantity by
-jax.vmap. run, trace, compile, temp: ratios hand/auto, medians of neighbouring pairs [quartiles].
-share: hand's FLOP/s as a part of a large matmul's."""
+hand: jaxprop; auto: jax.value_and_grad of the same loss, in a row /vmap the same quantity by
+jax.vmap, in a row -norms jaxprop's own value_and_grad. run, trace, compile, temp: ratios hand/auto,
+medians of neighbouring pairs [quartiles]. share: hand's FLOP/s as a part of a large matmul's."""
 SECONDS = {True: 0.8, False: 10.0}  # for the runs of a row; True is --quick
 BUILDS = {True: 2, False: 9}
 
