@@ -8,7 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxprop.layer import Layer, map_layers, require
+from jaxprop.factored import wide
+from jaxprop.layer import Layer, map_layers, require, structs
 
 
 class Cast(Layer):
@@ -26,7 +27,8 @@ class Cast(Layer):
         return self.layer.batch_coupled
 
     def init(self, key: chex.PRNGKey, x: Any) -> Any:
-        return self.layer.init(key, x)
+        """Params of at least float32, whatever the layer before rounded x to."""
+        return self.layer.init(key, jax.eval_shape(lambda x: jax.tree.map(wide, x), structs(x)))
 
     def check_params(self, params: Any, x: Any) -> None:
         """Nothing: the inner layer holds the params to its own ``init``."""

@@ -97,7 +97,8 @@ def is_factored(leaf: object) -> bool:
 
 
 def wide(x: Array) -> Array:
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    narrow = x.dtype.itemsize < 4 and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.float32) if narrow else x
 
 
 def sq_norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
