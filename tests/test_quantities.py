@@ -354,6 +354,8 @@ def test_padding_weighs_nothing_in_any_quantity():
     functions += [
         jp.diag_ggn(net, loss),
         functools.partial(jp.diag_ggn(net, loss), key=jax.random.key(0)),
+        jp.kronecker_factors(net, loss),
+        functools.partial(jp.kronecker_factors(net, loss), key=jax.random.key(0)),
     ]
     functions += [jp.clipped_grad(net, loss, 0.1), jp.value_and_grad(net, loss)]
     for f in functions:
