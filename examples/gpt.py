@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 from checkpoints import Checkpoints
 from corpus import load, show, starts
+from scanning import make_steps
 from watching import Watch, draw, gradients
 
 import jaxprop as jp
@@ -54,21 +55,6 @@ def windows(text: Any, starts: Any, length: int) -> tuple[Any, Any]:
     return cut[:, :-1], cut[:, 1:]
 
 
-def make_steps(update: Any, text: Any, length: int) -> Any:
-    """A jitted ``steps(params, state, starts) -> (params, state, mean loss)``: one scan."""
-
-    @functools.partial(jax.jit, donate_argnames=("params", "state"))
-    def steps(params: Any, state: Any, starts: Any) -> tuple[Any, Any, Any]:
-        def step(carry: Any, starts: Any) -> tuple[Any, Any]:
-            params, state, value = update(*carry, *windows(text, starts, length))
-            return (params, state), value
-
-        (params, state), values = jax.lax.scan(step, (params, state), starts)
-        return params, state, values.mean()
-
-    return steps
-
-
 @functools.partial(jax.jit, static_argnames=("net", "context", "length"))
 def sample(net: Any, params: Any, key: Any, context: int, length: int) -> Any:
     """``length`` bytes, each drawn from the model's distribution after the ``context`` before."""
@@ -94,7 +80,7 @@ def train(args: argparse.Namespace) -> float:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
     differentiate = autodiff if args.auto else jp.value_and_grad
     update = jp.make_update(net, LOSS, optimizer, value_and_grad=differentiate)
-    steps = make_steps(update, text, args.length)
+    steps = make_steps(update, lambda starts: windows(text, starts, args.length))
 
     at = jnp.asarray(starts(args.seed + 1, 8, 32, args.length, held_out))
     held_out = jnp.asarray(held_out)

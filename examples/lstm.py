@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from corpus import load, show
+from scanning import make_steps
 
 import jaxprop as jp
 
@@ -34,21 +35,6 @@ def windows(key: Any, text: Any, batch: int) -> tuple[Any, Any]:
     starts = jax.random.randint(key, (batch, 1), 0, len(text) - LENGTH)
     cut = text[starts + jnp.arange(LENGTH + 1)].astype(jnp.int32)
     return jax.nn.one_hot(cut[:, :-1], SYMBOLS), cut[:, 1:]
-
-
-def make_steps(update: Any, text: Any, batch: int) -> Any:
-    """A jitted ``steps(params, state, keys) -> (params, state, mean loss)``: one scan."""
-
-    @functools.partial(jax.jit, donate_argnames=("params", "state"))
-    def steps(params: Any, state: Any, keys: Any) -> tuple[Any, Any, Any]:
-        def step(carry: Any, key: Any) -> tuple[Any, Any]:
-            params, state, value = update(*carry, *windows(key, text, batch))
-            return (params, state), value
-
-        (params, state), values = jax.lax.scan(step, (params, state), keys)
-        return params, state, values.mean()
-
-    return steps
 
 
 @functools.partial(jax.jit, static_argnames=("net", "length"))
@@ -85,7 +71,7 @@ def main() -> None:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     differentiate = autodiff if args.auto else jp.value_and_grad
     update = jp.make_update(net, LOSS, optimizer, value_and_grad=differentiate)
-    steps = make_steps(update, train, args.batch)
+    steps = make_steps(update, lambda key: windows(key, train, args.batch))
 
     test = windows(for_test, held_out, 256)
     bits = jax.jit(lambda params: jp.loss_fn(net, LOSS)(params, *test) / math.log(2))

@@ -49,8 +49,8 @@ def clipped_grad(
             params is then bounded by sqrt(L) max_norm, and the noise is that much larger.
         two_pass: walk back twice, for the norms and then for the sum, so that no layer's
             cotangents are needed after it, where one pass needs them all until the norms are
-            known. Whether memory is saved is up to XLA's schedule: on a CPU, which goes back
-            through an unrolled chain first, it is not.
+            known. Through ``repeat`` this saves their memory; for unrolled layers it is up to XLA's
+            schedule, which on a CPU goes back through the whole chain first, and saves nothing.
 
     Returns:
         ``f``, whose grads are like params. Without noise it can stand for ``value_and_grad`` in

@@ -109,7 +109,7 @@ class Layer(Static):
         each layer as soon as its cotangents exist, and nothing else is kept.
         """
         d_params, d_x = self.backward(params, residuals, ct)
-        learned = params if jax.tree.leaves(d_params) or _any_floating(params) else ()
+        learned = _learned(params, d_params)
         return leave(Step(self, learned, residuals, ct, d_params, d_x)), d_x
 
     def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
@@ -229,8 +229,17 @@ def require(value: object, kind: type, where: str) -> None:
         raise TypeError(f"{where} is not a {kind.__name__} but {value!r}")
 
 
-def _any_floating(params: Any) -> bool:
-    return any(jnp.issubdtype(jnp.result_type(p), jnp.floating) for p in jax.tree.leaves(params))
+def _learned(params: Any, d_params: Any) -> Any:
+    """params with ``()`` for a key or a mask, which were given and have ``()`` for a cotangent."""
+
+    def kept(param: Any, d_param: Any) -> Any:
+        absent = isinstance(d_param, tuple) and d_param == ()
+        return () if absent and not jnp.issubdtype(param.dtype, jnp.floating) else param
+
+    try:
+        return jax.tree.map(kept, params, d_params)
+    except ValueError:  # another structure: whoever takes the cotangents says so
+        return params
 
 
 def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,6 +256,11 @@ def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _on_device(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def empty_like(x: jax.Array) -> jax.Array:
+    """An array without elements that remembers x's shape, (N, 0, *shape[1:]), and its dtype."""
+    return jax.lax.slice_in_dim(jnp.expand_dims(x, 1), 0, 0, axis=1)
 
 
 def structs(x: Any) -> Any:

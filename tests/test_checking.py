@@ -325,3 +325,20 @@ class Odd(jp.Layer):
 def test_what_cannot_be_checked_is_said(check, error, message):
     with pytest.raises(error, match=message):
         check()
+
+
+def test_a_first_factor_that_depends_on_ct_is_caught():
+    """Right in every sum, and wrong in the diagonal of the Gauss-Newton matrix."""
+
+    class Transposed(jp.Layer):
+        def init(self, key, x):
+            return jax.random.normal(key, (3, x.shape[-1]), x.dtype)
+
+        def forward(self, params, x):
+            return x @ params.T, x
+
+        def backward(self, params, x, ct):
+            return jp.Outer(ct, x), ct @ params
+
+    with pytest.raises(AssertionError, match="looks at the form's own ct"):
+        jp.check_layer(Transposed(), np.arange(8.0).reshape(2, 4))

@@ -134,6 +134,19 @@ def test_dropout_by_hand_is_dropout_by_autodiff():
     assert relative_error(by_custom, by_auto) <= 1e-12
 
 
+def test_dropout_in_a_shared_layer_drops_the_same_each_time():
+    net, loss = jp.shared(jp.chain(jp.Dense(3), jp.Dropout(0.5)), 2), jp.HalfSquaredError()
+    params, x = at(Row(net, normal(4, 3)))
+    key, target = jax.random.key(0), normal(4, 3)
+    got = jp.value_and_grad(net, loss)(net.given(params, key=key), x, target)
+    expected = jax.value_and_grad(
+        lambda params: jp.loss_fn(net, loss)(net.given(params, key=key), x, target)
+    )(params)
+    assert relative_error(got, expected) <= 1e-12
+    norms = jp.per_example_sq_norms(net, loss)(net.given(params, key=key), x, target)
+    assert norms.shape == (4,)
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_update_takes_a_key():
     net, params, x = dropping()
@@ -176,6 +189,14 @@ def test_cast_computes_narrow_and_accumulates_wide(dtype):
     assert relative_error(grads, rounded) > 1e-4  # more than a narrow sum would have held
     norms = jp.per_example_sq_norms(narrow, loss)(*args)
     assert relative_error(norms, jp.per_example_sq_norms(net, loss)(*args)) <= 0.05
+
+
+def test_cast_takes_ids_without_positions():
+    net = jp.cast(jp.chain(jp.Embedding(7, 4), jp.Dense(3)), jnp.bfloat16)
+    x = jnp.array([1, 2, 3])
+    params = net.init(jax.random.key(0), x)
+    _, grads = jp.value_and_grad(net, jp.CrossEntropy())(params, x, x % 3)
+    assert grads[0].shape == (7, 4)
 
 
 def test_loss_scale_keeps_what_float16_loses():

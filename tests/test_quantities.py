@@ -523,3 +523,34 @@ def test_shard_map_agrees_with_value_and_grad():
         sharded = jax.shard_map(f, mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P())
         got = jax.tree.map(lambda g: g / 4, jax.jit(sharded)(*args))
         assert relative_error(got, jp.value_and_grad(net, loss)(*args)[1]) <= 1e-12
+
+
+class Short(jp.Layer):
+    """Its cotangent has another shape than its param."""
+
+    def init(self, key, x):
+        return jnp.ones(x.shape[-1], x.dtype)
+
+    def forward(self, params, x):
+        return x * params, x
+
+    def backward(self, params, x, ct):
+        return jp.Sum((ct * x)[:, :2]), ct * params
+
+
+def test_what_has_no_answer_raises():
+    loss, x = jp.HalfSquaredError(), jnp.ones((2, 4))
+    for f in (jp.per_example_sq_norms, jp.gram, jp.noise_scale):
+        with pytest.raises(ValueError, match="the net has no params"):
+            f(jp.chain(jp.Relu()), loss)(((),), x, x)
+    for two_pass in (False, True):
+        with pytest.raises(ValueError, match="the net has no params"):
+            jp.clipped_grad(jp.chain(jp.Relu()), loss, 1.0, two_pass=two_pass)(((),), x, x)
+    with pytest.raises(ValueError, match=r"d_params has shape \(2,\), but params has \(4,\)"):
+        jp.per_example_sq_norms(Short(), loss)(jnp.ones(4), x, x)
+    net = jp.chain(jp.Dense(4))
+    params = net.init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match="takes a key"):
+        jp.diag_ggn(net, loss, samples=4)(params, x, x)
+    with pytest.raises(TypeError, match="takes a key"):
+        jp.kronecker_factors(net, loss)(params, x, x, exact=False)

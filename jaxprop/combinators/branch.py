@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.combinators.chain import given_each
-from jaxprop.layer import Combinator, Layer, Leave, require, seat, shapes
+from jaxprop.layer import Combinator, Layer, Leave, empty_like, require, seat, shapes
 
 
 class Branch(Combinator):
@@ -64,8 +64,7 @@ class Branch(Combinator):
             )
         if self.join == "sum":
             return sum(ys[1:], start=ys[0]), (tuple(residuals), ())
-        # An empty array for each width: what is static is kept in a shape, and survives a scan.
-        widths = tuple(jnp.zeros((len(y), 0, y.shape[-1])) for y in ys)
+        widths = tuple(map(empty_like, ys))  # a shape is static, and survives a scan
         return jnp.concatenate(ys, axis=-1), (tuple(residuals), widths)
 
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:

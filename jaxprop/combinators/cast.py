@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.factored import wide
-from jaxprop.layer import Layer, map_layers, require, structs
+from jaxprop.layer import Layer, empty_like, map_layers, require, structs
 
 
 class Cast(Layer):
@@ -35,8 +35,7 @@ class Cast(Layer):
 
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
         y, residuals = self.layer.forward(*self._rounded((params, x)))
-        # Empty arrays that say what dtypes x has.
-        return y, (residuals, jax.tree.map(lambda leaf: leaf[:, ..., :0], x))
+        return y, (residuals, jax.tree.map(empty_like, x))
 
     def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
         residuals, like = residuals

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer
+from jaxprop.layer import Layer, empty_like
 from jaxprop.layers.checks import check_x
 from jaxprop.layers.windows import (
     AXES,
@@ -21,7 +21,6 @@ from jaxprop.layers.windows import (
     Windows,
     check_padding,
     check_window,
-    empty_like,
     sizes,
 )
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer
+from jaxprop.layer import Layer, empty_like
 from jaxprop.layers.checks import check_x, is_whole
-from jaxprop.layers.windows import empty_like
 
 X = Float[Array, "n ..."]
 

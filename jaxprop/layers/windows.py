@@ -103,11 +103,6 @@ class Windows(NamedTuple):
         return total
 
 
-def empty_like(x: Array) -> Array:
-    """An array without elements that remembers x's shape, (N, 0, *shape[1:]), and its dtype."""
-    return jax.lax.slice_in_dim(jnp.expand_dims(x, 1), 0, 0, axis=1)
-
-
 def sizes(name: str, value: Any, rank: int) -> Sizes:
     """value as a positive whole number for each spatial axis; one int stands for all, None for 1.
 
