@@ -22,7 +22,7 @@ def gradients(net: Any, loss: Any, x: Any, target: Any) -> Callable[[Any], tuple
     @jax.jit
     def measure(params: Any) -> tuple[Any, Any]:
         found = take(params, x, target)
-        return optax.global_norm(found["grads"]), found["noise"]
+        return optax.tree.norm(found["grads"]), found["noise"]
 
     return measure
 

@@ -78,7 +78,8 @@ from jaxprop.quantities import (
     second_moment,
     variance,
 )
-from jaxprop.training import evaluation, make_update, value_and_grad, with_statistics
+from jaxprop.training import evaluation, value_and_grad, with_statistics
+from jaxprop.update import Skipping, Update, make_update
 
 __all__ = [
     "Affine",
@@ -132,6 +133,7 @@ __all__ = [
     "Sigmoid",
     "Silu",
     "SinusoidalPositions",
+    "Skipping",
     "Softplus",
     "SqNorms",
     "Stacked",
@@ -139,6 +141,7 @@ __all__ = [
     "Sum",
     "Tanh",
     "Total",
+    "Update",
     "Variance",
     "branch",
     "cast",

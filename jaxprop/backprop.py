@@ -70,13 +70,14 @@ def walk(
     return walked
 
 
-Pull = Callable[[Any, Leave], tuple[Any, Any]]
+Pull = Callable[..., tuple[Any, Any]]
 
 
 def ahead(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> tuple[Array, int, Any, Pull]:
     """The way forward: ``(value, N, residuals of the loss, pull)``.
 
-    ``pull(ct, leave) -> (left, d_x)`` is the way back, which may be gone more than once.
+    ``pull(ct, leave) -> (left, d_x)`` is the way back, which may be gone more than once, and with
+    something attached to the params: ``pull(ct, leave, seats)``.
     """
     with jax.named_scope("forward"):
         y, residuals = net.forward(params, x)
@@ -84,10 +85,10 @@ def ahead(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> tuple[Arr
         values, loss_residuals = loss.forward(y, target)
         value = _mean(loss, values, y)
 
-    def pull(ct: Any, leave: Leave) -> tuple[Any, Any]:
+    def pull(ct: Any, leave: Leave, seats: Any = params) -> tuple[Any, Any]:
         with jax.named_scope("backward"):
             ct = jax.tree.map(lambda ct, y: ct.astype(y.dtype), ct, y)
-            return net.walk(params, residuals, ct, leave)
+            return net.walk(seats, residuals, ct, leave)
 
     return value, values.shape[0], loss_residuals, pull
 

@@ -108,9 +108,8 @@ class Layer(Static):
         A layer made of layers hands ``leave`` down, so that whatever is asked for is taken at
         each layer as soon as its cotangents exist, and nothing else is kept.
         """
-        d_params, d_x = self.backward(params, residuals, ct)
-        learned = _learned(params, d_params)
-        return leave(Step(self, learned, residuals, ct, d_params, d_x)), d_x
+        d_params, d_x = self.backward(bare(params), residuals, ct)
+        return leave(Step.at(self, params, residuals, ct, d_params, d_x)), d_x
 
     def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
         """params with what a step is given put in the seats of the layers that take it.
@@ -150,6 +149,15 @@ class Step(NamedTuple):
     ct: Any
     d_params: Any
     d_x: Any
+    seat: Any
+    """What stands in the layer's place: its params, ``Attached`` ones as they are, and what it was
+    given."""
+
+    @classmethod
+    def at(
+        cls, layer: Layer, seat: Any, residuals: Any, ct: Any, d_params: Any, d_x: Any, /
+    ) -> Step:
+        return cls(layer, _learned(bare(seat), d_params), residuals, ct, d_params, d_x, seat)
 
 
 Leave = Callable[[Step], Any]
@@ -159,6 +167,32 @@ class Total(NamedTuple):
     """What ``leave`` wants added up over the layers of a ``repeat``, where all else is stacked."""
 
     value: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Attached:
+    """A param with what goes along with it on the walk back, such as an optimizer's state.
+
+    A walk through params with something attached replaces them: ``leave`` gives what shall stand in
+    the seat from then on, and ``repeat`` writes it where the old ones were. ``index`` is the
+    param's place among the leaves of all params.
+    """
+
+    param: Any
+    beside: Any
+    index: int = dataclasses.field(metadata={"static": True})
+
+
+def is_attached(leaf: object) -> bool:
+    return isinstance(leaf, Attached)
+
+
+def bare(params: Any) -> Any:
+    """params without what is attached to them."""
+    return jax.tree.map(
+        lambda leaf: leaf.param if is_attached(leaf) else leaf, params, is_leaf=is_attached
+    )
 
 
 class Combinator(Layer):

@@ -1,20 +1,16 @@
-"""Gradients and updates for training loops."""
+"""Gradients for training loops, and what BatchNorm needs beside them."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
-from jax.core import Tracer
 
-from jaxprop.backprop import loss_fn, mean_gradient, walk
+from jaxprop.backprop import mean_gradient, walk
 from jaxprop.combinators.cast import Cast
 from jaxprop.factored import gradient
 from jaxprop.layer import Layer, Step, map_layers
@@ -51,60 +47,6 @@ def value_and_grad(net: Layer, loss: Loss, *, loss_scale: float = 1.0) -> ValueA
         return value, grads
 
     return value_and_gradient
-
-
-def make_update(
-    net: Layer,
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    *,
-    value_and_grad: Callable[[Layer, Loss], ValueAndGrad] = value_and_grad,
-) -> Callable[..., tuple[Any, Any, Array]]:
-    """A jitted ``update(params, state, x, target, key=None) -> (params, state, value)``.
-
-    Args:
-        net: the network.
-        loss: the loss; its mean over examples is what is minimised, and ``value`` that mean before
-            the update.
-        optimizer: any optax transformation; start from ``state = optimizer.init(params)``. Those
-            that ask for the value, the gradient or the loss as a function (``optax.lbfgs``,
-            ``optax.polyak_sgd``, ``reduce_on_plateau``) are given them.
-        value_and_grad: how to differentiate: a function of (net, loss) that returns
-            ``f(params, x, target) -> (value, grads)``. Autodiff is
-            ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``.
-
-    A key is put in the seats of the layers that take one (``net.given``), a new one each step.
-
-    params and state are donated: their memory is used for the results, and the arrays that were
-    passed in cannot be used again.
-    """
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(
-            f"optimizer is not an optax transformation such as optax.sgd(0.1) but {optimizer!r}"
-        )
-    optimizer = optax.with_extra_args_support(optimizer)
-    scalar = loss_fn(net, loss)
-    differentiate = value_and_grad(net, loss)
-
-    @functools.partial(jax.jit, donate_argnames=("params", "state"))
-    def step(params: Any, state: Any, x: Any, target: Any, key: Any) -> tuple[Any, Any, Array]:
-        value, grads = differentiate(net.given(params, key=key), x, target)
-        updates, state = optimizer.update(
-            grads,
-            state,
-            params,
-            value=value,
-            grad=grads,
-            value_fn=lambda params: scalar(net.given(params, key=key), x, target),
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    def update(
-        params: Any, state: Any, x: Any, target: Any, key: chex.PRNGKey | None = None
-    ) -> tuple[Any, Any, Array]:
-        return step(*_fit_to_donate((params, state)), x, target, key)
-
-    return update
 
 
 def evaluation(net: Layer) -> Layer:
@@ -149,27 +91,3 @@ def with_statistics(net: Layer, params: Any, x: Any) -> Any:
     y, residuals = net.forward(params, x)
     unused = jax.tree.map(jnp.zeros_like, y)
     return net.walk(params, residuals, unused, leave)[0]
-
-
-def _fit_to_donate(tree: Any) -> Any:
-    """The tree, with a copy of each array that it holds a second time.
-
-    ``optax.lbfgs`` starts from a state with one array of zeros in two places, and JAX refuses to
-    donate an array twice. Raises ``RuntimeError`` for an array that was donated before.
-    """
-    seen: set[int] = set()
-
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Array) or isinstance(leaf, Tracer):
-            return leaf
-        if leaf.is_deleted():
-            raise RuntimeError(
-                "an array in params or state is gone: update uses the memory of those that it is "
-                "given; go on with the params and the state that it returned"
-            )
-        if id(leaf) in seen:
-            return jnp.copy(leaf)
-        seen.add(id(leaf))
-        return leaf
-
-    return jax.tree.map(own, tree)

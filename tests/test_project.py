@@ -11,12 +11,12 @@ import jaxprop as jp
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"_command", "layer"},
-    {"factored"},
+    {"factored", "leafwise"},
     {"layers"},
     {"combinators", "losses"},
     {"backprop"},
     {"training", "checking", "interop", "quantities", "models"},
-    {"clipping", "curvature"},
+    {"clipping", "curvature", "update"},
     {"explain", "bench"},
     {"cli", "plot"},
     {"__main__"},

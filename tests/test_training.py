@@ -1,12 +1,9 @@
 """Both ways of differentiating, and the update."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from table import LOSSES, MLP, Row, at, relative_error
@@ -58,93 +55,8 @@ def test_mixed_dtypes_differentiate_as_autodiff_does():
     assert relative_error(hand, auto) <= 1e-5
 
 
-OPTIMIZERS = {
-    "sgd": optax.sgd(0.5),
-    "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "adam": optax.adam(1e-2),
-    "adamw": optax.adamw(optax.cosine_decay_schedule(1e-2, 10)),
-    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.lion(1e-3)),
-    "polyak": optax.polyak_sgd(),
-    "lbfgs": optax.lbfgs(),
-    "multi-steps": optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
-    "plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
-    "schedule-free": optax.contrib.schedule_free_sgd(0.1),
-}
-
-
-@pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_update_with_any_optimizer(name):
-    """Five updates by hand and five by autodiff end at the same params, with a lower loss."""
-    optimizer = OPTIMIZERS[name]
-    ends = []
-    for differentiate in (jp.value_and_grad, autodiff):
-        update = jp.make_update(MLP, LOSS, optimizer, value_and_grad=differentiate)
-        params, x, target = problem()
-        state = optimizer.init(params)
-        first = jp.loss_fn(MLP, LOSS)(params, x, target)
-        for _ in range(5):
-            params, state, value = update(params, state, x, target)
-        assert jp.loss_fn(MLP, LOSS)(params, x, target) < first
-        ends.append((params, value))
-    assert relative_error(*ends) <= 1e-8
-
-
 def autodiff(net, loss):
     return jax.value_and_grad(jp.loss_fn(net, loss))
-
-
-def test_update_is_sgd():
-    params, x, target = problem()
-    value, grads = jp.value_and_grad(MLP, LOSS)(params, x, target)
-    expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
-    update = jp.make_update(MLP, LOSS, optax.sgd(0.5))
-    params, _, got = update(params, optax.sgd(0.5).init(params), x, target)
-    assert relative_error((params, got), (expected, value)) <= 1e-14
-
-
-@pytest.mark.usefixtures("standard_promotion")
-def test_update_donates():
-    params, x, target = problem()
-    optimizer = optax.adam(1e-3)
-    state = optimizer.init(params)
-    update = jp.make_update(MLP, LOSS, optimizer)
-    new, _, _ = update(params, state, x, target)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
-
-
-def test_update_compiles_once_for_equal_nets():
-    """Layers compare by their fields: a net that is built anew does not trace anew."""
-    traced = []
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def value(net, params, x, target):
-        traced.append(net)
-        return jp.loss_fn(net, LOSS)(params, x, target)
-
-    params, x, target = problem()
-    for _ in range(2):
-        value(jp.chain(*MLP.layers), params, x, target)
-    assert len(traced) == 1
-
-
-def test_update_inside_scan():
-    params, x, target = problem()
-    optimizer = optax.sgd(0.1, momentum=0.9)
-    update = jp.make_update(MLP, LOSS, optimizer)
-
-    def step(carry, _):
-        params, state, value = update(*carry, x, target)
-        return (params, state), value
-
-    carry = params, optimizer.init(params)
-    (scanned, _), values = jax.lax.scan(step, carry, length=7)
-    state = optimizer.init(params)
-    for value in values:
-        params, state, alone = update(params, state, x, target)
-        np.testing.assert_allclose(alone, value, rtol=1e-12)
-    assert relative_error(scanned, params) <= 1e-12
 
 
 def test_loss_fn_is_plain_jax():

@@ -26,7 +26,8 @@ from jaxprop.quantities import (
     second_moment,
     variance,
 )
-from jaxprop.training import ValueAndGrad, make_update, value_and_grad
+from jaxprop.training import ValueAndGrad, value_and_grad
+from jaxprop.update import make_update
 
 
 class Case(NamedTuple):
@@ -55,7 +56,7 @@ def vmap_clipped(net: Layer, loss: Loss, max_norm: float) -> Callable[..., Any]:
 
     def clipped(params: Any, x: Any, target: Any) -> Any:
         grads = vmap_of_grad(net, loss)(params, x, target)
-        norms = jax.vmap(optax.global_norm)(grads)
+        norms = jax.vmap(optax.tree.norm)(grads)
         weights = jnp.minimum(1, max_norm / norms) / len(norms)
         return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), grads)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.factored import over_layers
-from jaxprop.layer import Combinator, Layer, Leave, Total, require, seat, shapes
+from jaxprop.layer import Combinator, Layer, Leave, Total, bare, is_attached, require, seat, shapes
 
 
 class Repeat(Combinator):
@@ -57,6 +57,9 @@ class Repeat(Combinator):
             return jax.lax.scan(ahead, x, params, length=self.times)
 
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
+        if any(map(is_attached, jax.tree.leaves(params, is_leaf=is_attached))):
+            return self._walk_in_place(params, residuals, ct, leave)
+
         def back(ct: Any, step: tuple[Any, Any]) -> tuple[Any, Any]:
             params, residuals = step
             left, d_x = self.layer.walk(params, residuals.tree(), ct, leave)
@@ -65,6 +68,39 @@ class Repeat(Combinator):
         with seat(0, self.layer):
             d_x, left = jax.lax.scan(back, ct, (params, residuals), length=self.times, reverse=True)
         return over_layers(_added_up(left)), d_x
+
+    def _walk_in_place(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
+        """Replace each layer's params by what is left in their place, in the memory of the stack.
+
+        A scan whose step reads a layer and writes the same one is compiled into a copy of the whole
+        stack a step. So what is left of layer i + 1 is written one step late, just before layer i
+        is read: no read then follows the write that it would have to come before.
+        """
+
+        def read(stack: Any, index: Any) -> Any:
+            return jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+            )
+
+        def write(stack: Any, layer: Any, index: Any) -> Any:
+            return jax.tree.map(
+                lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, index, 0),
+                stack,
+                layer,
+            )
+
+        def back(carry: Any, step: Any) -> tuple[Any, None]:
+            stack, late, ct = carry
+            index, residuals = step
+            stack = write(stack, late, jnp.minimum(index + 1, self.times - 1))
+            late, d_x = self.layer.walk(read(stack, index), residuals.tree(), ct, leave)
+            return (stack, late, d_x), None
+
+        carry = params, read(params, self.times - 1), ct
+        steps = jnp.arange(self.times), residuals
+        with seat(0, self.layer):
+            (stack, late, d_x), _ = jax.lax.scan(back, carry, steps, reverse=True)
+        return write(stack, late, 0), d_x
 
     def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
         keys = None if key is None else jax.random.split(key, self.times)
@@ -121,8 +157,8 @@ class Recompute(Combinator):
         return y, x
 
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
-        params, x, ct = jax.lax.optimization_barrier((params, residuals, ct))
-        _, residuals = self.layer.forward(params, x)
+        x, ct = jax.lax.optimization_barrier((residuals, ct))
+        _, residuals = self.layer.forward(bare(params), x)
         return self.layer.walk(params, residuals, ct, leave)
 
     def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:

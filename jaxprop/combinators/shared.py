@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from jaxprop.combinators.repeat import Repeat, check_times
 from jaxprop.factored import Outer, is_factored, joint
-from jaxprop.layer import Combinator, Layer, Leave, Step, require, shapes
+from jaxprop.layer import Combinator, Layer, Leave, Step, bare, require, shapes
 
 
 class Shared(Layer):
@@ -111,12 +111,12 @@ class Tied(Combinator):
         return h @ table.astype(h.dtype).T, (of_rows, residuals, h)
 
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
-        table, of_body = params
-        of_rows, residuals, h = residuals
+        seat, of_body = params
+        table, (of_rows, residuals, h) = bare(seat), residuals
         left, ct_rows = self.body.walk(of_body, residuals, ct @ table.astype(h.dtype), leave)
         d_table, d_x = self.embedding.backward(table, of_rows, ct_rows)
         both = joint((d_table, Outer(ct, h)))
-        return (leave(Step(self.embedding, table, of_rows, ct, both, d_x)), left), d_x
+        return (leave(Step.at(self.embedding, seat, of_rows, ct, both, d_x)), left), d_x
 
     def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
         table, of_body = params

@@ -24,7 +24,7 @@ from jaxprop.explain.record import explain
 from jaxprop.explain.terms import Explanation
 from jaxprop.layers import Affine
 from jaxprop.losses import HalfSquaredError
-from jaxprop.training import make_update
+from jaxprop.update import make_update
 
 CURVE = 1000
 

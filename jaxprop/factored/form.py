@@ -47,6 +47,10 @@ class Factored(abc.ABC):
         """sum_n g_n, what autodiff returns, in at least float32."""
         return wide(self.per_example()).sum(axis=0)
 
+    def sq_norm_of_sum(self) -> Float[Array, ""]:
+        """|sum_n g_n|^2, the gradient's."""
+        return jnp.sum(self.sum() ** 2)
+
     def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
         """sum_n weights_n g_n."""
         g = wide(self.per_example())

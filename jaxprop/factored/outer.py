@@ -61,6 +61,14 @@ class Outer(Factored):
         flat = jax.lax.optimization_barrier(transposed.ravel())
         return flat.reshape(transposed.shape).T
 
+    def sq_norm_of_sum(self) -> Float[Array, ""]:
+        """<X X^T, C C^T> over all rows of X and C, where that is less than X^T C."""
+        rows, i, o = math.prod(self.x.shape[:-1]), self.x.shape[-1], self.ct.shape[-1]
+        if rows * (i + o) >= i * o:
+            return super().sq_norm_of_sum()
+        x, ct = wide(self.x).reshape(rows, i), wide(self.ct).reshape(rows, o)
+        return jnp.maximum(jnp.sum((x @ x.T) * (ct @ ct.T)), 0)
+
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
         return Outer(wide(self.x), weighted(wide(self.ct), weights)).sum()
 

@@ -1,0 +1,384 @@
+"""The update, plain and fused: what an optimizer does to params, and what memory it takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from table import MLP, Row, at, relative_error
+
+import jaxprop as jp
+
+LOSS = jp.CrossEntropy()
+TARGET = jnp.array([0, 2, 1, 2])
+
+
+def problem(dtype=jnp.float64):
+    params, x = at(Row(MLP, np.random.default_rng(0).normal(size=(4, 6))), dtype)
+    return params, x, TARGET
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.5),
+    "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": optax.adam(1e-2),
+    "adamw": optax.adamw(optax.cosine_decay_schedule(1e-2, 10)),
+    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.lion(1e-3)),
+    "polyak": optax.polyak_sgd(),
+    "lbfgs": optax.lbfgs(),
+    "multi-steps": optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
+    "plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
+    "schedule-free": optax.contrib.schedule_free_sgd(0.1),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_update_with_any_optimizer(name):
+    """Five updates by hand and five by autodiff end at the same params, with a lower loss."""
+    optimizer = OPTIMIZERS[name]
+    ends = []
+    for differentiate in (jp.value_and_grad, autodiff):
+        update = jp.make_update(MLP, LOSS, optimizer, value_and_grad=differentiate)
+        params, x, target = problem()
+        state = optimizer.init(params)
+        first = jp.loss_fn(MLP, LOSS)(params, x, target)
+        for _ in range(5):
+            params, state, value = update(params, state, x, target)
+        assert jp.loss_fn(MLP, LOSS)(params, x, target) < first
+        ends.append((params, value))
+    assert relative_error(*ends) <= 1e-8
+
+
+def autodiff(net, loss):
+    return jax.value_and_grad(jp.loss_fn(net, loss))
+
+
+def test_update_is_sgd():
+    params, x, target = problem()
+    value, grads = jp.value_and_grad(MLP, LOSS)(params, x, target)
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+    update = jp.make_update(MLP, LOSS, optax.sgd(0.5))
+    params, _, got = update(params, optax.sgd(0.5).init(params), x, target)
+    assert relative_error((params, got), (expected, value)) <= 1e-14
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_update_donates():
+    params, x, target = problem()
+    optimizer = optax.adam(1e-3)
+    state = optimizer.init(params)
+    update = jp.make_update(MLP, LOSS, optimizer)
+    new, _, _ = update(params, state, x, target)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_update_compiles_once_for_equal_nets():
+    """Layers compare by their fields: a net that is built anew does not trace anew."""
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value(net, params, x, target):
+        traced.append(net)
+        return jp.loss_fn(net, LOSS)(params, x, target)
+
+    params, x, target = problem()
+    for _ in range(2):
+        value(jp.chain(*MLP.layers), params, x, target)
+    assert len(traced) == 1
+
+
+def test_update_inside_scan():
+    params, x, target = problem()
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    update = jp.make_update(MLP, LOSS, optimizer)
+
+    def step(carry, _):
+        params, state, value = update(*carry, x, target)
+        return (params, state), value
+
+    carry = params, optimizer.init(params)
+    (scanned, _), values = jax.lax.scan(step, carry, length=7)
+    state = optimizer.init(params)
+    for value in values:
+        params, state, alone = update(params, state, x, target)
+        np.testing.assert_allclose(alone, value, rtol=1e-12)
+    assert relative_error(scanned, params) <= 1e-12
+
+
+D = 4
+DENSE = jp.chain(jp.Dense(D), jp.Tanh())
+NETS = {
+    "unrolled": jp.chain(jp.Dense(D), jp.Tanh(), jp.skip(jp.Dense(D)), jp.Dense(3)),
+    "repeat": jp.chain(jp.Dense(D), jp.repeat(DENSE, 3), jp.Dense(3)),
+    "nested": jp.chain(
+        jp.repeat(jp.chain(jp.skip(jp.repeat(DENSE, 2)), jp.LayerNorm()), 3), jp.Dense(3)
+    ),
+    "recompute": jp.chain(
+        jp.repeat(jp.recompute(jp.branch(DENSE, jp.shared(DENSE, 2))), 3), jp.Dense(3)
+    ),
+    "one-layer": jp.chain(jp.repeat(jp.Dense(D, bias=False), 1), jp.Dense(3)),
+}
+
+
+def no_decay_of_biases(params):
+    return jax.tree.map_with_path(lambda path, _: "b" not in jax.tree_util.keystr(path), params)
+
+
+def by_rank(params):
+    return jax.tree.map(lambda leaf: "wide" if leaf.ndim > 1 else "thin", params)
+
+
+FUSED = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(optax.linear_schedule(0.1, 0.01, 40), momentum=0.9, nesterov=True),
+    "adam": optax.adam(1e-2),
+    "adamw": optax.adamw(
+        optax.warmup_cosine_decay_schedule(0, 1e-2, 5, 50), mask=no_decay_of_biases
+    ),
+    "lion": optax.lion(1e-3),
+    "rmsprop": optax.rmsprop(1e-3, centered=True, momentum=0.9),
+    "partition": optax.partition({"wide": optax.adam(1e-2), "thin": optax.sgd(0.1)}, by_rank),
+    "clip-by-value": optax.chain(optax.clip(0.01), optax.adabelief(1e-2)),
+    "plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau(patience=3)),
+}
+
+
+def data(net):
+    generator = np.random.default_rng(1)
+    x = jnp.asarray(generator.normal(size=(4, D)))
+    return net.init(jax.random.key(0), x), x, TARGET
+
+
+def trained(update, params, x, target, steps=50, key=None):
+    """params, state and values after some steps in one scan."""
+
+    def step(carry, index):
+        of_step = None if key is None else jax.random.fold_in(key, index)
+        params, state, value = update(*carry, x, target, of_step)
+        return (params, state), value
+
+    start = params, update.init(params)
+    return jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(steps)))(start)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_fused_is_the_update_for_any_net(net, optimizer):
+    net, optimizer = NETS[net], FUSED[optimizer]
+    ends = [
+        trained(jp.make_update(net, LOSS, optimizer, fused=fused), *data(net))
+        for fused in (True, False)
+    ]
+    assert relative_error(*ends) <= 1e-10
+    assert ends[0][1][-1] < ends[0][1][0]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("optimizer", FUSED)
+def test_fused_is_the_update_for_any_optimizer(optimizer):
+    net, optimizer = NETS["repeat"], FUSED[optimizer]
+    ends = [
+        trained(jp.make_update(net, LOSS, optimizer, fused=fused), *data(net))
+        for fused in (True, False)
+    ]
+    assert relative_error(*ends) <= 1e-10
+    assert jax.tree.structure(ends[0]) == jax.tree.structure(ends[1])
+    for got, expected in zip(*map(jax.tree.leaves, ends), strict=True):
+        assert got.dtype == expected.dtype
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_fused_with_keys_ids_and_forms():
+    """A tied table, positions, attention, dropout in a repeat; float64 and bfloat16."""
+    block = jp.skip(
+        jp.chain(jp.LayerNorm(), jp.Dense(3 * D), jp.Attention(2), jp.Dense(D), jp.Dropout(0.2))
+    )
+    net = jp.tied(jp.Embedding(5, D), jp.chain(jp.Positions(6), jp.repeat(block, 2)))
+    ids = jnp.asarray(np.random.default_rng(2).integers(0, 5, (3, 7)))
+    x, target, key = ids[:, :-1], ids[:, 1:], jax.random.key(3)
+    params = net.init(jax.random.key(0), x)
+    ends = [
+        trained(
+            jp.make_update(net, LOSS, optax.adam(1e-2), fused=fused), params, x, target, 20, key
+        )
+        for fused in (True, False)
+    ]
+    assert relative_error(*ends) <= 1e-10
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    ends = [
+        trained(jp.make_update(net, LOSS, optax.sgd(0.1), fused=fused), narrow, x, target, 3)
+        for fused in (True, False)
+    ]
+    assert relative_error(*ends) <= 2**-6
+    assert ends[0][0][0][0].dtype == jnp.bfloat16
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_fused_in_float32_is_close_in_norm():
+    net = NETS["repeat"]
+    params, x, target = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, data(net)
+    )
+    ends = [
+        trained(jp.make_update(net, LOSS, optax.adam(1e-2), fused=fused), params, x, target)[0][0]
+        for fused in (True, False)
+    ]
+    apart = optax.tree.norm(jax.tree.map(jnp.subtract, *ends))
+    assert apart <= 1e-4 * optax.tree.norm(ends[1])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    ("optimizer", "says"),
+    [
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), r"others too.*max_norm"),
+        (optax.polyak_sgd(), r"params\[0\].w looks at others too"),
+        (optax.apply_if_finite(optax.sgd(0.1), 3), "looks at others too"),
+        (optax.lbfgs(), "loss as a function"),
+        (optax.lamb(1e-3), r"params\[1\]\[0\].\w, which repeat stacks, .* more than one entry"),
+        (optax.adafactor(1e-3), "more than one entry"),
+        (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), "more than one entry"),
+    ],
+)
+def test_fused_refuses_what_looks_further(optimizer, says):
+    net = NETS["repeat"]
+    params, x, target = data(net)
+    update = jp.make_update(net, LOSS, optimizer, fused=True)
+    with pytest.raises(ValueError, match=says):
+        update.lower(params, update.init(params), x, target)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("optimizer", [optax.lamb(1e-2), optax.adafactor(1e-2)])
+def test_fused_outside_repeat_only_needs_a_param_of_its_own(optimizer):
+    net = NETS["unrolled"]
+    ends = [
+        trained(jp.make_update(net, LOSS, optimizer, fused=fused), *data(net), steps=5)
+        for fused in (True, False)
+    ]
+    assert relative_error(*ends) <= 1e-10
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("net", ["unrolled", "nested", "recompute"])
+def test_max_norm_is_clip_by_global_norm(net, fused):
+    net, adam = NETS[net], optax.adam(1e-2)
+    clip = optax.chain(optax.clip_by_global_norm(0.05), adam)
+    got = trained(jp.make_update(net, LOSS, adam, fused=fused, max_norm=0.05), *data(net))
+    expected = trained(jp.make_update(net, LOSS, clip), *data(net))
+    assert relative_error((got[0][0], got[1]), (expected[0][0], expected[1])) <= 1e-10
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_the_norm_of_the_gradient_comes_from_its_factors(rows):
+    """Few rows take their Gram matrices, many the product itself."""
+    generator = np.random.default_rng(0)
+    form = jp.Outer(*(jnp.asarray(generator.normal(size=(rows, 3, d))) for d in (8, 9)))
+    np.testing.assert_allclose(form.sq_norm_of_sum(), jnp.sum(form.sum() ** 2), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_skip_nonfinite_leaves_everything_as_it_was(fused, bad):
+    net, optimizer = NETS["repeat"], optax.adam(1e-2)
+    update = jp.make_update(net, LOSS, optimizer, fused=fused, skip_nonfinite=True)
+    params, x, target = data(net)
+    plain = jp.make_update(net, LOSS, optimizer)
+    expected, state, _ = plain(jax.tree.map(jnp.copy, params), optimizer.init(params), x, target)
+    params, skipping, _ = update(params, update.init(params), x, target)
+    assert relative_error((params, skipping.state), (expected, state)) <= 1e-12
+    before = jax.tree.map(np.asarray, (params, skipping.state))
+    params, skipping, value = update(params, skipping, x.at[1, 2].set(bad), target)
+    assert not np.isfinite(value)
+    jax.tree.map(np.testing.assert_array_equal, (params, skipping.state), before)
+    assert int(skipping.skipped) == 1
+    params, skipping, value = update(params, skipping, x, target)
+    assert int(skipping.skipped) == 1
+    assert np.isfinite(value)
+    with pytest.raises(TypeError, match=r"update\.init"):
+        update(params, optimizer.init(params), x, target)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped(fused):
+    """sqrt at 0 has a value and no slope."""
+
+    class Root(jp.Layer):
+        def forward(self, params, x):
+            return jnp.sqrt(x), x
+
+        def backward(self, params, x, ct):
+            return (), ct / (2 * jnp.sqrt(x))
+
+    net, loss = jp.chain(jp.Dense(2, bias=False), Root()), jp.HalfSquaredError()
+    x, target = jnp.ones((1, 2)), jnp.ones((1, 2))
+    params = (jp.Affine(jnp.array([[1.0, 0.0], [1.0, 0.0]])), ())
+    update = jp.make_update(net, loss, optax.sgd(0.1), fused=fused, skip_nonfinite=True)
+    before = jax.tree.map(np.asarray, params)
+    params, state, value = update(params, update.init(params), x, target)
+    assert np.isfinite(value)
+    assert int(state.skipped) == 1
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_fused_keeps_no_gradients_and_copies_no_stack(optimizer):
+    """In a repeat temporary memory is that of a layer, whatever the number of params."""
+    net, optimizer = jp.repeat(jp.chain(jp.Dense(64), jp.Tanh()), 32), FUSED[optimizer]
+    x = jnp.ones((2, 64))
+    params = net.init(jax.random.key(0), x)
+
+    def temporary(fused):
+        update = jp.make_update(net, jp.HalfSquaredError(), optimizer, fused=fused)
+        compiled = update.lower(params, update.init(params), x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    stack = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert temporary(False) > stack
+    assert temporary(True) < stack / 4
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_fused_on_many_devices(axes):
+    """The batch over four devices, params and state over two."""
+    net, optimizer = NETS["repeat"], optax.adam(1e-2)
+    update = jp.make_update(net, LOSS, optimizer, fused=True)
+    params, x, target = data(net)
+    expected = trained(update, params, x, target, 3)
+    kind = getattr(jax.sharding.AxisType, axes)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+
+    def place(tree, *spec):
+        return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    params = jax.tree.map(
+        lambda leaf: place(
+            leaf, *[None] * (leaf.ndim - 1), "d" if axes == "Auto" and leaf.shape[-1] == D else None
+        ),
+        params,
+    )
+    with jax.set_mesh(mesh):
+        got = trained(update, params, place(x, "d"), place(target, "d"), 3)
+    assert relative_error(got, expected) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"fused": True, "value_and_grad": jp.value_and_grad}, ValueError, "not both"),
+        ({"max_norm": 0.0}, ValueError, "positive"),
+    ],
+)
+def test_options_that_do_not_fit(options, error, says):
+    with pytest.raises(error, match=says):
+        jp.make_update(MLP, LOSS, optax.sgd(0.1), **options)
