@@ -51,22 +51,26 @@ class Repeat(Combinator):
                     f"{self}: the layer turns {shapes(x)} into {shapes(y)}, but its y is the x of "
                     "the next"
                 )
-            return y, Distinct.of(residuals)
+            return y, Distinct.of(residuals, x, y)
 
         with seat(0, self.layer):
-            return jax.lax.scan(ahead, x, params, length=self.times)
+            y, kept = jax.lax.scan(ahead, x, params, length=self.times)
+        return y, (kept, () if kept.carried is None else x)
 
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
         if any(map(is_attached, jax.tree.leaves(params, is_leaf=is_attached))):
             return self._walk_in_place(params, residuals, ct, leave)
 
-        def back(ct: Any, step: tuple[Any, Any]) -> tuple[Any, Any]:
-            params, residuals = step
-            left, d_x = self.layer.walk(params, residuals.tree(), ct, leave)
+        kept, first = residuals
+
+        def back(ct: Any, step: tuple[Any, Any, Distinct]) -> tuple[Any, Any]:
+            index, params, here = step
+            left, d_x = self.layer.walk(params, here.tree(kept.before(index, first)), ct, leave)
             return d_x, left
 
+        steps = jnp.arange(self.times), params, kept
         with seat(0, self.layer):
-            d_x, left = jax.lax.scan(back, ct, (params, residuals), length=self.times, reverse=True)
+            d_x, left = jax.lax.scan(back, ct, steps, reverse=True)
         return over_layers(_added_up(left)), d_x
 
     def _walk_in_place(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
@@ -89,15 +93,17 @@ class Repeat(Combinator):
                 layer,
             )
 
-        def back(carry: Any, step: Any) -> tuple[Any, None]:
-            stack, late, ct = carry
-            index, residuals = step
+        kept, first = residuals
+
+        def back(carry: Any, step: tuple[Any, Distinct]) -> tuple[Any, None]:
+            (stack, late, ct), (index, here) = carry, step
             stack = write(stack, late, jnp.minimum(index + 1, self.times - 1))
-            late, d_x = self.layer.walk(read(stack, index), residuals.tree(), ct, leave)
+            residuals = here.tree(kept.before(index, first))
+            late, d_x = self.layer.walk(read(stack, index), residuals, ct, leave)
             return (stack, late, d_x), None
 
         carry = params, read(params, self.times - 1), ct
-        steps = jnp.arange(self.times), residuals
+        steps = jnp.arange(self.times), kept
         with seat(0, self.layer):
             (stack, late, d_x), _ = jax.lax.scan(back, carry, steps, reverse=True)
         return write(stack, late, 0), d_x
@@ -113,21 +119,46 @@ class Repeat(Combinator):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Distinct:
-    """A tree's leaves, each once: one layer's y is often the next one's x, and both keep it."""
+    """The residuals of a layer, or of a stack of them, each array once.
+
+    Two parts of a layer often keep the same array. And where it keeps both its x and its y, the y
+    of the layer before is its x, so that only y is kept, at the place ``carried``.
+    """
 
     leaves: tuple[Any, ...]
     places: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     structure: Any = dataclasses.field(metadata={"static": True})
+    carried: int | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, tree: Any) -> Distinct:
+    def of(cls, tree: Any, x: Any, y: Any) -> Distinct:
         leaves, structure = jax.tree.flatten(tree)
-        distinct = list({id(leaf): leaf for leaf in leaves}.values())
-        place = {id(leaf): index for index, leaf in enumerate(distinct)}
-        return cls(tuple(distinct), tuple(place[id(leaf)] for leaf in leaves), structure)
+        distinct = {id(leaf): leaf for leaf in leaves}
+        carries = x is not y and id(x) in distinct and id(y) in distinct
+        if carries:
+            del distinct[id(x)]
+        place = {key: index for index, key in enumerate(distinct)} | (
+            {id(x): -1} if carries else {}
+        )
+        return cls(
+            tuple(distinct.values()),
+            tuple(place[id(leaf)] for leaf in leaves),
+            structure,
+            place[id(y)] if carries else None,
+        )
 
-    def tree(self) -> Any:
-        return jax.tree.unflatten(self.structure, [self.leaves[place] for place in self.places])
+    def before(self, index: Any, first: Any) -> Any:
+        """Of a stack: the x of the layer at index, ``first`` for the first; () if not needed."""
+        if self.carried is None:
+            return ()
+        ys = self.leaves[self.carried]
+        y = jax.lax.dynamic_index_in_dim(ys, jnp.maximum(index - 1, 0), keepdims=False)
+        return jnp.where(index == 0, first, y)
+
+    def tree(self, x: Any) -> Any:
+        """Of one layer: its residuals."""
+        leaves = (*self.leaves, x)
+        return jax.tree.unflatten(self.structure, [leaves[place] for place in self.places])
 
 
 class Recompute(Combinator):
