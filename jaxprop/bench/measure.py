@@ -30,13 +30,16 @@ class Spread(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What one compiled function costs. Times in seconds, memory in bytes; flops for one call."""
+    """What one compiled function costs. Times in seconds, memory in bytes.
+
+    ``flops`` are those of one call, None where a loop hides how often its body runs.
+    """
 
     run: Spread
     trace: Spread
     compile: Spread
     temp_bytes: int
-    flops: float
+    flops: float | None
 
 
 class Comparison(NamedTuple):
@@ -55,29 +58,31 @@ def compare(
     make_b: Callable[[], Callable[..., Any]],
     args: tuple[Any, ...],
     *,
+    carried: int = 0,
     seconds: float,
     builds: int,
 ) -> Comparison:
     """Trace both in turn, compile both ``builds`` times in turn, then run both in turn.
 
     ``make_a`` and ``make_b`` return a new function each time, so that nothing is traced from a
-    cache. Running goes on for about ``seconds``, and for at least three pairs.
+    cache. Running goes on for about ``seconds``, and for at least three pairs. The first
+    ``carried`` args are donated, and the first results stand for them in the next call.
     """
     makers = (make_a, make_b)
-    traces = [[_trace(make, args)[0] for make in makers] for _ in range(TRACES + 1)][1:]
-    built = [[_compile(make, args) for make in makers] for _ in range(builds + 1)][1:]
-    (_, run_a), (_, run_b) = built[-1]
-    calls = max(1, round(0.005 / max(min(_time(run_a, args, 1), _time(run_b, args, 1)), 1e-7)))
+    traces = [[_trace(make, args, carried)[0] for make in makers] for _ in range(TRACES + 1)][1:]
+    built = [[_compile(make, args, carried) for make in makers] for _ in range(builds + 1)][1:]
+    run_a, run_b = (_Calls(compiled, args, carried) for _, compiled in built[-1])
+    calls = max(1, round(0.005 / max(min(_time(run_a, 1), _time(run_b, 1)), 1e-7)))
     pairs = []
     gc.collect()
     end = time.perf_counter() + seconds
     while len(pairs) < 3 or time.perf_counter() < end:
         if len(pairs) % 2:
-            b = _time(run_b, args, calls)
-            pairs.append((_time(run_a, args, calls), b))
+            b = _time(run_b, calls)
+            pairs.append((_time(run_a, calls), b))
         else:
-            a = _time(run_a, args, calls)
-            pairs.append((a, _time(run_b, args, calls)))
+            a = _time(run_a, calls)
+            pairs.append((a, _time(run_b, calls)))
 
     def program(side: int) -> Program:
         compiled = built[-1][side][1]
@@ -86,7 +91,7 @@ def compare(
             trace=Spread.of([trace[side] for trace in traces]),
             compile=Spread.of([build[side][0] for build in built]),
             temp_bytes=getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0),
-            flops=(compiled.cost_analysis() or {}).get("flops", 0.0),
+            flops=_flops(compiled),
         )
 
     a, b = program(0), program(1)
@@ -103,28 +108,50 @@ def compare(
 def matmul_rate(size: int = 2048) -> float:
     """FLOP/s of one large float32 matmul on this device: the best of five."""
     x = jnp.ones((size, size), jnp.float32)
-    multiply = jax.jit(jnp.matmul).lower(x, x).compile()
-    _time(multiply, (x, x), 1)
-    return 2 * size**3 / min(_time(multiply, (x, x), 1) for _ in range(5))
+    multiply = _Calls(jax.jit(jnp.matmul).lower(x, x).compile(), (x, x), 0)
+    _time(multiply, 1)
+    return 2 * size**3 / min(_time(multiply, 1) for _ in range(5))
 
 
-def _trace(make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]) -> tuple[float, Any]:
-    function = jax.jit(make())
+def _flops(compiled: Any) -> float | None:
+    return None if " while(" in compiled.as_text() else compiled.cost_analysis().get("flops")
+
+
+class _Calls:
+    """Calls of a compiled function, each with the first results of the one before."""
+
+    def __init__(self, compiled: Callable[..., Any], args: tuple[Any, ...], carried: int) -> None:
+        self._compiled, self._carried = compiled, carried
+        self._args = *jax.tree.map(jnp.copy, args[:carried]), *args[carried:]
+
+    def __call__(self) -> Any:
+        result = self._compiled(*self._args)
+        if self._carried:
+            self._args = *result[: self._carried], *self._args[self._carried :]
+        return result
+
+
+def _trace(
+    make: Callable[[], Callable[..., Any]], args: tuple[Any, ...], carried: int
+) -> tuple[float, Any]:
+    function = jax.jit(make(), donate_argnums=tuple(range(carried)))
     start = time.perf_counter()
     traced = function.trace(*args)
     return time.perf_counter() - start, traced
 
 
-def _compile(make: Callable[[], Callable[..., Any]], args: tuple[Any, ...]) -> tuple[float, Any]:
-    _, traced = _trace(make, args)
+def _compile(
+    make: Callable[[], Callable[..., Any]], args: tuple[Any, ...], carried: int
+) -> tuple[float, Any]:
+    _, traced = _trace(make, args, carried)
     start = time.perf_counter()
     compiled = traced.lower().compile()
     return time.perf_counter() - start, compiled
 
 
-def _time(function: Callable[..., Any], args: tuple[Any, ...], calls: int) -> float:
+def _time(run: _Calls, calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
-        result = function(*args)
+        result = run()
     jax.block_until_ready(result)  # pyright: ignore[reportPossiblyUnboundVariable]
     return (time.perf_counter() - start) / calls

@@ -17,8 +17,9 @@ RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1
 EXPLANATION = """\
 hand: jaxprop; auto: jax.value_and_grad of the same loss, in a row /vmap the same quantity by
-jax.vmap, in a row -norms jaxprop's own value_and_grad. run, trace, compile, temp: ratios hand/auto,
-medians of neighbouring pairs [quartiles]. share: hand's FLOP/s as a part of a large matmul's."""
+jax.vmap, in a row -norms jaxprop's own value_and_grad, in a row fused- the same optimizer after it.
+run, trace, compile, temp: ratios hand/auto, medians of neighbouring pairs [quartiles]. share:
+hand's FLOP/s as a part of a large matmul's (- where a loop hides them)."""
 SECONDS = {True: 0.8, False: 10.0}  # for the runs of a row; True is --quick
 BUILDS = {True: 2, False: 9}
 
@@ -52,6 +53,7 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
                 case.hand,
                 case.auto,
                 case.args,
+                carried=case.carried,
                 seconds=SECONDS[quick],
                 builds=BUILDS[quick],
             )
@@ -85,7 +87,7 @@ def _figures(measured: Comparison, rate: float) -> dict[str, Any]:
             "trace_s": program.trace.median,
             "compile_s": program.compile.median,
             "temp_bytes": program.temp_bytes,
-            "share_of_matmul": program.flops / program.run.median / rate,
+            "share_of_matmul": program.flops and program.flops / program.run.median / rate,
         }
     return {
         **sides,
@@ -128,5 +130,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{ratio['compile']:.2f}",
         f"{row['hand']['temp_bytes'] / 1e6:.2f}",
         "-" if ratio["temp"] is None else f"{ratio['temp']:.2f}",
-        f"{row['hand']['share_of_matmul']:.0%}",
+        "-" if row["hand"]["share_of_matmul"] is None else f"{row['hand']['share_of_matmul']:.0%}",
     ]

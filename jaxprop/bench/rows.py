@@ -14,10 +14,10 @@ from jaxprop.backprop import loss_fn
 from jaxprop.bench.images import all_cnn_c, three_c3d
 from jaxprop.bench.sequences import Network, gpt, lstm
 from jaxprop.clipping import clipped_grad
-from jaxprop.combinators import chain
+from jaxprop.combinators import chain, repeat
 from jaxprop.curvature import diag_ggn, kronecker_factors
 from jaxprop.layer import Layer
-from jaxprop.layers import Affine, Dense, Relu, Sigmoid
+from jaxprop.layers import Affine, Dense, Relu, Sigmoid, Tanh
 from jaxprop.losses import CrossEntropy, HalfSquaredError, Loss
 from jaxprop.quantities import (
     noise_scale,
@@ -31,11 +31,15 @@ from jaxprop.update import make_update
 
 
 class Case(NamedTuple):
-    """Makers of the two functions (new ones at each call, so that nothing is cached), and args."""
+    """Makers of the two functions (new ones at each call, so that nothing is cached), and args.
+
+    The first ``carried`` args are donated; the first results take their places.
+    """
 
     hand: Callable[[], Callable[..., Any]]
     auto: Callable[[], Callable[..., Any]]
     args: tuple[Any, ...]
+    carried: int = 0
 
 
 def autodiff(net: Layer, loss: Loss) -> ValueAndGrad:
@@ -134,6 +138,20 @@ def worked_example(steps: int) -> Case:
     return Case(lambda: train(value_and_grad), lambda: train(autodiff), args)
 
 
+def fused(optimizer: optax.GradientTransformation) -> Case:
+    """The fused update of 16 tanh layers in a repeat, beside autodiff and the same optimizer."""
+    net, loss = repeat(chain(Dense(1024), Tanh()), 16), HalfSquaredError()
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, target = (jax.random.normal(key, (64, 1024), jnp.float32) for key in keys[:2])
+    params = net.init(keys[2], x)
+    return Case(
+        lambda: make_update(net, loss, optimizer, fused=True),
+        lambda: make_update(net, loss, optimizer, value_and_grad=autodiff),
+        (params, optimizer.init(params), x, target),
+        carried=2,
+    )
+
+
 MNIST = functools.partial(mlp, 784, 1024, 1024, 10, batch=128)
 LSTM = functools.partial(lstm, batch=32, length=64, features=256)
 WIDE = functools.partial(mlp, 5120, 2560, 1280, batch=32)
@@ -167,5 +185,7 @@ ROWS: dict[str, Callable[[], Case]] = {
     "3c3d-norms": lambda: norms(three_c3d(batch=64)),
     "all-cnn-c": lambda: trained(all_cnn_c(batch=32)),
     "all-cnn-c-norms": lambda: norms(all_cnn_c(batch=32)),
+    "fused-sgd": lambda: fused(optax.sgd(1e-2)),
+    "fused-adam": lambda: fused(optax.adam(1e-4)),
     "grads/vmap": lambda: MNIST(hand=per_example_grads, auto=vmap_of_grad),
 }
