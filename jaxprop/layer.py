@@ -180,7 +180,7 @@ class Attached:
     """
 
     param: Any
-    beside: Any
+    state: Any
     index: int = dataclasses.field(metadata={"static": True})
 
 

@@ -94,7 +94,7 @@ class Leafwise:
             for out in self._state_out
         ]
         for leaf in params:
-            for slot, value in zip(self._slots[leaf.index], leaf.beside, strict=True):
+            for slot, value in zip(self._slots[leaf.index], leaf.state, strict=True):
                 state[slot] = value
         new_params = jax.tree.unflatten(self._of_params, [leaf.param for leaf in params])
         return new_params, jax.tree.unflatten(self._of_state, state)
@@ -111,7 +111,7 @@ class Leafwise:
             )
         slots = [self._state_in[slot] for slot in self._slots[index]]
         given = {self._grads_in[index]: grad, self._params_in[index]: leaf.param}
-        given |= zip(slots, leaf.beside, strict=True)
+        given |= zip(slots, leaf.state, strict=True)
 
         def read(var: Any) -> Any:
             if var in given:
@@ -121,8 +121,8 @@ class Leafwise:
 
         given |= _run(self._jaxpr, self._equations[index], read)
         outs = [self._state_out[slot] for slot in self._slots[index]]
-        param, *beside = (_value(out, read) for out in (self._params_out[index], *outs))
-        return Attached(param, tuple(beside), index)
+        param, *state = (_value(out, read) for out in (self._params_out[index], *outs))
+        return Attached(param, tuple(state), index)
 
     def _owners(self, equations: list[JaxprEqn]) -> Callable[[Any], int]:
         """The owner of each variable: the one param whose gradient, state or value it depends on.

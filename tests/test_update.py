@@ -243,6 +243,7 @@ def test_fused_in_float32_is_close_in_norm():
         (optax.lbfgs(), "loss as a function"),
         (optax.lamb(1e-3), r"params\[1\]\[0\].\w, which repeat stacks, .* more than one entry"),
         (optax.adafactor(1e-3), "more than one entry"),
+        (optax.sm3(1e-3), r"state\[\d\] has shape .* axis 0 is the layer"),
         (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), "more than one entry"),
     ],
 )

@@ -109,6 +109,7 @@ class Repeat(Combinator):
         return write(stack, late, 0), d_x
 
     def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
+        self.check_params(params, None)
         keys = None if key is None else jax.random.split(key, self.times)
         return jax.vmap(
             lambda params, key: self.layer.given(params, key=key, mask=mask),
