@@ -2,7 +2,7 @@
 
     python examples/gpt.py
     python examples/gpt.py --auto --steps 200
-    python examples/gpt.py --dtype bfloat16 --recompute
+    python examples/gpt.py --dtype bfloat16 --recompute --fused
     python examples/gpt.py --checkpoints runs/gpt                  (stop it at any moment, then)
     python examples/gpt.py --checkpoints runs/gpt --resume
 
@@ -77,9 +77,11 @@ def train(args: argparse.Namespace) -> float:
     schedule = optax.warmup_cosine_decay_schedule(
         0, args.rate, min(100, args.steps // 2), args.steps
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
-    differentiate = autodiff if args.auto else jp.value_and_grad
-    update = jp.make_update(net, LOSS, optimizer, value_and_grad=differentiate)
+    optimizer = optax.adam(schedule, b2=0.95)
+    differentiate = autodiff if args.auto else None
+    update = jp.make_update(
+        net, LOSS, optimizer, fused=args.fused, max_norm=1.0, value_and_grad=differentiate
+    )
     steps = make_steps(update, lambda starts: windows(text, starts, args.length))
 
     at = jnp.asarray(starts(args.seed + 1, 8, 32, args.length, held_out))
@@ -137,6 +139,7 @@ def main() -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--hand", action="store_true", help="the hand-written chain (the default)")
     how.add_argument("--auto", action="store_true", help="jax.value_and_grad")
+    how.add_argument("--fused", action="store_true", help="by hand, updating on the walk back")
     for name, default in (
         ("steps", 2000), ("batch", 16), ("length", 128), ("layers", 6), ("features", 256),
         ("heads", 4), ("reports", 10), ("sample", 400),

@@ -13,15 +13,16 @@ def bits(out):
     return [float(number) for number in re.findall(r"held out (\S+) bits", out)]
 
 
-def test_by_hand_by_autodiff_and_in_bfloat16():
+def test_by_hand_by_autodiff_fused_and_in_bfloat16():
     ends = {}
-    for how in (("--hand",), ("--auto",), ("--dtype", "bfloat16", "--recompute")):
+    for how in (("--hand",), ("--auto",), ("--fused",), ("--dtype", "bfloat16", "--recompute")):
         out = run("gpt.py", *how, *TINY)
         assert max(map(len, out.splitlines())) <= 80
         assert len(bits(out)) == 3
         assert 4 < bits(out)[-1] < bits(out)[0] < 8
         ends[how[-1]] = bits(out)[-1]
     assert ends["--hand"] == pytest.approx(ends["--auto"], abs=2e-3)
+    assert ends["--hand"] == pytest.approx(ends["--fused"], abs=2e-3)
     assert ends["--hand"] == pytest.approx(ends["--recompute"], abs=0.05)
 
 
