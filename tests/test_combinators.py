@@ -148,6 +148,29 @@ def test_dropout_in_a_shared_layer_drops_the_same_each_time():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+def test_a_mask_inside_a_shared_layer_without_forms():
+    """Where backward gives a plain array it is taken again for each example, with its mask."""
+
+    class Scale(jp.Layer):
+        def init(self, key, x):
+            return jnp.ones(x.shape[-1], x.dtype)
+
+        def forward(self, params, x):
+            return x * params, x
+
+        def backward(self, params, x, ct):
+            return jnp.sum(ct * x, axis=(0, 1)), ct * params
+
+    attend = jp.Attention(2, save="logsumexp")
+    net = jp.shared(jp.chain(Scale(), jp.Dense(12), attend, jp.Dense(4)), 2)
+    x, target = jax.random.normal(jax.random.key(1), (2, 3, 5, 4))
+    mask = jnp.arange(5) < jnp.array([[5], [3], [2]])
+    params = net.given(net.init(jax.random.key(0), x), mask=mask)
+    each = jp.per_example_grads(net, jp.HalfSquaredError())(params, x, target)
+    _, grads = jp.value_and_grad(net, jp.HalfSquaredError())(params, x, target)
+    assert relative_error(jax.tree.map(lambda g: g.mean(0), each), grads) <= 1e-12
+
+
 def test_update_takes_a_key():
     net, params, x = dropping()
     update = jp.make_update(net, jp.HalfSquaredError(), optax.adam(0.01))

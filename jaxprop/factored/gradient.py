@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import AxisType
 
 from jaxprop.factored.form import Factored, Stacked, is_factored
-from jaxprop.layer import Step
+from jaxprop.layer import Step, bare
 
 
 def summed(d_params: Any) -> Any:
@@ -83,11 +83,15 @@ def factored(step: Step) -> Any:
     if all(map(is_factored, leaves)):
         return step.d_params
 
-    def alone(residuals: Any, ct: Any) -> Any:
-        residuals, ct = jax.tree.map(lambda leaf: leaf[None], (residuals, ct))
-        return summed(step.layer.backward(step.params, residuals, ct)[0])
+    seat = bare(step.seat)
+    axes = jax.tree.map(lambda leaf: 0 if leaf.dtype == bool else None, seat)  # 0: of a mask
 
-    each = jax.vmap(alone)(step.residuals, step.ct)
+    def alone(seat: Any, residuals: Any, ct: Any) -> Any:
+        residuals, ct = jax.tree.map(lambda leaf: leaf[None], (residuals, ct))
+        seat = jax.tree.map(lambda leaf: leaf[None] if leaf.dtype == bool else leaf, seat)
+        return summed(step.layer.backward(seat, residuals, ct)[0])
+
+    each = jax.vmap(alone, (axes, 0, 0))(seat, step.residuals, step.ct)
     return jax.tree.map(
         lambda _, d, g: d if is_factored(d) else Stacked(g), step.params, step.d_params, each
     )
