@@ -13,6 +13,7 @@ optax state, and the ``ShapeDtypeStruct`` of them will do.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import chex
@@ -30,11 +31,11 @@ def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> A
     Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). Use it with ``gathered(net, mesh)``
     and the batch split over the same axes.
 
-    Several mesh axes go one after the other, so that (64, 8) divides (1600, 6400) where 512 divides
-    neither. Axis 0 is taken only where no other can be: inside ``repeat`` it is the layers', and a
-    scan takes its params from there one by one. A leaf stays whole on a mesh axis that divides none
-    of its axes, and on all where it has fewer than ``smallest`` elements: that would cost more time
-    than it saves memory.
+    Several mesh axes go one after the other, on the same array axis if they can: a mesh of (64, 8)
+    divides (1600, 6400), where one of 512 divides neither. Axis 0 is split only where no other can
+    be: inside ``repeat`` it is the layers', and a scan takes its params from it one by one. A leaf
+    is whole along a mesh axis that divides none of its own, and everywhere if it has fewer than
+    ``smallest`` elements, whose gathering would take longer than their memory is worth.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -45,15 +46,12 @@ def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> A
     sizes = _sizes(mesh, *axes)
 
     def place(leaf: Any) -> NamedSharding:
-        left = list(leaf.shape)
-        names: list[tuple[str, ...]] = [()] * len(left)
-        for name, size in sizes.items():
-            fits = [axis for axis, length in enumerate(left) if length % size == 0]
-            if fits and leaf.size >= smallest:
-                axis = max(fits, key=lambda axis: (axis > 0, left[axis]))
-                left[axis] //= size
-                names[axis] += (name,)
-        return NamedSharding(mesh, PartitionSpec(*(name or None for name in names)))
+        names: list[Any] = [None] * len(leaf.shape)
+        if math.prod(leaf.shape) >= smallest:
+            for among in range(1, len(names)), range(min(1, len(names))):
+                if not any(names):
+                    names = _split(leaf.shape, among, sizes)
+        return NamedSharding(mesh, PartitionSpec(*names))
 
     return jax.tree.map(place, tree)
 
@@ -137,6 +135,19 @@ def gathered(net: Layer, mesh: Mesh) -> Layer:
     require(net, Layer, "gathered")
     require(mesh, Mesh, "gathered: the mesh")
     return map_layers(net, lambda layer: Gathered(layer, mesh))
+
+
+def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> list[Any]:
+    """For each axis of shape the mesh axes that split it: one for all, or the longest for each."""
+    left = list(shape)
+    names: list[tuple[str, ...]] = [()] * len(shape)
+    for name, size in sizes.items():
+        fits = [axis for axis in among if left[axis] % size == 0]
+        if fits:
+            axis = max(fits, key=lambda axis: (names[axis], left[axis]))
+            left[axis] //= size
+            names[axis] = (*names[axis], name)
+    return [each or None for each in names]
 
 
 def _sizes(mesh: Mesh, *axes: str) -> dict[str, int]:
