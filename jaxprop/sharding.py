@@ -9,6 +9,10 @@ optax state, and the ``ShapeDtypeStruct`` of them will do.
     NamedSharding(mesh, PartitionSpec())                # data parallel: params on all devices
     jp.sharding.fully_sharded(params, mesh, "data")     # FSDP, for the net gathered(net, mesh)
     jp.sharding.tensor_parallel(params, mesh, "model")
+
+Every quantity is right under each of them. Those that take one example after the other (squared
+norms and second moments along positions, clipping) are quick under ``jax.shard_map`` alone, where
+each device takes its own; under ``jit`` XLA sends all examples to all devices.
 """
 
 from __future__ import annotations
@@ -147,7 +151,7 @@ def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> list[
             axis = max(fits, key=lambda axis: (names[axis], left[axis]))
             left[axis] //= size
             names[axis] = (*names[axis], name)
-    return [each or None for each in names]
+    return [each[0] if len(each) == 1 else each or None for each in names]
 
 
 def _sizes(mesh: Mesh, *axes: str) -> dict[str, int]:

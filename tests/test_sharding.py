@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from table import relative_error
+from test_examples import run
 
 import jaxprop as jp
 
@@ -321,3 +322,20 @@ def test_rules():
         jp.sharding.fully_sharded(bits, mesh, "x")
     with pytest.raises(TypeError, match="gathered: the mesh is not a Mesh"):
         jp.sharding.gathered(GPT, "data")
+
+
+def test_plan_prints_what_a_step_needs():
+    sizes = ("--layers", 8, "--features", 512, "--heads", 4, "--vocab", 5000, "--length", 256)
+    out = run("plan.py", *sizes, "--devices", 1, 8)
+    assert max(map(len, out.splitlines())) <= 80
+    rows = re.findall(r"^ +([18]) (\D+32|\D+16|\D+16 recompute)  +(\S.*)$", out, re.MULTILINE)
+    needs = {(int(n), way): [float(word) for word in rest.split()] for n, way, rest in rows}
+    assert len(needs) == 6
+    init = jp.models.gpt2(jp.models.Gpt2Config(5000, 256, 512, 4, 8)).init
+    params = size(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 256), int)))
+    assert f"{params / 1e6:,.1f} M params" in out
+    for (devices, way), (stays, adds, total, by_hand, *_) in needs.items():
+        assert stays == pytest.approx(12 * params / 1e9 / devices, abs=0.006)
+        assert total == pytest.approx(stays + adds, abs=0.011)
+        if way == "float32":
+            assert total == pytest.approx(by_hand, rel=0.1)
