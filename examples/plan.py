@@ -78,7 +78,7 @@ def compiled(args: argparse.Namespace, way: Way, devices: int) -> Need:
 
     step = jax.jit(update, donate_argnums=(0, 1))
     params, state = (
-        placed(tree, jp.sharding.fully_sharded(tree, mesh, *axes)) for tree in (params, state)
+        placed(tree, jp.sharding.fully_sharded(tree, mesh)) for tree in (params, state)
     )
     ids = placed(ids, NamedSharding(mesh, PartitionSpec(axes)))
     memory = step.lower(params, state, ids, ids).compile().memory_analysis()

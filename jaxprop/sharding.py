@@ -4,7 +4,7 @@ Each rule gives a tree of ``NamedSharding`` like the tree it is asked about, for
 or for ``in_shardings`` and ``out_shardings``. It looks at shapes alone: params, gradients, any
 optax state, and the ``ShapeDtypeStruct`` of them will do.
 
-    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     NamedSharding(mesh, PartitionSpec("data"))          # x and target, under every rule
     NamedSharding(mesh, PartitionSpec())                # data parallel: params on all devices
     jp.sharding.fully_sharded(params, mesh, "data")     # FSDP, for the net gathered(net, mesh)
@@ -22,18 +22,18 @@ from typing import Any
 
 import chex
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprop.layer import Layer, map_layers, require
 from jaxprop.layers import Affine
 
 
 def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> Any:
-    """Each leaf split over the mesh's axes ``axes``, on its largest array axis that they divide.
+    """Each leaf split over the mesh (or its ``axes`` alone), on its largest axis that that divides.
 
     Params, gradients and optimizer state then take a device's share of memory each (ZeRO-3,
     Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). Use it with ``gathered(net, mesh)``
-    and the batch split over the same axes.
+    and the batch split over the same mesh axes.
 
     Several mesh axes go one after the other, on the same array axis if they can: a mesh of (64, 8)
     divides (1600, 6400), where one of 512 divides neither. Axis 0 is split only where no other can
@@ -47,7 +47,7 @@ def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> A
         >>> tuple(jp.sharding.fully_sharded(jnp.ones((12, 64, 256)), mesh, "data").spec)
         (None, None, 'data')
     """
-    sizes = _sizes(mesh, *axes)
+    sizes = _sizes(mesh, *axes) or dict(mesh.shape)
 
     def place(leaf: Any) -> NamedSharding:
         names: list[Any] = [None] * len(leaf.shape)
@@ -134,10 +134,16 @@ def gathered(net: Layer, mesh: Mesh) -> Layer:
     Without it XLA may as well move the activations, and for ``fully_sharded`` params it does. With
     it a layer's params are whole where the layer uses them, forward and again on the way back, and
     nowhere else: inside ``repeat``, those of one block at a time. ``jp.cast(gathered(net, mesh),
-    dtype)`` gathers them in dtype.
+    dtype)`` rounds them first. Raises ``ValueError`` for a mesh whose axes are not Auto, as those
+    of ``jax.make_mesh`` are by default in newer JAX.
     """
     require(net, Layer, "gathered")
     require(mesh, Mesh, "gathered: the mesh")
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"gathered takes a mesh of Auto axes, not {mesh.axis_types}; "
+            "write jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)"
+        )
     return map_layers(net, lambda layer: Gathered(layer, mesh))
 
 

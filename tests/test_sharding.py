@@ -51,7 +51,7 @@ class How(NamedTuple):
 HOWS = {
     "data parallel": How(lambda tree: jax.tree.map(lambda _: over(), tree), over("data")),
     "fully sharded": How(
-        lambda tree: jp.sharding.fully_sharded(tree, MESH, "data", "model", smallest=16),
+        lambda tree: jp.sharding.fully_sharded(tree, MESH, smallest=16),
         over(("data", "model")),
         lambda net: jp.sharding.gathered(net, MESH),
     ),
@@ -304,7 +304,7 @@ def test_rules():
         "scalar": (),
     }
     structs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    placed = jp.sharding.fully_sharded(structs, mesh, "data", "model", smallest=8)
+    placed = jp.sharding.fully_sharded(structs, mesh, smallest=8)
     assert {name: tuple(sharding.spec) for name, sharding in placed.items()} == {
         "stack": (None, None, ("data", "model")),
         "both axes": (None, "model"),
@@ -322,15 +322,18 @@ def test_rules():
         jp.sharding.fully_sharded(bits, mesh, "x")
     with pytest.raises(TypeError, match="gathered: the mesh is not a Mesh"):
         jp.sharding.gathered(GPT, "data")
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match="gathered takes a mesh of Auto axes, not"):
+        jp.sharding.gathered(GPT, explicit)
 
 
 def test_plan_prints_what_a_step_needs():
     sizes = ("--layers", 8, "--features", 512, "--heads", 4, "--vocab", 5000, "--length", 256)
-    out = run("plan.py", *sizes, "--devices", 1, 8)
+    out = run("plan.py", *sizes, "--devices", 8)
     assert max(map(len, out.splitlines())) <= 80
-    rows = re.findall(r"^ +([18]) (\D+32|\D+16|\D+16 recompute)  +(\S.*)$", out, re.MULTILINE)
+    rows = re.findall(r"^ +(8) (\D+32|\D+16|\D+16 recompute)  +(\S.*)$", out, re.MULTILINE)
     needs = {(int(n), way): [float(word) for word in rest.split()] for n, way, rest in rows}
-    assert len(needs) == 6
+    assert len(needs) == 3
     init = jp.models.gpt2(jp.models.Gpt2Config(5000, 256, 512, 4, 8)).init
     params = size(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 256), int)))
     assert f"{params / 1e6:,.1f} M params" in out
