@@ -29,7 +29,7 @@ from jaxprop.layers import Affine
 
 
 def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> Any:
-    """Each leaf split over the mesh (or its ``axes`` alone), on its largest axis that that divides.
+    """Each leaf split over the mesh, or its ``axes`` alone, on the largest axis that they divide.
 
     Params, gradients and optimizer state then take a device's share of memory each (ZeRO-3,
     Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). Use it with ``gathered(net, mesh)``
