@@ -12,7 +12,7 @@ against the other.
 """
 
 import jaxprop._command  # noqa: F401
-from jaxprop import models
+from jaxprop import models, sharding
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad
@@ -166,6 +166,7 @@ __all__ = [
     "recompute",
     "repeat",
     "second_moment",
+    "sharding",
     "shared",
     "skip",
     "tied",

@@ -15,7 +15,7 @@ FLOORS = [
     {"layers"},
     {"combinators", "losses"},
     {"backprop"},
-    {"training", "checking", "interop", "quantities", "models"},
+    {"training", "checking", "interop", "quantities", "models", "sharding"},
     {"clipping", "curvature", "update"},
     {"explain", "bench"},
     {"cli", "plot"},

@@ -1,0 +1,203 @@
+"""What a step of a large GPT needs on one, 8 and 512 GPUs, compiled here and run nowhere.
+
+    python examples/plan.py
+    python examples/plan.py --devices 512 --batch 4
+    python examples/plan.py --layers 12 --features 768 --heads 12 --devices 1
+
+By default the model is GPT-2 XL, 1.5 B params. Of ``jp.make_update`` with Adam the step is lowered
+from shapes alone, for a mesh of CPU devices that XLA makes believe it has, with params, optimizer
+state and batch split over all of them (``jp.sharding``). The bytes are those of
+``compiled.memory_analysis()``: of XLA for CPUs, whose fusions and buffers are not a GPU's. Beside
+them stands plain arithmetic, and what an H100 needs at least by NVIDIA's data sheet. Nothing here
+is measured on a GPU.
+"""
+
+import argparse
+import os
+from typing import Any, NamedTuple
+
+GPU = {"bytes": 80e9, "bfloat16": 989e12, "float32": 495e12, "memory": 3.35e12}
+NODE = 8  # GPUs that share NVLink, 450 GB/s each way; a node's 8 network cards take 400 GB/s in
+LINK = {"node": 450e9, "network": 400e9}
+WIDTH = {"bfloat16": 2, "float32": 4}
+
+
+class Way(NamedTuple):
+    """How a step is computed."""
+
+    dtype: str
+    recompute: bool = False
+    fused: bool = False
+
+    def __str__(self) -> str:
+        said = (self.dtype, "recompute" * self.recompute, "fused" * self.fused)
+        return " ".join(filter(None, said))
+
+
+class Need(NamedTuple):
+    """Of one device: bytes that stay between steps, and the most that a step adds to them."""
+
+    stays: float
+    adds: float
+
+
+def compiled(args: argparse.Namespace, way: Way, devices: int) -> Need:
+    """The bytes of the step that XLA compiles."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    import jaxprop as jp
+
+    axes = ("node", "gpu")
+    mesh = jax.make_mesh(
+        (max(devices // NODE, 1), min(devices, NODE)),
+        axes,
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[:devices],
+    )
+
+    def placed(structs: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            structs,
+            shardings,
+        )
+
+    net = jp.models.gpt2(config(args), recomputing=way.recompute)
+    ids = jax.ShapeDtypeStruct((devices * args.batch, args.length), jnp.int32)
+    params = jax.eval_shape(net.init, jax.random.key(0), ids)
+    optimizer = optax.adam(1e-4)
+    state = jax.eval_shape(optimizer.init, params)
+    if devices > 1:
+        net = jp.sharding.gathered(net, mesh)
+    net = net if way.dtype == "float32" else jp.cast(net, way.dtype)
+    fused: dict[str, Any] = {"fused": True} if way.fused else {}
+    update = jp.make_update(net, jp.CrossEntropy(), optimizer, **fused)
+
+    step = jax.jit(update, donate_argnums=(0, 1))
+    params, state = (
+        placed(tree, jp.sharding.fully_sharded(tree, mesh)) for tree in (params, state)
+    )
+    ids = placed(ids, NamedSharding(mesh, PartitionSpec(axes)))
+    memory = step.lower(params, state, ids, ids).compile().memory_analysis()
+    assert memory is not None
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Need(memory.argument_size_in_bytes, memory.temp_size_in_bytes + new)
+
+
+def config(args: argparse.Namespace) -> Any:
+    from jaxprop.models import Gpt2Config
+
+    return Gpt2Config(args.vocab, args.length, args.features, args.heads, args.layers)
+
+
+def count(args: argparse.Namespace) -> tuple[int, int]:
+    """Params: of the table, and of all."""
+    d = args.features
+    table = args.vocab * d
+    block = (4 + 8) * d**2 + (3 + 1 + 4 + 1 + 4) * d  # dense layers; their biases and two norms
+    return table, table + args.length * d + args.layers * block + 2 * d
+
+
+def residuals(args: argparse.Namespace, way: Way) -> tuple[float, float]:
+    """Bytes that an example leaves behind: in a block, and at the logits."""
+    t, d, width = args.length, args.features, WIDTH[way.dtype]
+    # Of each skip its x; of the four dense layers x; q, k and v; what gelu is given.
+    rows = t * d * (2 + (1 + 1 + 1 + 4) + 3 + 4)
+    weights = args.heads * t**2 * 9 / 16  # of attention, in 8 parts, each up to its last query
+    return width * (rows + weights), (4 + 4) * t * args.vocab  # softmax and its ct, in float32
+
+
+def arithmetic(args: argparse.Namespace, way: Way, devices: int) -> Need:
+    """The same bytes by hand."""
+    table, params = count(args)
+    block, logits = (args.batch * each for each in residuals(args, way))
+    x = args.batch * args.length * args.features * WIDTH[way.dtype]
+    kept = args.layers * x + block if way.recompute else args.layers * block
+    gathered = 4 * table if devices > 1 else 0
+    gradients = 4 * (table if way.fused else params) / devices
+    # The table has two gradients, one of the logits and one of the rows. The logits are gone when
+    # the blocks' gradients come.
+    adds = kept + max(logits + 4 * table + gathered, gradients + 2 * 4 * table)
+    return Need(3 * 4 * params / devices, adds)
+
+
+def least_times(args: argparse.Namespace, way: Way, devices: int) -> tuple[float, float, float]:
+    """Seconds that the matmuls, the memory and the links of one GPU need at least."""
+    table, params = count(args)
+    tokens, d = args.batch * args.length, args.features
+    width = WIDTH[way.dtype]
+    dense = table + 12 * args.layers * d**2
+    attention = args.layers * args.length * d  # q k^T and p v, of which causality leaves half
+    flops = 6 * tokens * (dense + attention)
+    flops += way.recompute * 2 * tokens * (dense - table + attention)
+
+    block, logits = (args.batch * each for each in residuals(args, way))
+    passes = 3 if way.recompute else 2
+    moved = passes * width * params + 2 * (args.layers * block + logits)
+    moved += 8 * 4 * params / devices  # Adam reads p, g, m, v and writes p, m, v; g was written
+
+    exchanged = (2 * width + 4) * params * (1 - 1 / devices)  # gathered twice, and gradients summed
+    link = LINK["network" if devices > NODE else "node"]
+    return flops / GPU[way.dtype], moved / GPU["memory"], exchanged / link
+
+
+def table(args: argparse.Namespace, ways: list[Way]) -> None:
+    _, params = count(args)
+    print(
+        f"{params / 1e6:,.1f} M params, {args.batch} x {args.length} tokens a device and step.\n"
+        "GB a device: compiled by XLA for CPUs, and by arithmetic. ms a step: what an\n"
+        "H100's matmuls, memory and links need at least, by its data sheet.\n"
+    )
+    print(
+        f"{'GPUs':>4} {'':24}{'stays':>6}{'adds':>7}{'sum':>7}{'by hand':>10}"
+        f"{'matmul':>9}{'HBM':>6}{'link':>6}"
+    )
+    for devices in args.devices:
+        for way in ways:
+            need, by_hand = compiled(args, way, devices), sum(arithmetic(args, way, devices))
+            matmul, memory, link = (1e3 * s for s in least_times(args, way, devices))
+            print(
+                f"{devices:4d} {way!s:24}{need.stays / 1e9:6.2f}{need.adds / 1e9:7.2f}"
+                f"{said(sum(need)):>8}{said(by_hand):>9}{matmul:9.1f}{memory:6.1f}{link:6.1f}",
+                flush=True,
+            )
+    print("\n! more than the 80 GB of an H100")
+
+
+def said(size: float) -> str:
+    return f"{size / 1e9:.2f}{' !'[size > GPU['bytes']]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a step of a large GPT needs.")
+    for name, default in (
+        ("layers", 48), ("features", 1600), ("heads", 25), ("vocab", 50257), ("length", 1024),
+        ("batch", 8),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 512], metavar="N")
+    parser.add_argument("--fused", action="store_true", help="with the update in the walk back")
+    args = parser.parse_args()
+    if min(args.layers, args.features, args.heads, args.vocab, args.length, args.batch) < 1:
+        parser.error("all sizes are at least 1")
+    if args.features % args.heads:
+        parser.error("--heads must divide --features")
+    if any(n < 1 or (n > NODE and n % NODE) for n in args.devices):
+        parser.error(f"--devices: up to {NODE}, or whole nodes of {NODE}")
+    os.environ["XLA_FLAGS"] = (  # before JAX looks for devices
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+        f"--xla_force_host_platform_device_count={max(args.devices)}"
+    )
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of splits that it does not use
+    ways = [Way("float32"), Way("bfloat16"), Way("bfloat16", recompute=True)]
+    if args.fused:
+        ways += [way._replace(fused=True) for way in ways[1:]]
+    table(args, ways)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Where params and optimizer state lie on a mesh. JAX's own ``jit`` does the rest.
+
+Each rule gives a tree of ``NamedSharding`` like the tree it is asked about, for ``jax.device_put``
+or for ``in_shardings`` and ``out_shardings``. It looks at shapes alone: params, gradients, any
+optax state, and the ``ShapeDtypeStruct`` of them will do.
+
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    NamedSharding(mesh, PartitionSpec("data"))          # x and target, under every rule
+    NamedSharding(mesh, PartitionSpec())                # data parallel: params on all devices
+    jp.sharding.fully_sharded(params, mesh, "data")     # FSDP, for the net gathered(net, mesh)
+    jp.sharding.tensor_parallel(params, mesh, "model")
+
+Every quantity is right under each of them. Those that take one example after the other (squared
+norms and second moments along positions, clipping) are quick under ``jax.shard_map`` alone, where
+each device takes its own; under ``jit`` XLA sends all examples to all devices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chex
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxprop.layer import Layer, map_layers, require
+from jaxprop.layers import Affine
+
+
+def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> Any:
+    """Each leaf split over the mesh, or its ``axes`` alone, on the largest axis that they divide.
+
+    Params, gradients and optimizer state then take a device's share of memory each (ZeRO-3,
+    Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). Use it with ``gathered(net, mesh)``
+    and the batch split over the same mesh axes.
+
+    Several mesh axes go one after the other, on the same array axis if they can: a mesh of (64, 8)
+    divides (1600, 6400), where one of 512 divides neither. Axis 0 is split only where no other can
+    be: inside ``repeat`` it is the layers', and a scan takes its params from it one by one. A leaf
+    is whole along a mesh axis that divides none of its own, and everywhere if it has fewer than
+    ``smallest`` elements, whose gathering would take longer than their memory is worth.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> mesh = jax.make_mesh((1,), ("data",))
+        >>> tuple(jp.sharding.fully_sharded(jnp.ones((12, 64, 256)), mesh, "data").spec)
+        (None, None, 'data')
+    """
+    sizes = _sizes(mesh, *axes) or dict(mesh.shape)
+
+    def place(leaf: Any) -> NamedSharding:
+        names: list[Any] = [None] * len(leaf.shape)
+        if math.prod(leaf.shape) >= smallest:
+            for among in range(1, len(names)), range(min(1, len(names))):
+                if not any(names):
+                    names = _split(leaf.shape, among, sizes)
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+    return jax.tree.map(place, tree)
+
+
+def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = None) -> Any:
+    """Dense layers split over the mesh axis ``axis``: those that widen by columns, others by rows.
+
+    Of a pair that widens and narrows, each device has a part of the features between, which nobody
+    else needs; one all-reduce adds up what the rows make of them, and one the d_x of the columns
+    (Megatron-LM, Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). In GPT-2 the columns are
+    ``attn.c_attn`` and ``mlp.c_fc``, the rows ``attn.c_proj`` and ``mlp.c_proj``. (The columns of
+    ``c_attn``, q, k and v one after the other, do not fall on heads: XLA gathers its activations.)
+
+    An array of ``vocab`` rows is a table, and split by them. All else is on every device, and so
+    is what ``axis`` does not divide: pad a vocabulary of 50257 to 50304.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> mesh = jax.make_mesh((1,), ("model",))
+        >>> down = jp.Affine(jnp.ones((256, 64)), jnp.ones(64))
+        >>> tuple(jp.sharding.tensor_parallel(down, mesh, "model").w.spec)
+        ('model', None)
+    """
+    size = _sizes(mesh, axis)[axis]
+
+    def place(node: Any) -> Any:
+        if not isinstance(node, Affine):
+            return split(node, 0 if vocab is not None and node.shape[:1] == (vocab,) else None)
+        inputs, outputs = node.w.shape[-2:]
+        columns = outputs > inputs
+        b = None if node.b is None else split(node.b, -1 if columns else None)
+        return Affine(split(node.w, -1 if columns else -2), b)
+
+    def split(leaf: Any, on: int | None) -> NamedSharding:
+        names: list[str | None] = [None] * len(leaf.shape)
+        if on is not None and leaf.shape[on] % size == 0:
+            names[on] = axis
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+    return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, Affine))
+
+
+class Gathered(Layer):
+    """y = f(x), f's params gathered from all devices where they are used."""
+
+    layer: Layer
+    mesh: Mesh
+
+    @property
+    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.layer.batch_coupled
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Any:
+        return self.layer.init(key, x)
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Nothing: the inner layer holds the params to its own ``init``."""
+
+    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+        return self.layer.forward(self._gathered(params), x)
+
+    def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
+        return self.layer.backward(self._gathered(params), residuals, ct)
+
+    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
+        return self.layer.given(params, key=key, mask=mask)
+
+    def _gathered(self, params: Any) -> Any:
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint(params, everywhere)
+
+
+def gathered(net: Layer, mesh: Mesh) -> Layer:
+    """The same net for params that are split over the mesh: each layer gathers its own.
+
+    Without it XLA may as well move the activations, and for ``fully_sharded`` params it does. With
+    it a layer's params are whole where the layer uses them, forward and again on the way back, and
+    nowhere else: inside ``repeat``, those of one block at a time. ``jp.cast(gathered(net, mesh),
+    dtype)`` rounds them first. Raises ``ValueError`` for a mesh whose axes are not Auto, as those
+    of ``jax.make_mesh`` are by default in newer JAX.
+    """
+    require(net, Layer, "gathered")
+    require(mesh, Mesh, "gathered: the mesh")
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"gathered takes a mesh of Auto axes, not {mesh.axis_types}; "
+            "write jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)"
+        )
+    return map_layers(net, lambda layer: Gathered(layer, mesh))
+
+
+def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> list[Any]:
+    """For each axis of shape the mesh axes that split it: one for all, or the longest for each."""
+    left = list(shape)
+    names: list[tuple[str, ...]] = [()] * len(shape)
+    for name, size in sizes.items():
+        fits = [axis for axis in among if left[axis] % size == 0]
+        if fits:
+            axis = max(fits, key=lambda axis: (names[axis], left[axis]))
+            left[axis] //= size
+            names[axis] = (*names[axis], name)
+    return [each[0] if len(each) == 1 else each or None for each in names]
+
+
+def _sizes(mesh: Mesh, *axes: str) -> dict[str, int]:
+    require(mesh, Mesh, "the mesh")
+    for name in axes:
+        if name not in mesh.shape:
+            raise ValueError(f"the mesh has the axes {mesh.axis_names}, and no {name!r}")
+    return {name: mesh.shape[name] for name in axes}
