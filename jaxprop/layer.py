@@ -19,6 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 @dataclass_transform(frozen_default=True)
@@ -290,6 +291,17 @@ def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _on_device(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def laid_out(x: jax.Array, *axes: Any) -> NamedSharding | None:
+    """Where an array shall lie whose axes lie as named, on x's mesh if that has explicit axes.
+
+    Elsewhere XLA finds out by itself, and the answer is None.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return None
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def empty_like(x: jax.Array) -> jax.Array:

@@ -7,10 +7,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float
 
 from jaxprop.factored.form import Factored, Kronecker, sq_norms, wide
+from jaxprop.layer import laid_out
 
 
 class Sum(Factored):
@@ -56,10 +56,9 @@ class Outer(Factored):
         rows = math.prod(self.x.shape[:-1])
         if rows * i <= rows * o + i * o:
             return _product(self.x, self.ct)
-        transposed = _product(self.ct, self.x)
-        # Behind the barrier XLA does not see that this is x^T ct; flat, it has but one layout.
-        flat = jax.lax.optimization_barrier(transposed.ravel())
-        return flat.reshape(transposed.shape).T
+        return jax.lax.platform_dependent(
+            self.x, self.ct, cpu=_transposed_product, default=_product
+        )
 
     def sq_norm_of_sum(self) -> Float[Array, ""]:
         """<X X^T, C C^T> over all rows of X and C, where that is less than X^T C."""
@@ -136,14 +135,19 @@ def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Ar
 
     Where a mesh has explicit axes, each axis of the product lies as it does in its factor.
     """
-    out, sharding = jax.typeof(a).sharding, None
-    if AxisType.Explicit in out.mesh.axis_types:
-        spec = PartitionSpec(out.spec[-1], jax.typeof(b).sharding.spec[-1])
-        sharding = NamedSharding(out.mesh, spec)
+    sharding = laid_out(a, jax.typeof(a).sharding.spec[-1], jax.typeof(b).sharding.spec[-1])
     axes = tuple(range(a.ndim - 1))
     return jnp.tensordot(
         a, b, (axes, axes), preferred_element_type=wide(b).dtype, out_sharding=sharding
     )
+
+
+def _transposed_product(
+    a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]
+) -> Float[Array, "i o"]:
+    """(b^T a)^T. Behind the barrier XLA does not see that; flat, the array has but one layout."""
+    transposed = _product(b, a)
+    return jax.lax.optimization_barrier(transposed.ravel()).reshape(transposed.shape).T
 
 
 def weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Array, "n ..."]:

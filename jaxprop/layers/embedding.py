@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxprop.factored import Factored, Kronecker, gram, reached, wide
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer, laid_out, shapes
 from jaxprop.layers.checks import check_counts
 
 
@@ -77,7 +77,8 @@ class Rows(Factored):
 
     def _table(self, ids: Int[Array, " m"], ct: Float[Array, "m d"]) -> Float[Array, "v d"]:
         zeros = jnp.zeros((self.vocab, ct.shape[-1]), ct.dtype)
-        return zeros.at[_inside(ids, self.vocab)].add(ct, mode="drop")
+        whole = laid_out(ct, None, jax.typeof(ct).sharding.spec[-1])
+        return zeros.at[_inside(ids, self.vocab)].add(ct, mode="drop", out_sharding=whole)
 
     def _sequences(self) -> tuple[Int[Array, "n t"], Float[Array, "n t d"]]:
         ct = wide(self.ct)
@@ -118,7 +119,9 @@ class Embedding(Layer):
         self, params: Float[Array, "v d"], x: Int[Array, "n ..."]
     ) -> tuple[Float[Array, "n ... d"], Int[Array, "n ..."]]:
         ids = _inside(x, self.vocab)
-        return params.at[ids].get(mode="fill", fill_value=jnp.nan), x
+        as_ids = laid_out(ids, *jax.typeof(ids).sharding.spec, jax.typeof(params).sharding.spec[-1])
+        rows = params.at[ids].get(mode="fill", fill_value=jnp.nan, out_sharding=as_ids)
+        return rows, x
 
     def backward(
         self, params: Float[Array, "v d"], x: Int[Array, "n ..."], ct: Float[Array, "n ... d"]
