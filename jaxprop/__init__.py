@@ -13,6 +13,7 @@ against the other.
 
 import jaxprop._command  # noqa: F401
 from jaxprop import models
+from jaxprop.accumulation import PerExample, accumulate
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad
@@ -117,6 +118,7 @@ __all__ = [
     "Outer",
     "Pad",
     "Patches",
+    "PerExample",
     "PerExampleGrads",
     "Positions",
     "Quantity",
@@ -140,6 +142,7 @@ __all__ = [
     "Tanh",
     "Total",
     "Variance",
+    "accumulate",
     "branch",
     "cast",
     "chain",

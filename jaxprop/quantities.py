@@ -14,31 +14,46 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.accumulation import OfBatch, PerExample, unmarked
 from jaxprop.backprop import own_gradient, walk
-from jaxprop.factored import Factored, Stacked, factored, is_factored, like
+from jaxprop.factored import Factored, factored, is_factored, like, wide
 from jaxprop.layer import Layer, Static, Step, Total
 from jaxprop.losses import Loss
 
-OfBatch = Callable[[Any, Any, Any], Any]
-
 
 class Quantity(Static):
-    """What is taken at each layer from its params' cotangents, and made of all of it at the end."""
+    """What is taken at each layer from its params' cotangents, and made of all of it at the end.
+
+    In micro-batches (``accumulate``) what ``take`` gives is put together to that of the batch, and
+    then settled. So ``take`` gives means over examples, or arrays marked as ``PerExample``, and
+    what is not linear in the examples is left to ``settle``.
+    """
 
     @abc.abstractmethod
     def take(self, params: Any, forms: Any, examples: int) -> Any:
         """At one layer: forms is like params, with each example's own cotangent, factored."""
 
-    def finish(self, taken: Any, examples: int) -> Any:
-        """taken is like the net's params, with what ``take`` gave where a layer's params stand."""
-        del examples
+    def settle(self, taken: Any) -> Any:
+        """What is kept of a layer's ``taken``, of the batch; or of all the layers of a repeat."""
         return taken
+
+    def finish(self, settled: Any, examples: int) -> Any:
+        """settled is like the net's params, with what was kept where a layer's params stand."""
+        del examples
+        return unmarked(settled)
+
+
+class Moments(NamedTuple):
+    """Of one param: the gradient, and a second moment of its per-example gradients."""
+
+    mean: Array
+    second: Array
 
 
 class Gradient(Quantity):
@@ -52,10 +67,18 @@ class PerExampleGrads(Quantity):
     """Each example's gradient; like params, behind an example axis."""
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return _each(lambda p, form: Stacked(form.per_example().astype(p.dtype)), params, forms)
+        def each(p: Array, form: Factored) -> PerExample:
+            return PerExample(form.per_example().astype(p.dtype), axis=-1 - p.ndim)
 
-    def finish(self, taken: Any, examples: int) -> Any:
-        return each_example(taken)
+        return _each(each, params, forms)
+
+    def finish(self, settled: Any, examples: int) -> Any:
+        """Behind the example axis come the layers of a ``repeat``, as in params."""
+        return jax.tree.map(
+            lambda each: jnp.moveaxis(each.value, each.axis, 0),
+            settled,
+            is_leaf=lambda node: isinstance(node, PerExample),
+        )
 
 
 class SqNorms(Quantity):
@@ -64,11 +87,12 @@ class SqNorms(Quantity):
     per_layer: bool = False
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        norms = total(lambda form: form.sq_norms(), forms)
+        norms = PerExample(total(lambda form: form.sq_norms(), forms), axis=-1)
         return norms if self.per_layer else Total(norms)
 
-    def finish(self, taken: Any, examples: int) -> Any:
-        return taken if self.per_layer else everything(taken)
+    def finish(self, settled: Any, examples: int) -> Any:
+        norms = unmarked(settled)
+        return norms if self.per_layer else everything(norms)
 
 
 class Gram(Quantity):
@@ -77,8 +101,8 @@ class Gram(Quantity):
     def take(self, params: Any, forms: Any, examples: int) -> Any:
         return Total(total(lambda form: form.inner_products(), forms))
 
-    def finish(self, taken: Any, examples: int) -> Any:
-        return everything(taken)
+    def finish(self, settled: Any, examples: int) -> Any:
+        return everything(settled)
 
 
 class SecondMoment(Quantity):
@@ -92,12 +116,17 @@ class Variance(Quantity):
     """The mean over examples of (g_n - mean)^2, elementwise: second moment - gradient^2."""
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        def variance(_: Array, form: Factored) -> Array:
-            moment = form.second_moment() / examples
-            square = _mean(form, examples).astype(moment.dtype) ** 2
-            return jnp.maximum(moment - square, 0)  # of equal examples it is rounding alone
+        def moments(_: Array, form: Factored) -> Moments:
+            return Moments(_mean(form, examples), form.second_moment() / examples)
 
-        return _each(variance, params, forms)
+        return _each(moments, params, forms)
+
+    def settle(self, taken: Any) -> Any:
+        def variance(of: Moments) -> Array:
+            square = of.mean.astype(of.second.dtype) ** 2
+            return jnp.maximum(of.second - square, 0)  # of equal examples it is rounding alone
+
+        return jax.tree.map(variance, taken, is_leaf=_is_moments)
 
 
 class NoiseScale(Quantity):
@@ -109,17 +138,18 @@ class NoiseScale(Quantity):
     """
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        def pair(form: Factored) -> Array:
-            mean = _mean(form, examples)
-            wide = mean.astype(jnp.float32) if mean.dtype.itemsize < 4 else mean
-            return jnp.stack([jnp.mean(form.sq_norms()), jnp.sum(wide**2)])
+        def moments(_: Array, form: Factored) -> Moments:
+            return Moments(wide(_mean(form, examples)), jnp.mean(form.sq_norms()))
 
-        return Total(total(pair, forms))
+        return _each(moments, params, forms)
 
-    def finish(self, taken: Any, examples: int) -> Array:
+    def settle(self, taken: Any) -> Any:
+        return Total(total(lambda of: jnp.stack([jnp.sum(of.second), jnp.sum(of.mean**2)]), taken))
+
+    def finish(self, settled: Any, examples: int) -> Array:
         if examples < 2:
             raise ValueError("the noise scale is estimated from at least 2 examples, not 1")
-        mean_of_squares, square_of_mean = everything(taken)
+        mean_of_squares, square_of_mean = everything(settled)
         trace = (mean_of_squares - square_of_mean) * examples / (examples - 1)
         return trace * (examples - 1) / (examples * square_of_mean - mean_of_squares)
 
@@ -131,7 +161,7 @@ class Forms(Quantity):
         return forms
 
 
-def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> Callable[..., dict[str, Any]]:
+def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> OfBatch:
     """``f(params, x, target)``: a dict of the quantities asked for, and ``value``, from one walk.
 
     Example:
@@ -149,27 +179,40 @@ def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> Callable[..., di
         if not isinstance(quantity, Quantity):
             raise TypeError(f"{name} is not a quantity but {quantity!r}; write jp.Gradient(), say")
 
-    def leave(step: Step) -> Seat:
+    def take(step: Step) -> Seat:
         forms, examples = factored(step), jax.tree.leaves(step.ct)[0].shape[0]
         return Seat(
             {name: quantity.take(step.params, forms, examples) for name, quantity in asked.items()}
         )
 
-    back = walk(net, loss, leave, own_gradient)
+    def settle(seat: Seat) -> Seat:
+        return Seat({name: asked[name].settle(taken) for name, taken in seat.by_name.items()})
 
-    def of_batch(params: Any, x: Any, target: Any) -> dict[str, Any]:
-        value, left, _ = back(params, x, target)
-        examples = jax.tree.leaves(x)[0].shape[0]
+    taking = walk(net, loss, take, own_gradient)
+    settling = walk(net, loss, lambda step: settle(take(step)), own_gradient)
+
+    def parts(params: Any, x: Any, target: Any) -> tuple[Array, Any]:
+        value, left, _ = taking(params, x, target)
+        return value, left
+
+    def finish(parts: tuple[Array, Any], examples: int, params: Any) -> dict[str, Any]:
+        value, left = parts
+        return finished(value, jax.tree.map(settle, left, is_leaf=_is_seat), examples)
+
+    def whole(params: Any, x: Any, target: Any) -> dict[str, Any]:
+        value, left, _ = settling(params, x, target)
+        return finished(value, left, jax.tree.leaves(x)[0].shape[0])
+
+    def finished(value: Array, left: Any, examples: int) -> dict[str, Any]:
         return {"value": value} | {
             name: quantity.finish(picked(left, name), examples) for name, quantity in asked.items()
         }
 
-    return of_batch
+    return OfBatch(parts, finish, whole)
 
 
 def _alone(net: Layer, loss: Loss, quantity: Quantity) -> OfBatch:
-    together = quantities(net, loss, it=quantity)
-    return lambda params, x, target: together(params, x, target)["it"]
+    return quantities(net, loss, it=quantity).then(lambda together: together["it"])
 
 
 def per_example_grads(net: Layer, loss: Loss) -> OfBatch:
@@ -241,10 +284,15 @@ class Seat:
 
 
 def picked(left: Any, name: str) -> Any:
-    def is_seat(node: Any) -> bool:
-        return isinstance(node, Seat)
+    return jax.tree.map(lambda seat: seat.by_name[name], left, is_leaf=_is_seat)
 
-    return jax.tree.map(lambda seat: seat.by_name[name], left, is_leaf=is_seat)
+
+def _is_seat(node: object) -> bool:
+    return isinstance(node, Seat)
+
+
+def _is_moments(node: object) -> bool:
+    return isinstance(node, Moments)
 
 
 def _each(f: Callable[[Array, Factored], Any], params: Any, forms: Any) -> Any:
@@ -256,8 +304,8 @@ def _mean(form: Factored, examples: int) -> Array:
 
 
 def total(f: Callable[[Any], Array], forms: Any) -> Any:
-    """f summed over the leaves, which may be factored; () where there are none."""
-    leaves = jax.tree.leaves(forms, is_leaf=is_factored)
+    """f summed over the leaves, which may be forms or moments; () where there are none."""
+    leaves = jax.tree.leaves(forms, is_leaf=lambda node: is_factored(node) or _is_moments(node))
     return sum(map(f, leaves[1:]), start=f(leaves[0])) if leaves else ()
 
 

@@ -14,7 +14,7 @@ FLOORS = [
     {"factored"},
     {"layers"},
     {"combinators", "losses"},
-    {"backprop"},
+    {"accumulation", "backprop"},
     {"training", "checking", "interop", "quantities", "models"},
     {"clipping", "curvature"},
     {"explain", "bench"},
