@@ -13,7 +13,7 @@ against the other.
 
 import jaxprop._command  # noqa: F401
 from jaxprop import models
-from jaxprop.accumulation import PerExample, accumulate
+from jaxprop.accumulation import accumulate
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad
@@ -62,6 +62,7 @@ from jaxprop.layers import (
     Tanh,
 )
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
+from jaxprop.of_batch import PerExample
 from jaxprop.quantities import (
     Gradient,
     Gram,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,64 +12,7 @@ from jax import Array
 
 from jaxprop.factored import wide
 from jaxprop.layer import Layer, require, shapes
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PerExample:
-    """Marks arrays that hold something of each example along ``axis``.
-
-    What has no mark is a mean over examples. The axis counts from the end where ``repeat`` may
-    stack the arrays of its layers in front.
-    """
-
-    value: Any
-    axis: int = dataclasses.field(metadata={"static": True})
-
-
-def unmarked(tree: Any) -> Any:
-    """The tree with the arrays themselves where they are marked."""
-    return jax.tree.map(lambda leaf: leaf.value if _marked(leaf) else leaf, tree, is_leaf=_marked)
-
-
-class OfBatch:
-    """A function of (params, x, target, key=None) that says how micro-batches make up a batch.
-
-    Args:
-        parts: a function of the same arguments. Those of equal micro-batches are put together to
-            those of the batch: means over examples are averaged, and what is marked ``PerExample``
-            is laid side by side.
-        finish: ``finish(parts, examples, params)``, with the key where one is given, makes the
-            result of the batch's parts. What is not linear in the examples, and what is done once,
-            is done here.
-        whole: what gives the same as ``finish`` of ``parts`` in less memory, for a whole batch.
-    """
-
-    def __init__(
-        self,
-        parts: Callable[..., Any],
-        finish: Callable[..., Any] = lambda parts, examples, params, **given: unmarked(parts),
-        whole: Callable[..., Any] | None = None,
-    ) -> None:
-        self.parts, self.finish = parts, finish
-        self._whole = whole or self._finished
-
-    def __call__(
-        self, params: Any, x: Any, target: Any, key: chex.PRNGKey | None = None, **options: Any
-    ) -> Any:
-        return self._whole(params, x, target, **_given(key, options))
-
-    def then(self, f: Callable[[Any], Any]) -> OfBatch:
-        """f of what this gives."""
-        return OfBatch(
-            self.parts,
-            lambda *args, **given: f(self.finish(*args, **given)),
-            lambda *args, **given: f(self._whole(*args, **given)),
-        )
-
-    def _finished(self, params: Any, x: Any, target: Any, **given: Any) -> Any:
-        parts = self.parts(params, x, target, **given)
-        return self.finish(parts, jax.tree.leaves(x)[0].shape[0], params, **given)
+from jaxprop.of_batch import OfBatch, is_marked, with_key
 
 
 def accumulate(
@@ -130,14 +72,16 @@ def _accumulated(of_batch: OfBatch, micro_batches: int) -> Callable[..., Any]:
         params: Any, x: Any, target: Any, key: chex.PRNGKey | None = None, **options: Any
     ) -> Any:
         examples = _examples((x, target), micro_batches)
-        structs = jax.eval_shape(lambda: of_batch.parts(params, x, target, **_given(key, options)))
+        structs = jax.eval_shape(
+            lambda: of_batch.parts(params, x, target, **with_key(key, options))
+        )
         pieces = _pieces(structs, micro_batches)
 
         def add(totals: list[Array], i: Array) -> tuple[list[Array], None]:
             parts = of_batch.parts(
                 jax.tree.map(lambda leaf: _of_seat(leaf, i, micro_batches), params),
                 *jax.tree.map(lambda leaf: _every(leaf, 0, i, micro_batches), (x, target)),
-                **_given(None if key is None else jax.random.fold_in(key, i), options),
+                **with_key(None if key is None else jax.random.fold_in(key, i), options),
             )
             each = zip(pieces, totals, jax.tree.leaves(parts), strict=True)
             return [piece.add(total, part, i) for piece, total, part in each], None
@@ -146,7 +90,7 @@ def _accumulated(of_batch: OfBatch, micro_batches: int) -> Callable[..., Any]:
         totals, _ = jax.lax.scan(add, start, jnp.arange(micro_batches))
         ends = [piece.end(total) for piece, total in zip(pieces, totals, strict=True)]
         parts = jax.tree.unflatten(jax.tree.structure(structs), ends)
-        return of_batch.finish(parts, examples, params, **_given(key, options))
+        return of_batch.finish(parts, examples, params, **with_key(key, options))
 
     return accumulated
 
@@ -192,20 +136,12 @@ def _pieces(structs: Any, micro_batches: int) -> list[_Piece]:
         _Piece(
             f"accumulate: result{jax.tree_util.keystr(path)}",
             struct,
-            node.axis % struct.ndim if _marked(node) else None,
+            node.axis % struct.ndim if is_marked(node) else None,
             micro_batches,
         )
-        for path, node in jax.tree.leaves_with_path(structs, is_leaf=_marked)
+        for path, node in jax.tree.leaves_with_path(structs, is_leaf=is_marked)
         for struct in jax.tree.leaves(node)
     ]
-
-
-def _marked(node: object) -> bool:
-    return isinstance(node, PerExample)
-
-
-def _given(key: chex.PRNGKey | None, options: dict[str, Any]) -> dict[str, Any]:
-    return options if key is None else {"key": key, **options}
 
 
 def _examples(batch: Any, micro_batches: int) -> int:
@@ -242,5 +178,5 @@ def _every(leaf: Any, axis: int, i: Array, micro_batches: int) -> Array:
 
 
 def _split(leaf: Array, axis: int, micro_batches: int) -> Array:
-    before, after = leaf.shape[:axis], leaf.shape[axis + 1 :]
-    return leaf.reshape(*before, -1, micro_batches, *after)
+    each = leaf.shape[axis] // micro_batches
+    return leaf.reshape(*leaf.shape[:axis], each, micro_batches, *leaf.shape[axis + 1 :])

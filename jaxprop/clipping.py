@@ -12,11 +12,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.accumulation import OfBatch
 from jaxprop.backprop import ahead, own_gradient, walk
 from jaxprop.factored import Factored, factored, gradient, like
 from jaxprop.layer import Layer, Step, Total
 from jaxprop.losses import Loss
+from jaxprop.of_batch import OfBatch
 from jaxprop.quantities import Forms, Seat, everything, picked, quantities, total
 
 

@@ -19,11 +19,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxprop.accumulation import OfBatch, PerExample
 from jaxprop.backprop import Pull, ahead
 from jaxprop.factored import Factored, Kronecker, factored, is_factored
 from jaxprop.layer import Layer, require
 from jaxprop.losses import Loss
+from jaxprop.of_batch import OfBatch, PerExample
 from jaxprop.quantities import each_example
 
 ROOT = "jaxprop.root"

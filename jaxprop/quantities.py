@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.accumulation import OfBatch, PerExample, unmarked
 from jaxprop.backprop import own_gradient, walk
 from jaxprop.factored import Factored, factored, is_factored, like, wide
 from jaxprop.layer import Layer, Static, Step, Total
 from jaxprop.losses import Loss
+from jaxprop.of_batch import OfBatch, PerExample, unmarked
 
 
 class Quantity(Static):
