@@ -72,9 +72,8 @@ def _accumulated(of_batch: OfBatch, micro_batches: int) -> Callable[..., Any]:
         params: Any, x: Any, target: Any, key: chex.PRNGKey | None = None, **options: Any
     ) -> Any:
         examples = _examples((x, target), micro_batches)
-        structs = jax.eval_shape(
-            lambda: of_batch.parts(params, x, target, **with_key(key, options))
-        )
+        given = with_key(key, options)
+        structs = jax.eval_shape(lambda: of_batch.parts(params, x, target, **given))
         pieces = _pieces(structs, micro_batches)
 
         def add(totals: list[Array], i: Array) -> tuple[list[Array], None]:
@@ -90,7 +89,7 @@ def _accumulated(of_batch: OfBatch, micro_batches: int) -> Callable[..., Any]:
         totals, _ = jax.lax.scan(add, start, jnp.arange(micro_batches))
         ends = [piece.end(total) for piece, total in zip(pieces, totals, strict=True)]
         parts = jax.tree.unflatten(jax.tree.structure(structs), ends)
-        return of_batch.finish(parts, examples, params, **with_key(key, options))
+        return of_batch.finish(parts, examples, params, **given)
 
     return accumulated
 
