@@ -18,25 +18,26 @@ from jaxprop.of_batch import OfBatch, is_marked, with_key
 def accumulate(
     maker: Callable[..., Callable[..., Any]], micro_batches: int
 ) -> Callable[..., Callable[..., Any]]:
-    """``maker``, with what it makes walking the batch in micro-batches, in the memory of one.
+    """``maker``, with what it makes going through a batch in micro-batches, in the memory of one.
 
-    The result is that of the whole batch, whatever is asked: norms, clipping, DP-SGD's noise (drawn
-    once) and what is not linear in the examples, as a variance, included.
+    The result is that of the whole batch, whatever is asked: norms, clipping, the noise of DP-SGD
+    (drawn once), and what is not linear in the examples, as a variance.
 
     Args:
         maker: a function of (net, loss, ...) that returns a function of (params, x, target) or
             (params, x, target, key), as ``jp.value_and_grad``, ``jp.clipped_grad``, ``jp.variance``
-            or ``jp.quantities``. One of your own works where its results are means over examples,
-            as ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``. What is of pairs of
-            examples (``jp.gram``) raises ``ValueError``: those of two micro-batches never meet.
+            or ``jp.quantities``. One of your own works where what its function returns is a mean
+            over examples, as ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``. What
+            is of pairs of examples (``jp.gram``) raises ``ValueError``: those of two micro-batches
+            never meet.
         micro_batches: into how many equal parts the N examples (axis 0 of every leaf of x and
             target, and of a mask in its seat) are split; another N raises ``ValueError``. Part i is
             ``x[i::micro_batches]``, so that a batch sharded over devices stays so in each part.
 
-    Means are summed in at least float32 and rounded once. Each micro-batch has keys of its own,
-    made of the one in each seat (``net.given``) and of the one that samples curvature: other draws
-    than those of the whole batch, of the same distribution. A layer that couples the examples of a
-    batch, as BatchNorm in training, raises ``ValueError``.
+    What the micro-batches give is summed in at least float32 and rounded to its dtype at the end.
+    Each has keys of its own, folded from the one in each seat (``net.given``) and from the one that
+    samples curvature: other draws than those of the whole batch, of the same distribution. A layer
+    that couples the examples of a batch, as BatchNorm in training, raises ``ValueError``.
 
     Example:
         >>> import optax, jaxprop as jp

@@ -30,9 +30,9 @@ from jaxprop.of_batch import OfBatch, PerExample, unmarked
 class Quantity(Static):
     """What is taken at each layer from its params' cotangents, and made of all of it at the end.
 
-    In micro-batches (``accumulate``) what ``take`` gives is put together to that of the batch, and
-    then settled. So ``take`` gives means over examples, or arrays marked as ``PerExample``, and
-    what is not linear in the examples is left to ``settle``.
+    ``take`` gives means over examples, or arrays marked as ``PerExample``, so that what it gives
+    for micro-batches (``accumulate``) makes up what it gives for the batch. What is not linear in
+    the examples is left to ``settle`` and ``finish``, which see the batch.
     """
 
     @abc.abstractmethod
@@ -40,7 +40,7 @@ class Quantity(Static):
         """At one layer: forms is like params, with each example's own cotangent, factored."""
 
     def settle(self, taken: Any) -> Any:
-        """What is kept of a layer's ``taken``, of the batch; or of all the layers of a repeat."""
+        """What is kept of what was taken at a layer, or at those of a ``repeat`` together."""
         return taken
 
     def finish(self, settled: Any, examples: int) -> Any:
