@@ -64,6 +64,15 @@ from jaxprop.layers import (
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
 from jaxprop.of_batch import PerExample
 from jaxprop.quantities import (
+    gram,
+    noise_scale,
+    per_example_grads,
+    per_example_sq_norms,
+    quantities,
+    second_moment,
+    variance,
+)
+from jaxprop.quantity import (
     Gradient,
     Gram,
     NoiseScale,
@@ -72,13 +81,6 @@ from jaxprop.quantities import (
     SecondMoment,
     SqNorms,
     Variance,
-    gram,
-    noise_scale,
-    per_example_grads,
-    per_example_sq_norms,
-    quantities,
-    second_moment,
-    variance,
 )
 from jaxprop.training import evaluation, make_update, value_and_grad, with_statistics
 

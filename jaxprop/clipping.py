@@ -17,7 +17,8 @@ from jaxprop.factored import Factored, factored, gradient, like
 from jaxprop.layer import Layer, Step, Total
 from jaxprop.losses import Loss
 from jaxprop.of_batch import OfBatch
-from jaxprop.quantities import Forms, Seat, everything, picked, quantities, total
+from jaxprop.quantities import Seat, picked, quantities
+from jaxprop.quantity import Forms, everything, total
 
 
 def clipped_grad(

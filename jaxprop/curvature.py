@@ -24,7 +24,6 @@ from jaxprop.factored import Factored, Kronecker, factored, is_factored
 from jaxprop.layer import Layer, require
 from jaxprop.losses import Loss
 from jaxprop.of_batch import OfBatch, PerExample
-from jaxprop.quantities import each_example
 
 ROOT = "jaxprop.root"
 
@@ -106,7 +105,7 @@ def ggn_root(net: Layer, loss: Loss, *, samples: int = 1) -> OfBatch:
     def of_walk(root: Root, examples: int, pull: Pull) -> Any:
         def back(ct: Any) -> Any:
             left, _ = pull(ct, factored)
-            return each_example(left)
+            return _map_forms(lambda form: form.per_example(), left)
 
         each = jax.vmap(back)(root.whole())
         return jax.tree.map(lambda each: PerExample(each, axis=1), each)

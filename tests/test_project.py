@@ -15,6 +15,7 @@ FLOORS = [
     {"layers"},
     {"combinators", "losses"},
     {"backprop", "of_batch"},
+    {"quantity"},
     {"training", "checking", "interop", "quantities", "models"},
     {"accumulation", "clipping", "curvature"},
     {"explain", "bench"},
