@@ -13,6 +13,7 @@ against the other.
 
 import jaxprop._command  # noqa: F401
 from jaxprop import models, sharding
+from jaxprop.accumulation import accumulate
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad
@@ -61,7 +62,17 @@ from jaxprop.layers import (
     Tanh,
 )
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
+from jaxprop.of_batch import PerExample
 from jaxprop.quantities import (
+    gram,
+    noise_scale,
+    per_example_grads,
+    per_example_sq_norms,
+    quantities,
+    second_moment,
+    variance,
+)
+from jaxprop.quantity import (
     Gradient,
     Gram,
     NoiseScale,
@@ -70,13 +81,6 @@ from jaxprop.quantities import (
     SecondMoment,
     SqNorms,
     Variance,
-    gram,
-    noise_scale,
-    per_example_grads,
-    per_example_sq_norms,
-    quantities,
-    second_moment,
-    variance,
 )
 from jaxprop.training import evaluation, value_and_grad, with_statistics
 from jaxprop.update import Skipping, Update, make_update
@@ -118,6 +122,7 @@ __all__ = [
     "Outer",
     "Pad",
     "Patches",
+    "PerExample",
     "PerExampleGrads",
     "Positions",
     "Quantity",
@@ -143,6 +148,7 @@ __all__ = [
     "Total",
     "Update",
     "Variance",
+    "accumulate",
     "branch",
     "cast",
     "chain",

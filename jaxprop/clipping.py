@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -16,7 +16,9 @@ from jaxprop.backprop import ahead, own_gradient, walk
 from jaxprop.factored import Factored, factored, gradient, like
 from jaxprop.layer import Layer, Step, Total
 from jaxprop.losses import Loss
-from jaxprop.quantities import Forms, Seat, everything, picked, quantities, total
+from jaxprop.of_batch import OfBatch
+from jaxprop.quantities import Seat, picked, quantities
+from jaxprop.quantity import Forms, everything, total
 
 
 def clipped_grad(
@@ -27,7 +29,7 @@ def clipped_grad(
     *,
     per_layer: bool = False,
     two_pass: bool = False,
-) -> Callable[..., tuple[Array, Any]]:
+) -> OfBatch:
     """``f(params, x, target, key=None) -> (value, grads)``: the mean of clipped gradients.
 
     With g_n the gradient of example n's own loss, grads is 1/N sum_n g_n min(1, max_norm / |g_n|),
@@ -63,12 +65,11 @@ def clipped_grad(
     if per_layer and two_pass:
         raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
     clip = _by_layer if per_layer else _in_two_passes if two_pass else _in_one_pass
-    clipped = clip(net, loss, max_norm)
 
-    def of_batch(
-        params: Any, x: Any, target: Any, key: chex.PRNGKey | None = None
+    def finish(
+        parts: _Clipped, examples: int, params: Any, key: chex.PRNGKey | None = None
     ) -> tuple[Array, Any]:
-        value, grads, layers, examples = clipped(params, x, target)
+        value, grads, layers = parts
         if noise_multiplier:
             if key is None:
                 raise ValueError("a noise_multiplier needs a key, a new one each step")
@@ -78,44 +79,53 @@ def clipped_grad(
             grads = _noisy(key, grads, noise_multiplier * sensitivity / examples)
         return value, grads
 
-    return of_batch
+    return OfBatch(clip(net, loss, max_norm), finish)
 
 
-_Clipped = Callable[[Any, Any, Any], tuple[Array, Any, Any, int]]
+class _Clipped(NamedTuple):
+    """Means over examples: the value, the clipped gradient, and how often max_norm bounds it."""
+
+    value: Array
+    grads: Any
+    layers: Array
 
 
-def _in_one_pass(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
+_Clip = Callable[..., _Clipped]
+
+
+def _in_one_pass(net: Layer, loss: Loss, max_norm: float) -> _Clip:
     take = quantities(net, loss, forms=Forms())
 
-    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, Any, int]:
+    def clipped(params: Any, x: Any, target: Any, key: Any = None) -> _Clipped:
         taken = take(params, x, target)
         sq_norms = total(lambda form: form.bounding_sq_norms(), taken["forms"])
         weights = _weights(everything(sq_norms), max_norm)
-        return taken["value"], _weighted(params, taken["forms"], weights), 1, weights.size
+        grads = _weighted(params, taken["forms"], weights)
+        return _Clipped(taken["value"], grads, jnp.ones(()))
 
     return clipped
 
 
-def _in_two_passes(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
+def _in_two_passes(net: Layer, loss: Loss, max_norm: float) -> _Clip:
     def norms(step: Step) -> Any:
         return Total(total(lambda form: form.bounding_sq_norms(), factored(step)))
 
     def sums(step: Step) -> Any:
         return gradient(step.params, step.d_params)
 
-    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, Any, int]:
-        value, examples, residuals, pull = ahead(net, loss, params, x, target)
+    def clipped(params: Any, x: Any, target: Any, key: Any = None) -> _Clipped:
+        value, _, residuals, pull = ahead(net, loss, params, x, target)
         ct = loss.backward(residuals)
         left, _ = pull(ct, norms)
         weights = _weights(everything(left), max_norm)
         weighted = ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
         grads, _ = pull(weighted, sums)
-        return value, grads, 1, examples
+        return _Clipped(value, grads, jnp.ones(()))
 
     return clipped
 
 
-def _by_layer(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
+def _by_layer(net: Layer, loss: Loss, max_norm: float) -> _Clip:
     def leave(step: Step) -> Any:
         forms = factored(step)
         if not jax.tree.leaves(step.params):
@@ -126,10 +136,10 @@ def _by_layer(net: Layer, loss: Loss, max_norm: float) -> _Clipped:
 
     back = walk(net, loss, leave, own_gradient)
 
-    def clipped(params: Any, x: Any, target: Any) -> tuple[Array, Any, Any, int]:
+    def clipped(params: Any, x: Any, target: Any, key: Any = None) -> _Clipped:
         value, left, _ = back(params, x, target)
         layers = everything(picked(left, "layers"))
-        return value, picked(left, "grads"), layers, len(jax.tree.leaves(x)[0])
+        return _Clipped(value, picked(left, "grads"), layers)
 
     return clipped
 

@@ -23,7 +23,7 @@ from jaxprop.backprop import Pull, ahead
 from jaxprop.factored import Factored, Kronecker, factored, is_factored
 from jaxprop.layer import Layer, require
 from jaxprop.losses import Loss
-from jaxprop.quantities import each_example
+from jaxprop.of_batch import OfBatch, PerExample
 
 ROOT = "jaxprop.root"
 
@@ -38,7 +38,7 @@ class Root(NamedTuple):
         return jax.vmap(self.column)(jnp.arange(self.columns))
 
 
-def diag_ggn(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
+def diag_ggn(net: Layer, loss: Loss, *, samples: int = 1) -> OfBatch:
     """``f(params, x, target, key=None)``: the diagonal of the Gauss-Newton matrix; like params.
 
     Exact by one walk back for each output, or with a key by ``samples`` of them. One column of the
@@ -67,7 +67,7 @@ def diag_ggn(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
     return _from_root(net, loss, samples, of_walk)
 
 
-def kronecker_factors(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
+def kronecker_factors(net: Layer, loss: Loss, *, samples: int = 1) -> OfBatch:
     """``f(params, x, target, key=None)``: KFAC's factors with a key, KFLR's (exact) without.
 
     Like params, with ``Kronecker(a, b)`` at each leaf: a and b are the means over examples of
@@ -95,7 +95,7 @@ def kronecker_factors(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[.
     return _from_root(net, loss, samples, of_walk)
 
 
-def ggn_root(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
+def ggn_root(net: Layer, loss: Loss, *, samples: int = 1) -> OfBatch:
     """``f(params, x, target, key=None)``: V, like params behind axes (C, N), of each example's GGN.
 
     Example n's own Gauss-Newton matrix is sum_c V_cn V_cn^T; the mean over n is that of the mean
@@ -105,23 +105,24 @@ def ggn_root(net: Layer, loss: Loss, *, samples: int = 1) -> Callable[..., Any]:
     def of_walk(root: Root, examples: int, pull: Pull) -> Any:
         def back(ct: Any) -> Any:
             left, _ = pull(ct, factored)
-            return each_example(left)
+            return _map_forms(lambda form: form.per_example(), left)
 
-        return jax.vmap(back)(root.whole())
+        each = jax.vmap(back)(root.whole())
+        return jax.tree.map(lambda each: PerExample(each, axis=1), each)
 
     return _from_root(net, loss, samples, of_walk)
 
 
 def _from_root(
     net: Layer, loss: Loss, samples: int, of_walk: Callable[[Root, int, Pull], Any]
-) -> Callable[..., Any]:
+) -> OfBatch:
     """``of_walk(root, N, pull)`` from the loss's root, exact or sampled."""
     require(net, Layer, "net")
     require(loss, Loss, "loss")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
 
-    def of_batch(
+    def parts(
         params: Any, x: Any, target: Any, key: chex.PRNGKey | None = None, *, exact: Any = None
     ) -> Any:
         if key is not None and exact is not None and exact is not False:
@@ -137,7 +138,7 @@ def _from_root(
             root = Root(samples, lambda c: loss.sample(keys[c], residuals) / math.sqrt(samples))
         return of_walk(root, examples, pull)
 
-    return of_batch
+    return OfBatch(parts)
 
 
 def _map_forms(f: Callable[[Factored], Any], forms: Any) -> Any:

@@ -12,126 +12,28 @@ at a time. A layer that couples the examples of a batch has no per-example gradi
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.backprop import own_gradient, walk
-from jaxprop.factored import Factored, Stacked, factored, is_factored, like
-from jaxprop.layer import Layer, Static, Step, Total
+from jaxprop.factored import factored
+from jaxprop.layer import Layer, Step
 from jaxprop.losses import Loss
-
-OfBatch = Callable[[Any, Any, Any], Any]
-
-
-class Quantity(Static):
-    """What is taken at each layer from its params' cotangents, and made of all of it at the end."""
-
-    @abc.abstractmethod
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        """At one layer: forms is like params, with each example's own cotangent, factored."""
-
-    def finish(self, taken: Any, examples: int) -> Any:
-        """taken is like the net's params, with what ``take`` gave where a layer's params stand."""
-        del examples
-        return taken
+from jaxprop.of_batch import OfBatch
+from jaxprop.quantity import (
+    Gram,
+    NoiseScale,
+    PerExampleGrads,
+    Quantity,
+    SecondMoment,
+    SqNorms,
+    Variance,
+)
 
 
-class Gradient(Quantity):
-    """The gradient of the mean over examples; like params."""
-
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return _each(lambda p, form: like(p, _mean(form, examples)), params, forms)
-
-
-class PerExampleGrads(Quantity):
-    """Each example's gradient; like params, behind an example axis."""
-
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return _each(lambda p, form: Stacked(form.per_example().astype(p.dtype)), params, forms)
-
-    def finish(self, taken: Any, examples: int) -> Any:
-        return each_example(taken)
-
-
-class SqNorms(Quantity):
-    """|g_n|^2, (N,): over all params, or for each layer where its params stand (``per_layer``)."""
-
-    per_layer: bool = False
-
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        norms = total(lambda form: form.sq_norms(), forms)
-        return norms if self.per_layer else Total(norms)
-
-    def finish(self, taken: Any, examples: int) -> Any:
-        return taken if self.per_layer else everything(taken)
-
-
-class Gram(Quantity):
-    """<g_n, g_m> over all params, (N, N)."""
-
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return Total(total(lambda form: form.inner_products(), forms))
-
-    def finish(self, taken: Any, examples: int) -> Any:
-        return everything(taken)
-
-
-class SecondMoment(Quantity):
-    """The mean over examples of g_n^2, elementwise; like params, in at least float32."""
-
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return _each(lambda _, form: form.second_moment() / examples, params, forms)
-
-
-class Variance(Quantity):
-    """The mean over examples of (g_n - mean)^2, elementwise: second moment - gradient^2."""
-
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        def variance(_: Array, form: Factored) -> Array:
-            moment = form.second_moment() / examples
-            square = _mean(form, examples).astype(moment.dtype) ** 2
-            return jnp.maximum(moment - square, 0)  # of equal examples it is rounding alone
-
-        return _each(variance, params, forms)
-
-
-class NoiseScale(Quantity):
-    """tr(S) / |G|^2, with S the covariance of g_n and G its mean, each by its unbiased estimate.
-
-    With m the mean of |g_n|^2 and g the gradient, E m = |G|^2 + tr S and E |g|^2 = |G|^2 + tr S / N
-    give tr S = (m - |g|^2) N / (N - 1) and |G|^2 = (N |g|^2 - m) / (N - 1): the simple noise scale
-    of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one batch.
-    """
-
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        def pair(form: Factored) -> Array:
-            mean = _mean(form, examples)
-            wide = mean.astype(jnp.float32) if mean.dtype.itemsize < 4 else mean
-            return jnp.stack([jnp.mean(form.sq_norms()), jnp.sum(wide**2)])
-
-        return Total(total(pair, forms))
-
-    def finish(self, taken: Any, examples: int) -> Array:
-        if examples < 2:
-            raise ValueError("the noise scale is estimated from at least 2 examples, not 1")
-        mean_of_squares, square_of_mean = everything(taken)
-        trace = (mean_of_squares - square_of_mean) * examples / (examples - 1)
-        return trace * (examples - 1) / (examples * square_of_mean - mean_of_squares)
-
-
-class Forms(Quantity):
-    """The factored cotangents themselves; like params."""
-
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return forms
-
-
-def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> Callable[..., dict[str, Any]]:
+def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> OfBatch:
     """``f(params, x, target)``: a dict of the quantities asked for, and ``value``, from one walk.
 
     Example:
@@ -149,27 +51,40 @@ def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> Callable[..., di
         if not isinstance(quantity, Quantity):
             raise TypeError(f"{name} is not a quantity but {quantity!r}; write jp.Gradient(), say")
 
-    def leave(step: Step) -> Seat:
+    def take(step: Step) -> Seat:
         forms, examples = factored(step), jax.tree.leaves(step.ct)[0].shape[0]
         return Seat(
             {name: quantity.take(step.params, forms, examples) for name, quantity in asked.items()}
         )
 
-    back = walk(net, loss, leave, own_gradient)
+    def settle(seat: Seat) -> Seat:
+        return Seat({name: asked[name].settle(taken) for name, taken in seat.by_name.items()})
 
-    def of_batch(params: Any, x: Any, target: Any) -> dict[str, Any]:
-        value, left, _ = back(params, x, target)
-        examples = jax.tree.leaves(x)[0].shape[0]
+    taking = walk(net, loss, take, own_gradient)
+    settling = walk(net, loss, lambda step: settle(take(step)), own_gradient)
+
+    def parts(params: Any, x: Any, target: Any) -> tuple[Array, Any]:
+        value, left, _ = taking(params, x, target)
+        return value, left
+
+    def finish(parts: tuple[Array, Any], examples: int, params: Any) -> dict[str, Any]:
+        value, left = parts
+        return finished(value, jax.tree.map(settle, left, is_leaf=_is_seat), examples)
+
+    def whole(params: Any, x: Any, target: Any) -> dict[str, Any]:
+        value, left, _ = settling(params, x, target)
+        return finished(value, left, jax.tree.leaves(x)[0].shape[0])
+
+    def finished(value: Array, left: Any, examples: int) -> dict[str, Any]:
         return {"value": value} | {
             name: quantity.finish(picked(left, name), examples) for name, quantity in asked.items()
         }
 
-    return of_batch
+    return OfBatch(parts, finish, whole)
 
 
 def _alone(net: Layer, loss: Loss, quantity: Quantity) -> OfBatch:
-    together = quantities(net, loss, it=quantity)
-    return lambda params, x, target: together(params, x, target)["it"]
+    return quantities(net, loss, it=quantity).then(lambda together: together["it"])
 
 
 def per_example_grads(net: Layer, loss: Loss) -> OfBatch:
@@ -241,34 +156,8 @@ class Seat:
 
 
 def picked(left: Any, name: str) -> Any:
-    def is_seat(node: Any) -> bool:
-        return isinstance(node, Seat)
-
-    return jax.tree.map(lambda seat: seat.by_name[name], left, is_leaf=is_seat)
+    return jax.tree.map(lambda seat: seat.by_name[name], left, is_leaf=_is_seat)
 
 
-def _each(f: Callable[[Array, Factored], Any], params: Any, forms: Any) -> Any:
-    return jax.tree.map(f, params, forms)
-
-
-def _mean(form: Factored, examples: int) -> Array:
-    return form.weighted_sum(jnp.full(examples, 1 / examples))
-
-
-def total(f: Callable[[Any], Array], forms: Any) -> Any:
-    """f summed over the leaves, which may be factored; () where there are none."""
-    leaves = jax.tree.leaves(forms, is_leaf=is_factored)
-    return sum(map(f, leaves[1:]), start=f(leaves[0])) if leaves else ()
-
-
-def each_example(forms: Any) -> Any:
-    """The forms' per-example shares, behind an example axis wherever their layer stands."""
-    return jax.tree.map(lambda form: form.per_example(), forms, is_leaf=is_factored)
-
-
-def everything(taken: Any) -> Array:
-    """The sum of what was taken at the layers. Raises ``ValueError`` for a net without params."""
-    leaves: list[Array] = jax.tree.leaves(taken)
-    if not leaves:
-        raise ValueError("the net has no params, so that there is no gradient to ask about")
-    return sum(leaves[1:], start=leaves[0])
+def _is_seat(node: object) -> bool:
+    return isinstance(node, Seat)
