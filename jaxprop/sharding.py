@@ -10,6 +10,9 @@ optax state, and the ``ShapeDtypeStruct`` of them will do.
     jp.sharding.fully_sharded(params, mesh, "data")     # FSDP, for the net gathered(net, mesh)
     jp.sharding.tensor_parallel(params, mesh, "model")
 
+On meshes of Explicit axes (the default of newer JAX) losses, gradients and updates work with the
+batch split and params whole; the rules here, and the quantities, are for Auto axes.
+
 Every quantity is right under each of them. Those that take one example after the other (squared
 norms and second moments along positions, clipping) are quick under ``jax.shard_map`` alone, where
 each device takes its own; under ``jit`` XLA sends all examples to all devices.
