@@ -66,7 +66,7 @@ def test_the_floors_are_those_of_the_package():
 @pytest.mark.usefixtures("standard_promotion")
 def test_readme_code_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 10
     namespace = {}
     for block in blocks:
         exec(block, namespace)
