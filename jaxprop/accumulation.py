@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.factored import wide
-from jaxprop.layer import Layer, require, shapes
+from jaxprop.layer import Layer
 from jaxprop.of_batch import OfBatch, is_marked, with_key
+from jaxprop.shapes import require, shapes
 
 
 def accumulate(

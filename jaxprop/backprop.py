@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer, Leave, require
+from jaxprop.layer import Layer, Leave
 from jaxprop.losses import Loss
+from jaxprop.shapes import require
 
 Source = Callable[[Loss, Any, int], Any]
 

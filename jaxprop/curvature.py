@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from jaxprop.backprop import Pull, ahead
 from jaxprop.factored import Factored, Kronecker, factored, is_factored
-from jaxprop.layer import Layer, require
+from jaxprop.layer import Layer
 from jaxprop.losses import Loss
 from jaxprop.of_batch import OfBatch, PerExample
+from jaxprop.shapes import require
 
 ROOT = "jaxprop.root"
 

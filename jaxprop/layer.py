@@ -10,45 +10,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, dataclass_transform
+from typing import Any, ClassVar, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-
-@dataclass_transform(frozen_default=True)
-class Static(abc.ABC):
-    """A frozen dataclass of plain, hashable facts, which JAX treats as a pytree without leaves.
-
-    Subclasses become dataclasses by themselves: write the fields and the methods, no decorator.
-    """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for base in cls.__bases__:
-            if base is not Static and issubclass(base, Static) and not inspect.isabstract(base):
-                raise TypeError(
-                    f"{cls.__name__} subclasses {base.__name__}; to change a rule, wrap the layer: "
-                    "hold it in a field and call it"
-                )
-        dataclasses.dataclass(frozen=True, repr=False)(cls)
-        jax.tree_util.register_static(cls)
-
-    def __repr__(self) -> str:
-        shown = []
-        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, field.name)
-            if field.default is dataclasses.MISSING:
-                shown.append(repr(value))
-            elif value != field.default:
-                shown.append(f"{field.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+from jaxprop.shapes import shapes, structs
+from jaxprop.static import Static
 
 
 class Layer(Static):
@@ -242,28 +214,6 @@ def seat(index: int, layer: Layer) -> Iterator[None]:
         raise
 
 
-def shapes(tree: Any) -> str:
-    """The tree with each array written as its dtype and shape, ``float32[8,2]``."""
-
-    class Shape(str):
-        __repr__ = str.__str__
-
-    def short(leaf: Any) -> Shape:
-        if not hasattr(leaf, "dtype"):
-            return Shape(f"{type(leaf).__name__} {leaf!r}")
-        return Shape(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]")
-
-    return repr(jax.tree.map(short, tree))
-
-
-def require(value: object, kind: type, where: str) -> None:
-    """Raise ``TypeError`` unless value is an instance of kind, with the usual slips named."""
-    if isinstance(value, type) and issubclass(value, kind):
-        raise TypeError(f"{where} is the class {value.__name__}; write {value.__name__}(...)")
-    if not isinstance(value, kind):
-        raise TypeError(f"{where} is not a {kind.__name__} but {value!r}")
-
-
 def _learned(params: Any, d_params: Any) -> Any:
     """params with ``()`` for a key or a mask, which were given and have ``()`` for a cotangent."""
 
@@ -291,35 +241,6 @@ def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _on_device(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
-
-
-def laid_out(x: jax.Array, *axes: Any) -> NamedSharding | None:
-    """Where an array shall lie whose axes lie as named, on x's mesh if that has explicit axes.
-
-    Elsewhere XLA finds out by itself, and the answer is None.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return None
-    return NamedSharding(mesh, PartitionSpec(*axes))
-
-
-def empty_like(x: jax.Array) -> jax.Array:
-    """An array without elements that remembers x's shape, (N, 0, *shape[1:]), and its dtype."""
-    return jax.lax.slice_in_dim(jnp.expand_dims(x, 1), 0, 0, axis=1)
-
-
-def structs(x: Any) -> Any:
-    """x as ``jax.ShapeDtypeStruct``, in the dtypes that JAX would give it."""
-
-    def struct(leaf: Any) -> jax.ShapeDtypeStruct:
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(f"x must be an array, not {shapes(x)}")
-        numpy = isinstance(leaf, np.ndarray)
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if numpy else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-    return jax.tree.map(struct, x)
 
 
 def _expected_params(layer: Layer, x: Any) -> Any:

@@ -42,37 +42,21 @@ class Leafwise:
 
         with jax.disable_jit():  # all equations side by side, none inside another
             closed = jax.make_jaxpr(update)(params, state, params, seen)
-        self._names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
         self._params, self._of_params = jax.tree.flatten(params)
         self._state, self._of_state = jax.tree.flatten(state)
-        self._jaxpr = jaxpr = closed.jaxpr
-        count, slots = len(self._params), len(self._state)
-        self._grads_in, inputs = jaxpr.invars[:count], jaxpr.invars[count:]
-        self._state_in, inputs = inputs[:slots], inputs[slots:]
-        self._params_in, seen_in = inputs[:count], inputs[count:]
-        self._params_out, self._state_out = jaxpr.outvars[:count], jaxpr.outvars[count:]
-
-        equations = _needed(jaxpr)
-        self._owner = self._owners(equations)
-        self._hold_apart()
-        by_owner: dict[int, list[JaxprEqn]] = {index: [] for index in (SHARED, *range(count))}
-        for equation in equations:
-            by_owner[self._owner(equation.outvars[0])].append(equation)
-        self._equations = by_owner
-        self._slots = [
-            [slot for slot, out in enumerate(self._state_out) if self._owner(out) == index]
-            for index in range(count)
-        ]
-        given = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-        given |= zip(self._state_in, self._state, strict=True)
-        given |= zip(seen_in, jax.tree.leaves(seen), strict=True)
-        self._shared = _run(jaxpr, by_owner[SHARED], given.__getitem__) | given
+        self._apart = apart = Apart(closed.jaxpr, params, state)
+        given = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+        given |= zip(apart.state_in, self._state, strict=True)
+        given |= zip(apart.seen_in, jax.tree.leaves(seen), strict=True)
+        self._shared = apart.run(SHARED, given.__getitem__) | given
 
     def attached(self) -> Any:
         """params, each with the part of the state that belongs to it."""
         leaves = [
             Attached(param, tuple(self._state[slot] for slot in slots), index)
-            for index, (param, slots) in enumerate(zip(self._params, self._slots, strict=True))
+            for index, (param, slots) in enumerate(
+                zip(self._params, self._apart.slots, strict=True)
+            )
         ]
         return jax.tree.unflatten(self._of_params, leaves)
 
@@ -90,28 +74,24 @@ class Leafwise:
         leaves = filter(is_attached, jax.tree.leaves(seats, is_leaf=is_attached))
         params = sorted(leaves, key=lambda leaf: leaf.index)
         state = [
-            _value(out, self._shared.__getitem__) if self._owner(out) == SHARED else None
-            for out in self._state_out
+            _value(out, self._shared.__getitem__) if self._apart.owner(out) == SHARED else None
+            for out in self._apart.state_out
         ]
         for leaf in params:
-            for slot, value in zip(self._slots[leaf.index], leaf.state, strict=True):
+            for slot, value in zip(self._apart.slots[leaf.index], leaf.state, strict=True):
                 state[slot] = value
         new_params = jax.tree.unflatten(self._of_params, [leaf.param for leaf in params])
         return new_params, jax.tree.unflatten(self._of_state, state)
 
     def _updated(self, leaf: Attached, grad: Array) -> Attached:
         """Of a whole param, or of one layer's part where it is a stack of a ``repeat``."""
-        index = leaf.index
+        apart, index = self._apart, leaf.index
         stacked = self._params[index].ndim - grad.ndim
-        if stacked and not self._acts_on_entries(index):
-            raise ValueError(
-                f"fused: the update of params{self._names[index]}, which repeat stacks, looks at "
-                "more than one entry at a time, so that no layer can be updated alone; use "
-                "fused=False"
-            )
-        slots = [self._state_in[slot] for slot in self._slots[index]]
-        given = {self._grads_in[index]: grad, self._params_in[index]: leaf.param}
-        given |= zip(slots, leaf.state, strict=True)
+        if stacked:
+            apart.hold_entrywise(index)
+        slots = apart.slots[index]
+        given = {apart.grads_in[index]: grad, apart.params_in[index]: leaf.param}
+        given |= zip((apart.state_in[slot] for slot in slots), leaf.state, strict=True)
 
         def read(var: Any) -> Any:
             if var in given:
@@ -119,10 +99,71 @@ class Leafwise:
             value = self._shared[var]
             return value[(0,) * stacked] if stacked and value.ndim else value  # its layers' is one
 
-        given |= _run(self._jaxpr, self._equations[index], read)
-        outs = [self._state_out[slot] for slot in self._slots[index]]
-        param, *state = (_value(out, read) for out in (self._params_out[index], *outs))
+        given |= apart.run(index, read)
+        outs = apart.params_out[index], *(apart.state_out[slot] for slot in slots)
+        param, *state = (_value(out, read) for out in outs)
         return Attached(param, tuple(state), index)
+
+
+class Apart:
+    """The equations of (grads, state, params, seen) -> (params, state), by their owner."""
+
+    def __init__(self, jaxpr: Jaxpr, params: Any, state: Any) -> None:
+        self._names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+        self._states = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
+        count, slots = len(self._names), len(self._states)
+        self.grads_in, inputs = jaxpr.invars[:count], jaxpr.invars[count:]
+        self.state_in, inputs = inputs[:slots], inputs[slots:]
+        self.params_in, self.seen_in = inputs[:count], inputs[count:]
+        self.params_out, self.state_out = jaxpr.outvars[:count], jaxpr.outvars[count:]
+        needed = _needed(jaxpr)
+        self.owner = self._owners(needed)
+        self._hold_apart()
+        self._jaxpr = jaxpr
+        self._equations: dict[int, list[JaxprEqn]] = {i: [] for i in (SHARED, *range(count))}
+        for equation in needed:
+            self._equations[self.owner(equation.outvars[0])].append(equation)
+        self.slots: list[list[int]] = [[] for _ in range(count)]
+        for slot, out in enumerate(self.state_out):
+            if self.owner(out) != SHARED:
+                self.slots[self.owner(out)].append(slot)
+
+    def run(self, owner: int, read: Callable[[Any], Any]) -> dict[Any, Any]:
+        """The value of every variable that the owner's equations define."""
+        equations = self._equations[owner]
+        defined = dict.fromkeys(out for equation in equations for out in equation.outvars)
+        wanted = dict.fromkeys(
+            var
+            for equation in equations
+            for var in equation.invars
+            if not isinstance(var, Literal) and var not in defined
+        )
+        part = self._jaxpr.replace(
+            constvars=[], invars=list(wanted), outvars=list(defined), eqns=equations
+        )
+        values = jaxpr_as_fun(ClosedJaxpr(part, []))(*map(read, wanted))
+        return dict(zip(defined, values, strict=True))
+
+    def hold_entrywise(self, index: int) -> None:
+        """Raise unless each entry of the param is updated by itself, and so a layer of a stack."""
+        shape = _shape(self.params_in[index])
+        uniform = _uniform(self._equations[SHARED])
+
+        def fits(var: Any) -> bool:
+            if self.owner(var) == SHARED:
+                return not _shape(var) or var in uniform
+            return _shape(var) == shape
+
+        outs = self.params_out[index], *(self.state_out[slot] for slot in self.slots[index])
+        if not all(map(fits, outs)) or not all(
+            equation.primitive.name in ENTRYWISE and all(map(fits, equation.invars))
+            for equation in self._equations[index]
+        ):
+            raise ValueError(
+                f"fused: the update of params{self._names[index]}, which repeat stacks, looks at "
+                "more than one entry at a time, so that no layer can be updated alone; use "
+                "fused=False"
+            )
 
     def _owners(self, equations: list[JaxprEqn]) -> Callable[[Any], int]:
         """The owner of each variable: the one param whose gradient, state or value it depends on.
@@ -130,8 +171,8 @@ class Leafwise:
         State belongs to the param that its next value depends on. That may make more depend on
         it, so the search is repeated until it finds nothing new.
         """
-        start = {var: index for index, var in enumerate(self._grads_in)}
-        start |= {var: index for index, var in enumerate(self._params_in)}
+        start = {var: index for index, var in enumerate(self.grads_in)}
+        start |= {var: index for index, var in enumerate(self.params_in)}
         while True:
             found = dict(start)
 
@@ -143,45 +184,24 @@ class Leafwise:
                 of = ACROSS if len(owners) > 1 else max(owners, default=SHARED)
                 found |= dict.fromkeys(equation.outvars, of)
             before = dict(start)
-            start |= zip(self._state_in, map(owner, self._state_out), strict=True)
+            start |= zip(self.state_in, map(owner, self.state_out), strict=True)
             if start == before:
                 return owner
 
     def _hold_apart(self) -> None:
-        for index, out in enumerate(self._params_out):
-            if self._owner(out) not in (index, SHARED):
+        for index, out in enumerate(self.params_out):
+            if self.owner(out) not in (index, SHARED):
                 raise ValueError(
-                    f"fused: each param is updated alone, but this optimizer's update of "
+                    "fused: each param is updated alone, but this optimizer's update of "
                     f"params{self._names[index]} looks at others too; use fused=False, or for "
                     "clipping by the global norm max_norm in place of optax.clip_by_global_norm"
                 )
-        for (path, _), out in zip(
-            jax.tree.leaves_with_path(jax.tree.unflatten(self._of_state, self._state)),
-            self._state_out,
-            strict=True,
-        ):
-            if self._owner(out) == ACROSS:
+        for name, out in zip(self._states, self.state_out, strict=True):
+            if self.owner(out) == ACROSS:
                 raise ValueError(
-                    f"fused: each param is updated alone, but this optimizer's "
-                    f"state{jax.tree_util.keystr(path)} looks at several; use fused=False"
+                    "fused: each param is updated alone, but this optimizer's "
+                    f"state{name} looks at several; use fused=False"
                 )
-
-    def _acts_on_entries(self, index: int) -> bool:
-        """Whether each entry of the param is updated by itself, and so each layer of a stack."""
-        shape = self._params[index].shape
-        uniform = _uniform(self._equations[SHARED])
-
-        def fits(var: Any) -> bool:
-            if self._owner(var) == SHARED:
-                return not var.aval.shape or var in uniform
-            return var.aval.shape == shape
-
-        equations = self._equations[index]
-        outs = [self._params_out[index], *(self._state_out[slot] for slot in self._slots[index])]
-        return all(map(fits, outs)) and all(
-            equation.primitive.name in ENTRYWISE and all(map(fits, equation.invars))
-            for equation in equations
-        )
 
 
 def _needed(jaxpr: Jaxpr) -> list[JaxprEqn]:
@@ -199,23 +219,14 @@ def _uniform(equations: list[JaxprEqn]) -> set[Any]:
     uniform: set[Any] = set()
     for equation in equations:
         spread = equation.primitive.name in ENTRYWISE | {"broadcast_in_dim"}
-        if spread and all(not var.aval.shape or var in uniform for var in equation.invars):
+        scalars = (not _shape(var) or var in uniform for var in equation.invars)
+        if spread and all(scalars):
             uniform.update(equation.outvars)
     return uniform
 
 
-def _run(jaxpr: Jaxpr, equations: list[JaxprEqn], read: Callable[[Any], Any]) -> dict[Any, Any]:
-    """The value of every variable that these of the jaxpr's equations define."""
-    defined = dict.fromkeys(out for equation in equations for out in equation.outvars)
-    wanted = dict.fromkeys(
-        var
-        for equation in equations
-        for var in equation.invars
-        if not isinstance(var, Literal) and var not in defined
-    )
-    part = jaxpr.replace(constvars=[], invars=list(wanted), outvars=list(defined), eqns=equations)
-    values = jaxpr_as_fun(ClosedJaxpr(part, []))(*map(read, wanted))
-    return dict(zip(defined, values, strict=True))
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
 
 
 def _value(var: Any, read: Callable[[Any], Any]) -> Any:

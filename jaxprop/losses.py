@@ -21,7 +21,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxprop.factored import wide
-from jaxprop.layer import Static
+from jaxprop.static import Static
 
 
 class Loss(Static):

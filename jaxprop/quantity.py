@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.factored import Factored, is_factored, like, wide
-from jaxprop.layer import Static, Total
+from jaxprop.layer import Total
 from jaxprop.of_batch import PerExample, is_marked, unmarked
+from jaxprop.static import Static
 
 
 class Quantity(Static):

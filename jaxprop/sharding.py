@@ -27,8 +27,9 @@ import chex
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxprop.layer import Layer, map_layers, require
+from jaxprop.layer import Layer, map_layers
 from jaxprop.layers import Affine
+from jaxprop.shapes import require
 
 
 def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> Any:

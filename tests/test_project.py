@@ -10,7 +10,8 @@ import jaxprop as jp
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"_command", "layer"},
+    {"_command", "shapes", "static"},
+    {"layer"},
     {"factored", "leafwise"},
     {"layers"},
     {"combinators", "losses"},

@@ -14,7 +14,7 @@ from hypothesis import given
 from table import LOSSES, TABLE, Row, at, relative_error, row_id
 
 import jaxprop as jp
-from jaxprop.layer import structs
+from jaxprop.shapes import structs
 
 
 class Plain(jp.Layer):

@@ -15,7 +15,8 @@ from jaxprop.checking.differences import differences_of
 from jaxprop.checking.oracles import backward_of, d_name, each_alone, oracles_for
 from jaxprop.checking.points import float64, is_floating, normal, tenth, with_noise
 from jaxprop.factored import is_factored
-from jaxprop.layer import Combinator, Layer, require
+from jaxprop.layer import Combinator, Layer
+from jaxprop.shapes import require
 
 DIRECTIONS = 3
 OF_CT = "the sum of squares (of_squares looks at the form's own ct)"

@@ -13,7 +13,8 @@ from jax.tree_util import keystr
 
 from jaxprop.checking.points import is_floating, normal, tenth, with_noise
 from jaxprop.factored import summed
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer
+from jaxprop.shapes import shapes
 
 
 def backward_of(layer: Layer, params: Any, x: Any, residuals: Any, ct: Any) -> dict[str, Any]:

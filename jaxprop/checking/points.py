@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import keystr
 
-from jaxprop.layer import shapes
+from jaxprop.shapes import shapes
 
 
 def is_floating(leaf: Any) -> bool:

@@ -3,7 +3,8 @@
 from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
 from jaxprop.combinators.chain import Chain, chain, skip
-from jaxprop.combinators.repeat import recompute, repeat
+from jaxprop.combinators.recompute import recompute
+from jaxprop.combinators.repeat import repeat
 from jaxprop.combinators.shared import shared, tied
 
 __all__ = ["Chain", "branch", "cast", "chain", "recompute", "repeat", "shared", "skip", "tied"]

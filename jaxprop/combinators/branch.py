@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.combinators.chain import given_each
-from jaxprop.layer import Combinator, Layer, Leave, empty_like, require, seat, shapes
+from jaxprop.layer import Combinator, Layer, Leave, seat
+from jaxprop.shapes import empty_like, require, shapes
 
 
 class Branch(Combinator):

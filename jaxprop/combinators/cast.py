@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.factored import wide
-from jaxprop.layer import Layer, empty_like, map_layers, require, structs
+from jaxprop.layer import Layer, map_layers
+from jaxprop.shapes import empty_like, require, structs
 
 
 class Cast(Layer):

@@ -7,7 +7,8 @@ from typing import Any
 import chex
 import jax
 
-from jaxprop.layer import Combinator, Layer, Leave, require, seat, shapes, structs
+from jaxprop.layer import Combinator, Layer, Leave, seat
+from jaxprop.shapes import require, shapes, structs
 
 
 class Chain(Combinator):

@@ -1,4 +1,4 @@
-"""A stack of equal layers as one scan, and residuals that are computed anew."""
+"""A stack of equal layers as one scan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.factored import over_layers
-from jaxprop.layer import Combinator, Layer, Leave, Total, bare, is_attached, require, seat, shapes
+from jaxprop.layer import Combinator, Layer, Leave, Total, is_attached, seat
+from jaxprop.shapes import require, shapes
 
 
 class Repeat(Combinator):
@@ -162,41 +163,6 @@ class Distinct:
         return jax.tree.unflatten(self.structure, [leaves[place] for place in self.places])
 
 
-class Recompute(Combinator):
-    """y = f(x), keeping x alone: the way back computes f's residuals anew, layer by layer.
-
-    For the price of a second forward the memory of all residuals becomes that of one layer's
-    (Chen et al. 2016, https://arxiv.org/abs/1604.06174). XLA for CPUs may find that it has computed
-    them before, and keep them after all; inside ``repeat`` it cannot.
-    """
-
-    layer: Layer
-
-    def __post_init__(self) -> None:
-        require(self.layer, Layer, "recompute")
-
-    def __repr__(self) -> str:
-        return f"recompute({self.layer!r})"
-
-    def init(self, key: chex.PRNGKey, x: Any) -> Any:
-        return self.layer.init(key, x)
-
-    def check_params(self, params: Any, x: Any) -> None:
-        """Nothing: the inner layer holds the params to its own ``init``."""
-
-    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
-        y, _ = self.layer.forward(params, x)
-        return y, x
-
-    def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
-        x, ct = jax.lax.optimization_barrier((residuals, ct))
-        _, residuals = self.layer.forward(bare(params), x)
-        return self.layer.walk(params, residuals, ct, leave)
-
-    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
-        return self.layer.given(params, key=key, mask=mask)
-
-
 def repeat(layer: Layer, times: int) -> Repeat:
     """``times`` copies of the layer one after the other, each with params of its own, in one scan.
 
@@ -211,14 +177,6 @@ def repeat(layer: Layer, times: int) -> Repeat:
         (12, 4, 4)
     """
     return Repeat(layer, times)
-
-
-def recompute(layer: Layer) -> Recompute:
-    """The layer, with no residuals kept but x; the way back computes them anew.
-
-    ``repeat(recompute(block), times)`` keeps one x a block. params are the layer's.
-    """
-    return Recompute(layer)
 
 
 def check_times(name: str, times: Any) -> None:

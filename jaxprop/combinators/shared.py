@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 
 from jaxprop.combinators.repeat import Repeat, check_times
 from jaxprop.factored import Outer, is_factored, joint
-from jaxprop.layer import Combinator, Layer, Leave, Step, bare, require, shapes
+from jaxprop.layer import Combinator, Layer, Leave, Step, bare
+from jaxprop.shapes import require, shapes
 
 
 class Shared(Layer):

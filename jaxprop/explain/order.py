@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxprop.combinators.chain import Chain, Skip
-from jaxprop.combinators.repeat import Recompute
+from jaxprop.combinators.recompute import Recompute
 from jaxprop.combinators.shared import Tied
 from jaxprop.layer import Layer
 

@@ -13,9 +13,10 @@ from jaxprop.combinators.cast import Cast
 from jaxprop.explain.summary import dead, numbers, saturated, summary
 from jaxprop.explain.terms import Explanation, Kept, Summaries, Terms
 from jaxprop.factored import factored, gradient
-from jaxprop.layer import Layer, Step, map_layers, require
+from jaxprop.layer import Layer, Step, map_layers
 from jaxprop.layers import Elementwise
 from jaxprop.losses import Loss
+from jaxprop.shapes import require
 
 KEEP = 10_000
 

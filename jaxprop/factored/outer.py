@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.factored.form import Factored, Kronecker, sq_norms, wide
-from jaxprop.layer import laid_out
+from jaxprop.shapes import laid_out
 
 
 class Sum(Factored):

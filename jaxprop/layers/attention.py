@@ -15,8 +15,9 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.factored import wide
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer
 from jaxprop.layers.checks import check_counts, check_flags
+from jaxprop.shapes import shapes
 
 Heads = Float[Array, "n h t d"]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer
+from jaxprop.shapes import shapes
 
 
 def is_whole(value: Any) -> bool:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer
+from jaxprop.shapes import shapes
 
 
 class Dropout(Layer):

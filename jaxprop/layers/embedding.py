@@ -12,8 +12,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxprop.factored import Factored, Kronecker, gram, reached, wide
-from jaxprop.layer import Layer, laid_out, shapes
+from jaxprop.layer import Layer
 from jaxprop.layers.checks import check_counts
+from jaxprop.shapes import laid_out, shapes
 
 
 class Rows(Factored):

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer, empty_like
+from jaxprop.layer import Layer
 from jaxprop.layers.checks import check_x
 from jaxprop.layers.windows import (
     AXES,
@@ -23,6 +23,7 @@ from jaxprop.layers.windows import (
     check_window,
     sizes,
 )
+from jaxprop.shapes import empty_like
 
 X = Float[Array, "n ... c"]
 Y = Float[Array, "n ... c"]

@@ -16,8 +16,9 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.factored import Factored, Stacked
-from jaxprop.layer import Layer, shapes
+from jaxprop.layer import Layer
 from jaxprop.layers.checks import check_counts, check_x
+from jaxprop.shapes import shapes
 
 X = Float[Array, "n t d"]
 

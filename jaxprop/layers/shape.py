@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer, empty_like
+from jaxprop.layer import Layer
 from jaxprop.layers.checks import check_x, is_whole
+from jaxprop.shapes import empty_like
 
 X = Float[Array, "n ..."]
 

@@ -1,0 +1,54 @@
+"""Residuals that are computed anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+
+from jaxprop.layer import Combinator, Layer, Leave, bare
+from jaxprop.shapes import require
+
+
+class Recompute(Combinator):
+    """y = f(x), keeping x alone: the way back computes f's residuals anew, layer by layer.
+
+    For the price of a second forward the memory of all residuals becomes that of one layer's
+    (Chen et al. 2016, https://arxiv.org/abs/1604.06174). XLA for CPUs may find that it has computed
+    them before, and keep them after all; inside ``repeat`` it cannot.
+    """
+
+    layer: Layer
+
+    def __post_init__(self) -> None:
+        require(self.layer, Layer, "recompute")
+
+    def __repr__(self) -> str:
+        return f"recompute({self.layer!r})"
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Any:
+        return self.layer.init(key, x)
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Nothing: the inner layer holds the params to its own ``init``."""
+
+    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+        y, _ = self.layer.forward(params, x)
+        return y, x
+
+    def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
+        x, ct = jax.lax.optimization_barrier((residuals, ct))
+        _, residuals = self.layer.forward(bare(params), x)
+        return self.layer.walk(params, residuals, ct, leave)
+
+    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
+        return self.layer.given(params, key=key, mask=mask)
+
+
+def recompute(layer: Layer) -> Recompute:
+    """The layer, with no residuals kept but x; the way back computes them anew.
+
+    ``repeat(recompute(block), times)`` keeps one x a block. params are the layer's.
+    """
+    return Recompute(layer)
