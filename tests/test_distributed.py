@@ -15,23 +15,23 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--length", 16, "--features", 32, "--layers", 2, "--heads", 2, "--batch", 8)
-TINY += ("--steps", 12, "--reports", 3)
+TINY += ("--steps", 6, "--reports", 3)
 WAIT = 150  # seconds: for what takes ten on a quiet machine
 
 # Put before the script in the process at fault. `last` is where its newest whole checkpoint will be
-# when it has trained for 8 of the 12 steps; two devices read two windows a step.
-AT_STEP_10 = """
+# when it has trained for 4 of the 6 steps. Its two devices read twice a step.
+AT_STEP_5 = """
 import os, resource, signal, sys, time
 from pathlib import Path
 import checkpoints, distributed
 
-last = Path(sys.argv[sys.argv.index("--checkpoints") + 1]) / "8"
+last = Path(sys.argv[sys.argv.index("--checkpoints") + 1]) / "4"
 read, calls = distributed.windows, 0
 
 def windows(*args):
     global calls
     calls += 1
-    if calls == 2 * 9 + 1:
+    if calls == 2 * 4 + 1:
         while not last.exists():
             time.sleep(0.01)
         fail()
@@ -42,11 +42,11 @@ distributed.windows = windows
 KILL = "def fail():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
 STOP = "def fail():\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
 RAISE = "def fail():\n    raise OSError('the disk under the text is gone')\n"
-# The others have begun to write the checkpoint of step 8, this one never will.
+# The others have begun to write the checkpoint of step 4, this one never will.
 KILL_AT_SAVE = """
 save = checkpoints.Checkpoints.save
 def killed(self, done, run):
-    if done == 8:
+    if done == 4:
         self.manager.wait_until_finished()
         fail()
     save(self, done, run)
@@ -81,7 +81,7 @@ def launch():
         for process in range(processes):
             script = [str(EXAMPLES / "distributed.py")]
             if fault is not None and process == processes - 1:
-                script = ["-c", f"{AT_STEP_10}{fault}\ndistributed.main()"]
+                script = ["-c", f"{AT_STEP_5}{fault}\ndistributed.main()"]
             which = ["--coordinator", address, "--processes", processes, "--process", process]
             which = which if processes > 1 else []
             command = [*script, *TINY, "--checkpoints", directory, *which, *argv]
@@ -126,8 +126,8 @@ def final_state(directory):
 
 
 def assert_same_to_rounding(one, other):
-    """To 2e-6 of each leaf's norm: float32's sums over the batch in another order, twelve steps of
-    them (3e-7 was seen).
+    """To 2e-6 of each leaf's norm: float32's sums over the batch in another order, six steps of them
+    (3e-7 was seen).
 
     But for the bias of attention's keys, and Adam's moments of it: softmax does not see it, its
     gradient is zero but for rounding, and of that Adam makes steps of full length.
@@ -179,13 +179,13 @@ def test_a_process_killed_and_the_run_gone_on_with_by_two_and_by_one(launch, tmp
     seconds, _, survivor = failed(launch(tmp_path / "two", 2, "--timeout", 20, fault=KILL))
     assert seconds < 20 + 30
     assert "process 0 stops" in survivor or "another task died" in survivor
-    assert final_state(tmp_path / "two")[0] == 8
+    assert final_state(tmp_path / "two")[0] == 4
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     for processes, directory in ((2, "two"), (1, "one")):
         lines = finish(launch(tmp_path / directory, processes, "--resume"))
-        assert "resumed after step 8" in lines
+        assert "resumed after step 4" in lines
         step, state = final_state(tmp_path / directory)
-        assert step == 12
+        assert step == 6
         if processes == 1:
             assert_same_to_rounding(state, whole)
         else:
@@ -196,7 +196,7 @@ def test_a_process_killed_and_the_run_gone_on_with_by_two_and_by_one(launch, tmp
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_one_process_killed_and_the_run_gone_on_with_by_two(launch, tmp_path, whole):
     failed(launch(tmp_path / "run", 1, fault=KILL))
-    assert "resumed after step 8" in finish(launch(tmp_path / "run", 2, "--resume"))
+    assert "resumed after step 4" in finish(launch(tmp_path / "run", 2, "--resume"))
     assert_same_to_rounding(final_state(tmp_path / "run")[1], whole)
 
 
@@ -204,10 +204,10 @@ def test_one_process_killed_and_the_run_gone_on_with_by_two(launch, tmp_path, wh
 def test_killed_in_a_save_leaves_the_one_before(launch, tmp_path):
     seconds, *_ = failed(launch(tmp_path / "run", 2, "--timeout", 20, fault=KILL + KILL_AT_SAVE))
     assert seconds < 20 + 30
-    assert final_state(tmp_path / "run")[0] == 4
+    assert final_state(tmp_path / "run")[0] == 2
     lines = finish(launch(tmp_path / "run", 1, "--resume"))
-    assert "resumed after step 4" in lines
-    assert final_state(tmp_path / "run")[0] == 12
+    assert "resumed after step 2" in lines
+    assert final_state(tmp_path / "run")[0] == 6
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGSTOP")
@@ -216,7 +216,7 @@ def test_a_process_that_hangs_ends_the_others(launch, tmp_path):
     _, survivor = run[0].communicate(timeout=WAIT)
     assert run[0].returncode
     assert "heartbeat" in survivor
-    assert final_state(tmp_path / "run")[0] == 8
+    assert final_state(tmp_path / "run")[0] == 4
 
 
 def test_data_that_cannot_be_read_end_all_processes_and_say_why(launch, tmp_path):
@@ -226,17 +226,17 @@ def test_data_that_cannot_be_read_end_all_processes_and_say_why(launch, tmp_path
     assert "OSError: the disk under the text is gone" in cause
     assert "process 1 stops" in cause
     assert "process 0 stops" in other or "another task died" in other
-    assert final_state(tmp_path / "run")[0] == 8
+    assert final_state(tmp_path / "run")[0] == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on memory as Linux has them")
 def test_out_of_memory_is_said_and_leaves_the_last_checkpoint(launch, tmp_path):
-    large = ("--batch", 512, "--length", 32)
+    large = ("--batch", 2048)
     (run,) = launch(tmp_path / "run", 1, *large, fault=EXHAUST)
     _, error = run.communicate(timeout=WAIT)
     assert run.returncode == 1
     assert "Out of memory allocating" in error
     step, state = final_state(tmp_path / "run")
-    assert step == 8
+    assert step == 4
     assert all(np.isfinite(leaf).all() for leaf in state.values())
-    assert "resumed after step 8" in finish(launch(tmp_path / "run", 1, "--resume", *large))
+    assert "resumed after step 4" in finish(launch(tmp_path / "run", 1, "--resume", *large))
