@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,9 +18,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--length", 16, "--features", 32, "--layers", 2, "--heads", 2, "--batch", 8)
 TINY += ("--steps", 6, "--reports", 3)
 WAIT = 150  # seconds: for what takes ten on a quiet machine
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+TIMEOUT, BOUND = ("--timeout", 20), 20 + 30
+unix = pytest.mark.skipif(os.name == "nt", reason="signals")
 
-# Put before the script in the process at fault. `last` is where its newest whole checkpoint will be
-# when it has trained for 4 of the 6 steps. Its two devices read twice a step.
+# Runs in place of the script in the process at fault, whose two devices read twice a step. When it
+# fails, the checkpoint of step 4 of 6 is whole.
 AT_STEP_5 = """
 import os, resource, signal, sys, time
 from pathlib import Path
@@ -43,7 +48,7 @@ KILL = "def fail():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
 STOP = "def fail():\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
 RAISE = "def fail():\n    raise OSError('the disk under the text is gone')\n"
 # The others have begun to write the checkpoint of step 4, this one never will.
-KILL_AT_SAVE = """
+AT_SAVE = """
 save = checkpoints.Checkpoints.save
 def killed(self, done, run):
     if done == 4:
@@ -61,12 +66,12 @@ def fail():
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def launch():
-    """``launch(directory, processes, *argv, fault=)`` starts them; none outlives the test."""
+    """``launch(directory, processes, *argv)`` starts them, the one ``at`` with a ``fault``."""
     started = []
 
-    def launch(directory, processes, *argv, fault=None):
+    def launch(directory, processes, *argv, fault=None, at=-1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -74,26 +79,18 @@ def launch():
             "JAX_PLATFORMS": "cpu",
             "MALLOC_MMAP_THRESHOLD_": "1000000",
             "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-            "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": FLAGS,
         }
         run = []
         for process in range(processes):
             script = [str(EXAMPLES / "distributed.py")]
-            if fault is not None and process == processes - 1:
+            if fault is not None and process == range(processes)[at]:
                 script = ["-c", f"{AT_STEP_5}{fault}\ndistributed.main()"]
             which = ["--coordinator", address, "--processes", processes, "--process", process]
             which = which if processes > 1 else []
             command = [*script, *TINY, "--checkpoints", directory, *which, *argv]
-            run.append(
-                subprocess.Popen(
-                    [sys.executable, *map(str, command)],
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+            command = [sys.executable, *map(str, command)]
+            run.append(subprocess.Popen(command, env=environment, **PIPES))
             started.append(run[-1])
         return run
 
@@ -126,8 +123,7 @@ def final_state(directory):
 
 
 def assert_same_to_rounding(one, other):
-    """To 2e-6 of each leaf's norm: float32's sums over the batch in another order, six steps of them
-    (3e-7 was seen).
+    """To 2e-6 of each leaf's norm: float32's sums over the batch, of six steps, in another order.
 
     But for the bias of attention's keys, and Adam's moments of it: softmax does not see it, its
     gradient is zero but for rounding, and of that Adam makes steps of full length.
@@ -141,19 +137,19 @@ def assert_same_to_rounding(one, other):
         assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b), name
 
 
-@pytest.fixture
-def whole(launch, tmp_path):
-    """The final state of two processes that nothing befell."""
-    finish(launch(tmp_path / "whole", 2))
-    return final_state(tmp_path / "whole")[1]
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+    """The report and the final state of two processes that nothing befell."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    return finish(launch(directory, 2)), final_state(directory)[1]
 
 
 def losses(lines):
     return [float(line.split()[2]) for line in lines if line.startswith("step")]
 
 
-def test_two_processes_train_as_one_does(launch, tmp_path):
-    two = finish(launch(tmp_path / "two", 2))
+def test_two_processes_train_as_one_does(launch, tmp_path, whole):
+    two, state = whole
     one = finish(launch(tmp_path / "one", 1))
     assert two[0] == "30,080 params, 4 devices of 2 processes"
     assert one[0] == "30,080 params, 2 devices of 1 processes"
@@ -161,57 +157,64 @@ def test_two_processes_train_as_one_does(launch, tmp_path):
     np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1.01e-4)
     assert losses(two)[-1] < losses(two)[0] < 8
     assert max(map(len, two)) <= 80
-    assert_same_to_rounding(final_state(tmp_path / "two")[1], final_state(tmp_path / "one")[1])
+    assert_same_to_rounding(state, final_state(tmp_path / "one")[1])
 
 
-def failed(run):
-    """(seconds from the end of the process at fault to that of the others, their stderr)."""
-    at_fault, others = run[-1], run[:-1]
-    _, cause = at_fault.communicate(timeout=WAIT)
+def failed(run, at):
+    """(seconds from the end of the process at fault to that of the other, what both said)."""
+    _, cause = run[at].communicate(timeout=WAIT)
     start = time.perf_counter()
-    ends = [process.communicate(timeout=WAIT)[1] for process in others]
+    _, other = run[1 - at].communicate(timeout=WAIT)
     assert all(process.returncode for process in run)
-    return time.perf_counter() - start, cause, *ends
+    assert f"process {1 - at} stops" in other or "another task died" in other
+    return time.perf_counter() - start, cause
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-def test_a_process_killed_and_the_run_gone_on_with_by_two_and_by_one(launch, tmp_path, whole):
-    seconds, _, survivor = failed(launch(tmp_path / "two", 2, "--timeout", 20, fault=KILL))
-    assert seconds < 20 + 30
-    assert "process 0 stops" in survivor or "another task died" in survivor
-    assert final_state(tmp_path / "two")[0] == 4
+@unix
+def test_killed_in_a_save_and_gone_on_with_by_two_and_by_one(launch, tmp_path, whole):
+    seconds, _ = failed(launch(tmp_path / "two", 2, *TIMEOUT, fault=KILL + AT_SAVE), at=1)
+    assert seconds < BOUND
+    assert final_state(tmp_path / "two")[0] == 2
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     for processes, directory in ((2, "two"), (1, "one")):
         lines = finish(launch(tmp_path / directory, processes, "--resume"))
-        assert "resumed after step 4" in lines
+        assert "resumed after step 2" in lines
         step, state = final_state(tmp_path / directory)
         assert step == 6
         if processes == 1:
-            assert_same_to_rounding(state, whole)
+            assert_same_to_rounding(state, whole[1])
         else:
-            assert state.keys() == whole.keys()
-            assert all(leaf.tobytes() == whole[name].tobytes() for name, leaf in state.items())
+            assert state.keys() == whole[1].keys()
+            assert all(leaf.tobytes() == whole[1][name].tobytes() for name, leaf in state.items())
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+@unix
 def test_one_process_killed_and_the_run_gone_on_with_by_two(launch, tmp_path, whole):
-    failed(launch(tmp_path / "run", 1, fault=KILL))
+    (run,) = launch(tmp_path / "run", 1, fault=KILL)
+    run.communicate(timeout=WAIT)
+    assert run.returncode == -signal.SIGKILL
     assert "resumed after step 4" in finish(launch(tmp_path / "run", 2, "--resume"))
-    assert_same_to_rounding(final_state(tmp_path / "run")[1], whole)
+    assert_same_to_rounding(final_state(tmp_path / "run")[1], whole[1])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-def test_killed_in_a_save_leaves_the_one_before(launch, tmp_path):
-    seconds, *_ = failed(launch(tmp_path / "run", 2, "--timeout", 20, fault=KILL + KILL_AT_SAVE))
-    assert seconds < 20 + 30
-    assert final_state(tmp_path / "run")[0] == 2
-    lines = finish(launch(tmp_path / "run", 1, "--resume"))
-    assert "resumed after step 2" in lines
-    assert final_state(tmp_path / "run")[0] == 6
+@unix
+@pytest.mark.parametrize(
+    ("fault", "at", "said"),
+    [
+        (KILL, 0, ""),
+        (RAISE, 1, "OSError: the disk under the text is gone\nprocess 1 stops"),
+    ],
+    ids=("process 0 is killed", "data cannot be read"),
+)
+def test_one_fails_and_both_end(launch, tmp_path, fault, at, said):
+    seconds, cause = failed(launch(tmp_path / "run", 2, *TIMEOUT, fault=fault, at=at), at)
+    assert seconds < BOUND
+    assert said in cause
+    assert final_state(tmp_path / "run")[0] == 4
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGSTOP")
-def test_a_process_that_hangs_ends_the_others(launch, tmp_path):
+@unix
+def test_one_hangs_and_the_other_ends(launch, tmp_path):
     run = launch(tmp_path / "run", 2, "--timeout", 5, fault=STOP)
     _, survivor = run[0].communicate(timeout=WAIT)
     assert run[0].returncode
@@ -219,24 +222,12 @@ def test_a_process_that_hangs_ends_the_others(launch, tmp_path):
     assert final_state(tmp_path / "run")[0] == 4
 
 
-def test_data_that_cannot_be_read_end_all_processes_and_say_why(launch, tmp_path):
-    run = launch(tmp_path / "run", 2, "--timeout", 20, fault=RAISE)
-    seconds, cause, other = failed(run)
-    assert seconds < 20 + 30
-    assert "OSError: the disk under the text is gone" in cause
-    assert "process 1 stops" in cause
-    assert "process 0 stops" in other or "another task died" in other
-    assert final_state(tmp_path / "run")[0] == 4
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on memory as Linux has them")
 def test_out_of_memory_is_said_and_leaves_the_last_checkpoint(launch, tmp_path):
-    large = ("--batch", 2048)
-    (run,) = launch(tmp_path / "run", 1, *large, fault=EXHAUST)
+    (run,) = launch(tmp_path / "run", 1, "--batch", 2048, fault=EXHAUST)
     _, error = run.communicate(timeout=WAIT)
     assert run.returncode == 1
     assert "Out of memory allocating" in error
     step, state = final_state(tmp_path / "run")
     assert step == 4
     assert all(np.isfinite(leaf).all() for leaf in state.values())
-    assert "resumed after step 4" in finish(launch(tmp_path / "run", 1, "--resume", *large))
