@@ -17,6 +17,7 @@ import argparse
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -150,19 +151,18 @@ def main() -> None:
     if args.checkpoints is not None:
         settings = {name: getattr(args, name) for name in (*SIZES, "rate", "seed")}
         checkpoints = Checkpoints(args.checkpoints, settings, args.resume)
-    failed = False
     try:
         train(args, checkpoints)
     except (Exception, KeyboardInterrupt):
-        failed = True
         traceback.print_exc()
         print(f"process {args.process} stops, and the others with it", file=sys.stderr)
-    try:
-        if checkpoints is not None:
-            checkpoints.close()
-    finally:
-        if failed:  # not sys.exit: that would wait for the others, which wait for this one
-            os._exit(1)
+        if checkpoints is not None:  # the save under way may need a process that is gone
+            saving = threading.Thread(target=checkpoints.close, daemon=True)
+            saving.start()
+            saving.join(args.timeout)
+        os._exit(1)  # not sys.exit: that would wait for the others, which wait for this one
+    if checkpoints is not None:
+        checkpoints.close()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ TIMEOUT, BOUND = ("--timeout", 20), 20 + 30
 unix = pytest.mark.skipif(os.name == "nt", reason="signals")
 
 # Runs in place of the script in the process at fault, whose two devices read twice a step. When it
-# fails, the checkpoint of step 4 of 6 is whole.
+# fails, the checkpoint of step 2 of 6 is whole, and that of step 4 too, unless the other process
+# does not come to it for waiting for this one (as with jax 0.8).
 AT_STEP_5 = """
 import os, resource, signal, sys, time
 from pathlib import Path
@@ -37,7 +38,8 @@ def windows(*args):
     global calls
     calls += 1
     if calls == 2 * 4 + 1:
-        while not last.exists():
+        end = time.monotonic() + 5
+        while not last.exists() and time.monotonic() < end:
             time.sleep(0.01)
         fail()
     return read(*args)
@@ -210,7 +212,7 @@ def test_one_fails_and_both_end(launch, tmp_path, fault, at, said):
     seconds, cause = failed(launch(tmp_path / "run", 2, *TIMEOUT, fault=fault, at=at), at)
     assert seconds < BOUND
     assert said in cause
-    assert final_state(tmp_path / "run")[0] == 4
+    assert final_state(tmp_path / "run")[0] in (2, 4)
 
 
 @unix
@@ -219,7 +221,7 @@ def test_one_hangs_and_the_other_ends(launch, tmp_path):
     _, survivor = run[0].communicate(timeout=WAIT)
     assert run[0].returncode
     assert "heartbeat" in survivor
-    assert final_state(tmp_path / "run")[0] == 4
+    assert final_state(tmp_path / "run")[0] in (2, 4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on memory as Linux has them")
