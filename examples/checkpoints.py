@@ -7,6 +7,10 @@ from typing import Any
 import jax
 
 
+def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
 class Checkpoints:
     """The whole state of a run, written by orbax: a checkpoint is there in full or not at all."""
 
@@ -30,7 +34,7 @@ class Checkpoints:
         for name, value in self.manager.restore(step, args=args)["settings"].items():
             if self.settings.get(name) != value:
                 sys.exit(f"the checkpoints are of a run with --{name} {value}; resume it with that")
-        state = self.args.StandardRestore(jax.eval_shape(lambda: like))
+        state = self.args.StandardRestore(jax.tree.map(abstract, like))
         return self.manager.restore(step, args=self.args.Composite(state=state))["state"]
 
     def save(self, epoch: int, tree: Any) -> None:

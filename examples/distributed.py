@@ -1,0 +1,169 @@
+"""The GPT of gpt.py trained by many processes, each with devices of its own.
+
+    python examples/distributed.py
+    python examples/distributed.py --coordinator HOST:1234 --processes 2 --process 0
+    python examples/distributed.py --coordinator HOST:1234 --processes 2 --process 1
+
+The last two lines are one run; HOST is the machine of process 0. The batch, the params and the
+optimizer's state are spread over all devices of all processes, and ``jit`` sees to what has to go
+between them. Where the windows of a step start depends on the seed and the step alone, and each
+process reads those of its own devices: the run is the same, to rounding, on any number of them.
+
+A process that dies stops the others. With ``--checkpoints DIR``, a directory that all of them
+share, the run goes on from there with ``--resume``, also with another number of processes.
+"""
+
+import argparse
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from checkpoints import Checkpoints
+from corpus import load, starts
+from gpt import LOSS, make_net
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxprop as jp
+
+SIZES = ("steps", "batch", "length", "layers", "features", "heads")
+
+
+def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """The bytes of each window and the one that follows, (N, length + 1)."""
+    return text[starts[:, None] + np.arange(length + 1)].astype(np.int32)
+
+
+def spread(leaf: Any, mesh: Any) -> NamedSharding:
+    """Along the longest axis that the devices divide; whole on each of them if there is none."""
+    axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % mesh.size == 0]
+    longest = max(axes, key=lambda axis: leaf.shape[axis], default=None)
+    names = ("devices" if axis == longest else None for axis in range(leaf.ndim))
+    return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
+    if args.batch % mesh.size:
+        sys.exit(f"--batch {args.batch} is not a multiple of the {mesh.size} devices")
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["devices"], []))
+    net = make_net(args)
+    optimizer = optax.adam(optax.cosine_decay_schedule(args.rate, args.steps))
+
+    def begin(key: Any) -> Any:
+        params = net.init(key, jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32))
+        return {"params": params, "state": optimizer.init(params), "done": jnp.int32(0)}
+
+    key = jax.random.key(args.seed)
+    shardings = jax.tree.map(lambda leaf: spread(leaf, mesh), jax.eval_shape(begin, key))
+
+    def value_and_grad(net: Any, loss: Any) -> Any:
+        """Gathers the params for the walk; of the gradients each device keeps its share."""
+        walk = jp.value_and_grad(net, loss)
+
+        def gathered(params: Any, x: Any, target: Any) -> tuple[Any, Any]:
+            value, grads = walk(jax.lax.with_sharding_constraint(params, whole), x, target)
+            return value, jax.lax.with_sharding_constraint(grads, shardings["params"])
+
+        return gathered
+
+    update = jp.make_update(net, LOSS, optimizer, value_and_grad=value_and_grad)
+
+    def one(run: Any, cut: Any) -> tuple[Any, Any]:
+        params, state, value = update(run["params"], run["state"], cut[:, :-1], cut[:, 1:])
+        return {"params": params, "state": state, "done": run["done"] + 1}, value
+
+    step = jax.jit(one, donate_argnums=0, out_shardings=(shardings, whole))
+    run = jax.jit(begin, out_shardings=shardings)(key)
+    if checkpoints is not None:
+        run = checkpoints.restore(run)
+
+    def say(line: str) -> None:
+        if jax.process_index() == 0:
+            print(line, flush=True)
+
+    size = sum(leaf.size for leaf in jax.tree.leaves(run["params"]))
+    say(f"{size:,} params, {mesh.size} devices of {jax.process_count()} processes")
+    first = int(run["done"])
+    if first:
+        say(f"resumed after step {first}")
+    text, _ = load(args.seed)
+    order = starts(args.seed, args.steps, args.batch, args.length, text)
+
+    def batch(starts: np.ndarray) -> jax.Array:
+        """One array over all devices. A process is asked for the rows of its own only."""
+
+        def read(index: Any) -> np.ndarray:
+            return windows(text, starts[index[0]], args.length)
+
+        return jax.make_array_from_callback((args.batch, args.length + 1), rows, read)
+
+    each, start, values = math.ceil(args.steps / args.reports), time.perf_counter(), []
+    for done, at in enumerate(order[first:], first + 1):
+        run, value = step(run, batch(at))
+        values.append(value)
+        if done % each == 0 or done == args.steps:
+            if checkpoints is not None:
+                checkpoints.save(done, run)
+            bits = np.mean(jax.device_get(values)) / math.log(2)
+            say(f"step {done:6d}  {bits:.4f} bits per byte  {time.perf_counter() - start:5.0f} s")
+            values = []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a GPT on many machines.")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    parser.add_argument("--timeout", type=int, default=30, help="seconds of silence: it is dead")
+    for name, default in (
+        ("processes", 1), ("process", 0), ("steps", 1000), ("batch", 16), ("length", 128),
+        ("layers", 6), ("features", 256), ("heads", 4), ("reports", 10), ("seed", 0),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate of Adam")
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="DIR", help="save the state at every report"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.set_defaults(dtype="float32", recompute=False)
+    args = parser.parse_args()
+    if min(getattr(args, name) for name in (*SIZES, "reports", "timeout")) < 1:
+        parser.error("all sizes and counts are at least 1")
+    if not 0 <= args.process < args.processes:
+        parser.error("--process is from 0 to one less than --processes")
+    if args.processes > 1 and args.coordinator is None:
+        parser.error("--processes needs --coordinator HOST:PORT")
+    if args.resume and args.checkpoints is None:
+        parser.error("--resume needs --checkpoints DIR")
+
+    if args.processes > 1:
+        jax.distributed.initialize(
+            args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=args.timeout
+        )
+    checkpoints = None
+    if args.checkpoints is not None:
+        settings = {name: getattr(args, name) for name in (*SIZES, "rate", "seed")}
+        checkpoints = Checkpoints(args.checkpoints, settings, args.resume)
+    try:
+        train(args, checkpoints)
+    except (Exception, KeyboardInterrupt):
+        traceback.print_exc()
+        print(f"process {args.process} stops, and the others with it", file=sys.stderr)
+        if checkpoints is not None:  # the save under way may need a process that is gone
+            saving = threading.Thread(target=checkpoints.close, daemon=True)
+            saving.start()
+            saving.join(args.timeout)
+        os._exit(1)  # not sys.exit: that would wait for the others, which wait for this one
+    if checkpoints is not None:
+        checkpoints.close()
+
+
+if __name__ == "__main__":
+    main()
