@@ -42,20 +42,12 @@ def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
     return text[starts[:, None] + np.arange(length + 1)].astype(np.int32)
 
 
-def spread(leaf: Any, mesh: Any) -> NamedSharding:
-    """Along the longest axis that the devices divide; whole on each of them if there is none."""
-    axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % mesh.size == 0]
-    longest = max(axes, key=lambda axis: leaf.shape[axis], default=None)
-    names = ("devices" if axis == longest else None for axis in range(leaf.ndim))
-    return NamedSharding(mesh, PartitionSpec(*names))
-
-
 def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
     if args.batch % mesh.size:
         sys.exit(f"--batch {args.batch} is not a multiple of the {mesh.size} devices")
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["devices"], []))
-    net = make_net(args)
+    net = jp.sharding.gathered(make_net(args), mesh)
     optimizer = optax.adam(optax.cosine_decay_schedule(args.rate, args.steps))
 
     def begin(key: Any) -> Any:
@@ -63,19 +55,8 @@ def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
         return {"params": params, "state": optimizer.init(params), "done": jnp.int32(0)}
 
     key = jax.random.key(args.seed)
-    shardings = jax.tree.map(lambda leaf: spread(leaf, mesh), jax.eval_shape(begin, key))
-
-    def value_and_grad(net: Any, loss: Any) -> Any:
-        """Gathers the params for the walk; of the gradients each device keeps its share."""
-        walk = jp.value_and_grad(net, loss)
-
-        def gathered(params: Any, x: Any, target: Any) -> tuple[Any, Any]:
-            value, grads = walk(jax.lax.with_sharding_constraint(params, whole), x, target)
-            return value, jax.lax.with_sharding_constraint(grads, shardings["params"])
-
-        return gathered
-
-    update = jp.make_update(net, LOSS, optimizer, value_and_grad=value_and_grad)
+    shardings = jp.sharding.fully_sharded(jax.eval_shape(begin, key), mesh)
+    update = jp.make_update(net, LOSS, optimizer)
 
     def one(run: Any, cut: Any) -> tuple[Any, Any]:
         params, state, value = update(run["params"], run["state"], cut[:, :-1], cut[:, 1:])
