@@ -23,10 +23,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import chex
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.layer import Layer, map_layers
 from jaxprop.layers import Affine
 from jaxprop.shapes import require
@@ -102,30 +102,16 @@ def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = Non
     return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, Affine))
 
 
-class Gathered(Layer):
+class Gathered(Wrapper):
     """y = f(x), f's params gathered from all devices where they are used."""
 
-    layer: Layer
     mesh: Mesh
-
-    @property
-    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.layer.batch_coupled
-
-    def init(self, key: chex.PRNGKey, x: Any) -> Any:
-        return self.layer.init(key, x)
-
-    def check_params(self, params: Any, x: Any) -> None:
-        """Nothing: the inner layer holds the params to its own ``init``."""
 
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
         return self.layer.forward(self._gathered(params), x)
 
     def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
         return self.layer.backward(self._gathered(params), residuals, ct)
-
-    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
-        return self.layer.given(params, key=key, mask=mask)
 
     def _gathered(self, params: Any) -> Any:
         everywhere = NamedSharding(self.mesh, PartitionSpec())

@@ -8,31 +8,24 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import wide
 from jaxprop.layer import Layer, map_layers
 from jaxprop.shapes import empty_like, require, structs
 
 
-class Cast(Layer):
+class Cast(Wrapper):
     """y = f(x) with params and x rounded to ``dtype``, in which f computes.
 
     The cotangents of params are left factored in ``dtype`` and summed in at least float32, which
     is what autodiff of the same forward would round to ``dtype`` first. y is of ``dtype``.
     """
 
-    layer: Layer
     dtype: str
-
-    @property
-    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.layer.batch_coupled
 
     def init(self, key: chex.PRNGKey, x: Any) -> Any:
         """Params of at least float32, whatever the layer before rounded x to."""
         return self.layer.init(key, jax.eval_shape(lambda x: jax.tree.map(wide, x), structs(x)))
-
-    def check_params(self, params: Any, x: Any) -> None:
-        """Nothing: the inner layer holds the params to its own ``init``."""
 
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
         y, residuals = self.layer.forward(*self._rounded((params, x)))
@@ -44,9 +37,6 @@ class Cast(Layer):
         if d_x is None:
             return d_params, None
         return d_params, jax.tree.map(lambda like, d: d.astype(like.dtype), like, d_x)
-
-    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
-        return self.layer.given(params, key=key, mask=mask)
 
     def _rounded(self, tree: Any) -> Any:
         def rounded(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import chex
 import jax
 
+from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.layer import Combinator, Layer, Leave, seat
 from jaxprop.shapes import require, shapes, structs
 
@@ -73,22 +74,14 @@ class Chain(Combinator):
             )
 
 
-class Skip(Combinator):
+class Skip(Wrapper, Combinator):
     """y = x + f(x), so dE/dx = ct + (what f pulls back from ct); params and residuals are f's."""
-
-    layer: Layer
 
     def __post_init__(self) -> None:
         require(self.layer, Layer, "skip")
 
     def __repr__(self) -> str:
         return f"skip({self.layer!r})"
-
-    def init(self, key: chex.PRNGKey, x: Any) -> Any:
-        return self.layer.init(key, x)
-
-    def check_params(self, params: Any, x: Any) -> None:
-        """Nothing: the inner layer holds the params to its own ``init``."""
 
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
         y, residuals = self.layer.forward(params, x)
@@ -102,9 +95,6 @@ class Skip(Combinator):
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
         left, d_x = self.layer.walk(params, residuals, ct, leave)
         return left, (ct + d_x).astype(d_x.dtype)
-
-    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
-        return self.layer.given(params, key=key, mask=mask)
 
 
 def chain(*layers: Layer) -> Chain:

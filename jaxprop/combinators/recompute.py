@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import chex
 import jax
 
+from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.layer import Combinator, Layer, Leave, bare
 from jaxprop.shapes import require
 
 
-class Recompute(Combinator):
+class Recompute(Wrapper, Combinator):
     """y = f(x), keeping x alone: the way back computes f's residuals anew, layer by layer.
 
     For the price of a second forward the memory of all residuals becomes that of one layer's
@@ -19,19 +19,11 @@ class Recompute(Combinator):
     them before, and keep them after all; inside ``repeat`` it cannot.
     """
 
-    layer: Layer
-
     def __post_init__(self) -> None:
         require(self.layer, Layer, "recompute")
 
     def __repr__(self) -> str:
         return f"recompute({self.layer!r})"
-
-    def init(self, key: chex.PRNGKey, x: Any) -> Any:
-        return self.layer.init(key, x)
-
-    def check_params(self, params: Any, x: Any) -> None:
-        """Nothing: the inner layer holds the params to its own ``init``."""
 
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
         y, _ = self.layer.forward(params, x)
@@ -41,9 +33,6 @@ class Recompute(Combinator):
         x, ct = jax.lax.optimization_barrier((residuals, ct))
         _, residuals = self.layer.forward(bare(params), x)
         return self.layer.walk(params, residuals, ct, leave)
-
-    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
-        return self.layer.given(params, key=key, mask=mask)
 
 
 def recompute(layer: Layer) -> Recompute:

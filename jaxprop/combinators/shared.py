@@ -10,12 +10,13 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxprop.combinators.repeat import Repeat, check_times
+from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import Outer, is_factored, joint
 from jaxprop.layer import Combinator, Layer, Leave, Step, bare
 from jaxprop.shapes import require, shapes
 
 
-class Shared(Layer):
+class Shared(Wrapper):
     """y = f(f(... f(x))), the same params each time.
 
     dE/dparams is the sum over the uses of what each pulls back. An example's share is that sum too,
@@ -23,7 +24,6 @@ class Shared(Layer):
     them. To the walk it is one layer.
     """
 
-    layer: Layer
     times: int
 
     def __post_init__(self) -> None:
@@ -34,16 +34,6 @@ class Shared(Layer):
 
     def __repr__(self) -> str:
         return f"shared({self.layer!r}, {self.times})"
-
-    @property
-    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.layer.batch_coupled
-
-    def init(self, key: chex.PRNGKey, x: Any) -> Any:
-        return self.layer.init(key, x)
-
-    def check_params(self, params: Any, x: Any) -> None:
-        """Nothing: the inner layer holds the params to its own ``init``."""
 
     def forward(self, params: Any, x: Any) -> tuple[Any, tuple[Any, ...]]:
         residuals = []
@@ -62,9 +52,6 @@ class Shared(Layer):
             return joint(leaves) if is_factored(leaves[0]) else sum(leaves[1:], start=leaves[0])
 
         return jax.tree.map(together, *uses, is_leaf=is_factored), ct
-
-    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
-        return self.layer.given(params, key=key, mask=mask)
 
 
 class Tied(Combinator):

@@ -1,0 +1,28 @@
+"""What layers around one other share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+
+from jaxprop.layer import Layer
+
+
+class Wrapper(Layer):
+    """A layer around another, whose params are the inner one's, and are held to *its* ``init``."""
+
+    layer: Layer
+
+    @property
+    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.layer.batch_coupled
+
+    def init(self, key: chex.PRNGKey, x: Any) -> Any:
+        return self.layer.init(key, x)
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Nothing: the inner layer checks them."""
+
+    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
+        return self.layer.given(params, key=key, mask=mask)
