@@ -171,6 +171,7 @@ def test_a_mask_inside_a_shared_layer_without_forms():
     assert relative_error(jax.tree.map(lambda g: g.mean(0), each), grads) <= 1e-12
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_update_takes_a_key():
     net, params, x = dropping()
     update = jp.make_update(net, jp.HalfSquaredError(), optax.adam(0.01))
