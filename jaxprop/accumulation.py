@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ def accumulate(
         maker: a function of (net, loss, ...) that returns a function of (params, x, target) or
             (params, x, target, key), as ``jp.value_and_grad``, ``jp.clipped_grad``, ``jp.variance``
             or ``jp.quantities``. One of your own works where what its function returns is a mean
-            over examples, as ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``. What
+            over examples, as ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``, and
+            nothing tells it from one that returns something else: wrap what ``accumulate`` makes
+            in functions of yours, not what it is given. (``jax.jit`` is seen through.) What
             is of pairs of examples (``jp.gram``) raises ``ValueError``: those of two micro-batches
             never meet.
         micro_batches: into how many equal parts the N examples (axis 0 of every leaf of x and
@@ -38,7 +41,8 @@ def accumulate(
     What the micro-batches give is summed in at least float32 and rounded to its dtype at the end.
     Each has keys of its own, folded from the one in each seat (``net.given``) and from the one that
     samples curvature: other draws than those of the whole batch, of the same distribution. A layer
-    that couples the examples of a batch, as BatchNorm in training, raises ``ValueError``.
+    that couples the examples of a batch, as BatchNorm in training, raises ``ValueError``; of a loss
+    it is taken that an example's value is its own.
 
     Example:
         >>> import optax, jaxprop as jp
@@ -58,6 +62,7 @@ def accumulate(
         of_batch = maker(net, loss, *args, **options)
         if micro_batches == 1:
             return of_batch
+        of_batch = inspect.unwrap(of_batch, stop=lambda f: not isinstance(f, jax.stages.Wrapped))
         if net.batch_coupled:
             raise ValueError(
                 f"{net} couples the examples of a batch: those of a micro-batch would not meet "
@@ -69,11 +74,11 @@ def accumulate(
     return make
 
 
-def _accumulated(of_batch: OfBatch, micro_batches: int) -> Callable[..., Any]:
+def _accumulated(of_batch: OfBatch, micro_batches: int) -> OfBatch:
     def accumulated(
         params: Any, x: Any, target: Any, key: chex.PRNGKey | None = None, **options: Any
     ) -> Any:
-        examples = _examples((x, target), micro_batches)
+        _check_examples((x, target), micro_batches)
         given = with_key(key, options)
         structs = jax.eval_shape(lambda: of_batch.parts(params, x, target, **given))
         pieces = _pieces(structs, micro_batches)
@@ -90,10 +95,9 @@ def _accumulated(of_batch: OfBatch, micro_batches: int) -> Callable[..., Any]:
         start = [piece.start() for piece in pieces]
         totals, _ = jax.lax.scan(add, start, jnp.arange(micro_batches))
         ends = [piece.end(total) for piece, total in zip(pieces, totals, strict=True)]
-        parts = jax.tree.unflatten(jax.tree.structure(structs), ends)
-        return of_batch.finish(parts, examples, params, **given)
+        return jax.tree.unflatten(jax.tree.structure(structs), ends)
 
-    return accumulated
+    return OfBatch(accumulated, of_batch.finish)
 
 
 class _Piece(NamedTuple):
@@ -145,7 +149,7 @@ def _pieces(structs: Any, micro_batches: int) -> list[_Piece]:
     ]
 
 
-def _examples(batch: Any, micro_batches: int) -> int:
+def _check_examples(batch: Any, micro_batches: int) -> None:
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or () in sizes:
         raise ValueError(
@@ -158,7 +162,6 @@ def _examples(batch: Any, micro_batches: int) -> int:
             f"accumulate: {examples} examples do not divide into {micro_batches} equal "
             "micro-batches"
         )
-    return examples
 
 
 def _of_seat(leaf: Any, i: Array, micro_batches: int) -> Any:

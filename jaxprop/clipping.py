@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from jaxprop.backprop import ahead, own_gradient, walk
 from jaxprop.factored import Factored, factored, gradient, like
-from jaxprop.layer import Layer, Step, Total
+from jaxprop.layer import Layer, Step, Total, learned
 from jaxprop.losses import Loss
 from jaxprop.of_batch import OfBatch
 from jaxprop.quantities import Seat, picked, quantities
@@ -73,7 +73,7 @@ def clipped_grad(
         if noise_multiplier:
             if key is None:
                 raise ValueError("a noise_multiplier needs a key, a new one each step")
-            if any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(params)):
+            if any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(grads)):
                 raise TypeError("noise is for params of float32 or float64: narrower ones round it")
             sensitivity = max_norm * jnp.sqrt(layers)
             grads = _noisy(key, grads, noise_multiplier * sensitivity / examples)
@@ -100,7 +100,7 @@ def _in_one_pass(net: Layer, loss: Loss, max_norm: float) -> _Clip:
         taken = take(params, x, target)
         sq_norms = total(lambda form: form.bounding_sq_norms(), taken["forms"])
         weights = _weights(everything(sq_norms), max_norm)
-        grads = _weighted(params, taken["forms"], weights)
+        grads = _weighted(learned(params, taken["forms"]), taken["forms"], weights)
         return _Clipped(taken["value"], grads, jnp.ones(()))
 
     return clipped

@@ -130,7 +130,7 @@ class Step(NamedTuple):
     def at(
         cls, layer: Layer, seat: Any, residuals: Any, ct: Any, d_params: Any, d_x: Any, /
     ) -> Step:
-        return cls(layer, _learned(bare(seat), d_params), residuals, ct, d_params, d_x, seat)
+        return cls(layer, learned(bare(seat), d_params), residuals, ct, d_params, d_x, seat)
 
 
 Leave = Callable[[Step], Any]
@@ -214,7 +214,7 @@ def seat(index: int, layer: Layer) -> Iterator[None]:
         raise
 
 
-def _learned(params: Any, d_params: Any) -> Any:
+def learned(params: Any, d_params: Any) -> Any:
     """params with ``()`` for a key or a mask, which were given and have ``()`` for a cotangent."""
 
     def kept(param: Any, d_param: Any) -> Any:

@@ -118,11 +118,11 @@ class Apart:
         self.params_out, self.state_out = jaxpr.outvars[:count], jaxpr.outvars[count:]
         needed = _needed(jaxpr)
         self.owner = self._owners(needed)
-        self._hold_apart()
+        self._hold_apart(needed)
         self._jaxpr = jaxpr
         self._equations: dict[int, list[JaxprEqn]] = {i: [] for i in (SHARED, *range(count))}
         for equation in needed:
-            self._equations[self.owner(equation.outvars[0])].append(equation)
+            self._equations[_owner_of(equation, self.owner)].append(equation)
         self.slots: list[list[int]] = [[] for _ in range(count)]
         for slot, out in enumerate(self.state_out):
             if self.owner(out) != SHARED:
@@ -154,16 +154,24 @@ class Apart:
                 return not _shape(var) or var in uniform
             return _shape(var) == shape
 
-        outs = self.params_out[index], *(self.state_out[slot] for slot in self.slots[index])
-        if not all(map(fits, outs)) or not all(
-            equation.primitive.name in ENTRYWISE and all(map(fits, equation.invars))
-            for equation in self._equations[index]
-        ):
+        def refuse(why: str) -> None:
             raise ValueError(
-                f"fused: the update of params{self._names[index]}, which repeat stacks, looks at "
-                "more than one entry at a time, so that no layer can be updated alone; use "
+                f"fused: the update of params{self._names[index]}, which repeat stacks, {why}; use "
                 "fused=False"
             )
+
+        for equation in self._equations[index]:
+            if equation.primitive.name not in ENTRYWISE or not all(map(fits, equation.invars)):
+                refuse(
+                    f"looks at more than one entry at a time ({equation.primitive}), so that no "
+                    "layer can be updated alone"
+                )
+        slots = self.slots[index]
+        before = self.params_in[index], *(self.state_in[slot] for slot in slots)
+        after = self.params_out[index], *(self.state_out[slot] for slot in slots)
+        for old, new in zip(before, after, strict=True):
+            if not fits(new) or _dtype(new) != _dtype(old):
+                refuse(f"makes {_dtype(new)}{_shape(new)} of {_dtype(old)}{_shape(old)}")
 
     def _owners(self, equations: list[JaxprEqn]) -> Callable[[Any], int]:
         """The owner of each variable: the one param whose gradient, state or value it depends on.
@@ -180,15 +188,13 @@ class Apart:
                 return SHARED if isinstance(var, Literal) else found.get(var, SHARED)
 
             for equation in equations:
-                owners = {owner(var) for var in equation.invars} - {SHARED}
-                of = ACROSS if len(owners) > 1 else max(owners, default=SHARED)
-                found |= dict.fromkeys(equation.outvars, of)
+                found |= dict.fromkeys(equation.outvars, _owner_of(equation, owner))
             before = dict(start)
             start |= zip(self.state_in, map(owner, self.state_out), strict=True)
             if start == before:
                 return owner
 
-    def _hold_apart(self) -> None:
+    def _hold_apart(self, equations: list[JaxprEqn]) -> None:
         for index, out in enumerate(self.params_out):
             if self.owner(out) not in (index, SHARED):
                 raise ValueError(
@@ -202,13 +208,24 @@ class Apart:
                     "fused: each param is updated alone, but this optimizer's "
                     f"state{name} looks at several; use fused=False"
                 )
+        for equation in equations:
+            if equation.effects and _owner_of(equation, self.owner) == ACROSS:
+                raise ValueError(
+                    f"fused: each param is updated alone, but {equation.primitive} in this "
+                    "optimizer looks at several; use fused=False"
+                )
+
+
+def _owner_of(equation: JaxprEqn, owner: Callable[[Any], int]) -> int:
+    owners = set(map(owner, equation.invars)) - {SHARED}
+    return ACROSS if len(owners) > 1 else max(owners, default=SHARED)
 
 
 def _needed(jaxpr: Jaxpr) -> list[JaxprEqn]:
-    """The equations that a result depends on."""
+    """The equations that a result depends on, and those that print, say."""
     wanted, kept = {var for var in jaxpr.outvars if not isinstance(var, Literal)}, []
     for equation in reversed(jaxpr.eqns):
-        if wanted.intersection(equation.outvars):
+        if equation.effects or wanted.intersection(equation.outvars):
             wanted |= {var for var in equation.invars if not isinstance(var, Literal)}
             kept.append(equation)
     return kept[::-1]
@@ -227,6 +244,10 @@ def _uniform(equations: list[JaxprEqn]) -> set[Any]:
 
 def _shape(var: Any) -> tuple[int, ...]:
     return var.aval.shape
+
+
+def _dtype(var: Any) -> Any:
+    return var.aval.dtype
 
 
 def _value(var: Any, read: Callable[[Any], Any]) -> Any:

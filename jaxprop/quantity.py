@@ -33,7 +33,10 @@ class Quantity(Static):
         """At one layer: forms is like params, with each example's own cotangent, factored."""
 
     def settle(self, taken: Any) -> Any:
-        """What is kept of what was taken at a layer, or at those of a ``repeat`` together."""
+        """What is kept of what was taken at a layer, or at those of a ``repeat`` together.
+
+        Either may be asked for, so that it goes entry by entry, or ends in a ``Total``.
+        """
         return taken
 
     def finish(self, settled: Any, examples: int) -> Any:

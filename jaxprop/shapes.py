@@ -43,6 +43,11 @@ def laid_out(x: jax.Array, *axes: Any) -> NamedSharding | None:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def in_shard_map() -> bool:
+    """Whether a device sees its own share of the batch alone."""
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def empty_like(x: jax.Array) -> jax.Array:
     """An array without elements that remembers x's shape, (N, 0, *shape[1:]), and its dtype."""
     return jax.lax.slice_in_dim(jnp.expand_dims(x, 1), 0, 0, axis=1)

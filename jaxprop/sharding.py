@@ -11,7 +11,8 @@ optax state, and the ``ShapeDtypeStruct`` of them will do.
     jp.sharding.tensor_parallel(params, mesh, "model")
 
 On meshes of Explicit axes (the default of newer JAX) losses, gradients and updates work with the
-batch split and params whole; the rules here, and the quantities, are for Auto axes.
+batch split and params whole; the rules here (which raise ``ValueError`` for others) and the
+quantities are for Auto axes.
 
 Every quantity is right under each of them. Those that take one example after the other (squared
 norms and second moments along positions, clipping) are quick under ``jax.shard_map`` alone, where
@@ -24,6 +25,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprop.combinators.wrapper import Wrapper
@@ -47,18 +49,19 @@ def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> A
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
-        >>> mesh = jax.make_mesh((1,), ("data",))
+        >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> tuple(jp.sharding.fully_sharded(jnp.ones((12, 64, 256)), mesh, "data").spec)
         (None, None, 'data')
     """
     sizes = _sizes(mesh, *axes) or dict(mesh.shape)
 
     def place(leaf: Any) -> NamedSharding:
-        names: list[Any] = [None] * len(leaf.shape)
-        if math.prod(leaf.shape) >= smallest:
+        shape = jnp.shape(leaf)
+        names: list[Any] = [None] * len(shape)
+        if math.prod(shape) >= smallest:
             for among in range(1, len(names)), range(min(1, len(names))):
                 if not any(names):
-                    names = _split(leaf.shape, among, sizes)
+                    names = _split(shape, among, sizes)
         return NamedSharding(mesh, PartitionSpec(*names))
 
     return jax.tree.map(place, tree)
@@ -78,28 +81,33 @@ def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = Non
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
-        >>> mesh = jax.make_mesh((1,), ("model",))
+        >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> down = jp.Affine(jnp.ones((256, 64)), jnp.ones(64))
         >>> tuple(jp.sharding.tensor_parallel(down, mesh, "model").w.spec)
         ('model', None)
     """
     size = _sizes(mesh, axis)[axis]
 
+    def is_dense(node: Any) -> bool:
+        """Not so where an optimizer's state has something else in the place of w."""
+        return isinstance(node, Affine) and getattr(node.w, "ndim", 0) >= 2
+
     def place(node: Any) -> Any:
-        if not isinstance(node, Affine):
-            return split(node, 0 if vocab is not None and node.shape[:1] == (vocab,) else None)
+        if not is_dense(node):
+            table = vocab is not None and jnp.shape(node)[:1] == (vocab,)
+            return split(node, 0 if table else None)
         inputs, outputs = node.w.shape[-2:]
         columns = outputs > inputs
-        b = None if node.b is None else split(node.b, -1 if columns else None)
+        b = jax.tree.map(lambda b: split(b, -1 if columns else None), node.b)
         return Affine(split(node.w, -1 if columns else -2), b)
 
     def split(leaf: Any, on: int | None) -> NamedSharding:
-        names: list[str | None] = [None] * len(leaf.shape)
+        names: list[str | None] = [None] * jnp.ndim(leaf)
         if on is not None and leaf.shape[on] % size == 0:
             names[on] = axis
         return NamedSharding(mesh, PartitionSpec(*names))
 
-    return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, Affine))
+    return jax.tree.map(place, tree, is_leaf=is_dense)
 
 
 class Gathered(Wrapper):
@@ -128,12 +136,7 @@ def gathered(net: Layer, mesh: Mesh) -> Layer:
     of ``jax.make_mesh`` are by default in newer JAX.
     """
     require(net, Layer, "gathered")
-    require(mesh, Mesh, "gathered: the mesh")
-    if set(mesh.axis_types) != {AxisType.Auto}:
-        raise ValueError(
-            f"gathered takes a mesh of Auto axes, not {mesh.axis_types}; "
-            "write jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)"
-        )
+    _sizes(mesh)
     return map_layers(net, lambda layer: Gathered(layer, mesh))
 
 
@@ -144,7 +147,7 @@ def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> list[
     for name, size in sizes.items():
         fits = [axis for axis in among if left[axis] % size == 0]
         if fits:
-            axis = max(fits, key=lambda axis: (names[axis], left[axis]))
+            axis = max(fits, key=lambda axis: (bool(names[axis]), left[axis]))
             left[axis] //= size
             names[axis] = (*names[axis], name)
     return [each[0] if len(each) == 1 else each or None for each in names]
@@ -152,6 +155,11 @@ def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> list[
 
 def _sizes(mesh: Mesh, *axes: str) -> dict[str, int]:
     require(mesh, Mesh, "the mesh")
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"the mesh must be one of Auto axes, not {mesh.axis_types}: write "
+            "jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)"
+        )
     for name in axes:
         if name not in mesh.shape:
             raise ValueError(f"the mesh has the axes {mesh.axis_names}, and no {name!r}")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.backprop import mean_gradient, walk
-from jaxprop.combinators.cast import Cast
+from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import gradient
 from jaxprop.layer import Layer, Step, map_layers
 from jaxprop.layers import BatchNorm
@@ -59,9 +59,8 @@ def evaluation(net: Layer) -> Layer:
     """
 
     def evaluating(layer: Layer) -> Layer:
-        inner = getattr(layer, "layer", None)
-        if isinstance(inner, Layer):  # a wrapper, as Cast and Shared are
-            return dataclasses.replace(layer, layer=evaluation(inner))
+        if isinstance(layer, Wrapper):
+            return dataclasses.replace(layer, layer=evaluation(layer.layer))
         has_it = isinstance(getattr(layer, "training", None), bool)
         return dataclasses.replace(layer, training=False) if has_it else layer
 
@@ -72,8 +71,9 @@ def with_statistics(net: Layer, params: Any, x: Any) -> Any:
     """params with each BatchNorm's running statistics moved towards those of the batch x.
 
     For a BatchNorm in training, running = momentum * running + (1 - momentum) * the batch's; all
-    else is as it was. In one ``jax.jit`` with ``value_and_grad`` of the same params, or with
-    ``update`` of the params that it returns, the way forward is computed once:
+    else is as it was; one that is ``shared`` raises ``ValueError``. In one ``jax.jit`` with
+    ``value_and_grad`` of the same params, or with ``update`` of the params that it returns, the way
+    forward is computed once:
 
         @jax.jit
         def step(params, state, x, target):
@@ -82,8 +82,8 @@ def with_statistics(net: Layer, params: Any, x: Any) -> Any:
 
     def leave(step: Step) -> Any:
         layer, residuals = step.layer, step.residuals
-        if isinstance(layer, Cast):
-            layer, (residuals, _) = layer.layer, residuals
+        while isinstance(layer, Wrapper):
+            layer, residuals = layer.inside(residuals)
         if isinstance(layer, BatchNorm) and layer.training:
             return layer.with_statistics(step.params, residuals)
         return step.params

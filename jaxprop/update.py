@@ -19,6 +19,7 @@ from jaxprop.factored import Factored, gradient, is_factored, wide
 from jaxprop.layer import Layer, Step, Total
 from jaxprop.leafwise import Leafwise
 from jaxprop.losses import Loss
+from jaxprop.shapes import in_shard_map
 from jaxprop.training import ValueAndGrad
 
 
@@ -30,7 +31,7 @@ class Skipping(NamedTuple):
 
 
 class Update:
-    """``update(params, state, x, target, key=None) -> (params, state, value)``, jitted.
+    """``update(params, state, x, target, key=None, mask=None) -> (params, state, value)``, jitted.
 
     ``update.init(params)`` is the state to start from, ``update.lower(...)`` what ``jax.jit`` calls
     by that name.
@@ -41,14 +42,26 @@ class Update:
         self._step = jax.jit(step, donate_argnames=("params", "state"))
 
     def __call__(
-        self, params: Any, state: Any, x: Any, target: Any, key: chex.PRNGKey | None = None
+        self,
+        params: Any,
+        state: Any,
+        x: Any,
+        target: Any,
+        key: chex.PRNGKey | None = None,
+        mask: Any = None,
     ) -> tuple[Any, Any, Array]:
-        return self._step(*_fit_to_donate((params, state)), x, target, key)
+        return self._step(*_fit_to_donate((params, state)), x, target, key, mask)
 
     def lower(
-        self, params: Any, state: Any, x: Any, target: Any, key: chex.PRNGKey | None = None
+        self,
+        params: Any,
+        state: Any,
+        x: Any,
+        target: Any,
+        key: chex.PRNGKey | None = None,
+        mask: Any = None,
     ) -> Any:
-        return self._step.lower(params, state, x, target, key)
+        return self._step.lower(params, state, x, target, key, mask)
 
 
 def make_update(
@@ -61,7 +74,7 @@ def make_update(
     skip_nonfinite: bool = False,
     value_and_grad: Callable[[Layer, Loss], ValueAndGrad] | None = None,
 ) -> Update:
-    """A jitted ``update(params, state, x, target, key=None) -> (params, state, value)``.
+    """A jitted ``update(params, state, x, target, key=None, mask=None) -> (params, state, value)``.
 
     Args:
         net: the network.
@@ -75,7 +88,8 @@ def make_update(
             and state stay where they are, whatever the depth. The optimizer's update of a param
             must depend on that param alone, as SGD's with momentum, Adam's, AdamW's and Lion's do,
             with schedules and masks; in a ``repeat`` each entry must be updated by itself. Others
-            raise ``ValueError``.
+            raise ``ValueError``, ``optax.MultiSteps`` among them: it looks at all gradients to skip
+            a step, and keeps a sum of them.
         max_norm: scale the gradient down to at most this global norm before the optimizer sees it,
             as ``optax.clip_by_global_norm`` does. With ``fused`` a walk of its own takes the norm
             first.
@@ -84,9 +98,11 @@ def make_update(
             start from ``update.init(params)``. With ``fused`` this too needs the norm's walk.
         value_and_grad: how to differentiate: a function of (net, loss) that returns
             ``f(params, x, target) -> (value, grads)``; by default ``jp.value_and_grad``. Autodiff
-            is ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``. Not with ``fused``.
+            is ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``. Not with ``fused``,
+            which therefore has no micro-batches (``jp.accumulate``) and no ``loss_scale``.
 
-    A key is put in the seats of the layers that take one (``net.given``), a new one each step.
+    A key, a new one each step, and a mask are put in the seats of the layers that take one
+    (``net.given``).
 
     params and state are donated: their memory is used for the results, and the arrays that were
     passed in cannot be used again.
@@ -108,7 +124,7 @@ def make_update(
         step = _whole(net, loss, apply, need_norm, differentiate)
 
     def init(params: Any) -> Any:
-        state = optimizer.init(params)
+        state = _own(optimizer.init, params)
         return Skipping(state, jnp.zeros((), jnp.int32)) if skip_nonfinite else state
 
     return Update(step, init)
@@ -157,7 +173,7 @@ def _make_apply(
     return apply_if_finite if skip_nonfinite else apply
 
 
-Run = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any, Array]]
+Run = Callable[[Any, Any, Any, Any, Any, Any], tuple[Any, Any, Array]]
 
 
 def _whole(
@@ -166,17 +182,15 @@ def _whole(
     """All gradients, and then the update of all params."""
     scalar = loss_fn(net, loss)
 
-    def step(params: Any, state: Any, x: Any, target: Any, key: Any) -> tuple[Any, Any, Array]:
-        value, grads = differentiate(net.given(params, key=key), x, target)
-        seen = Seen(value, optax.tree.norm(grads) if need_norm else None)
-        params, state = apply(
-            grads,
-            state,
-            params,
-            seen,
-            lambda params: scalar(net.given(params, key=key), x, target),
-        )
-        return params, state, value
+    def step(
+        params: Any, state: Any, x: Any, target: Any, key: Any, mask: Any
+    ) -> tuple[Any, Any, Array]:
+        def value_fn(params: Any) -> Array:
+            return scalar(net.given(params, key=key, mask=mask), x, target)
+
+        value, grads = differentiate(net.given(params, key=key, mask=mask), x, target)
+        norm = optax.tree.norm(jax.tree.map(wide, grads)) if need_norm else None
+        return *apply(grads, state, params, Seen(value, norm), value_fn), value
 
     return step
 
@@ -184,8 +198,10 @@ def _whole(
 def _fused(net: Layer, loss: Loss, apply: Apply, need_norm: bool) -> Run:
     """Each layer's update as what the walk back leaves behind."""
 
-    def step(params: Any, state: Any, x: Any, target: Any, key: Any) -> tuple[Any, Any, Array]:
-        seats = net.given(params, key=key)
+    def step(
+        params: Any, state: Any, x: Any, target: Any, key: Any, mask: Any
+    ) -> tuple[Any, Any, Array]:
+        seats = net.given(params, key=key, mask=mask)
         value, examples, residuals, pull = ahead(net, loss, seats, x, target)
         ct = mean_gradient(loss, residuals, examples)
         norm = jnp.sqrt(sum(jax.tree.leaves(pull(ct, _sq_norms)[0]))) if need_norm else None
@@ -194,20 +210,33 @@ def _fused(net: Layer, loss: Loss, apply: Apply, need_norm: bool) -> Run:
         def leave(step: Step) -> Any:
             return apart.updated(step.seat, gradient(step.params, step.d_params))
 
-        seats, _ = pull(ct, leave, net.given(apart.attached(), key=key))
+        seats, _ = pull(ct, leave, net.given(apart.attached(), key=key, mask=mask))
         return *apart.results(seats), value
 
     return step
 
 
 def _sq_norms(step: Step) -> Total:
-    """|gradient|^2 of each of a layer's params, from its factors."""
+    """|gradient|^2 of each of a layer's params, from its factors if these are all that it is.
+
+    What rounds a gradient to narrower params may make it infinite; in ``jax.shard_map`` it is a sum
+    over devices.
+    """
 
     def sq_norm(leaf: Any) -> Array:
         return leaf.sq_norm_of_sum() if isinstance(leaf, Factored) else jnp.sum(wide(leaf) ** 2)
 
-    leaves = jax.tree.leaves(step.d_params, is_leaf=is_factored)
-    return Total(tuple(map(sq_norm, leaves)))
+    narrow = any(wide(param).dtype != param.dtype for param in jax.tree.leaves(step.params))
+    whole = gradient(step.params, step.d_params) if narrow or in_shard_map() else step.d_params
+    return Total(tuple(map(sq_norm, jax.tree.leaves(whole, is_leaf=is_factored))))
+
+
+def _own(init: Callable[[Any], Any], params: Any) -> Any:
+    """A state that can be donated: the optimizer's may hold an array of the caller's, as a rate."""
+    leaves, structure = jax.tree.flatten(init(params))
+    for place, leaf in enumerate(leaves):  # one after the other, not all of them twice
+        leaves[place] = jnp.copy(leaf) if isinstance(leaf, Array) else leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _fit_to_donate(tree: Any) -> Any:

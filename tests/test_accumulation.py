@@ -42,6 +42,10 @@ def problem(net=NET, shape=(6, 4), dtype=jnp.float64):
     return params, x, jnp.asarray(rng.integers(0, 3, shape[:-1]))
 
 
+def jitted_clip(net, loss, max_norm, noise_multiplier):
+    return jax.jit(jp.clipped_grad(net, loss, max_norm, noise_multiplier))
+
+
 CLIP, NOISE = {"max_norm": 0.3}, {"max_norm": 0.3, "noise_multiplier": 1.1}
 ASKED = {
     "value_and_grad": (jp.value_and_grad, {}),
@@ -55,6 +59,8 @@ ASKED = {
     "clipped in two passes": (jp.clipped_grad, CLIP | {"two_pass": True}),
     "noise": (jp.clipped_grad, NOISE),
     "noise, per_layer": (jp.clipped_grad, NOISE | {"per_layer": True}),
+    "noise, jitted": (jitted_clip, NOISE),
+    "noise, in micro-batches of micro-batches": (jp.accumulate(jp.clipped_grad, 2), NOISE),
     "diag_ggn": (jp.diag_ggn, {}),
     "kronecker_factors": (jp.kronecker_factors, {}),
     "ggn_root": (jp.ggn_root, {}),
@@ -74,7 +80,7 @@ ASKED = {
 def test_is_that_of_the_whole_batch(name):
     maker, options = ASKED[name]
     given = {"key": KEY} if "noise_multiplier" in options else {}
-    times = (3, 6) if name in ("quantities", "variance") else (3,)
+    times = (3, 6) if name in ("quantities", "variance") else (1, 3)
     makers = [maker, *(jp.accumulate(maker, m) for m in times)]
 
     @jax.jit

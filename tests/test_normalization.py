@@ -180,6 +180,26 @@ def test_one_step_of_the_running_statistics():
     assert relative_error(frozen, params) == 0
 
 
+def test_statistics_are_found_in_layers_around_others():
+    layer = jp.BatchNorm(momentum=0.75)
+    params, x = at(Row(layer, 5 + normal(6, 2, 3)), jnp.float32)
+    expected = jp.with_statistics(layer, params, x)
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    gathered = jp.sharding.gathered(layer, mesh)
+    for net in (
+        jp.skip(layer),
+        jp.recompute(layer),
+        gathered,
+        jp.cast(gathered, jnp.float32),
+        jp.shared(jp.evaluation(layer), 2),
+    ):
+        frozen = isinstance(net, type(jp.shared(layer, 2)))
+        moved = jp.with_statistics(net, params, x)
+        assert relative_error(moved, params if frozen else expected) <= 1e-6
+    with pytest.raises(ValueError, match=r"shared\(BatchNorm.*each use has statistics of its own"):
+        jp.with_statistics(jp.shared(layer, 2), params, x)
+
+
 def test_running_statistics_converge_to_the_batch_s():
     params, x, _ = problem()
     move = jax.jit(functools.partial(jp.with_statistics, NET))

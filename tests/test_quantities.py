@@ -142,6 +142,25 @@ def test_clipped(row):
     assert relative_error(got, run(jp.value_and_grad(net, loss), *args)) <= 1e-10
 
 
+def test_clipped_with_a_key_and_a_mask_in_the_seats():
+    attention = jp.skip(jp.chain(jp.Dense(6), jp.Attention(1), jp.Dense(2), jp.Dropout(0.5)))
+    net, loss = jp.chain(jp.repeat(attention, 2), jp.Dropout(0.5), jp.Dense(3)), jp.CrossEntropy()
+    x = jnp.asarray(normal(4, 3, 2))
+    seats = net.given(
+        net.init(jax.random.key(0), x),
+        key=jax.random.key(1),
+        mask=jnp.arange(3) < jnp.array([3, 1, 2, 3])[:, None],
+    )
+    args = seats, x, jnp.ones((4, 3), int)
+    clipped, in_two_passes, unclipped = (
+        jax.jit(jp.clipped_grad(net, loss, max_norm, two_pass=two_pass))(*args)
+        for max_norm, two_pass in ((0.1, False), (0.1, True), (1e6, False))
+    )
+    assert relative_error(clipped, in_two_passes) <= 1e-12
+    assert relative_error(unclipped, jax.jit(jp.value_and_grad(net, loss))(*args)) <= 1e-12
+    assert relative_error(clipped, unclipped) > 0.1
+
+
 @rows
 def test_per_layer_norms_and_clipping(row):
     net, loss, *args = problem(row)

@@ -336,11 +336,40 @@ def test_rules():
     assert tuple(jp.sharding.tensor_parallel(bits, mesh, "model").spec) == (None, None)
     with pytest.raises(ValueError, match=r"the mesh has the axes \('data', 'model'\), and no 'x'"):
         jp.sharding.fully_sharded(bits, mesh, "x")
-    with pytest.raises(TypeError, match="gathered: the mesh is not a Mesh"):
+    with pytest.raises(TypeError, match="the mesh is not a Mesh but 'data'"):
         jp.sharding.gathered(GPT, "data")
     explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    with pytest.raises(ValueError, match="gathered takes a mesh of Auto axes, not"):
-        jp.sharding.gathered(GPT, explicit)
+    for rule in (
+        jp.sharding.gathered,
+        jp.sharding.fully_sharded,
+        lambda tree, mesh: jp.sharding.tensor_parallel(tree, mesh, "data"),
+    ):
+        with pytest.raises(ValueError, match="the mesh must be one of Auto axes, not"):
+            rule(GPT, explicit)
+
+
+def test_rules_for_what_an_optimizer_keeps():
+    """Masks leave holes in params' structure, a factored state is of other shapes, and so on."""
+    mesh = mesh_of(data=4, model=2)
+    params = jp.Affine(jnp.ones((8, 32)), jnp.ones(32))
+    no_bias = jp.Affine(True, False)
+    optimizer = optax.chain(
+        optax.masked(optax.trace(0.9), no_bias),
+        optax.masked(optax.trace(0.9), jp.Affine(False, True)),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=4),
+    )
+    tree = (optimizer.init(params), 0.1)
+    specs = jax.tree.map(
+        lambda sharding: tuple(sharding.spec), jp.sharding.tensor_parallel(tree, mesh, "model")
+    )
+    of_w, of_b, factored = specs[0]
+    assert of_w.inner_state.trace.w == (None, "model")
+    assert of_b.inner_state.trace.b == (None,)
+    assert factored.v_row.w == factored.v_col.w == (None,)
+    assert specs[1] == ()
+    split = jp.sharding.fully_sharded(tree, mesh, smallest=16)
+    assert tuple(split[0][0].inner_state.trace.w.spec) == (None, ("data", "model"))
+    assert jax.tree.structure(split) == jax.tree.structure(tree)
 
 
 def test_plan_prints_what_a_step_needs():

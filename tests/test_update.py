@@ -243,7 +243,7 @@ def test_fused_in_float32_is_close_in_norm():
         (optax.lbfgs(), "loss as a function"),
         (optax.lamb(1e-3), r"params\[1\]\[0\].\w, which repeat stacks, .* more than one entry"),
         (optax.adafactor(1e-3), "more than one entry"),
-        (optax.sm3(1e-3), r"state\[\d\] has shape .* axis 0 is the layer"),
+        (optax.sm3(1e-3), r"one state \(4,\) for the whole stack params\[0\]\.w, not"),
         (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), "more than one entry"),
     ],
 )
@@ -253,6 +253,78 @@ def test_fused_refuses_what_looks_further(optimizer, says):
     update = jp.make_update(net, LOSS, optimizer, fused=True)
     with pytest.raises(ValueError, match=says):
         update.lower(params, update.init(params), x, target)
+
+
+def keeps_float32_only():
+    def update(grads, state, params=None):
+        return grads, jax.tree.map(lambda g, s: (g + s).astype(jnp.float32), grads, state)
+
+    return optax.GradientTransformation(optax.tree.zeros_like, update)
+
+
+def tells(tell, looks_at):
+    """An optimizer that tells of what it sees."""
+
+    def update(grads, state, params=None):
+        for seen in looks_at(grads):
+            jax.debug.callback(tell, seen)
+        return jax.tree.map(lambda g: -g, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "says"),
+    [
+        (keeps_float32_only(), r"params\[1\]\[0\].\w, which repeat .* makes float32.* of float64"),
+        (tells(print, jax.tree.leaves), r"\(debug_callback\)"),
+        (tells(print, lambda grads: [optax.tree.sum(grads)]), "debug_callback .* looks at several"),
+    ],
+)
+def test_fused_says_what_does_not_fit(optimizer, says):
+    net = NETS["repeat"]
+    params, x, target = data(net)
+    update = jp.make_update(net, LOSS, optimizer, fused=True)
+    with pytest.raises(ValueError, match=says):
+        update.lower(params, update.init(params), x, target)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_an_optimizer_tells_is_told(fused):
+    told = []
+    optimizer = tells(lambda seen: told.append(seen.shape), jax.tree.leaves)
+    net = NETS["unrolled"]
+    params, x, target = data(net)
+    expected = sorted(leaf.shape for leaf in jax.tree.leaves(params))
+    update = jp.make_update(net, LOSS, optimizer, fused=fused)
+    jax.block_until_ready(update(params, update.init(params), x, target))
+    jax.effects_barrier()
+    assert sorted(told) == expected
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_rate_of_the_caller_s_stays_the_caller_s(fused):
+    rate = jnp.asarray(0.1)
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
+    update = jp.make_update(MLP, LOSS, optimizer, fused=fused)
+    params, x, target = problem()
+    update(params, update.init(params), x, target)
+    assert rate == jnp.asarray(0.1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_mask_goes_into_the_seats(fused):
+    net = jp.chain(jp.repeat(jp.skip(jp.chain(jp.Dense(3 * D), jp.Attention(2))), 2), jp.Dense(3))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, D)))
+    params = net.init(jax.random.key(0), x)
+    mask = jnp.arange(5) < jnp.array([5, 2, 3, 1])[:, None]
+    target = jnp.where(mask, 1, -1)
+    _, grads = jp.value_and_grad(net, LOSS)(net.given(params, mask=mask), x, target)
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+    update = jp.make_update(net, LOSS, optax.sgd(0.5), fused=fused)
+    got, _, _ = update(params, update.init(params), x, target, mask=mask)
+    assert relative_error(got, expected) <= 1e-12
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -275,6 +347,59 @@ def test_max_norm_is_clip_by_global_norm(net, fused):
     got = trained(jp.make_update(net, LOSS, adam, fused=fused, max_norm=0.05), *data(net))
     expected = trained(jp.make_update(net, LOSS, clip), *data(net))
     assert relative_error((got[0][0], got[1]), (expected[0][0], expected[1])) <= 1e-10
+
+
+def test_the_norm_of_a_gradient_that_nearly_cancels():
+    """Two rows whose products differ in their last digits, in float32."""
+    generator = np.random.default_rng(0)
+    x, ct, rest = (jnp.asarray(generator.normal(size=(1, 64)), jnp.float32) for _ in range(3))
+    form = jp.Outer(jnp.concatenate((x, x)), jnp.concatenate((ct, -ct + 1e-4 * rest)))
+    exact = jp.Outer(form.x.astype(jnp.float64), form.ct.astype(jnp.float64))
+    expected = jnp.sum(exact.sum() ** 2)
+    np.testing.assert_allclose(jax.jit(jp.Outer.sq_norm_of_sum)(form), expected, rtol=1e-2)
+    np.testing.assert_allclose(exact.sq_norm_of_sum(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("size", "skipped"), [(500.0, 0), (1e5, 1)])
+def test_the_norm_of_float16_gradients(fused, size, skipped):
+    """A sum of squares above 65504 is a norm as any; a gradient above it is infinite."""
+    net, loss = jp.chain(jp.Dense(2, bias=False)), jp.HalfSquaredError()
+    x, target = jnp.full((1, 2), 10, jnp.float16), jnp.full((1, 2), -size / 10, jnp.float16)
+    params = (jp.Affine(jnp.zeros((2, 2), jnp.float16), None),)
+    update = jp.make_update(
+        net, loss, optax.sgd(1.0), fused=fused, max_norm=1.0, skip_nonfinite=True
+    )
+    params, state, _ = update(params, update.init(params), x, target)
+    assert int(state.skipped) == skipped
+    expected = -0.5 * (1 - skipped)
+    np.testing.assert_allclose(params[0].w, jnp.full((2, 2), expected), rtol=1e-3)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("net", ["unrolled", "nested"])
+def test_the_norm_under_shard_map(net):
+    """It is that of the sum over devices, which is what the optimizer is given there."""
+    net = NETS[net]
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere, split = PartitionSpec(), PartitionSpec("d")
+    ends = []
+    for fused in (True, False):
+        update = jp.make_update(net, LOSS, optax.adam(1e-2), fused=fused, max_norm=0.05)
+        params, x, target = data(net)
+
+        def step(*args, update=update):
+            params, state, value = update(*args)
+            return params, state, jax.lax.pmean(value, "d")
+
+        sharded = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, split, split),
+            out_specs=everywhere,
+        )
+        ends.append(jax.jit(sharded)(params, update.init(params), x, target))
+    assert relative_error(*ends) <= 1e-10
 
 
 @pytest.mark.parametrize("rows", [2, 40])

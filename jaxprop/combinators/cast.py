@@ -38,6 +38,9 @@ class Cast(Wrapper):
             return d_params, None
         return d_params, jax.tree.map(lambda like, d: d.astype(like.dtype), like, d_x)
 
+    def inside(self, residuals: Any) -> tuple[Layer, Any]:
+        return self.layer, residuals[0]
+
     def _rounded(self, tree: Any) -> Any:
         def rounded(leaf: Any) -> Any:
             floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.factored import over_layers
-from jaxprop.layer import Combinator, Layer, Leave, Total, is_attached, seat
+from jaxprop.layer import Combinator, Layer, Leave, Total, bare, is_attached, seat
 from jaxprop.shapes import require, shapes
 
 
@@ -37,12 +37,20 @@ class Repeat(Combinator):
 
     def check_params(self, params: Any, x: Any) -> None:
         """Only the stack: each layer holds its own params to its own ``init``."""
-        for path, leaf in jax.tree.leaves_with_path(params):
-            if jnp.shape(leaf)[:1] != (self.times,):
-                raise ValueError(
-                    f"{self}: params{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but "
-                    f"axis 0 is the layer, and there are {self.times}"
-                )
+        for path, node in jax.tree.leaves_with_path(params, is_leaf=is_attached):
+            name = f"params{jax.tree_util.keystr(path)}"
+            for leaf in jax.tree.leaves(bare(node)):
+                if jnp.shape(leaf)[:1] != (self.times,):
+                    raise ValueError(
+                        f"{self}: {name} has shape {jnp.shape(leaf)}, but axis 0 is the layer, "
+                        f"and there are {self.times}"
+                    )
+            for leaf in jax.tree.leaves(node):
+                if jnp.shape(leaf)[:1] != (self.times,):
+                    raise ValueError(
+                        f"{self}: the optimizer has one state {jnp.shape(leaf)} for the whole "
+                        f"stack {name}, not one for each layer; use fused=False"
+                    )
 
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
         def ahead(x: Any, params: Any) -> tuple[Any, Any]:

@@ -42,6 +42,13 @@ class Shared(Wrapper):
             residuals.append(r)
         return x, tuple(residuals)
 
+    def inside(self, residuals: Any) -> tuple[Layer, Any]:
+        if self.layer.batch_coupled:
+            raise ValueError(
+                f"{self}: each use has statistics of its own, and there is one place for them"
+            )
+        return self.layer, residuals[0]
+
     def backward(self, params: Any, residuals: tuple[Any, ...], ct: Any) -> tuple[Any, Any]:
         uses = []
         for r in reversed(residuals):

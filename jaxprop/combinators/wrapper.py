@@ -24,5 +24,9 @@ class Wrapper(Layer):
     def check_params(self, params: Any, x: Any) -> None:
         """Nothing: the inner layer checks them."""
 
+    def inside(self, residuals: Any) -> tuple[Layer, Any]:
+        """The layer within, and what it keeps of these residuals."""
+        return self.layer, residuals
+
     def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
         return self.layer.given(params, key=key, mask=mask)

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
 
 from jaxprop.factored.form import Factored, Stacked, is_factored
 from jaxprop.layer import Step, bare
+from jaxprop.shapes import in_shard_map
 
 
 def summed(d_params: Any) -> Any:
@@ -59,7 +59,7 @@ def like(primal: Any, cotangent: Array) -> Array:
     There a param that is the same on all devices meets another share of the batch on each. Its
     cotangent is the sum over them, which is JAX's own rule for using the one beside the other.
     """
-    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+    if in_shard_map():
         beside = jnp.zeros_like(cotangent)
         _, pull = jax.vjp(lambda primal: primal.astype(cotangent.dtype) + beside, primal)
         return pull(cotangent)[0]

@@ -61,12 +61,19 @@ class Outer(Factored):
         )
 
     def sq_norm_of_sum(self) -> Float[Array, ""]:
-        """<X X^T, C C^T> over all rows of X and C, where that is less than X^T C."""
+        """<X X^T, C C^T> over all rows of X and C, where that is less than X^T C.
+
+        Where rows cancel to a small rest of what they are, that rest is rounding, and |X^T C|^2 is
+        taken after all.
+        """
         rows, i, o = math.prod(self.x.shape[:-1]), self.x.shape[-1], self.ct.shape[-1]
         if rows * (i + o) >= i * o:
             return super().sq_norm_of_sum()
         x, ct = wide(self.x).reshape(rows, i), wide(self.ct).reshape(rows, o)
-        return jnp.maximum(jnp.sum((x @ x.T) * (ct @ ct.T)), 0)
+        products = (x @ x.T) * (ct @ ct.T)
+        total = products.sum()
+        cancels = total < 1e-3 * jnp.abs(products).sum()
+        return jax.lax.cond(cancels, super().sq_norm_of_sum, lambda: total)
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
         return Outer(wide(self.x), weighted(wide(self.ct), weights)).sum()
