@@ -295,10 +295,11 @@ def test_custom_vjp_under_shard_map():
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("fused", [False, True])
-def test_data_parallel_on_an_explicit_mesh(fused):
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_data_parallel_on_an_explicit_mesh(name, fused):
     """Where every array's type says how it lies; so do the meshes that JAX makes by default."""
-    net, params, x, target = problem("gpt2")
-    update = jp.make_update(net, LOSS, optax.adam(1e-2, eps=1e-3), fused=fused)
+    net, params, x, target = problem(name)
+    update = jp.make_update(net, LOSS, optax.adam(1e-2, eps=1e-3), fused=fused, max_norm=0.1)
     start = jax.tree.map(np.asarray, (params, update.init(params)))
     expected = update(*jax.tree.map(jnp.asarray, start), x, target)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))

@@ -70,7 +70,8 @@ class Outer(Factored):
         if rows * (i + o) >= i * o:
             return super().sq_norm_of_sum()
         x, ct = wide(self.x).reshape(rows, i), wide(self.ct).reshape(rows, o)
-        products = (x @ x.T) * (ct @ ct.T)
+        whole = laid_out(self.x, None, None)
+        products = jnp.matmul(x, x.T, out_sharding=whole) * jnp.matmul(ct, ct.T, out_sharding=whole)
         total = products.sum()
         cancels = total < 1e-3 * jnp.abs(products).sum()
         return jax.lax.cond(cancels, super().sq_norm_of_sum, lambda: total)
