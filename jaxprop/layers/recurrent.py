@@ -31,6 +31,7 @@ from jaxprop.layers.through_time import (
     check_ct,
     dot,
     through_time,
+    turned,
 )
 
 State = tuple[Array]
@@ -64,10 +65,12 @@ class Rnn(Recurrence):
         x, y = residuals
         check_ct(self, ct, y)
 
+        u_t = turned(params.u)
+
         def step(carry: State, ct: Array, slope: Array) -> tuple[State, Array]:
             (pulled,) = carry
             d_z = (ct + pulled) * slope
-            return (dot(d_z, params.u.T),), d_z
+            return (dot(d_z, u_t),), d_z
 
         d_z = through_time(step, ct, (1 + y) * (1 - y))
         d_params = Recurrent(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
@@ -122,6 +125,8 @@ class Lstm(Recurrence):
         x, y, slope, f, of_c = residuals
         check_ct(self, ct, y)
 
+        u_t = turned(params.u)
+
         def step(
             carry: States, ct: Array, slope: Array, f: Array, of_c: Array
         ) -> tuple[States, Array]:
@@ -129,7 +134,7 @@ class Lstm(Recurrence):
             d_h = ct + pulled
             d_c = d_c + d_h * of_c
             d_z = jnp.concatenate([d_c, d_c, d_c, d_h], axis=-1) * slope
-            return (dot(d_z, params.u.T), d_c * f), d_z
+            return (dot(d_z, u_t), d_c * f), d_z
 
         d_z = through_time(step, ct, slope, f, of_c, states=2)
         d_params = Recurrent(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
@@ -181,11 +186,13 @@ class Gru(Recurrence):
         x, y, slope, p, z = residuals
         check_ct(self, ct, y)
 
+        u_t = turned(params.u)
+
         def step(carry: State, ct: Array, slopes: Any, z: Array) -> tuple[State, Any]:
             (pulled,), (slope, p) = carry, slopes
             d_h = ct + pulled
             d_s = jnp.concatenate([d_h, d_h, d_h], axis=-1) * slope
-            return (d_h * z + dot(d_s, params.u.T),), (d_s, d_h * p)
+            return (d_h * z + dot(d_s, u_t),), (d_s, d_h * p)
 
         d_s, d_n = through_time(step, ct, (slope, p), z)
         d_rz, d_q = jnp.split(d_s, [2 * self.features], axis=-1)

@@ -102,6 +102,11 @@ def swap(x: Float[Array, "a b c"]) -> Float[Array, "b a c"]:
     return jnp.swapaxes(x, 0, 1)
 
 
+def turned(u: Float[Array, "k m"]) -> Float[Array, "m k"]:
+    """u^T. Without the barrier XLA leaves the turning to the matmul, and so to every step."""
+    return jax.lax.optimization_barrier(u.T)
+
+
 def dot(x: Float[Array, "n k"], u: Float[Array, "k m"]) -> Float[Array, "n m"]:
     return jnp.matmul(x.astype(u.dtype), u, preferred_element_type=wide(u).dtype)
 
