@@ -17,7 +17,7 @@ from jaxprop.accumulation import accumulate
 from jaxprop.backprop import loss_fn, walk
 from jaxprop.checking import check_layer
 from jaxprop.clipping import clipped_grad
-from jaxprop.combinators import branch, cast, chain, recompute, repeat, shared, skip, tied
+from jaxprop.combinators import Wrapper, branch, cast, chain, recompute, repeat, shared, skip, tied
 from jaxprop.curvature import diag_ggn, ggn_root, kronecker_factors
 from jaxprop.explain.nonfinite import Finding, find_nonfinite
 from jaxprop.explain.record import explain
@@ -42,6 +42,7 @@ from jaxprop.layers import (
     GroupNorm,
     Gru,
     LayerNorm,
+    Leading,
     Lstm,
     MaxPool,
     Norm,
@@ -62,7 +63,7 @@ from jaxprop.layers import (
     Tanh,
 )
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError, Loss
-from jaxprop.of_batch import PerExample
+from jaxprop.of_batch import OfBatch, PerExample
 from jaxprop.quantities import (
     gram,
     noise_scale,
@@ -114,11 +115,13 @@ __all__ = [
     "Kronecker",
     "Layer",
     "LayerNorm",
+    "Leading",
     "Loss",
     "Lstm",
     "MaxPool",
     "NoiseScale",
     "Norm",
+    "OfBatch",
     "Outer",
     "Pad",
     "Patches",
@@ -148,6 +151,7 @@ __all__ = [
     "Total",
     "Update",
     "Variance",
+    "Wrapper",
     "accumulate",
     "branch",
     "cast",

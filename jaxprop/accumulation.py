@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.backprop import walk
 from jaxprop.factored import wide
-from jaxprop.layer import Layer
+from jaxprop.layer import Layer, is_key, is_mask
 from jaxprop.of_batch import OfBatch, is_marked, with_key
-from jaxprop.shapes import require, shapes
+from jaxprop.shapes import check_count, shapes
 
 
 def accumulate(
@@ -52,13 +53,20 @@ def accumulate(
         ...     net, loss, optax.sgd(0.1), value_and_grad=jp.accumulate(jp.value_and_grad, 8)
         ... )
     """
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int):
-        raise TypeError(f"accumulate takes a whole number of micro-batches, not {micro_batches!r}")
-    if micro_batches < 1:
-        raise ValueError(f"accumulate takes at least 1 micro-batch, not {micro_batches}")
+    check_count("accumulate: micro_batches", micro_batches)
+
+    if maker is walk:
+        raise TypeError(
+            "accumulate: what a walk leaves need not be a mean over examples; write a jp.Quantity "
+            "that takes it, for jp.quantities"
+        )
 
     def make(net: Layer, loss: Any, *args: Any, **options: Any) -> Callable[..., Any]:
-        require(net, Layer, "net")
+        if not isinstance(net, Layer):
+            raise TypeError(
+                "accumulate takes a maker, such as jp.value_and_grad, and is then called with a "
+                f"net and a loss as that is; for the net it got {shapes(net)}"
+            )
         of_batch = maker(net, loss, *args, **options)
         if micro_batches == 1:
             return of_batch
@@ -166,10 +174,11 @@ def _check_examples(batch: Any, micro_batches: int) -> None:
 
 def _of_seat(leaf: Any, i: Array, micro_batches: int) -> Any:
     """A param as it is, a key's i-th own, and of a mask (..., N, T) the part of micro-batch i."""
-    dtype = getattr(leaf, "dtype", float)
-    if jnp.issubdtype(dtype, jnp.bool_):
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    if is_mask(leaf):
         return _every(leaf, leaf.ndim - 2, i, micro_batches)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         keys = jax.vmap(jax.random.fold_in, (0, None))(leaf.reshape(-1), i)
         return keys.reshape(leaf.shape)
     return leaf

@@ -30,7 +30,7 @@ def loss_fn(net: Layer, loss: Loss) -> Callable[[Any, Any, Any], Float[Array, ""
         (2, 2)
     """
 
-    _check(net, loss)
+    check_net_and_loss(net, loss)
 
     def scalar(params: Any, x: Any, target: Any) -> Float[Array, ""]:
         y, _ = net.forward(params, x)
@@ -61,7 +61,7 @@ def walk(
     dropped.
     """
 
-    _check(net, loss)
+    check_net_and_loss(net, loss)
 
     def walked(params: Any, x: Any, target: Any) -> tuple[Array, Any, Any]:
         value, examples, loss_residuals, pull = ahead(net, loss, params, x, target)
@@ -94,7 +94,8 @@ def ahead(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> tuple[Arr
     return value, values.shape[0], loss_residuals, pull
 
 
-def _check(net: Layer, loss: Loss) -> None:
+def check_net_and_loss(net: Layer, loss: Loss) -> None:
+    """Raise ``TypeError`` for what is not a net, or not a loss."""
     require(net, Layer, "net")
     require(loss, Loss, "loss")
 

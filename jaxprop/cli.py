@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "device that JAX finds.",
     )
     measure.add_argument("--only", metavar="NAME", help="the rows whose name contains NAME")
-    measure.add_argument("--quick", action="store_true", help="fewer samples, under a minute")
+    measure.add_argument("--quick", action="store_true", help="fewer samples")
     measure.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     measure.add_argument(
         "--baseline",

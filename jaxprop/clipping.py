@@ -12,13 +12,13 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.backprop import ahead, own_gradient, walk
-from jaxprop.factored import Factored, factored, gradient, like
+from jaxprop.backprop import ahead, check_net_and_loss, own_gradient, walk
+from jaxprop.factored import factored, like
 from jaxprop.layer import Layer, Step, Total, learned
 from jaxprop.losses import Loss
 from jaxprop.of_batch import OfBatch
-from jaxprop.quantities import Seat, picked, quantities
-from jaxprop.quantity import Forms, everything, total
+from jaxprop.quantities import Taken, picked
+from jaxprop.quantity import everything, total
 
 
 def clipped_grad(
@@ -64,6 +64,7 @@ def clipped_grad(
         raise ValueError(f"noise_multiplier must not be negative, not {noise_multiplier}")
     if per_layer and two_pass:
         raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
+    check_net_and_loss(net, loss)
     clip = _by_layer if per_layer else _in_two_passes if two_pass else _in_one_pass
 
     def finish(
@@ -94,14 +95,13 @@ _Clip = Callable[..., _Clipped]
 
 
 def _in_one_pass(net: Layer, loss: Loss, max_norm: float) -> _Clip:
-    take = quantities(net, loss, forms=Forms())
+    back = walk(net, loss, factored, own_gradient)
 
     def clipped(params: Any, x: Any, target: Any, key: Any = None) -> _Clipped:
-        taken = take(params, x, target)
-        sq_norms = total(lambda form: form.bounding_sq_norms(), taken["forms"])
+        value, forms, _ = back(params, x, target)
+        sq_norms = total(lambda form: form.bounding_sq_norms(), forms)
         weights = _weights(everything(sq_norms), max_norm)
-        grads = _weighted(learned(params, taken["forms"]), taken["forms"], weights)
-        return _Clipped(taken["value"], grads, jnp.ones(()))
+        return _Clipped(value, _clipped_mean(learned(params, forms), forms, weights), jnp.ones(()))
 
     return clipped
 
@@ -110,16 +110,12 @@ def _in_two_passes(net: Layer, loss: Loss, max_norm: float) -> _Clip:
     def norms(step: Step) -> Any:
         return Total(total(lambda form: form.bounding_sq_norms(), factored(step)))
 
-    def sums(step: Step) -> Any:
-        return gradient(step.params, step.d_params)
-
     def clipped(params: Any, x: Any, target: Any, key: Any = None) -> _Clipped:
-        value, _, residuals, pull = ahead(net, loss, params, x, target)
-        ct = loss.backward(residuals)
+        value, examples, residuals, pull = ahead(net, loss, params, x, target)
+        ct = own_gradient(loss, residuals, examples)
         left, _ = pull(ct, norms)
         weights = _weights(everything(left), max_norm)
-        weighted = ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
-        grads, _ = pull(weighted, sums)
+        grads, _ = pull(ct, lambda step: _clipped_mean(step.params, factored(step), weights))
         return _Clipped(value, grads, jnp.ones(()))
 
     return clipped
@@ -129,10 +125,10 @@ def _by_layer(net: Layer, loss: Loss, max_norm: float) -> _Clip:
     def leave(step: Step) -> Any:
         forms = factored(step)
         if not jax.tree.leaves(step.params):
-            return Seat({"grads": step.params, "layers": ()})
+            return Taken({"grads": step.params, "layers": ()})
         sq_norms = total(lambda form: form.bounding_sq_norms(), forms)
-        grads = _weighted(step.params, forms, _weights(sq_norms, max_norm))
-        return Seat({"grads": grads, "layers": Total(jnp.ones(()))})
+        grads = _clipped_mean(step.params, forms, _weights(sq_norms, max_norm))
+        return Taken({"grads": grads, "layers": Total(jnp.ones(()))})
 
     back = walk(net, loss, leave, own_gradient)
 
@@ -150,11 +146,8 @@ def _weights(sq_norms: Float[Array, " n"], max_norm: float) -> Float[Array, " n"
     return jnp.minimum(1, max_norm * jax.lax.rsqrt(jnp.maximum(sq_norms, tiny))) / sq_norms.size
 
 
-def _weighted(params: Any, forms: Any, weights: Float[Array, " n"]) -> Any:
-    def weighted(param: Array, form: Factored) -> Array:
-        return like(param, form.weighted_sum(weights))
-
-    return jax.tree.map(weighted, params, forms)
+def _clipped_mean(params: Any, forms: Any, weights: Float[Array, " n"]) -> Any:
+    return jax.tree.map(lambda param, form: like(param, form.weighted_sum(weights)), params, forms)
 
 
 def _noisy(key: chex.PRNGKey, grads: Any, deviation: Any) -> Any:

@@ -19,12 +19,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxprop.backprop import Pull, ahead
+from jaxprop.backprop import Pull, ahead, check_net_and_loss
 from jaxprop.factored import Factored, Kronecker, factored, is_factored
 from jaxprop.layer import Layer
 from jaxprop.losses import Loss
 from jaxprop.of_batch import OfBatch, PerExample
-from jaxprop.shapes import require
 
 ROOT = "jaxprop.root"
 
@@ -118,8 +117,7 @@ def _from_root(
     net: Layer, loss: Loss, samples: int, of_walk: Callable[[Root, int, Pull], Any]
 ) -> OfBatch:
     """``of_walk(root, N, pull)`` from the loss's root, exact or sampled."""
-    require(net, Layer, "net")
-    require(loss, Loss, "loss")
+    check_net_and_loss(net, loss)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
 

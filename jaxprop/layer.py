@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -54,9 +54,14 @@ class Layer(Static):
         if forward is not None and not getattr(forward, "__isabstractmethod__", False):
             cls.forward = _held_to_init(forward)
 
-    batch_coupled: ClassVar[bool] = False
-    """Whether an example's y depends on the batch's other examples; then it has no gradient of its
-    own, and per-example quantities raise. A property, where that depends on the fields."""
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether an example's y depends on the batch's other examples.
+
+        It then has no gradient of its own, and per-example quantities raise. A layer that couples
+        them says so (``batch_coupled = True``, or a property); one that holds another is asked.
+        """
+        return any(layer.batch_coupled for layer in held(self))
 
     def init(self, key: chex.PRNGKey, x: Any) -> Any:
         """Params for inputs like x (an array or ``jax.ShapeDtypeStruct``); ``()`` for none."""
@@ -94,6 +99,10 @@ class Layer(Static):
         """
         del key, mask
         return params
+
+    def rounded(self, params: Any, dtype: Any) -> Any:
+        """params as ``jp.cast`` computes with them: floating ones in dtype."""
+        return rounded(params, dtype)
 
     def check_params(self, params: Any, x: Any) -> None:
         """Raise ``ValueError`` unless params are of the structure and shapes that init makes."""
@@ -168,19 +177,17 @@ def bare(params: Any) -> Any:
     )
 
 
+def rounded(tree: Any, dtype: Any) -> Any:
+    """The tree with floating leaves in dtype."""
+
+    def narrow(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+
+    return jax.tree.map(narrow, tree)
+
+
 class Combinator(Layer):
     """A layer made of layers: it writes ``walk``, and ``backward`` is the walk that keeps all."""
-
-    @property
-    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        coupled = []
-
-        def note(layer: Layer) -> Layer:
-            coupled.append(layer.batch_coupled)
-            return layer
-
-        map_layers(self, note)
-        return any(coupled)
 
     def backward(self, params: Any, residuals: Any, ct: Any, /) -> tuple[Any, Any]:
         return self.walk(params, residuals, ct, lambda step: step.d_params)
@@ -189,22 +196,41 @@ class Combinator(Layer):
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]: ...
 
 
-def map_layers(net: Layer, f: Callable[[Layer], Layer]) -> Layer:
-    """The same net with ``f(layer)`` in the place of every layer that is not made of layers."""
-    if not isinstance(net, Combinator):
-        return f(net)
+def held(layer: Layer) -> Iterator[Layer]:
+    """The layers that a layer holds in its fields, or in tuples there."""
+
+    def within(value: Any) -> Iterator[Layer]:
+        if isinstance(value, Layer):
+            yield value
+        elif isinstance(value, tuple):
+            for each in value:
+                yield from within(each)
+
+    for field in dataclasses.fields(layer):  # pyright: ignore[reportArgumentType]
+        yield from within(getattr(layer, field.name))
+
+
+def map_held(layer: Layer, f: Callable[[Layer], Layer]) -> Layer:
+    """The same layer with ``f(inner)`` in the place of every layer that it holds."""
 
     def mapped(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(mapped, value))
-        return map_layers(value, f) if isinstance(value, Layer) else value
+        return f(value) if isinstance(value, Layer) else value
 
-    fields = dataclasses.fields(net)  # pyright: ignore[reportArgumentType]
-    return dataclasses.replace(net, **{f.name: mapped(getattr(net, f.name)) for f in fields})
+    names = [field.name for field in dataclasses.fields(layer)]  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(layer, **{name: mapped(getattr(layer, name)) for name in names})
+
+
+def map_layers(net: Layer, f: Callable[[Layer], Layer]) -> Layer:
+    """The same net with ``f(layer)`` in the place of every layer that is not made of layers."""
+    if isinstance(net, Combinator):
+        return map_held(net, lambda layer: map_layers(layer, f))
+    return f(net)
 
 
 @contextmanager
-def seat(index: int, layer: Layer) -> Iterator[None]:
+def in_layer(index: int, layer: Layer) -> Iterator[None]:
     """Say in which layer an error arose, and name its operations so in profiles and HLO."""
     try:
         with jax.named_scope(f"{index}.{type(layer).__name__}"):
@@ -214,12 +240,25 @@ def seat(index: int, layer: Layer) -> Iterator[None]:
         raise
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf of params is a key that ``given`` has put there."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def is_mask(leaf: Any) -> bool:
+    """Whether a leaf of params is a mask that ``given`` has put there, (N, T) in its seat.
+
+    In the seat of a ``repeat`` it has the layers in front.
+    """
+    return leaf.dtype == bool
+
+
 def learned(params: Any, d_params: Any) -> Any:
     """params with ``()`` for a key or a mask, which were given and have ``()`` for a cotangent."""
 
     def kept(param: Any, d_param: Any) -> Any:
         absent = isinstance(d_param, tuple) and d_param == ()
-        return () if absent and not jnp.issubdtype(param.dtype, jnp.floating) else param
+        return () if absent and (is_key(param) or is_mask(param)) else param
 
     try:
         return jax.tree.map(kept, params, d_params)

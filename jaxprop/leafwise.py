@@ -161,10 +161,15 @@ class Apart:
             )
 
         for equation in self._equations[index]:
-            if equation.primitive.name not in ENTRYWISE or not all(map(fits, equation.invars)):
+            if equation.primitive.name not in ENTRYWISE:
                 refuse(
                     f"looks at more than one entry at a time ({equation.primitive}), so that no "
                     "layer can be updated alone"
+                )
+            if not all(map(fits, equation.invars)):
+                refuse(
+                    f"uses more than one entry, or number, at a time ({equation.primitive}), so "
+                    "that no layer can be updated alone"
                 )
         slots = self.slots[index]
         before = self.params_in[index], *(self.state_in[slot] for slot in slots)
@@ -197,10 +202,12 @@ class Apart:
     def _hold_apart(self, equations: list[JaxprEqn]) -> None:
         for index, out in enumerate(self.params_out):
             if self.owner(out) not in (index, SHARED):
+                first = next(e for e in equations if _owner_of(e, self.owner) == ACROSS)
                 raise ValueError(
                     "fused: each param is updated alone, but this optimizer's update of "
-                    f"params{self._names[index]} looks at others too; use fused=False, or for "
-                    "clipping by the global norm max_norm in place of optax.clip_by_global_norm"
+                    f"params{self._names[index]} looks at others too ({first.primitive}); use "
+                    "fused=False, or for clipping by the global norm max_norm in place of "
+                    "optax.clip_by_global_norm"
                 )
         for name, out in zip(self._states, self.state_out, strict=True):
             if self.owner(out) == ACROSS:

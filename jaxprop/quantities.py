@@ -12,6 +12,7 @@ at a time. A layer that couples the examples of a batch has no per-example gradi
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -51,14 +52,14 @@ def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> OfBatch:
         if not isinstance(quantity, Quantity):
             raise TypeError(f"{name} is not a quantity but {quantity!r}; write jp.Gradient(), say")
 
-    def take(step: Step) -> Seat:
+    def take(step: Step) -> Taken:
         forms, examples = factored(step), jax.tree.leaves(step.ct)[0].shape[0]
-        return Seat(
+        return Taken(
             {name: quantity.take(step.params, forms, examples) for name, quantity in asked.items()}
         )
 
-    def settle(seat: Seat) -> Seat:
-        return Seat({name: asked[name].settle(taken) for name, taken in seat.by_name.items()})
+    def settle(taken: Taken) -> Taken:
+        return Taken({name: asked[name].settle(each) for name, each in taken.by_name.items()})
 
     taking = walk(net, loss, take, own_gradient)
     settling = walk(net, loss, lambda step: settle(take(step)), own_gradient)
@@ -69,7 +70,7 @@ def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> OfBatch:
 
     def finish(parts: tuple[Array, Any], examples: int, params: Any) -> dict[str, Any]:
         value, left = parts
-        return finished(value, jax.tree.map(settle, left, is_leaf=_is_seat), examples)
+        return finished(value, jax.tree.map(settle, left, is_leaf=_is_taken), examples)
 
     def whole(params: Any, x: Any, target: Any) -> dict[str, Any]:
         value, left, _ = settling(params, x, target)
@@ -84,7 +85,8 @@ def quantities(net: Layer, loss: Loss, /, **asked: Quantity) -> OfBatch:
 
 
 def _alone(net: Layer, loss: Loss, quantity: Quantity) -> OfBatch:
-    return quantities(net, loss, it=quantity).then(lambda together: together["it"])
+    name = type(quantity).__name__
+    return quantities(net, loss, **{name: quantity}).then(lambda together: together[name])
 
 
 def per_example_grads(net: Layer, loss: Loss) -> OfBatch:
@@ -140,24 +142,17 @@ def noise_scale(net: Layer, loss: Loss) -> OfBatch:
     return _alone(net, loss, NoiseScale())
 
 
-@jax.tree_util.register_pytree_node_class
-class Seat:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Taken:
     """What was taken at one layer, by name."""
 
-    def __init__(self, by_name: dict[str, Any]) -> None:
-        self.by_name = by_name
-
-    def tree_flatten(self) -> tuple[tuple[dict[str, Any]], None]:
-        return (self.by_name,), None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[dict[str, Any]]) -> Seat:
-        return cls(*children)
+    by_name: dict[str, Any]
 
 
 def picked(left: Any, name: str) -> Any:
-    return jax.tree.map(lambda seat: seat.by_name[name], left, is_leaf=_is_seat)
+    return jax.tree.map(lambda taken: taken.by_name[name], left, is_leaf=_is_taken)
 
 
-def _is_seat(node: object) -> bool:
-    return isinstance(node, Seat)
+def _is_taken(node: object) -> bool:
+    return isinstance(node, Taken)

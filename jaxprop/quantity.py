@@ -56,7 +56,7 @@ class Gradient(Quantity):
     """The gradient of the mean over examples; like params."""
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return _each(lambda p, form: like(p, _mean(form, examples)), params, forms)
+        return jax.tree.map(lambda p, form: like(p, _mean(form, examples)), params, forms)
 
 
 class PerExampleGrads(Quantity):
@@ -66,7 +66,7 @@ class PerExampleGrads(Quantity):
         def each(p: Array, form: Factored) -> PerExample:
             return PerExample(form.per_example().astype(p.dtype), axis=-1 - p.ndim)
 
-        return _each(each, params, forms)
+        return jax.tree.map(each, params, forms)
 
     def finish(self, settled: Any, examples: int) -> Any:
         """Behind the example axis come the layers of a ``repeat``, as in params."""
@@ -105,7 +105,7 @@ class SecondMoment(Quantity):
     """The mean over examples of g_n^2, elementwise; like params, in at least float32."""
 
     def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return _each(lambda _, form: form.second_moment() / examples, params, forms)
+        return jax.tree.map(lambda _, form: form.second_moment() / examples, params, forms)
 
 
 class Variance(Quantity):
@@ -115,7 +115,7 @@ class Variance(Quantity):
         def moments(_: Array, form: Factored) -> Moments:
             return Moments(_mean(form, examples), form.second_moment() / examples)
 
-        return _each(moments, params, forms)
+        return jax.tree.map(moments, params, forms)
 
     def settle(self, taken: Any) -> Any:
         def variance(of: Moments) -> Array:
@@ -137,7 +137,7 @@ class NoiseScale(Quantity):
         def moments(_: Array, form: Factored) -> Moments:
             return Moments(wide(_mean(form, examples)), jnp.mean(form.sq_norms()))
 
-        return _each(moments, params, forms)
+        return jax.tree.map(moments, params, forms)
 
     def settle(self, taken: Any) -> Any:
         return Total(total(lambda of: jnp.stack([jnp.sum(of.second), jnp.sum(of.mean**2)]), taken))
@@ -148,17 +148,6 @@ class NoiseScale(Quantity):
         mean_of_squares, square_of_mean = everything(settled)
         trace = (mean_of_squares - square_of_mean) * examples / (examples - 1)
         return trace * (examples - 1) / (examples * square_of_mean - mean_of_squares)
-
-
-class Forms(Quantity):
-    """The factored cotangents themselves; like params."""
-
-    def take(self, params: Any, forms: Any, examples: int) -> Any:
-        return forms
-
-
-def _each(f: Callable[[Array, Factored], Any], params: Any, forms: Any) -> Any:
-    return jax.tree.map(f, params, forms)
 
 
 def _mean(form: Factored, examples: int) -> Array:

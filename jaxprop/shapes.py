@@ -1,7 +1,8 @@
-"""What an argument is like: its shapes, in words and as structs, where it lies, and its kind."""
+"""What an argument is like: its kind, its shapes, in words and as structs, and where it lies."""
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -32,6 +33,18 @@ def require(value: object, kind: type, where: str) -> None:
         raise TypeError(f"{where} is not a {kind.__name__} but {value!r}")
 
 
+def is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise unless value is a whole number of at least 1."""
+    if not is_whole(value):
+        raise TypeError(f"{name} is a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} is at least 1, not {value}")
+
+
 def laid_out(x: jax.Array, *axes: Any) -> NamedSharding | None:
     """Where an array shall lie whose axes lie as named, on x's mesh if that has explicit axes.
 
@@ -43,9 +56,11 @@ def laid_out(x: jax.Array, *axes: Any) -> NamedSharding | None:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def in_shard_map() -> bool:
-    """Whether a device sees its own share of the batch alone."""
-    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+def shard_map_axes() -> tuple[str, ...]:
+    """The mesh axes along which, in ``jax.shard_map``, each device sees its own share alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, of_type in types if of_type == AxisType.Manual)
 
 
 def empty_like(x: jax.Array) -> jax.Array:

@@ -53,6 +53,7 @@ def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> A
         >>> tuple(jp.sharding.fully_sharded(jnp.ones((12, 64, 256)), mesh, "data").spec)
         (None, None, 'data')
     """
+    _check_tree(tree)
     sizes = _sizes(mesh, *axes) or dict(mesh.shape)
 
     def place(leaf: Any) -> NamedSharding:
@@ -86,6 +87,7 @@ def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = Non
         >>> tuple(jp.sharding.tensor_parallel(down, mesh, "model").w.spec)
         ('model', None)
     """
+    _check_tree(tree)
     size = _sizes(mesh, axis)[axis]
 
     def is_dense(node: Any) -> bool:
@@ -151,6 +153,11 @@ def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> list[
             left[axis] //= size
             names[axis] = (*names[axis], name)
     return [each[0] if len(each) == 1 else each or None for each in names]
+
+
+def _check_tree(tree: Any) -> None:
+    if isinstance(tree, Layer):
+        raise TypeError(f"params have a place, a net has none: got {tree}")
 
 
 def _sizes(mesh: Mesh, *axes: str) -> dict[str, int]:

@@ -23,7 +23,7 @@ class Static(abc.ABC):
             if base is not Static and issubclass(base, Static) and not inspect.isabstract(base):
                 raise TypeError(
                     f"{cls.__name__} subclasses {base.__name__}; to change a rule, wrap the layer: "
-                    "hold it in a field and call it"
+                    "hold it in a field and call it (jp.Wrapper)"
                 )
         dataclasses.dataclass(frozen=True, repr=False)(cls)
         jax.tree_util.register_static(cls)

@@ -13,7 +13,7 @@ from jax import Array
 from jaxprop.backprop import mean_gradient, walk
 from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import gradient
-from jaxprop.layer import Layer, Step, map_layers
+from jaxprop.layer import Layer, Step, held, map_held
 from jaxprop.layers import BatchNorm
 from jaxprop.losses import Loss
 
@@ -33,8 +33,7 @@ def value_and_grad(net: Layer, loss: Loss, *, loss_scale: float = 1.0) -> ValueA
     """
 
     def leave(step: Step) -> Any:
-        grads = gradient(step.params, step.d_params)
-        return grads if loss_scale == 1 else jax.tree.map(lambda g: g / loss_scale, grads)
+        return gradient(step.params, step.d_params, loss_scale)
 
     def source(loss: Loss, residuals: Any, examples: int) -> Any:
         ct = mean_gradient(loss, residuals, examples)
@@ -58,22 +57,18 @@ def evaluation(net: Layer) -> Layer:
         chain(Dense(3), BatchNorm(training=False))
     """
 
-    def evaluating(layer: Layer) -> Layer:
-        if isinstance(layer, Wrapper):
-            return dataclasses.replace(layer, layer=evaluation(layer.layer))
-        has_it = isinstance(getattr(layer, "training", None), bool)
-        return dataclasses.replace(layer, training=False) if has_it else layer
-
-    return map_layers(net, evaluating)
+    net = map_held(net, evaluation)
+    trains = isinstance(getattr(net, "training", None), bool)
+    return dataclasses.replace(net, training=False) if trains else net
 
 
 def with_statistics(net: Layer, params: Any, x: Any) -> Any:
     """params with each BatchNorm's running statistics moved towards those of the batch x.
 
-    For a BatchNorm in training, running = momentum * running + (1 - momentum) * the batch's; all
-    else is as it was; one that is ``shared`` raises ``ValueError``. In one ``jax.jit`` with
-    ``value_and_grad`` of the same params, or with ``update`` of the params that it returns, the way
-    forward is computed once:
+    For a BatchNorm in training, running = momentum * running + (1 - momentum) * the batch's, where
+    that is finite; all else is as it was. One that is ``shared`` raises ``ValueError``. In one
+    ``jax.jit`` with ``value_and_grad`` of the same params, or with ``update`` of the params that it
+    returns, the way forward is computed once:
 
         @jax.jit
         def step(params, state, x, target):
@@ -86,6 +81,11 @@ def with_statistics(net: Layer, params: Any, x: Any) -> Any:
             layer, residuals = layer.inside(residuals)
         if isinstance(layer, BatchNorm) and layer.training:
             return layer.with_statistics(step.params, residuals)
+        if any(inner.batch_coupled for inner in held(layer)):
+            raise ValueError(
+                f"{layer}: a layer around a BatchNorm is a jp.Wrapper, which says where its "
+                "statistics are"
+            )
         return step.params
 
     y, residuals = net.forward(params, x)

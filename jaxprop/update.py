@@ -14,12 +14,12 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from jaxprop import training
-from jaxprop.backprop import ahead, loss_fn, mean_gradient
+from jaxprop.backprop import ahead, check_net_and_loss, loss_fn, mean_gradient
 from jaxprop.factored import Factored, gradient, is_factored, wide
 from jaxprop.layer import Layer, Step, Total
 from jaxprop.leafwise import Leafwise
 from jaxprop.losses import Loss
-from jaxprop.shapes import in_shard_map
+from jaxprop.shapes import shard_map_axes
 from jaxprop.training import ValueAndGrad
 
 
@@ -34,7 +34,7 @@ class Update:
     """``update(params, state, x, target, key=None, mask=None) -> (params, state, value)``, jitted.
 
     ``update.init(params)`` is the state to start from, ``update.lower(...)`` what ``jax.jit`` calls
-    by that name.
+    by that name; what it compiles to takes a key and a mask by name.
     """
 
     def __init__(self, step: Callable[..., Any], init: Callable[[Any], Any]) -> None:
@@ -48,9 +48,11 @@ class Update:
         x: Any,
         target: Any,
         key: chex.PRNGKey | None = None,
+        *,
         mask: Any = None,
     ) -> tuple[Any, Any, Array]:
-        return self._step(*_fit_to_donate((params, state)), x, target, key, mask)
+        params, state = _fit_to_donate((params, state))
+        return self._step(params, state, x, target, **_given(key, mask))
 
     def lower(
         self,
@@ -59,9 +61,14 @@ class Update:
         x: Any,
         target: Any,
         key: chex.PRNGKey | None = None,
+        *,
         mask: Any = None,
     ) -> Any:
-        return self._step.lower(params, state, x, target, key, mask)
+        return self._step.lower(params, state, x, target, **_given(key, mask))
+
+
+def _given(key: Any, mask: Any) -> dict[str, Any]:
+    return {name: v for name, v in {"key": key, "mask": mask}.items() if v is not None}
 
 
 def make_update(
@@ -80,9 +87,10 @@ def make_update(
         net: the network.
         loss: the loss; its mean over examples is what is minimised, and ``value`` that mean before
             the update.
-        optimizer: any optax transformation; start from ``state = optimizer.init(params)``. Those
-            that ask for the value, the gradient or the loss as a function (``optax.lbfgs``,
-            ``optax.polyak_sgd``, ``reduce_on_plateau``) are given them.
+        optimizer: any optax transformation; start from ``state = update.init(params)``, which is
+            ``optimizer.init(params)`` in memory of its own. Those that ask for the value, the
+            gradient or the loss as a function (``optax.lbfgs``, ``optax.polyak_sgd``,
+            ``reduce_on_plateau``) are given them.
         fused: update each layer's params on the walk back, as soon as their gradient exists, so
             that the gradients of all params are never in memory together. In a ``repeat`` params
             and state stay where they are, whatever the depth. The optimizer's update of a param
@@ -98,15 +106,22 @@ def make_update(
             start from ``update.init(params)``. With ``fused`` this too needs the norm's walk.
         value_and_grad: how to differentiate: a function of (net, loss) that returns
             ``f(params, x, target) -> (value, grads)``; by default ``jp.value_and_grad``. Autodiff
-            is ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``. Not with ``fused``,
-            which therefore has no micro-batches (``jp.accumulate``) and no ``loss_scale``.
+            is ``lambda net, loss: jax.value_and_grad(jp.loss_fn(net, loss))``, which takes neither
+            key nor mask. Not with ``fused``, which therefore has no micro-batches
+            (``jp.accumulate``) and no ``loss_scale``.
 
     A key, a new one each step, and a mask are put in the seats of the layers that take one
-    (``net.given``).
+    (``net.given``); what no layer takes is not used.
+
+    In ``jax.shard_map`` ``value`` is the mean over a device's own examples, and the gradient, as
+    that of autodiff there, the sum of what the devices find.
 
     params and state are donated: their memory is used for the results, and the arrays that were
     passed in cannot be used again.
     """
+    check_net_and_loss(net, loss)
+    if isinstance(optimizer, optax.MultiSteps):
+        raise TypeError("optimizer: write optax.MultiSteps(...).gradient_transformation()")
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
             f"optimizer is not an optax transformation such as optax.sgd(0.1) but {optimizer!r}"
@@ -131,10 +146,21 @@ def make_update(
 
 
 class Seen(NamedTuple):
-    """What an update knows of the whole batch: the loss, and the norm of the gradient if needed."""
+    """What an update knows of the whole batch: the loss, and if needed the norm of the gradient."""
 
     value: Float[Array, ""]
-    norm: Any  # None where nobody needs it
+    norm: Any = None
+    finite: Any = None
+
+    @classmethod
+    def with_norm(cls, value: Array, norm: Array) -> Seen:
+        """Finite is what is so on all devices: in ``jax.shard_map`` each sees a loss of its own."""
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        axes = shard_map_axes()
+        if axes:
+            finite &= jax.lax.axis_index(axes) >= 0  # always so, but on each device its own answer
+            finite = jax.lax.pmin(finite.astype(jnp.int32), axes) > 0
+        return cls(value, norm, finite)
 
 
 Apply = Callable[..., tuple[Any, Any]]
@@ -161,19 +187,18 @@ def _make_apply(
     ) -> tuple[Any, Any]:
         if not isinstance(state, Skipping):
             raise TypeError("with skip_nonfinite start from state = update.init(params)")
-        finite = jnp.isfinite(seen.value) & jnp.isfinite(seen.norm)
         old = params, state.state
         params, inner = jax.tree.map(
-            lambda new, old: jax.lax.select(finite, new, old),
+            lambda new, old: jax.lax.select(seen.finite, new, old),
             apply(grads, state.state, params, seen, value_fn),
             old,
         )
-        return params, Skipping(inner, state.skipped + (~finite).astype(jnp.int32))
+        return params, Skipping(inner, state.skipped + (~seen.finite).astype(jnp.int32))
 
     return apply_if_finite if skip_nonfinite else apply
 
 
-Run = Callable[[Any, Any, Any, Any, Any, Any], tuple[Any, Any, Array]]
+Run = Callable[..., tuple[Any, Any, Array]]
 
 
 def _whole(
@@ -183,14 +208,16 @@ def _whole(
     scalar = loss_fn(net, loss)
 
     def step(
-        params: Any, state: Any, x: Any, target: Any, key: Any, mask: Any
+        params: Any, state: Any, x: Any, target: Any, key: Any = None, mask: Any = None
     ) -> tuple[Any, Any, Array]:
         def value_fn(params: Any) -> Array:
             return scalar(net.given(params, key=key, mask=mask), x, target)
 
         value, grads = differentiate(net.given(params, key=key, mask=mask), x, target)
-        norm = optax.tree.norm(jax.tree.map(wide, grads)) if need_norm else None
-        return *apply(grads, state, params, Seen(value, norm), value_fn), value
+        seen = Seen(value)
+        if need_norm:
+            seen = Seen.with_norm(value, optax.tree.norm(jax.tree.map(wide, grads)))
+        return *apply(grads, state, params, seen, value_fn), value
 
     return step
 
@@ -199,19 +226,21 @@ def _fused(net: Layer, loss: Loss, apply: Apply, need_norm: bool) -> Run:
     """Each layer's update as what the walk back leaves behind."""
 
     def step(
-        params: Any, state: Any, x: Any, target: Any, key: Any, mask: Any
+        params: Any, state: Any, x: Any, target: Any, key: Any = None, mask: Any = None
     ) -> tuple[Any, Any, Array]:
         seats = net.given(params, key=key, mask=mask)
         value, examples, residuals, pull = ahead(net, loss, seats, x, target)
         ct = mean_gradient(loss, residuals, examples)
-        norm = jnp.sqrt(sum(jax.tree.leaves(pull(ct, _sq_norms)[0]))) if need_norm else None
-        apart = Leafwise(apply, params, state, Seen(value, norm))
+        seen = Seen(value)
+        if need_norm:
+            seen = Seen.with_norm(value, jnp.sqrt(sum(jax.tree.leaves(pull(ct, _sq_norms)[0]))))
+        leafwise = Leafwise(apply, params, state, seen)
 
         def leave(step: Step) -> Any:
-            return apart.updated(step.seat, gradient(step.params, step.d_params))
+            return leafwise.updated(step.seat, gradient(step.params, step.d_params))
 
-        seats, _ = pull(ct, leave, net.given(apart.attached(), key=key, mask=mask))
-        return *apart.results(seats), value
+        seats, _ = pull(ct, leave, net.given(leafwise.attached(), key=key, mask=mask))
+        return *leafwise.results(seats), value
 
     return step
 
@@ -227,7 +256,7 @@ def _sq_norms(step: Step) -> Total:
         return leaf.sq_norm_of_sum() if isinstance(leaf, Factored) else jnp.sum(wide(leaf) ** 2)
 
     narrow = any(wide(param).dtype != param.dtype for param in jax.tree.leaves(step.params))
-    whole = gradient(step.params, step.d_params) if narrow or in_shard_map() else step.d_params
+    whole = gradient(step.params, step.d_params) if narrow or shard_map_axes() else step.d_params
     return Total(tuple(map(sq_norm, jax.tree.leaves(whole, is_leaf=is_factored))))
 
 

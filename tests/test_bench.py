@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from table import relative_error
 
 from jaxprop.bench import measure, regressions, rows
+from jaxprop.bench.report import EXPLANATION
 from jaxprop.cli import main
 
 
@@ -21,7 +23,7 @@ def small(monkeypatch):
     }
     monkeypatch.setattr("jaxprop.bench.report.ROWS", small_rows)
     monkeypatch.setattr("jaxprop.bench.report.matmul_rate", lambda: measure.matmul_rate(64))
-    monkeypatch.setattr("jaxprop.bench.report.SECONDS", {True: 0.05, False: 0.1})
+    monkeypatch.setattr("jaxprop.bench.report.QUICK", (0.05, 2))
 
 
 def test_rows_compute_the_same_by_hand_and_by_autodiff():
@@ -39,6 +41,16 @@ def test_the_rows_that_are_promised():
         "mlp-32x128",
         "worked-example",
     ]
+
+
+def test_the_readme_shows_the_table_as_it_is_printed():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = readme.split("$ jaxprop bench\n")[1].split("```")[0]
+    device, head, *lines = table.splitlines()
+    assert "GFLOP/s" in device
+    assert head.split()[:3] == ["row", "hand", "ms"]
+    assert [line.split()[0] for line in lines[: len(rows.ROWS)]] == list(rows.ROWS)
+    assert "\n".join(lines[len(rows.ROWS) :]) == EXPLANATION
 
 
 def test_table_and_figures(capsys, tmp_path, small):

@@ -8,7 +8,7 @@ import pytest
 from table import BLOCK, Row, at, ids, normal, relative_error
 
 import jaxprop as jp
-from jaxprop.bench.sequences import gpt
+from jaxprop.bench.networks import gpt
 
 
 def test_a_repeat_is_the_chain_of_its_layers():
@@ -237,6 +237,42 @@ def test_loss_scale_keeps_what_float16_loses():
     assert relative_error(kept, wide[0].b) < 0.01 < relative_error(lost, wide[0].b)
 
 
+def test_loss_scale_is_taken_off_before_narrow_params_round():
+    net, loss = jp.chain(jp.Dense(4)), jp.HalfSquaredError()
+    params, x = at(Row(net, 10 * normal(8, 3)), jnp.float16)
+    args = params, x, jnp.full((8, 4), 100, jnp.float16)
+    _, plain = jp.value_and_grad(net, loss)(*args)
+    _, scaled = jp.value_and_grad(net, loss, loss_scale=2.0**10)(*args)
+    assert jnp.max(jnp.abs(plain[0].w)) * 2.0**10 > jnp.finfo(jnp.float16).max
+    assert relative_error(scaled, plain) <= 2**-9
+
+
+def test_cast_leaves_running_statistics_as_they_are():
+    """With a mean of 30 and a deviation of 1, bfloat16 would move y by a twentieth."""
+    layer = jp.BatchNorm(training=False)
+    params = jp.BatchNormParams(jnp.ones(3), jnp.zeros(3), jnp.full(3, 30.3), jnp.ones(3))
+    params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, jnp.full((2, 3), 30)))
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    for net in (layer, jp.sharding.gathered(layer, mesh), jp.shared(layer, 1)):
+        y, _ = jp.cast(net, jnp.bfloat16).forward(params, x)
+        np.testing.assert_allclose(y.astype(jnp.float32), -0.3, rtol=1e-2)
+
+
+class Lookup(jp.Layer):
+    """An embedding of 4 features that gives its table's cotangent summed."""
+
+    vocab: int
+
+    def init(self, key, x):
+        return jax.random.normal(key, (self.vocab, 4))
+
+    def forward(self, params, x):
+        return params[x], x
+
+    def backward(self, params, x, ct):
+        return jnp.zeros_like(params).at[x].add(ct), None
+
+
 def raises(error, words, f, *args):
     with pytest.raises(error, match=words):
         f(*args)
@@ -248,20 +284,31 @@ def test_errors():
     wider = jp.repeat(jp.Dense(5), 2)
     params = jax.vmap(lambda key: jp.Dense(5).init(key, x))(jax.random.split(key, 2))
     raises(ValueError, "its y is the x of the next", wider.forward, params, x)
-    raises(ValueError, "at least 1 time, not 0", jp.repeat, jp.Dense(4), 0)
-    raises(TypeError, "whole number of times, not 2.0", jp.repeat, jp.Dense(4), 2.0)
+    raises(ValueError, "times is at least 1, not 0", jp.repeat, jp.Dense(4), 0)
+    raises(TypeError, "times is a whole number, not 2.0", jp.repeat, jp.Dense(4), 2.0)
     net = jp.repeat(jp.Dense(4), 3)
     raises(ValueError, "axis 0 is the layer, and there are 3", net.forward, (x, x[0]), x)
     raises(ValueError, "at least one layer", jp.branch)
     raises(ValueError, "'sum' or 'concatenate', not 'stack'", lambda: jp.branch(net, join="stack"))
     two = jp.branch(jp.Dense(3), jp.Dense(2))
     raises(ValueError, "cannot be joined by sum", two.forward, two.init(key, x), x)
-    raises(ValueError, "takes a tuple of as many params", two.forward, (), x)
+    raises(ValueError, "takes a tuple of 2 params, one a layer, not 0", two.forward, (), x)
+    raises(ValueError, "of 2 params, one a layer, not 1", two.given, two.init(key, x)[:1])
+    assert jp.repeat(jp.Dense(4), np.int64(2)).init(key, x).w.shape == (2, 4, 4)
     raises(ValueError, "repeat inside is not supported", jp.shared, net, 2)
     tied = jp.tied(jp.Embedding(7, 4), jp.Dense(3))
     tokens = jnp.zeros((2, 3), int)
     raises(ValueError, "scores 4 features", tied.forward, tied.init(key, tokens), tokens)
     raises(ValueError, "takes the params", tied.forward, (), tokens)
+    plain = jp.tied(Lookup(7), jp.Dense(4))
+    raises(
+        TypeError,
+        "must be a form, such as jp.Rows",
+        jp.value_and_grad(plain, jp.CrossEntropy()),
+        plain.init(key, tokens),
+        tokens,
+        tokens,
+    )
     raises(TypeError, "integer ids, not", jp.Embedding(3, 4).init, key, x)
     raises(TypeError, "integer ids, not", jp.Embedding(3, 4).forward, jnp.ones((3, 4)), x)
     raises(ValueError, r"rate in \[0, 1\), not 1", jp.Dropout, 1)

@@ -200,6 +200,59 @@ def test_statistics_are_found_in_layers_around_others():
         jp.with_statistics(jp.shared(layer, 2), params, x)
 
 
+class Around(jp.Layer):
+    """A user's: it holds a layer, and is no Wrapper."""
+
+    inner: jp.Layer
+
+    def init(self, key, x):
+        return self.inner.init(key, x)
+
+    def forward(self, params, x):
+        return self.inner.forward(params, x)
+
+    def backward(self, params, residuals, ct):
+        return self.inner.backward(params, residuals, ct)
+
+
+class Doubled(jp.Wrapper):
+    """2 f(x)"""
+
+    def forward(self, params, x):
+        y, residuals = self.layer.forward(params, x)
+        return 2 * y, residuals
+
+    def backward(self, params, residuals, ct):
+        return self.layer.backward(params, residuals, 2 * ct)
+
+
+def test_a_batch_that_is_not_finite_does_not_move_them():
+    layer = jp.BatchNorm()
+    params, x = at(Row(layer, normal(6, 3)))
+    moved = jp.with_statistics(layer, params, x.at[2, 1].set(jnp.nan))
+    assert (moved.mean[1], moved.var[1]) == (params.mean[1], params.var[1])
+    expected = jp.with_statistics(layer, params, x)
+    np.testing.assert_array_equal(moved.mean[::2], expected.mean[::2])
+
+
+def test_a_layer_around_a_batch_norm_is_as_coupled_as_it():
+    x = normal(6, 3)
+    for net in (Around(jp.BatchNorm()), jp.chain(Doubled(jp.BatchNorm()))):
+        params = net.init(jax.random.key(0), x)
+        assert net.batch_coupled
+        with pytest.raises(ValueError, match="couples the examples of a batch"):
+            jp.per_example_sq_norms(net, LOSS)(params, x, x)
+        evaluated = jp.evaluation(net)
+        assert not evaluated.batch_coupled
+        assert jp.per_example_sq_norms(evaluated, LOSS)(params, x, x).shape == (6,)
+    moved = jp.with_statistics(net, params, x)[0]
+    np.testing.assert_allclose(moved.mean, 0.1 * x.mean(0))
+    jp.check_layer(Doubled(jp.LayerNorm()), x)
+    around = Around(jp.BatchNorm())
+    with pytest.raises(ValueError, match=r"Around\(BatchNorm\(\)\): .* is a jp\.Wrapper"):
+        jp.with_statistics(around, around.init(jax.random.key(0), x), x)
+
+
 def test_running_statistics_converge_to_the_batch_s():
     params, x, _ = problem()
     move = jax.jit(functools.partial(jp.with_statistics, NET))

@@ -161,6 +161,31 @@ def test_clipped_with_a_key_and_a_mask_in_the_seats():
     assert relative_error(clipped, unclipped) > 0.1
 
 
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_the_bound_holds_in_narrow_dtypes(two_pass):
+    """A cotangent that is weighted before it is rounded would go over it, or become zero."""
+    net = jp.chain(jp.Dense(8), jp.Tanh(), jp.Dense(3))
+    for dtype, examples, max_norm in ((jnp.bfloat16, 1, 1e-3), (jnp.float16, 1200, 1e-4)):
+        narrow, loss = jp.cast(net, dtype), jp.CrossEntropy()
+        x = jnp.asarray(normal(1, 5), jnp.float32)
+        params = narrow.init(jax.random.key(0), x)
+        x = jnp.tile(x, (examples, 1))
+        args = params, x, jnp.zeros(examples, int)
+        f = jp.clipped_grad(narrow, loss, max_norm, two_pass=two_pass)
+        # In one program XLA may round an array for one of its uses, and not for another.
+        for clipped, rtol in ((f, 1e-6), (jax.jit(f), 1e-3)):
+            _, grads = clipped(*args)
+            norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
+            np.testing.assert_allclose(norm, max_norm, rtol=rtol)
+
+
+def test_a_loss_without_parentheses_is_named_where_it_is_written():
+    net = jp.chain(jp.Dense(3))
+    for two_pass in (False, True):
+        with pytest.raises(TypeError, match=r"loss is the class CrossEntropy; write"):
+            jp.clipped_grad(net, jp.CrossEntropy, 1.0, two_pass=two_pass)
+
+
 @rows
 def test_per_layer_norms_and_clipping(row):
     net, loss, *args = problem(row)

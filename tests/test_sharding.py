@@ -346,7 +346,9 @@ def test_rules():
         lambda tree, mesh: jp.sharding.tensor_parallel(tree, mesh, "data"),
     ):
         with pytest.raises(ValueError, match="the mesh must be one of Auto axes, not"):
-            rule(GPT, explicit)
+            rule(() if rule is not jp.sharding.gathered else GPT, explicit)
+    with pytest.raises(TypeError, match="params have a place, a net has none"):
+        jp.sharding.fully_sharded(GPT, mesh)
 
 
 def test_rules_for_what_an_optimizer_keeps():

@@ -238,7 +238,7 @@ def test_fused_in_float32_is_close_in_norm():
     ("optimizer", "says"),
     [
         (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), r"others too.*max_norm"),
-        (optax.polyak_sgd(), r"params\[0\].w looks at others too"),
+        (optax.polyak_sgd(), r"params\[0\].w looks at others too \(add\)"),
         (optax.apply_if_finite(optax.sgd(0.1), 3), "looks at others too"),
         (optax.lbfgs(), "loss as a function"),
         (optax.lamb(1e-3), r"params\[1\]\[0\].\w, which repeat stacks, .* more than one entry"),
@@ -378,14 +378,17 @@ def test_the_norm_of_float16_gradients(fused, size, skipped):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("net", ["unrolled", "nested"])
-def test_the_norm_under_shard_map(net):
-    """It is that of the sum over devices, which is what the optimizer is given there."""
+@pytest.mark.parametrize("bad", [0.0, jnp.inf])
+def test_under_shard_map(net, bad):
+    """The norm is that of the sum over devices; a batch that is bad on one is skipped by all."""
     net = NETS[net]
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere, split = PartitionSpec(), PartitionSpec("d")
     ends = []
     for fused in (True, False):
-        update = jp.make_update(net, LOSS, optax.adam(1e-2), fused=fused, max_norm=0.05)
+        update = jp.make_update(
+            net, LOSS, optax.adam(1e-2), fused=fused, max_norm=0.05, skip_nonfinite=True
+        )
         params, x, target = data(net)
 
         def step(*args, update=update):
@@ -398,8 +401,37 @@ def test_the_norm_under_shard_map(net):
             in_specs=(everywhere, everywhere, split, split),
             out_specs=everywhere,
         )
-        ends.append(jax.jit(sharded)(params, update.init(params), x, target))
+        x = x.at[0].add(bad)
+        params, state, _ = jax.jit(sharded)(params, update.init(params), x, target)
+        assert int(state.skipped) == (bad > 0)
+        ends.append((params, state))
     assert relative_error(*ends) <= 1e-10
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("of_x", "of_ct"), [(1e18, 1e-20), (3e19, 1e-22)])
+def test_the_norm_of_factors_far_apart_in_size(fused, of_x, of_ct):
+    """Squared, one would overflow in float32 and the other vanish; their product is ordinary."""
+    net, loss = jp.chain(jp.Dense(8, bias=False)), jp.HalfSquaredError()
+    x = jnp.full((2, 8), of_x, jnp.float32)
+    params = (jp.Affine(jnp.zeros((8, 8), jnp.float32), None),)
+    target = jnp.full((2, 8), of_ct, jnp.float32)
+    update = jp.make_update(net, loss, optax.sgd(1.0), fused=fused, max_norm=1e-3)
+    got, _, _ = update(params, update.init(params), x, target)
+    np.testing.assert_allclose(jnp.sqrt(jnp.sum(got[0].w ** 2)), 1e-3, rtol=1e-5)
+
+
+def test_what_is_lowered_is_called_as_it_was_lowered():
+    params, x, target = problem()
+    update = jp.make_update(MLP, LOSS, optax.sgd(0.1))
+    state = update.init(params)
+    compiled = update.lower(params, state, x, target).compile()
+    expected = update(jax.tree.map(jnp.copy, params), state, x, target)
+    assert relative_error(compiled(params, state, x, target), expected) <= 1e-14
+    params = problem()[0]
+    keyed = update.lower(params, state, x, target, jax.random.key(0)).compile()
+    got = keyed(params, state, x, target, key=jax.random.key(1))
+    assert relative_error(got, expected) <= 1e-14
 
 
 @pytest.mark.parametrize("rows", [2, 40])
@@ -503,8 +535,12 @@ def test_fused_on_many_devices(axes):
     [
         ({"fused": True, "value_and_grad": jp.value_and_grad}, ValueError, "not both"),
         ({"max_norm": 0.0}, ValueError, "positive"),
+        ({"loss": jp.CrossEntropy, "fused": True}, TypeError, r"write CrossEntropy\(...\)"),
+        ({"net": jp.Dense}, TypeError, r"write Dense\(...\)"),
+        ({"optimizer": optax.sgd}, TypeError, "not an optax transformation"),
+        ({"optimizer": optax.MultiSteps(optax.sgd(0.1), 2)}, TypeError, "gradient_transformation"),
     ],
 )
 def test_options_that_do_not_fit(options, error, says):
     with pytest.raises(error, match=says):
-        jp.make_update(MLP, LOSS, optax.sgd(0.1), **options)
+        jp.make_update(**{"net": MLP, "loss": LOSS, "optimizer": optax.sgd(0.1)} | options)

@@ -15,13 +15,12 @@ from jaxprop.bench.rows import ROWS
 
 RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1
+QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds of runs a row, and how often it is compiled
 EXPLANATION = """\
 hand: jaxprop; auto: jax.value_and_grad of the same loss, in a row /vmap the same quantity by
-jax.vmap, in a row -norms jaxprop's own value_and_grad, in a row fused- the same optimizer after it.
-run, trace, compile, temp: ratios hand/auto, medians of neighbouring pairs [quartiles]. share:
-hand's FLOP/s as a part of a large matmul's (- where a loop hides them)."""
-SECONDS = {True: 0.8, False: 10.0}  # for the runs of a row; True is --quick
-BUILDS = {True: 2, False: 9}
+jax.vmap, for a network's norms jaxprop's own value_and_grad, in a row fused- jax.value_and_grad and
+the same optimizer. run, trace, compile, temp: ratios hand/auto, medians of neighbouring pairs
+[quartiles]. share: hand's FLOP/s as a part of a large matmul's (- where a loop hides them)."""
 
 
 class BenchError(Exception):
@@ -36,6 +35,7 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
     console = Console(highlight=False)
     width = max(100, console.width) if not console.is_terminal else min(100, console.width)
     console = Console(highlight=False, width=width)
+    seconds, builds = QUICK if quick else FULL
     rate = matmul_rate()
     figures: dict[str, Any] = {
         "device": str(jax.devices()[0].device_kind),
@@ -54,8 +54,8 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
                 case.auto,
                 case.args,
                 carried=case.carried,
-                seconds=SECONDS[quick],
-                builds=BUILDS[quick],
+                seconds=seconds,
+                builds=builds,
             )
             figures["rows"][name] = _figures(measured, rate)
             table.add_row(name, *_cells(figures["rows"][name]))

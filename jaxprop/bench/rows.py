@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprop.backprop import loss_fn
-from jaxprop.bench.images import all_cnn_c, three_c3d
-from jaxprop.bench.sequences import Network, gpt, lstm
+from jaxprop.bench.networks import Network, all_cnn_c, gpt, lstm, three_c3d
 from jaxprop.clipping import clipped_grad
 from jaxprop.combinators import chain, repeat
 from jaxprop.curvature import diag_ggn, kronecker_factors

@@ -8,26 +8,22 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxprop.combinators.chain import given_each
-from jaxprop.layer import Combinator, Layer, Leave, seat
-from jaxprop.shapes import empty_like, require, shapes
+from jaxprop.combinators.chain import Several
+from jaxprop.layer import Layer, Leave, in_layer
+from jaxprop.shapes import empty_like, shapes
 
 
-class Branch(Combinator):
+class Branch(Several):
     """y = f_1(x) + ... + f_k(x), or the f_i(x) beside each other on the last axis.
 
     A copy has the sum for its transpose, and a sum the copy: with d_i what f_i pulls back from ct
     (or from its own part of ct), dE/dx = d_1 + ... + d_k.
     """
 
-    layers: tuple[Layer, ...]
     join: Literal["sum", "concatenate"] = "sum"
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ValueError("branch() needs at least one layer")
-        for index, layer in enumerate(self.layers):
-            require(layer, Layer, f"branch: layer {index}")
+        super().__post_init__()
         if self.join not in ("sum", "concatenate"):
             raise ValueError(f"branch: join is 'sum' or 'concatenate', not {self.join!r}")
 
@@ -38,22 +34,14 @@ class Branch(Combinator):
     def init(self, key: chex.PRNGKey, x: Any) -> tuple[Any, ...]:
         params = []
         for index, layer in enumerate(self.layers):
-            with seat(index, layer):
+            with in_layer(index, layer):
                 params.append(layer.init(jax.random.fold_in(key, index), x))
         return tuple(params)
-
-    def check_params(self, params: Any, x: Any) -> None:
-        """Only the length: each layer holds its own params to its own ``init``."""
-        if type(params) is not tuple or len(params) != len(self.layers):
-            raise ValueError(
-                f"a branch of {len(self.layers)} layers takes a tuple of as many params, one a "
-                f"layer, not {shapes(params)}: {self}"
-            )
 
     def forward(self, params: tuple[Any, ...], x: Any) -> tuple[Any, Any]:
         ys, residuals = [], []
         for index, (layer, p) in enumerate(zip(self.layers, params, strict=True)):
-            with seat(index, layer):
+            with in_layer(index, layer):
                 y, r = layer.forward(p, x)
             ys.append(y)
             residuals.append(r)
@@ -69,20 +57,18 @@ class Branch(Combinator):
         return jnp.concatenate(ys, axis=-1), (tuple(residuals), widths)
 
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
+        self.check_length(params)
         residuals, widths = residuals
         ends = [sum(w.shape[-1] for w in widths[: i + 1]) for i in range(len(widths))]
         cts = jnp.split(ct, ends[:-1], axis=-1) if widths else [ct] * len(self.layers)
         left, d_x = [], None
         steps = zip(self.layers, params, residuals, cts, strict=True)
         for index, (layer, p, r, ct) in enumerate(steps):
-            with seat(index, layer):
+            with in_layer(index, layer):
                 here, d = layer.walk(p, r, ct, leave)
             left.append(here)
             d_x = d if d_x is None else jax.tree.map(jnp.add, d_x, d)
         return tuple(left), d_x
-
-    def given(self, params: Any, *, key: chex.PRNGKey | None = None, mask: Any = None) -> Any:
-        return given_each(self.layers, params, key, mask)
 
 
 def branch(*layers: Layer, join: Literal["sum", "concatenate"] = "sum") -> Branch:

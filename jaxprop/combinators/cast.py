@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import wide
-from jaxprop.layer import Layer, map_layers
+from jaxprop.layer import Layer, map_layers, rounded
 from jaxprop.shapes import empty_like, require, structs
 
 
@@ -28,12 +28,15 @@ class Cast(Wrapper):
         return self.layer.init(key, jax.eval_shape(lambda x: jax.tree.map(wide, x), structs(x)))
 
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
-        y, residuals = self.layer.forward(*self._rounded((params, x)))
+        y, residuals = self.layer.forward(
+            self.layer.rounded(params, self.dtype), rounded(x, self.dtype)
+        )
         return y, (residuals, jax.tree.map(empty_like, x))
 
     def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
         residuals, like = residuals
-        d_params, d_x = self.layer.backward(self._rounded(params), residuals, self._rounded(ct))
+        params, ct = self.layer.rounded(params, self.dtype), rounded(ct, self.dtype)
+        d_params, d_x = self.layer.backward(params, residuals, ct)
         if d_x is None:
             return d_params, None
         return d_params, jax.tree.map(lambda like, d: d.astype(like.dtype), like, d_x)
@@ -41,21 +44,16 @@ class Cast(Wrapper):
     def inside(self, residuals: Any) -> tuple[Layer, Any]:
         return self.layer, residuals[0]
 
-    def _rounded(self, tree: Any) -> Any:
-        def rounded(leaf: Any) -> Any:
-            floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            return leaf.astype(self.dtype) if floating else leaf
-
-        return jax.tree.map(rounded, tree)
-
 
 def cast(net: Layer, dtype: Any) -> Layer:
     """The same net computing in ``dtype``, with params and gradients in their own.
 
     Every layer that is not made of layers rounds its params and its x: with float32 params and
-    ``jnp.bfloat16`` this is mixed precision. Statistics, softmax and the loss are computed in at
-    least float32 as always, and cotangents of params accumulate in it. In float16 small cotangents
-    are lost: ``jp.value_and_grad(..., loss_scale=2.0**12)`` keeps them.
+    ``jnp.bfloat16`` this is mixed precision. Statistics (a BatchNorm's running ones are not
+    rounded), softmax and the loss are in at least float32 as always, and cotangents of params
+    accumulate in it. In float16 small cotangents
+    are lost: ``jp.value_and_grad(..., loss_scale=2.0**12)`` keeps them. A ``repeat`` that comes
+    first takes an x that is of ``dtype`` already.
 
     Raises ``TypeError`` for a dtype that is not floating.
     """

@@ -8,20 +8,47 @@ import chex
 import jax
 
 from jaxprop.combinators.wrapper import Wrapper
-from jaxprop.layer import Combinator, Layer, Leave, seat
+from jaxprop.layer import Combinator, Layer, Leave, in_layer
 from jaxprop.shapes import require, shapes, structs
 
 
-class Chain(Combinator):
-    """y = f_k(... f_2(f_1(x))); the chain rule is the same walk from the other end."""
+class Several(Combinator):
+    """Layers whose params are a tuple with one entry a layer."""
 
     layers: tuple[Layer, ...]
 
     def __post_init__(self) -> None:
+        name = type(self).__name__.lower()
         if not self.layers:
-            raise ValueError("chain() needs at least one layer")
+            raise ValueError(f"{name}() needs at least one layer")
         for index, layer in enumerate(self.layers):
-            require(layer, Layer, f"chain: layer {index}")
+            require(layer, Layer, f"{name}: layer {index}")
+
+    def check_params(self, params: Any, x: Any) -> None:
+        """Only the length: each layer holds its own params to its own ``init``."""
+        self.check_length(params)
+
+    def check_length(self, params: Any) -> None:
+        if type(params) is not tuple or len(params) != len(self.layers):
+            got = len(params) if type(params) is tuple else shapes(params)
+            raise ValueError(
+                f"a {type(self).__name__.lower()} of {len(self.layers)} layers takes a tuple of "
+                f"{len(self.layers)} params, one a layer, not {got}: {self}"
+            )
+
+    def given(
+        self, params: tuple[Any, ...], *, key: chex.PRNGKey | None = None, mask: Any = None
+    ) -> tuple[Any, ...]:
+        """A key of its own for each."""
+        self.check_length(params)
+        return tuple(
+            layer.given(p, key=None if key is None else jax.random.fold_in(key, index), mask=mask)
+            for index, (layer, p) in enumerate(zip(self.layers, params, strict=True))
+        )
+
+
+class Chain(Several):
+    """y = f_k(... f_2(f_1(x))); the chain rule is the same walk from the other end."""
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.layers))})"
@@ -29,20 +56,16 @@ class Chain(Combinator):
     def init(self, key: chex.PRNGKey, x: Any) -> tuple[Any, ...]:
         params = []
         for index, layer in enumerate(self.layers):
-            with seat(index, layer):
+            with in_layer(index, layer):
                 x = structs(x)
                 params.append(layer.init(jax.random.fold_in(key, index), x))
                 x, _ = jax.eval_shape(layer.forward, params[-1], x)
         return tuple(params)
 
-    def check_params(self, params: Any, x: Any) -> None:
-        """Only the length: each layer holds its own params to its own ``init``."""
-        self._check_length(params)
-
     def forward(self, params: tuple[Any, ...], x: Any) -> tuple[Any, tuple[Any, ...]]:
         residuals = []
         for index, (layer, p) in enumerate(zip(self.layers, params, strict=True)):
-            with seat(index, layer):
+            with in_layer(index, layer):
                 x, r = layer.forward(p, x)
             residuals.append(r)
         return x, tuple(residuals)
@@ -50,28 +73,14 @@ class Chain(Combinator):
     def walk(
         self, params: tuple[Any, ...], residuals: tuple[Any, ...], ct: Any, leave: Leave
     ) -> tuple[tuple[Any, ...], Any]:
-        self._check_length(params)
+        self.check_length(params)
         left = []
         steps = list(zip(self.layers, params, residuals, strict=True))
         for index, (layer, p, r) in reversed(list(enumerate(steps))):
-            with seat(index, layer):
+            with in_layer(index, layer):
                 here, ct = layer.walk(p, r, ct, leave)
             left.append(here)
         return tuple(reversed(left)), ct
-
-    def given(
-        self, params: tuple[Any, ...], *, key: chex.PRNGKey | None = None, mask: Any = None
-    ) -> tuple[Any, ...]:
-        self._check_length(params)
-        return given_each(self.layers, params, key, mask)
-
-    def _check_length(self, params: Any) -> None:
-        if type(params) is not tuple or len(params) != len(self.layers):
-            got = len(params) if type(params) is tuple else shapes(params)
-            raise ValueError(
-                f"a chain of {len(self.layers)} layers takes a tuple of {len(self.layers)} params, "
-                f"one a layer, not {got}: {self}"
-            )
 
 
 class Skip(Wrapper, Combinator):
@@ -116,13 +125,3 @@ def skip(layer: Layer) -> Skip:
     The layer keeps the shape of x; another shape raises ``ValueError``.
     """
     return Skip(layer)
-
-
-def given_each(
-    layers: tuple[Layer, ...], params: tuple[Any, ...], key: chex.PRNGKey | None, mask: Any
-) -> tuple[Any, ...]:
-    """``given`` of layers side by side, a key of its own for each."""
-    return tuple(
-        layer.given(p, key=None if key is None else jax.random.fold_in(key, index), mask=mask)
-        for index, (layer, p) in enumerate(zip(layers, params, strict=True))
-    )

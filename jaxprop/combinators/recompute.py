@@ -12,11 +12,12 @@ from jaxprop.shapes import require
 
 
 class Recompute(Wrapper, Combinator):
-    """y = f(x), keeping x alone: the way back computes f's residuals anew, layer by layer.
+    """y = f(x), keeping x alone: the way back runs f forward again for the residuals.
 
-    For the price of a second forward the memory of all residuals becomes that of one layer's
-    (Chen et al. 2016, https://arxiv.org/abs/1604.06174). XLA for CPUs may find that it has computed
-    them before, and keep them after all; inside ``repeat`` it cannot.
+    Inside ``repeat`` these are one layer's: for the price of a second forward, of the residuals of
+    all layers there remain those of one, and an x each (Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174). Elsewhere XLA for CPUs may find that it has computed them
+    before, and keep them after all.
     """
 
     def __post_init__(self) -> None:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.factored import over_layers
-from jaxprop.layer import Combinator, Layer, Leave, Total, bare, is_attached, seat
-from jaxprop.shapes import require, shapes
+from jaxprop.layer import Combinator, Layer, Leave, Total, bare, in_layer, is_attached
+from jaxprop.shapes import check_count, require, shapes
 
 
 class Repeat(Combinator):
@@ -27,7 +27,7 @@ class Repeat(Combinator):
 
     def __post_init__(self) -> None:
         require(self.layer, Layer, "repeat")
-        check_times("repeat", self.times)
+        check_count("repeat: times", self.times)
 
     def __repr__(self) -> str:
         return f"repeat({self.layer!r}, {self.times})"
@@ -56,13 +56,14 @@ class Repeat(Combinator):
         def ahead(x: Any, params: Any) -> tuple[Any, Any]:
             y, residuals = self.layer.forward(params, x)
             if shapes(y) != shapes(x):
+                hint = " (one that is cast takes x.astype(dtype))" if y.shape == x.shape else ""
                 raise ValueError(
                     f"{self}: the layer turns {shapes(x)} into {shapes(y)}, but its y is the x of "
-                    "the next"
+                    f"the next{hint}"
                 )
             return y, Distinct.of(residuals, x, y)
 
-        with seat(0, self.layer):
+        with in_layer(0, self.layer):
             y, kept = jax.lax.scan(ahead, x, params, length=self.times)
         return y, (kept, () if kept.carried is None else x)
 
@@ -78,7 +79,7 @@ class Repeat(Combinator):
             return d_x, left
 
         steps = jnp.arange(self.times), params, kept
-        with seat(0, self.layer):
+        with in_layer(0, self.layer):
             d_x, left = jax.lax.scan(back, ct, steps, reverse=True)
         return over_layers(_added_up(left)), d_x
 
@@ -113,7 +114,7 @@ class Repeat(Combinator):
 
         carry = params, read(params, self.times - 1), ct
         steps = jnp.arange(self.times), kept
-        with seat(0, self.layer):
+        with in_layer(0, self.layer):
             (stack, late, d_x), _ = jax.lax.scan(back, carry, steps, reverse=True)
         return write(stack, late, 0), d_x
 
@@ -185,13 +186,6 @@ def repeat(layer: Layer, times: int) -> Repeat:
         (12, 4, 4)
     """
     return Repeat(layer, times)
-
-
-def check_times(name: str, times: Any) -> None:
-    if isinstance(times, bool) or not isinstance(times, int):
-        raise TypeError(f"{name} takes a whole number of times, not {times!r}")
-    if times < 1:
-        raise ValueError(f"{name} takes at least 1 time, not {times}")
 
 
 def _added_up(left: Any) -> Any:

@@ -9,11 +9,11 @@ import jax
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxprop.combinators.repeat import Repeat, check_times
+from jaxprop.combinators.repeat import Repeat
 from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import Outer, is_factored, joint
-from jaxprop.layer import Combinator, Layer, Leave, Step, bare
-from jaxprop.shapes import require, shapes
+from jaxprop.layer import Combinator, Layer, Leave, Step, bare, held
+from jaxprop.shapes import check_count, require, shapes
 
 
 class Shared(Wrapper):
@@ -28,7 +28,7 @@ class Shared(Wrapper):
 
     def __post_init__(self) -> None:
         require(self.layer, Layer, "shared")
-        check_times("shared", self.times)
+        check_count("shared: times", self.times)
         if _holds_a_repeat(self.layer):
             raise ValueError("shared: a repeat inside is not supported; share the repeated layer")
 
@@ -110,6 +110,11 @@ class Tied(Combinator):
         table, (of_rows, residuals, h) = bare(seat), residuals
         left, ct_rows = self.body.walk(of_body, residuals, ct @ table.astype(h.dtype), leave)
         d_table, d_x = self.embedding.backward(table, of_rows, ct_rows)
+        if not is_factored(d_table):
+            raise TypeError(
+                f"{self}: the embedding's cotangent of its table must be a form, such as jp.Rows, "
+                "so that the table's two uses can be joined; it is a plain array"
+            )
         both = joint((d_table, Outer(ct, h)))
         return (leave(Step.at(self.embedding, seat, of_rows, ct, both, d_x)), left), d_x
 
@@ -122,6 +127,7 @@ def shared(layer: Layer, times: int) -> Shared:
     """The layer ``times`` times over with the same params, which are the layer's own.
 
     Every quantity counts a param's uses as one: ``|g_1 + g_2|^2`` is not ``|g_1|^2 + |g_2|^2``.
+    What is given is shared too: a Dropout inside drops the same entries each time.
     """
     return Shared(layer, times)
 
@@ -141,9 +147,4 @@ def tied(embedding: Layer, body: Layer) -> Tied:
 
 
 def _holds_a_repeat(layer: Layer) -> bool:
-    return isinstance(layer, Repeat) or any(
-        _holds_a_repeat(inner)
-        for value in vars(layer).values()
-        for inner in (value if isinstance(value, tuple) else (value,))
-        if isinstance(inner, Layer)
-    )
+    return isinstance(layer, Repeat) or any(map(_holds_a_repeat, held(layer)))

@@ -8,15 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprop.backprop import ahead
+from jaxprop.backprop import ahead, check_net_and_loss
 from jaxprop.combinators.cast import Cast
+from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.explain.summary import dead, numbers, saturated, summary
 from jaxprop.explain.terms import Explanation, Kept, Summaries, Terms
 from jaxprop.factored import factored, gradient
 from jaxprop.layer import Layer, Step, map_layers
 from jaxprop.layers import Elementwise
 from jaxprop.losses import Loss
-from jaxprop.shapes import require
+from jaxprop.sharding import Gathered
 
 KEEP = 10_000
 
@@ -41,8 +42,7 @@ def explain(
         >>> bool(factors["x"] * factors["ct"] == product), terms.layers["1"].slope.shape
         (True, (1, 2))
     """
-    require(net, Layer, "net")
-    require(loss, Loss, "loss")
+    check_net_and_loss(net, loss)
     return _explained(net, loss, keep, params, x, target)
 
 
@@ -62,14 +62,8 @@ def _explained(net: Layer, loss: Loss, keep: int, params: Any, x: Any, target: A
     return walked(keep > 0 and numbers(jax.eval_shape(lambda: walked(True))) <= keep)
 
 
-class Recorded(Layer):
+class Recorded(Wrapper):
     """The layer it holds, with x and y kept among the residuals."""
-
-    layer: Layer
-
-    @property
-    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.layer.batch_coupled
 
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
         y, residuals = self.layer.forward(params, x)
@@ -77,12 +71,6 @@ class Recorded(Layer):
 
     def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
         return self.layer.backward(params, residuals[2], ct)
-
-    def init(self, key: Any, x: Any) -> Any:
-        return self.layer.init(key, x)
-
-    def check_params(self, params: Any, x: Any) -> None:
-        """Nothing: the layer it holds does that."""
 
 
 class RecordedLoss(Loss):
@@ -116,7 +104,8 @@ def _read(step: Step, examples: int, kept: bool) -> Terms:
 
 
 def _inner(layer: Layer) -> Layer:
-    return _inner(layer.layer) if isinstance(layer, Cast) else layer
+    """The layer itself where another only changes the dtype or the place of its params."""
+    return _inner(layer.layer) if isinstance(layer, Cast | Gathered) else layer
 
 
 def _summaries(

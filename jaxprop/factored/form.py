@@ -30,9 +30,10 @@ class Kronecker(NamedTuple):
 class Factored(abc.ABC):
     """The cotangent of one parameter, sum_n g_n, not yet summed over the examples n.
 
-    Axis 0 of every factor is the example. A parameter may have several cotangents, one for each
-    column of a Hessian root: ``squares`` is what can be added up over them, and ``kronecker`` takes
-    the name of the ``jax.vmap`` axis that they lie on.
+    Axis 0 of every factor is the example; of a ``Repeated`` one axis 1, behind the layer. A
+    parameter may have several cotangents, one for each column of a Hessian root: ``squares`` is
+    what can be added up over them, and ``kronecker`` takes the name of the ``jax.vmap`` axis that
+    they lie on.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

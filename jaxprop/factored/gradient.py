@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.factored.form import Factored, Stacked, is_factored
-from jaxprop.layer import Step, bare
-from jaxprop.shapes import in_shard_map
+from jaxprop.layer import Step, bare, is_mask
+from jaxprop.shapes import shard_map_axes
 
 
 def summed(d_params: Any) -> Any:
@@ -22,14 +22,16 @@ def summed(d_params: Any) -> Any:
     )
 
 
-def gradient(params: Any, d_params: Any) -> Any:
-    """The summed d_params, held to the form of params: what autodiff would return.
+def gradient(params: Any, d_params: Any, scale: float = 1.0) -> Any:
+    """The summed d_params over scale, held to the form of params: what autodiff would return.
 
     Raises ``TypeError`` for a param that is not floating and ``ValueError`` for a cotangent whose
     structure or shape is not its param's.
     """
     totals = summed(d_params)
     _hold(params, totals)
+    if scale != 1:
+        totals = jax.tree.map(lambda total: total / scale, totals)
     return jax.tree.map(like, params, totals)
 
 
@@ -59,7 +61,7 @@ def like(primal: Any, cotangent: Array) -> Array:
     There a param that is the same on all devices meets another share of the batch on each. Its
     cotangent is the sum over them, which is JAX's own rule for using the one beside the other.
     """
-    if in_shard_map():
+    if shard_map_axes():
         beside = jnp.zeros_like(cotangent)
         _, pull = jax.vjp(lambda primal: primal.astype(cotangent.dtype) + beside, primal)
         return pull(cotangent)[0]
@@ -84,11 +86,11 @@ def factored(step: Step) -> Any:
         return step.d_params
 
     seat = bare(step.seat)
-    axes = jax.tree.map(lambda leaf: 0 if leaf.dtype == bool else None, seat)  # 0: of a mask
+    axes = jax.tree.map(lambda leaf: 0 if is_mask(leaf) else None, seat)
 
     def alone(seat: Any, residuals: Any, ct: Any) -> Any:
         residuals, ct = jax.tree.map(lambda leaf: leaf[None], (residuals, ct))
-        seat = jax.tree.map(lambda leaf: leaf[None] if leaf.dtype == bool else leaf, seat)
+        seat = jax.tree.map(lambda leaf: leaf[None] if is_mask(leaf) else leaf, seat)
         return summed(step.layer.backward(seat, residuals, ct)[0])
 
     each = jax.vmap(alone, (axes, 0, 0))(seat, step.residuals, step.ct)

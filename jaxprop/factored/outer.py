@@ -63,8 +63,8 @@ class Outer(Factored):
     def sq_norm_of_sum(self) -> Float[Array, ""]:
         """<X X^T, C C^T> over all rows of X and C, where that is less than X^T C.
 
-        Where rows cancel to a small rest of what they are, that rest is rounding, and |X^T C|^2 is
-        taken after all.
+        Where rows cancel to a small rest of what they are, that rest is rounding; where X and C are
+        far apart in size, one overflows. |X^T C|^2 is taken then after all.
         """
         rows, i, o = math.prod(self.x.shape[:-1]), self.x.shape[-1], self.ct.shape[-1]
         if rows * (i + o) >= i * o:
@@ -73,8 +73,8 @@ class Outer(Factored):
         whole = laid_out(self.x, None, None)
         products = jnp.matmul(x, x.T, out_sharding=whole) * jnp.matmul(ct, ct.T, out_sharding=whole)
         total = products.sum()
-        cancels = total < 1e-3 * jnp.abs(products).sum()
-        return jax.lax.cond(cancels, super().sq_norm_of_sum, lambda: total)
+        holds = total > 1e-3 * jnp.abs(products).sum()  # not so of NaN, or of two zeros
+        return jax.lax.cond(holds, lambda: total, super().sq_norm_of_sum)
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
         return Outer(wide(self.x), weighted(wide(self.ct), weights)).sum()

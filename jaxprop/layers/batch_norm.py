@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.factored import Sum, wide
-from jaxprop.layer import Layer
+from jaxprop.layer import Layer, rounded
 from jaxprop.layers.normalization import X, affine, check_eps, moments, scaled
 
 
@@ -70,7 +70,7 @@ class BatchNorm(Layer):
             raise TypeError(f"BatchNorm: training is True or False, not {self.training!r}")
 
     @property
-    def batch_coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def batch_coupled(self) -> bool:
         return self.training
 
     def init(self, key: chex.PRNGKey, x: Any) -> BatchNormParams:
@@ -92,12 +92,17 @@ class BatchNorm(Layer):
         zero = jnp.zeros_like(params.mean)
         return BatchNormParams(d_scale, d_bias, zero, zero), d_x.astype(x.dtype)
 
+    def rounded(self, params: BatchNormParams, dtype: Any) -> BatchNormParams:
+        """The running statistics as they are: rounding the mean would move every y."""
+        return rounded(params, dtype)._replace(mean=params.mean, var=params.var)
+
     def with_statistics(self, params: BatchNormParams, x: X) -> BatchNormParams:
-        """params with the running statistics moved towards those of x."""
+        """params with the running statistics moved towards those of x, where these are finite."""
 
         def moved(running: Array, batch: Array) -> Array:
             kept = float(self.momentum)
             batch = batch.reshape(running.shape)
+            batch = jnp.where(jnp.isfinite(batch), batch, running)
             return (kept * running + (1 - kept) * batch).astype(running.dtype)
 
         mean, var = moments(x, _all_but_last(x))

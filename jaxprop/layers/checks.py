@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxprop.layer import Layer
-from jaxprop.shapes import shapes
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+from jaxprop.shapes import check_count, shapes
 
 
 def check_counts(layer: Layer, *fields: str) -> None:
     """Raise unless each field is a whole number of at least 1."""
     for field in fields:
-        name, value = f"{type(layer).__name__}: {field}", getattr(layer, field)
-        if not is_whole(value):
-            raise TypeError(f"{name} is a whole number, not {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} is at least 1, not {value}")
+        check_count(f"{type(layer).__name__}: {field}", getattr(layer, field))
 
 
 def check_flags(layer: Layer, *fields: str) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxprop.factored import Factored, Kronecker, gram, reached, wide
+from jaxprop.factored import Factored, Kronecker, gram, reached, weighted, wide
 from jaxprop.layer import Layer
 from jaxprop.layers.checks import check_counts
 from jaxprop.shapes import laid_out, shapes
@@ -40,7 +40,7 @@ class Rows(Factored):
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "v d"]:
         ids, ct = self._sequences()
-        return Rows(ids, ct * weights.astype(ct.dtype)[:, None, None], self.vocab).sum()
+        return Rows(ids, weighted(wide(ct), weights), self.vocab).sum()
 
     def sq_norms(self) -> Float[Array, " n"]:
         return jnp.sum(self.squares(), axis=(1, 2))

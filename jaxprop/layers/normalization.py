@@ -20,7 +20,7 @@ from jaxprop.layer import Layer
 from jaxprop.layers.checks import check_x
 
 X = Float[Array, "n ... c"]
-Rows = Float[Array, "n ... 1"]
+PerRow = Float[Array, "n ... 1"]
 
 
 class Norm(NamedTuple):
@@ -65,12 +65,12 @@ class LayerNorm(Layer):
     def init(self, key: chex.PRNGKey, x: Any) -> Norm:
         return affine(self, x)
 
-    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, Rows, Rows]]:
+    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, PerRow, PerRow]]:
         mean = _mean_along(wide(x))
         rstd = jax.lax.rsqrt(_mean_along((wide(x) - mean) ** 2) + float(self.eps))
         return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
 
-    def backward(self, params: Norm, residuals: tuple[X, Rows, Rows], ct: X) -> tuple[Norm, X]:
+    def backward(self, params: Norm, residuals: tuple[X, PerRow, PerRow], ct: X) -> tuple[Norm, X]:
         x, mean, rstd = residuals
         n, wide_ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
         mean_dn, mean_dn_n = _mean_along(wide_ct, scale), _mean_along(wide_ct * n, scale)
@@ -101,11 +101,11 @@ class RMSNorm(Layer):
     def init(self, key: chex.PRNGKey, x: Any) -> Norm:
         return Norm(affine(self, x).scale)
 
-    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, Rows]]:
+    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, PerRow]]:
         rstd = jax.lax.rsqrt(_mean_along(wide(x) ** 2) + float(self.eps))
         return scaled(params, wide(x) * rstd, x), (x, rstd)
 
-    def backward(self, params: Norm, residuals: tuple[X, Rows], ct: X) -> tuple[Norm, X]:
+    def backward(self, params: Norm, residuals: tuple[X, PerRow], ct: X) -> tuple[Norm, X]:
         x, rstd = residuals
         n, wide_ct, scale = wide(x) * rstd, wide(ct), wide(params.scale)
         d_x = rstd * (wide_ct * scale - n * _mean_along(wide_ct * n, scale))

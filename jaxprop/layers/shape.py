@@ -12,8 +12,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_x, is_whole
-from jaxprop.shapes import empty_like
+from jaxprop.layers.checks import check_x
+from jaxprop.shapes import empty_like, is_whole
 
 X = Float[Array, "n ..."]
 

@@ -56,7 +56,11 @@ class Recurrence(Layer):
 
 
 def along_time(step: Callable[..., Any], params: Recurrent, x: X, states: int = 1) -> list[Array]:
-    """What ``step(carry, x_t w) -> (carry, left)`` leaves at each step, example first."""
+    """What ``step(carry, x_t w) -> (carry, left)`` leaves at each step, example first.
+
+    carry is a tuple of ``states`` arrays (N, F), zeros before the first step, left one of arrays
+    (N, ...). Each of left comes out as (N, T, ...) in x's dtype.
+    """
     from_x = swap(x) @ params.w
     zero = wide(jnp.zeros_like(from_x[0, :, : params.u.shape[0]]))
     _, left = jax.lax.scan(step, (zero,) * states, from_x)

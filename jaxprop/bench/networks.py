@@ -1,4 +1,4 @@
-"""The networks on sequences that are measured: each ``(net, loss, (params, x, target))``."""
+"""The networks that are measured: each ``(net, loss, (params, x, target))``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxprop.combinators import chain
 from jaxprop.layer import Layer
 from jaxprop.layers import Dense, Lstm
 from jaxprop.losses import CrossEntropy, Loss
-from jaxprop.models import Gpt2Config, gpt2
+from jaxprop.models import Gpt2Config, gpt2, images
 
 Network = tuple[Layer, Loss, tuple[Any, Any, Any]]
 
@@ -33,4 +33,21 @@ def lstm(*, batch: int, length: int, features: int) -> Network:
     net, keys = chain(Lstm(features), Dense(10)), jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, length, features), jnp.float32)
     target = jax.random.randint(keys[1], (batch, length), 0, 10)
+    return net, CrossEntropy(), (net.init(keys[2], x), x, target)
+
+
+def three_c3d(batch: int) -> Network:
+    """3C3D on random images of CIFAR-10's size."""
+    return _on_random_images(images.three_c3d(), batch, classes=10)
+
+
+def all_cnn_c(batch: int) -> Network:
+    """All-CNN-C on random images of CIFAR-100's size."""
+    return _on_random_images(images.all_cnn_c(), batch, classes=100)
+
+
+def _on_random_images(net: Layer, batch: int, classes: int) -> Network:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch, 32, 32, 3))
+    target = jax.random.randint(keys[1], (batch,), 0, classes)
     return net, CrossEntropy(), (net.init(keys[2], x), x, target)
