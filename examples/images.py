@@ -59,7 +59,7 @@ def train(net: jp.Layer, args: argparse.Namespace, observe: Observe) -> float:
     update = jp.make_update(net, LOSS, optimizer, value_and_grad=DIFFERENTIATE[args.grad])
     predict = jax.jit(lambda params, x: net.forward(params, x)[0].argmax(axis=-1))
     params = net.init(jax.random.key(args.seed), train_x[:1])
-    state = optimizer.init(params)
+    state = update.init(params)
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} params", flush=True)
 
     rng = np.random.default_rng(args.seed)

@@ -76,7 +76,7 @@ def main() -> None:
     test = windows(for_test, held_out, 256)
     bits = jax.jit(lambda params: jp.loss_fn(net, LOSS)(params, *test) / math.log(2))
     params = net.init(for_init, jax.eval_shape(lambda: test)[0])
-    state = optimizer.init(params)
+    state = update.init(params)
     keys = jax.random.split(for_steps, args.steps)
     print(f"{len(train):,} bytes to train on, {len(held_out):,} held out", flush=True)
     each = math.ceil(args.steps / 10)
