@@ -13,8 +13,9 @@ from jax import Array
 
 from jaxprop.backprop import walk
 from jaxprop.factored import wide
-from jaxprop.layer import Layer, is_key, is_mask
+from jaxprop.layer import Layer
 from jaxprop.of_batch import OfBatch, is_marked, with_key
+from jaxprop.seats import is_key, is_mask
 from jaxprop.shapes import check_count, shapes
 
 

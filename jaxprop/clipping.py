@@ -14,11 +14,12 @@ from jaxtyping import Float
 
 from jaxprop.backprop import ahead, check_net_and_loss, own_gradient, walk
 from jaxprop.factored import factored, like
-from jaxprop.layer import Layer, Step, Total, learned
+from jaxprop.layer import Layer, Step, Total
 from jaxprop.losses import Loss
 from jaxprop.of_batch import OfBatch
 from jaxprop.quantities import Taken, picked
 from jaxprop.quantity import everything, total
+from jaxprop.seats import learned
 
 
 def clipped_grad(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprop.seats import bare, learned, rounded
 from jaxprop.shapes import shapes, structs
 from jaxprop.static import Static
 
@@ -151,41 +152,6 @@ class Total(NamedTuple):
     value: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Attached:
-    """A param with what goes along with it on the walk back, such as an optimizer's state.
-
-    A walk through params with something attached replaces them: ``leave`` gives what shall stand in
-    the seat from then on, and ``repeat`` writes it where the old ones were. ``index`` is the
-    param's place among the leaves of all params.
-    """
-
-    param: Any
-    state: Any
-    index: int = dataclasses.field(metadata={"static": True})
-
-
-def is_attached(leaf: object) -> bool:
-    return isinstance(leaf, Attached)
-
-
-def bare(params: Any) -> Any:
-    """params without what is attached to them."""
-    return jax.tree.map(
-        lambda leaf: leaf.param if is_attached(leaf) else leaf, params, is_leaf=is_attached
-    )
-
-
-def rounded(tree: Any, dtype: Any) -> Any:
-    """The tree with floating leaves in dtype."""
-
-    def narrow(leaf: Any) -> Any:
-        return leaf.astype(dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
-
-    return jax.tree.map(narrow, tree)
-
-
 class Combinator(Layer):
     """A layer made of layers: it writes ``walk``, and ``backward`` is the walk that keeps all."""
 
@@ -238,32 +204,6 @@ def in_layer(index: int, layer: Layer) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"in layer {index}: {layer}")
         raise
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf of params is a key that ``given`` has put there."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def is_mask(leaf: Any) -> bool:
-    """Whether a leaf of params is a mask that ``given`` has put there, (N, T) in its seat.
-
-    In the seat of a ``repeat`` it has the layers in front.
-    """
-    return leaf.dtype == bool
-
-
-def learned(params: Any, d_params: Any) -> Any:
-    """params with ``()`` for a key or a mask, which were given and have ``()`` for a cotangent."""
-
-    def kept(param: Any, d_param: Any) -> Any:
-        absent = isinstance(d_param, tuple) and d_param == ()
-        return () if absent and (is_key(param) or is_mask(param)) else param
-
-    try:
-        return jax.tree.map(kept, params, d_params)
-    except ValueError:  # another structure: whoever takes the cotangents says so
-        return params
 
 
 def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:

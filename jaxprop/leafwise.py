@@ -16,7 +16,7 @@ import jax
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from jaxprop.layer import Attached, is_attached
+from jaxprop.seats import Attached, is_attached
 
 SHARED, ACROSS = -1, -2  # the owner of what belongs to no param, and of what looks at several
 ENTRYWISE = frozenset(

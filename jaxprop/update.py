@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.core import Tracer
 from jaxtyping import Float
 
 from jaxprop import training
 from jaxprop.backprop import ahead, check_net_and_loss, loss_fn, mean_gradient
+from jaxprop.donation import fit_to_donate, owned
 from jaxprop.factored import Factored, gradient, is_factored, wide
 from jaxprop.layer import Layer, Step, Total
 from jaxprop.leafwise import Leafwise
@@ -51,7 +51,7 @@ class Update:
         *,
         mask: Any = None,
     ) -> tuple[Any, Any, Array]:
-        params, state = _fit_to_donate((params, state))
+        params, state = fit_to_donate((params, state))
         return self._step(params, state, x, target, **_given(key, mask))
 
     def lower(
@@ -139,7 +139,7 @@ def make_update(
         step = _whole(net, loss, apply, need_norm, differentiate)
 
     def init(params: Any) -> Any:
-        state = _own(optimizer.init, params)
+        state = owned(optimizer.init, params)
         return Skipping(state, jnp.zeros((), jnp.int32)) if skip_nonfinite else state
 
     return Update(step, init)
@@ -258,35 +258,3 @@ def _sq_norms(step: Step) -> Total:
     narrow = any(wide(param).dtype != param.dtype for param in jax.tree.leaves(step.params))
     whole = gradient(step.params, step.d_params) if narrow or shard_map_axes() else step.d_params
     return Total(tuple(map(sq_norm, jax.tree.leaves(whole, is_leaf=is_factored))))
-
-
-def _own(init: Callable[[Any], Any], params: Any) -> Any:
-    """A state that can be donated: the optimizer's may hold an array of the caller's, as a rate."""
-    leaves, structure = jax.tree.flatten(init(params))
-    for place, leaf in enumerate(leaves):  # one after the other, not all of them twice
-        leaves[place] = jnp.copy(leaf) if isinstance(leaf, Array) else leaf
-    return jax.tree.unflatten(structure, leaves)
-
-
-def _fit_to_donate(tree: Any) -> Any:
-    """The tree, with a copy of each array that it holds a second time.
-
-    ``optax.lbfgs`` starts from a state with one array of zeros in two places, and JAX refuses to
-    donate an array twice. Raises ``RuntimeError`` for an array that was donated before.
-    """
-    seen: set[int] = set()
-
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, Array) or isinstance(leaf, Tracer):
-            return leaf
-        if leaf.is_deleted():
-            raise RuntimeError(
-                "an array in params or state is gone: update uses the memory of those that it is "
-                "given; go on with the params and the state that it returned"
-            )
-        if id(leaf) in seen:
-            return jnp.copy(leaf)
-        seen.add(id(leaf))
-        return leaf
-
-    return jax.tree.map(own, tree)

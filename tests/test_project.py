@@ -10,7 +10,7 @@ import jaxprop as jp
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"_command", "shapes", "static"},
+    {"_command", "donation", "seats", "shapes", "static"},
     {"layer"},
     {"factored", "leafwise"},
     {"layers"},

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import wide
-from jaxprop.layer import Layer, map_layers, rounded
+from jaxprop.layer import Layer, map_layers
+from jaxprop.seats import rounded
 from jaxprop.shapes import empty_like, require, structs
 
 

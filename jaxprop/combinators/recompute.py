@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from jaxprop.combinators.wrapper import Wrapper
-from jaxprop.layer import Combinator, Layer, Leave, bare
+from jaxprop.layer import Combinator, Layer, Leave
+from jaxprop.seats import bare
 from jaxprop.shapes import require
 
 

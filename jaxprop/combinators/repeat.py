@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.factored import over_layers
-from jaxprop.layer import Combinator, Layer, Leave, Total, bare, in_layer, is_attached
+from jaxprop.layer import Combinator, Layer, Leave, Total, in_layer
+from jaxprop.seats import bare, is_attached
 from jaxprop.shapes import check_count, require, shapes
 
 

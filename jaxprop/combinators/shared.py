@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from jaxprop.combinators.repeat import Repeat
 from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import Outer, is_factored, joint
-from jaxprop.layer import Combinator, Layer, Leave, Step, bare, held
+from jaxprop.layer import Combinator, Layer, Leave, Step, held
+from jaxprop.seats import bare
 from jaxprop.shapes import check_count, require, shapes
 
 

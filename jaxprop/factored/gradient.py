@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.factored.form import Factored, Stacked, is_factored
-from jaxprop.layer import Step, bare, is_mask
+from jaxprop.layer import Step
+from jaxprop.seats import bare, is_mask
 from jaxprop.shapes import shard_map_axes
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.factored import Sum, wide
-from jaxprop.layer import Layer, rounded
+from jaxprop.layer import Layer
 from jaxprop.layers.normalization import X, affine, check_eps, moments, scaled
+from jaxprop.seats import rounded
 
 
 class BatchNormParams(NamedTuple):
