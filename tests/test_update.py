@@ -133,12 +133,19 @@ def by_rank(params):
     return jax.tree.map(lambda leaf: "wide" if leaf.ndim > 1 else "thin", params)
 
 
+def in_float64(schedule):
+    """Of a count in int32 it is computed in float32, which two programs may round differently."""
+    return lambda count: schedule(jnp.asarray(count, jnp.float64))
+
+
 FUSED = {
     "sgd": optax.sgd(0.1),
-    "momentum": optax.sgd(optax.linear_schedule(0.1, 0.01, 40), momentum=0.9, nesterov=True),
+    "momentum": optax.sgd(
+        in_float64(optax.linear_schedule(0.1, 0.01, 40)), momentum=0.9, nesterov=True
+    ),
     "adam": optax.adam(1e-2),
     "adamw": optax.adamw(
-        optax.warmup_cosine_decay_schedule(0, 1e-2, 5, 50), mask=no_decay_of_biases
+        in_float64(optax.warmup_cosine_decay_schedule(0, 1e-2, 5, 50)), mask=no_decay_of_biases
     ),
     "lion": optax.lion(1e-3),
     "rmsprop": optax.rmsprop(1e-3, centered=True, momentum=0.9),

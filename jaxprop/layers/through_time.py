@@ -112,7 +112,18 @@ def turned(u: Float[Array, "k m"]) -> Float[Array, "m k"]:
 
 
 def dot(x: Float[Array, "n k"], u: Float[Array, "k m"]) -> Float[Array, "n m"]:
-    return jnp.matmul(x.astype(u.dtype), u, preferred_element_type=wide(u).dtype)
+    """x u with x in u's dtype, added up in at least float32."""
+
+    def product(x: Array, u: Array) -> Array:
+        return jnp.matmul(x, u, preferred_element_type=wide(u).dtype)
+
+    x = x.astype(u.dtype)
+    if wide(u).dtype == u.dtype:
+        return product(x, u)
+    # A CPU multiplies in float32 in any case, and XLA of jax 0.8 fails to see it in a fusion.
+    return jax.lax.platform_dependent(
+        x, u, cpu=lambda x, u: product(wide(x), wide(u)), default=product
+    )
 
 
 def check_ct(layer: Layer, ct: Y, y: Y) -> None:
