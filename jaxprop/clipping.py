@@ -35,7 +35,9 @@ def clipped_grad(
 
     With g_n the gradient of example n's own loss, grads is 1/N sum_n g_n min(1, max_norm / |g_n|),
     and the g_n are not kept: one walk back leaves the factors, the norms come from them, and so
-    does the weighted sum. An example whose gradient is not finite makes grads not finite.
+    does the weighted sum. An example whose gradient is not finite makes grads not finite. Where a
+    net computes in bfloat16, XLA may round an array for one of its uses and not for another, and a
+    norm under ``jit`` comes out a little over its bound (1e-4 of it was seen).
 
     Args:
         net: the network. A layer that couples the examples of a batch raises ``ValueError``.

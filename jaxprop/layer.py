@@ -62,7 +62,7 @@ class Layer(Static):
         It then has no gradient of its own, and per-example quantities raise. A layer that couples
         them says so (``batch_coupled = True``, or a property); one that holds another is asked.
         """
-        return any(layer.batch_coupled for layer in held(self))
+        return any(layer.batch_coupled for layer in inner_layers(self))
 
     def init(self, key: chex.PRNGKey, x: Any) -> Any:
         """Params for inputs like x (an array or ``jax.ShapeDtypeStruct``); ``()`` for none."""
@@ -162,7 +162,7 @@ class Combinator(Layer):
     def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]: ...
 
 
-def held(layer: Layer) -> Iterator[Layer]:
+def inner_layers(layer: Layer) -> Iterator[Layer]:
     """The layers that a layer holds in its fields, or in tuples there."""
 
     def within(value: Any) -> Iterator[Layer]:
@@ -176,7 +176,7 @@ def held(layer: Layer) -> Iterator[Layer]:
         yield from within(getattr(layer, field.name))
 
 
-def map_held(layer: Layer, f: Callable[[Layer], Layer]) -> Layer:
+def map_inner(layer: Layer, f: Callable[[Layer], Layer]) -> Layer:
     """The same layer with ``f(inner)`` in the place of every layer that it holds."""
 
     def mapped(value: Any) -> Any:
@@ -191,7 +191,7 @@ def map_held(layer: Layer, f: Callable[[Layer], Layer]) -> Layer:
 def map_layers(net: Layer, f: Callable[[Layer], Layer]) -> Layer:
     """The same net with ``f(layer)`` in the place of every layer that is not made of layers."""
     if isinstance(net, Combinator):
-        return map_held(net, lambda layer: map_layers(layer, f))
+        return map_inner(net, lambda layer: map_layers(layer, f))
     return f(net)
 
 

@@ -13,7 +13,7 @@ from jax import Array
 from jaxprop.backprop import mean_gradient, walk
 from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import gradient
-from jaxprop.layer import Layer, Step, held, map_held
+from jaxprop.layer import Layer, Step, inner_layers, map_inner
 from jaxprop.layers import BatchNorm
 from jaxprop.losses import Loss
 
@@ -57,7 +57,7 @@ def evaluation(net: Layer) -> Layer:
         chain(Dense(3), BatchNorm(training=False))
     """
 
-    net = map_held(net, evaluation)
+    net = map_inner(net, evaluation)
     trains = isinstance(getattr(net, "training", None), bool)
     return dataclasses.replace(net, training=False) if trains else net
 
@@ -81,7 +81,7 @@ def with_statistics(net: Layer, params: Any, x: Any) -> Any:
             layer, residuals = layer.inside(residuals)
         if isinstance(layer, BatchNorm) and layer.training:
             return layer.with_statistics(step.params, residuals)
-        if any(inner.batch_coupled for inner in held(layer)):
+        if any(inner.batch_coupled for inner in inner_layers(layer)):
             raise ValueError(
                 f"{layer}: a layer around a BatchNorm is a jp.Wrapper, which says where its "
                 "statistics are"

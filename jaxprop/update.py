@@ -34,7 +34,7 @@ class Update:
     """``update(params, state, x, target, key=None, mask=None) -> (params, state, value)``, jitted.
 
     ``update.init(params)`` is the state to start from, ``update.lower(...)`` what ``jax.jit`` calls
-    by that name; what it compiles to takes a key and a mask by name.
+    by that name.
     """
 
     def __init__(self, step: Callable[..., Any], init: Callable[[Any], Any]) -> None:
@@ -51,24 +51,10 @@ class Update:
         *,
         mask: Any = None,
     ) -> tuple[Any, Any, Array]:
-        params, state = fit_to_donate((params, state))
-        return self._step(params, state, x, target, **_given(key, mask))
+        return self._step(*fit_to_donate((params, state)), x, target, key, mask)
 
-    def lower(
-        self,
-        params: Any,
-        state: Any,
-        x: Any,
-        target: Any,
-        key: chex.PRNGKey | None = None,
-        *,
-        mask: Any = None,
-    ) -> Any:
-        return self._step.lower(params, state, x, target, **_given(key, mask))
-
-
-def _given(key: Any, mask: Any) -> dict[str, Any]:
-    return {name: v for name, v in {"key": key, "mask": mask}.items() if v is not None}
+    def lower(self, *args: Any, **given: Any) -> Any:
+        return self._step.lower(*args, **given)
 
 
 def make_update(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from jaxprop.combinators.repeat import Repeat
 from jaxprop.combinators.wrapper import Wrapper
 from jaxprop.factored import Outer, is_factored, joint
-from jaxprop.layer import Combinator, Layer, Leave, Step, held
+from jaxprop.layer import Combinator, Layer, Leave, Step, inner_layers
 from jaxprop.seats import bare
 from jaxprop.shapes import check_count, require, shapes
 
@@ -148,4 +148,4 @@ def tied(embedding: Layer, body: Layer) -> Tied:
 
 
 def _holds_a_repeat(layer: Layer) -> bool:
-    return isinstance(layer, Repeat) or any(map(_holds_a_repeat, held(layer)))
+    return isinstance(layer, Repeat) or any(map(_holds_a_repeat, inner_layers(layer)))
