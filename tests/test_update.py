@@ -299,12 +299,13 @@ def test_what_an_optimizer_tells_is_told(fused):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_rate_of_the_caller_s_stays_the_caller_s(fused):
-    rate = jnp.asarray(0.1)
+    rate = jnp.full((), 0.1, jnp.float32)
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
     update = jp.make_update(MLP, LOSS, optimizer, fused=fused)
     params, x, target = problem()
+    assert optimizer.init(params).hyperparams["learning_rate"] is rate
     update(params, update.init(params), x, target)
-    assert rate == jnp.asarray(0.1)
+    assert not rate.is_deleted()
 
 
 @pytest.mark.parametrize("fused", [True, False])
