@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console
 
 from jaxprop.bench import BenchError, bench, regressions
-from jaxprop.explain import text
-from jaxprop.explain.config import WORKED_EXAMPLE, Config, ConfigError, dump, load
-from jaxprop.explain.page import page
-from jaxprop.explain.walkthrough import walkthrough
-from jaxprop.explain.words import LANGUAGES
+from jaxprop.walkthrough import text
+from jaxprop.walkthrough.config import WORKED_EXAMPLE, Config, ConfigError, dump, load
+from jaxprop.walkthrough.descent import walkthrough
+from jaxprop.walkthrough.page import page
+from jaxprop.walkthrough.words import LANGUAGES
 
 MOST_STEPS = 10**9
 

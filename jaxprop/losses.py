@@ -10,7 +10,6 @@ casts the cotangent to the dtype of y.
 
 from __future__ import annotations
 
-import abc
 import math
 from typing import Any
 
@@ -20,52 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxprop.factored import wide
-from jaxprop.static import Static
-
-
-class Loss(Static):
-    """A differentiable function (y, target) -> one value for each example."""
-
-    @abc.abstractmethod
-    def forward(self, y: Array, target: Array, /) -> tuple[Float[Array, " n"], Any]:
-        """``(values, residuals)``, one value for each example."""
-
-    @abc.abstractmethod
-    def backward(self, residuals: Any, /) -> Array:
-        """The cotangent of y, for each example's own loss."""
-
-    def hessian_root(self, residuals: Any, /) -> Float[Array, "c n ..."]:
-        """S with sum_c S_c S_c^T the Hessian by y of each example's own loss.
-
-        The column c is a cotangent of y, so that a walk back from it gives a column of J^T S: the
-        root of the generalised Gauss-Newton matrix (Schraudolph 2002,
-        https://doi.org/10.1162/08997660260028683).
-        """
-        return jax.vmap(self.hessian_column, (None, 0))(
-            residuals, jnp.arange(self.hessian_columns(residuals))
-        )
-
-    def hessian_columns(self, residuals: Any, /) -> int:
-        """How many columns ``hessian_root`` has."""
-        if type(self).hessian_root is Loss.hessian_root:
-            raise NotImplementedError(f"{self} has no hessian_root")
-        return jax.eval_shape(self.hessian_root, residuals).shape[0]
-
-    def hessian_column(self, residuals: Any, c: Any, /) -> Array:
-        """The column c of ``hessian_root``. Where c is traced, as in a scan, only it is made.
-
-        A loss writes ``hessian_root``, or this one and ``hessian_columns``.
-        """
-        return self.hessian_root(residuals)[c]
-
-    def sample(self, key: chex.PRNGKey, residuals: Any, /) -> Array:
-        """A random cotangent s of y with E s = 0 and E s s^T the Hessian that hessian_root roots.
-
-        It is the gradient at a target drawn from the model's own distribution, whose covariance
-        is the Fisher information (Martens 2020, https://jmlr.org/papers/v21/17-678.html).
-        """
-        raise NotImplementedError(f"{self} has no sample")
+from jaxprop.core.arrays import wide
+from jaxprop.core.loss import Loss
 
 
 class HalfSquaredError(Loss):

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxprop.explain.summary import Summary
-from jaxprop.explain.terms import Explanation
+from jaxprop.explanation.summary import Summary
+from jaxprop.explanation.terms import Explanation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

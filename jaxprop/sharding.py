@@ -22,16 +22,16 @@ each device takes its own; under ``jit`` XLA sends all examples to all devices.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxprop.combinators.wrapper import Wrapper
-from jaxprop.layer import Layer, map_layers
-from jaxprop.layers import Affine
-from jaxprop.shapes import require
+from jaxprop.core.checks import require
+from jaxprop.core.combinator import Wrapper, map_layers
+from jaxprop.core.layer import Layer
+from jaxprop.layers import AffineParams
 
 
 def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> Any:
@@ -83,7 +83,7 @@ def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = Non
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
         >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-        >>> down = jp.Affine(jnp.ones((256, 64)), jnp.ones(64))
+        >>> down = jp.AffineParams(jnp.ones((256, 64)), jnp.ones(64))
         >>> tuple(jp.sharding.tensor_parallel(down, mesh, "model").w.spec)
         ('model', None)
     """
@@ -92,16 +92,21 @@ def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = Non
 
     def is_dense(node: Any) -> bool:
         """Not so where an optimizer's state has something else in the place of w."""
-        return isinstance(node, Affine) and getattr(node.w, "ndim", 0) >= 2
+        if not isinstance(node, AffineParams):
+            return False
+        w = jax.tree.leaves(node.w)
+        return len(w) == 1 and getattr(w[0], "ndim", 0) >= 2
 
     def place(node: Any) -> Any:
         if not is_dense(node):
             table = vocab is not None and jnp.shape(node)[:1] == (vocab,)
             return split(node, 0 if table else None)
-        inputs, outputs = node.w.shape[-2:]
-        columns = outputs > inputs
-        b = jax.tree.map(lambda b: split(b, -1 if columns else None), node.b)
-        return Affine(split(node.w, -1 if columns else -2), b)
+        (w,) = jax.tree.leaves(node.w)
+        columns = w.shape[-1] > w.shape[-2]
+        return AffineParams(
+            jax.tree.map(lambda w: split(w, -1 if columns else -2), node.w),
+            jax.tree.map(lambda b: split(b, -1 if columns else None), node.b),
+        )
 
     def split(leaf: Any, on: int | None) -> NamedSharding:
         names: list[str | None] = [None] * jnp.ndim(leaf)
@@ -116,6 +121,7 @@ class Gathered(Wrapper):
     """y = f(x), f's params gathered from all devices where they are used."""
 
     mesh: Mesh
+    transparent: ClassVar[bool] = True
 
     def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
         return self.layer.forward(self._gathered(params), x)

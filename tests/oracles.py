@@ -1,19 +1,24 @@
 """The quantities as ``jax.grad``, ``jax.vmap`` and ``jax.jacrev`` of ``loss_fn`` give them.
 
-The same interface as jaxprop's functions, written without any of its backward passes.
+The same interface as jaxprop's functions, written without any of its backward passes. Results are
+like the params that are learned.
 """
 
 import jax
 import jax.numpy as jnp
 
 import jaxprop as jp
+from jaxprop.core.tree import learned, merged
 
 
 def per_example_grads(net, loss):
-    def own(params, x, target):
-        return jp.loss_fn(net, loss)(params, x[None], target[None])
+    def f(params, x, target):
+        def own(arrays, x, target):
+            return jp.loss_fn(net, loss)(merged(params, arrays), x[None], target[None])
 
-    return jax.vmap(jax.grad(own), (None, 0, 0))
+        return jax.vmap(jax.grad(own), (None, 0, 0))(learned(params), x, target)
+
+    return f
 
 
 def _leaves(grads):
@@ -79,17 +84,17 @@ def ggn_blocks(net, loss):
     """For each example and each param, J^T H J of that param alone: like params, (N, P, P)."""
 
     def own(params, x, target):
-        def output(params):
-            return net.forward(params, x[None])[0].ravel()
+        def output(arrays):
+            return net.forward(merged(params, arrays), x[None])[0].ravel()
 
-        y = output(params)
+        y = output(learned(params))
         shape = net.forward(params, x[None])[0].shape
 
         def value(y):
             return loss.forward(y.reshape(shape), target[None])[0][0]
 
         hessian = jax.hessian(value)(y)
-        jacobian = jax.jacrev(output)(params)
+        jacobian = jax.jacrev(output)(learned(params))
 
         def block(j):
             j = j.reshape(len(y), -1)
@@ -103,5 +108,7 @@ def ggn_blocks(net, loss):
 def diagonal(params, blocks):
     """The blocks' diagonals, the mean over examples; like params."""
     return jax.tree.map(
-        lambda p, b: jnp.diagonal(b, axis1=1, axis2=2).mean(0).reshape(p.shape), params, blocks
+        lambda p, b: jnp.diagonal(b, axis1=1, axis2=2).mean(0).reshape(p.shape),
+        learned(params),
+        blocks,
     )

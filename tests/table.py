@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprop as jp
+from jaxprop.core.tree import learned
 
 
 class Row(NamedTuple):
@@ -167,7 +168,8 @@ def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
 
 
 def relative_error(got: Any, expected: Any) -> float:
-    """The largest difference in any leaf, relative to that leaf's largest element."""
+    """The largest difference in any learned leaf, relative to that leaf's largest element."""
+    got, expected = learned(got), learned(expected)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     worst = 0.0
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):

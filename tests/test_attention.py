@@ -51,7 +51,9 @@ def test_against_the_definition(t, save, causal):
     for mask in (np.ones((2, t), bool), np.random.default_rng(t).uniform(size=(2, t)) < 0.5):
         y, pull = jax.vjp(functools.partial(by_definition, layer, mask), x)
         expected = y, pull(ct)[0]
-        assert relative_error(both_ways(layer, mask, x, ct), expected) <= 1e-11
+        assert (
+            relative_error(both_ways(layer, jp.Mask(jnp.asarray(mask)), x, ct), expected) <= 1e-11
+        )
         if mask.all():
             assert relative_error(both_ways(layer, (), x, ct), expected) <= 1e-11
 
@@ -66,7 +68,7 @@ def test_padding_changes_nothing(save, causal):
     padding = ((0, 0), (0, 3), (0, 0))
     mask = jnp.pad(jnp.ones((2, 6), bool), padding[:2])
     longer = jnp.pad(x, padding, constant_values=7.0), jnp.pad(ct, padding)
-    longer_y, longer_d_x = both_ways(layer, mask, *longer)
+    longer_y, longer_d_x = both_ways(layer, jp.Mask(mask), *longer)
     assert relative_error((longer_y[:, :6], longer_d_x[:, :6]), (y, d_x)) <= 1e-12
     assert np.all(longer_d_x[:, 6:] == 0)
 
@@ -78,7 +80,7 @@ def test_rows_without_a_key_are_zero(dtype, save, causal):
     layer = jp.Attention(2, causal, save, block=2)
     x, ct = problem(3, 5, 12, dtype)
     mask = jnp.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], bool)
-    y, d_x = both_ways(layer, mask, x, ct)
+    y, d_x = both_ways(layer, jp.Mask(jnp.asarray(mask)), x, ct)
     assert np.all(np.isfinite(y.astype(float)))
     assert np.all(np.isfinite(d_x.astype(float)))
     assert np.all(y[1] == 0)
@@ -166,9 +168,14 @@ def test_against_pytorch(save, causal):
 
 def test_errors():
     layer, x = jp.Attention(2), jnp.ones((3, 4, 12))
-    for wrong in (jnp.ones((3, 5), bool), jnp.ones((3, 4)), (jnp.ones((3, 4), bool),), None, []):
-        with pytest.raises(ValueError, match=r"padding mask bool\[3, 4\], True where"):
+    with pytest.raises(ValueError, match=r"padding mask bool\[3, 4\], True where"):
+        layer.forward(jp.Mask(jnp.ones((3, 5), bool)), x)
+    for wrong in (jnp.ones((3, 4), bool), (jp.Mask(jnp.ones((3, 4), bool)),), None, []):
+        with pytest.raises(ValueError, match=r"params are .*, but an input .* takes \(\)"):
             layer.forward(wrong, x)
+    for wrong in (jnp.ones((3, 4)), [True]):
+        with pytest.raises(TypeError, match=r"mask is bool \(N, T\), True where a position"):
+            layer.bind((), mask=wrong)
     for shape in ((3, 12), (3, 4, 9), (3, 4, 10), (3, 0, 12)):
         with pytest.raises(ValueError, match=r"takes x of shape \(N, T, 3D\)"):
             layer.forward((), jnp.ones(shape))
@@ -182,8 +189,8 @@ def test_errors():
         jp.Attention(2, "weights")
     with pytest.raises(ValueError, match="save is 'weights' or 'logsumexp', not 'x'"):
         jp.Attention(2, save="x")
-    assert layer.given((), mask=x[..., 0]) is not None
-    assert layer.given(()) == ()
+    assert layer.bind((), mask=x[..., 0] > 0) != ()
+    assert layer.bind(()) == ()
 
 
 def test_rotary_turns_pairs_of_features_by_complex_numbers():

@@ -105,10 +105,10 @@ def dropping():
 def test_dropout_finds_its_key_in_its_seat():
     net, params, x = dropping()
     plain, _ = net.forward(params, x)
-    given = net.given(params, key=jax.random.key(0))
+    given = net.bind(params, key=jax.random.key(0))
     first, again = (net.forward(given, x)[0] for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    other, _ = net.forward(net.given(params, key=jax.random.key(1)), x)
+    other, _ = net.forward(net.bind(params, key=jax.random.key(1)), x)
     assert float(jnp.abs(first - plain).min()) > 0
     assert float(jnp.abs(first - other).max()) > 0
     inside = given[1][1]
@@ -119,18 +119,18 @@ def test_dropout_finds_its_key_in_its_seat():
 def test_dropout_by_hand_is_dropout_by_autodiff():
     net, params, x = dropping()
     key, target, loss = jax.random.key(3), normal(8, 2), jp.HalfSquaredError()
-    got = jax.jit(jp.value_and_grad(net, loss))(net.given(params, key=key), x, target)
+    got = jax.jit(jp.value_and_grad(net, loss))(net.bind(params, key=key), x, target)
     expected = jax.value_and_grad(
-        lambda params: jp.loss_fn(net, loss)(net.given(params, key=key), x, target)
+        lambda params: jp.loss_fn(net, loss)(net.bind(params, key=key), x, target)
     )(params)
     assert relative_error(got, expected) <= 1e-12
-    grads = jp.per_example_grads(net, loss)(net.given(params, key=key), x, target)
+    grads = jp.per_example_grads(net, loss)(net.bind(params, key=key), x, target)
     assert relative_error(jax.tree.map(lambda g: g.mean(0), grads), got[1]) <= 1e-12
     f = jp.custom_vjp(net)
     by_custom = jax.grad(
-        lambda params: (f(net.given(params, key=key), x) ** 2).sum(), allow_int=True
+        lambda params: (f(net.bind(params, key=key), x) ** 2).sum(), allow_int=True
     )(params)
-    by_auto = jax.grad(lambda p: (net.forward(net.given(p, key=key), x)[0] ** 2).sum())(params)
+    by_auto = jax.grad(lambda p: (net.forward(net.bind(p, key=key), x)[0] ** 2).sum())(params)
     assert relative_error(by_custom, by_auto) <= 1e-12
 
 
@@ -138,12 +138,12 @@ def test_dropout_in_a_shared_layer_drops_the_same_each_time():
     net, loss = jp.shared(jp.chain(jp.Dense(3), jp.Dropout(0.5)), 2), jp.HalfSquaredError()
     params, x = at(Row(net, normal(4, 3)))
     key, target = jax.random.key(0), normal(4, 3)
-    got = jp.value_and_grad(net, loss)(net.given(params, key=key), x, target)
+    got = jp.value_and_grad(net, loss)(net.bind(params, key=key), x, target)
     expected = jax.value_and_grad(
-        lambda params: jp.loss_fn(net, loss)(net.given(params, key=key), x, target)
+        lambda params: jp.loss_fn(net, loss)(net.bind(params, key=key), x, target)
     )(params)
     assert relative_error(got, expected) <= 1e-12
-    norms = jp.per_example_sq_norms(net, loss)(net.given(params, key=key), x, target)
+    norms = jp.per_example_sq_norms(net, loss)(net.bind(params, key=key), x, target)
     assert norms.shape == (4,)
 
 
@@ -165,7 +165,7 @@ def test_a_mask_inside_a_shared_layer_without_forms():
     net = jp.shared(jp.chain(Scale(), jp.Dense(12), attend, jp.Dense(4)), 2)
     x, target = jax.random.normal(jax.random.key(1), (2, 3, 5, 4))
     mask = jnp.arange(5) < jnp.array([[5], [3], [2]])
-    params = net.given(net.init(jax.random.key(0), x), mask=mask)
+    params = net.bind(net.init(jax.random.key(0), x), mask=mask)
     each = jp.per_example_grads(net, jp.HalfSquaredError())(params, x, target)
     _, grads = jp.value_and_grad(net, jp.HalfSquaredError())(params, x, target)
     assert relative_error(jax.tree.map(lambda g: g.mean(0), each), grads) <= 1e-12

@@ -106,7 +106,7 @@ def test_kronecker_factors_of_one_position_are_the_ggn_block():
     net, loss = jp.chain(jp.Conv(3, (2, 3), padding="VALID"), jp.Flatten()), jp.CrossEntropy()
     dense = jp.chain(jp.Flatten(), jp.Dense(3))
     params, x = at(Row(net, np.asarray(normal(1, 2, 3, 2))))
-    flat = ((), jp.Affine(params[0].w.reshape(12, 3), params[0].b))
+    flat = ((), jp.AffineParams(params[0].w.reshape(12, 3), params[0].b))
     target = jnp.array([1])
     got = jax.jit(jp.kronecker_factors(net, loss))(params, x, target)[0]
     expected = jax.jit(jp.kronecker_factors(dense, loss))(flat, x, target)[1]

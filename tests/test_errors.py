@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxprop as jp
-from jaxprop.layers import Affine
+from jaxprop.layers import AffineParams
 
 NET = jp.chain(jp.Dense(4), jp.Relu(), jp.Dense(3))
 X = jnp.ones((5, 2))
@@ -51,12 +51,12 @@ def test_params_of_the_wrong_length(f):
 def test_params_of_the_wrong_structure(f):
     first, _, last = params()
     with pytest.raises(
-        ValueError, match=r"Dense\(3\): params are \{'b': .*takes Affine\(w="
+        ValueError, match=r"Dense\(3\): params are \{'b': .*takes AffineParams\(w="
     ) as caught:
         f((first, (), {"w": last.w, "b": last.b}), X)
     assert "in layer 2: Dense(3)" in caught.value.__notes__
     with pytest.raises(
-        ValueError, match=r"Dense\(4\): params are Affine\(w=float64\[2,4\], b=None\)"
+        ValueError, match=r"Dense\(4\): params are AffineParams\(w=float64\[2,4\], b=None\)"
     ):
         f((first._replace(b=None), (), last), X)
     with pytest.raises(ValueError, match=r"Relu\(\): params are float64\[\], but .* takes \(\)"):
@@ -93,7 +93,7 @@ def test_input_that_is_not_an_array():
 
 def test_one_layer_alone_says_so_too():
     with pytest.raises(ValueError, match=r"Dense\(4\): params.w has shape \(3, 4\)"):
-        jp.Dense(4).forward(Affine(jnp.ones((3, 4)), jnp.ones(4)), X)
+        jp.Dense(4).forward(AffineParams(jnp.ones((3, 4)), jnp.ones(4)), X)
 
 
 def test_backward_with_params_of_the_wrong_length():

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import jaxprop as jp
-from jaxprop.explain.summary import summary
+from jaxprop.explanation.summary import summary
 from tests.table import MLP, TABLE, at, normal, relative_error, row_id
 
 LOSS = jp.HalfSquaredError()
@@ -263,7 +263,7 @@ def test_a_gpt_is_a_line_a_layer():
 
 
 def test_the_worked_example_prints_its_numbers():
-    from jaxprop.explain.config import WORKED_EXAMPLE, example, network, params
+    from jaxprop.walkthrough.config import WORKED_EXAMPLE, example, network, params
 
     text = str(jp.explain(network(WORKED_EXAMPLE), LOSS, params(WORKED_EXAMPLE),
                           *example(WORKED_EXAMPLE)))  # fmt: skip

@@ -57,7 +57,7 @@ def test_scanned_and_unrolled_are_one_network():
 def test_dropout_takes_effect_with_a_key():
     net, tokens = gpt2(SMALL._replace(dropout=0.1)), jnp.ones((2, 9), jnp.int32)
     params = net.init(jax.random.key(0), tokens)
-    given = net.given(params, key=jax.random.key(1))
+    given = net.bind(params, key=jax.random.key(1))
     difference = net.forward(params, tokens)[0] - net.forward(given, tokens)[0]
     assert float(jnp.abs(difference).max()) > 0.01
 

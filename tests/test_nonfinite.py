@@ -82,7 +82,7 @@ def test_the_turn_of_a_loop():
     x = jnp.full((2, 3), 1e100)
     net = jp.chain(Times(1.0), jp.repeat(jp.chain(jp.Dense(3), Times(1e80)), 4))
     eyes = jnp.broadcast_to(jnp.eye(3), (4, 3, 3))
-    params = ((), (jp.Affine(eyes, jnp.zeros((4, 3))), ()))
+    params = ((), (jp.AffineParams(eyes, jnp.zeros((4, 3))), ()))
     found = jp.find_nonfinite(net, LOSS, params, x, x)
     assert (found.phase, found.layer, found.value) == ("forward", "1.1[2]", np.inf)
     assert found.x.max() == pytest.approx(1e260)
@@ -116,7 +116,7 @@ def test_the_way_back():
 
 def test_a_gradient_that_overflows():
     x = jnp.full((2, 1), 1e30, jnp.float32)
-    params = jp.Affine(jnp.full((1, 1), 1e-20, jnp.float32), jnp.zeros(1, jnp.float32))
+    params = jp.AffineParams(jnp.full((1, 1), 1e-20, jnp.float32), jnp.zeros(1, jnp.float32))
     found = jp.find_nonfinite(jp.Dense(1), LOSS, params, x, jnp.zeros((2, 1)))
     assert (found.phase, found.array, found.index) == ("backward", "the gradient by w", (0, 0))
     assert found.example is None

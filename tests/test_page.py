@@ -8,10 +8,10 @@ import tomllib
 import pytest
 
 from jaxprop.cli import main
-from jaxprop.explain import config as configs
-from jaxprop.explain.page import page
-from jaxprop.explain.walkthrough import descent
-from jaxprop.explain.words import KOREAN
+from jaxprop.walkthrough import config as configs
+from jaxprop.walkthrough.descent import descent
+from jaxprop.walkthrough.page import page
+from jaxprop.walkthrough.words import KOREAN
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

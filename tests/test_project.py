@@ -1,6 +1,8 @@
 """What the project promises of itself: imports go down, the README's code runs, names are there."""
 
 import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -10,17 +12,11 @@ import jaxprop as jp
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"_command", "donation", "seats", "shapes", "static"},
-    {"layer"},
-    {"factored", "leafwise"},
-    {"layers"},
-    {"combinators", "losses"},
-    {"backprop", "of_batch"},
-    {"quantity"},
-    {"training", "checking", "interop", "quantities", "models", "sharding"},
-    {"accumulation", "clipping", "curvature", "update"},
-    {"explain", "bench"},
-    {"cli", "plot"},
+    {"_command", "core"},
+    {"layers", "combinators", "losses", "checking", "quantity"},
+    {"forms", "sharding", "models", "training", "explanation"},
+    {"plot", "bench", "walkthrough"},
+    {"cli"},
     {"__main__"},
 ]
 PARTS = [part for floor in FLOORS for part in floor]
@@ -94,12 +90,41 @@ def test_ci_runs_the_readme_s_test_command():
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
+def public():
+    """Every name that users meet, and what it is."""
+    modules = [jp, *(getattr(jp, name) for name in ("forms", "models", "quantity", "sharding"))]
+    for module in modules:
+        for name in getattr(module, "__all__", dir(module)):
+            value = getattr(module, name)
+            if not name.startswith("_") and not inspect.ismodule(value):
+                yield name, value
+
+
 def test_every_public_name_is_there_and_documented():
-    for name in jp.__all__:
-        text = getattr(jp, name).__doc__
-        assert text, name
-        assert not text.startswith(f"{name}("), f"{name} has only what dataclasses write"
-    assert sorted(jp.__all__) == jp.__all__
+    for name, value in public():
+        if getattr(value, "__module__", "").startswith("jaxprop"):
+            text = value.__doc__
+            assert text, name
+            assert not text.startswith(f"{name}("), f"{name} has only what dataclasses write"
+
+
+def test_the_top_level_completes_to_what_a_user_types():
+    names = dir(jp)
+    assert names == sorted(jp.__all__)
+    assert len(names) <= 80
+    text = jp.__doc__.split("by group:")[1]
+    assert set(names) <= set(re.findall(r"\w+", text)), "the docstring lists the names by group"
+
+
+def test_no_function_hides_a_module():
+    for path in FILES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if not name.endswith("__main__"):
+            module = importlib.import_module(name)
+            above, _, last = name.rpartition(".")
+            if above:
+                assert getattr(importlib.import_module(above), last) is module, name
 
 
 def test_heavy_libraries_are_not_imported():

@@ -14,7 +14,7 @@ from hypothesis import given
 from table import LOSSES, TABLE, Row, at, relative_error, row_id
 
 import jaxprop as jp
-from jaxprop.shapes import structs
+from jaxprop.core.describe import structs
 
 
 class Plain(jp.Layer):
@@ -146,7 +146,7 @@ def test_clipped_with_a_key_and_a_mask_in_the_seats():
     attention = jp.skip(jp.chain(jp.Dense(6), jp.Attention(1), jp.Dense(2), jp.Dropout(0.5)))
     net, loss = jp.chain(jp.repeat(attention, 2), jp.Dropout(0.5), jp.Dense(3)), jp.CrossEntropy()
     x = jnp.asarray(normal(4, 3, 2))
-    seats = net.given(
+    seats = net.bind(
         net.init(jax.random.key(0), x),
         key=jax.random.key(1),
         mask=jnp.arange(3) < jnp.array([3, 1, 2, 3])[:, None],
@@ -272,7 +272,7 @@ def test_kflr_of_one_example_is_the_ggn_block():
     blocks = run(oracles.ggn_blocks(net, loss), *args)
     for factors in (
         jp.kronecker_factors(net, loss)(*args),
-        jax.jit(jp.kronecker_factors(net, loss))(*args, exact=True),
+        jax.jit(jp.quantities(net, loss, it=jp.KroneckerFactors()))(*args)["it"],
     ):
         for layer in (0, 2):
             w, b = factors[layer]
@@ -518,9 +518,7 @@ def test_errors():
     plain, _, *args = problem(Row(Plain(3), normal(4, 5)))
     with pytest.raises(TypeError, match="Stacked has no Kronecker factors"):
         jp.kronecker_factors(plain, loss)(*args)
-    with pytest.raises(TypeError, match="give one of them"):
-        jp.kronecker_factors(net, loss)(params, x, target, jax.random.key(0), exact=True)
-    with pytest.raises(ValueError, match="samples must be at least 1"):
+    with pytest.raises(ValueError, match="samples is at least 1, not 0"):
         jp.diag_ggn(net, loss, samples=0)
 
 
@@ -597,4 +595,4 @@ def test_what_has_no_answer_raises():
     with pytest.raises(TypeError, match="takes a key"):
         jp.diag_ggn(net, loss, samples=4)(params, x, x)
     with pytest.raises(TypeError, match="takes a key"):
-        jp.kronecker_factors(net, loss)(params, x, x, exact=False)
+        jp.quantities(net, loss, it=jp.KroneckerFactors(samples=1))(params, x, x)

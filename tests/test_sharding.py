@@ -354,11 +354,11 @@ def test_rules():
 def test_rules_for_what_an_optimizer_keeps():
     """Masks leave holes in params' structure, a factored state is of other shapes, and so on."""
     mesh = mesh_of(data=4, model=2)
-    params = jp.Affine(jnp.ones((8, 32)), jnp.ones(32))
-    no_bias = jp.Affine(True, False)
+    params = jp.AffineParams(jnp.ones((8, 32)), jnp.ones(32))
+    no_bias = jp.AffineParams(True, False)
     optimizer = optax.chain(
         optax.masked(optax.trace(0.9), no_bias),
-        optax.masked(optax.trace(0.9), jp.Affine(False, True)),
+        optax.masked(optax.trace(0.9), jp.AffineParams(False, True)),
         optax.scale_by_factored_rms(min_dim_size_to_factor=4),
     )
     tree = (optimizer.init(params), 0.1)

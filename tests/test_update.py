@@ -315,7 +315,7 @@ def test_a_mask_goes_into_the_seats(fused):
     params = net.init(jax.random.key(0), x)
     mask = jnp.arange(5) < jnp.array([5, 2, 3, 1])[:, None]
     target = jnp.where(mask, 1, -1)
-    _, grads = jp.value_and_grad(net, LOSS)(net.given(params, mask=mask), x, target)
+    _, grads = jp.value_and_grad(net, LOSS)(net.bind(params, mask=mask), x, target)
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
     update = jp.make_update(net, LOSS, optax.sgd(0.5), fused=fused)
     got, _, _ = update(params, update.init(params), x, target, mask=mask)
@@ -361,7 +361,7 @@ def test_the_norm_of_float16_gradients(fused, size, skipped):
     """A sum of squares above 65504 is a norm as any; a gradient above it is infinite."""
     net, loss = jp.chain(jp.Dense(2, bias=False)), jp.HalfSquaredError()
     x, target = jnp.full((1, 2), 10, jnp.float16), jnp.full((1, 2), -size / 10, jnp.float16)
-    params = (jp.Affine(jnp.zeros((2, 2), jnp.float16), None),)
+    params = (jp.AffineParams(jnp.zeros((2, 2), jnp.float16), None),)
     update = jp.make_update(
         net, loss, optax.sgd(1.0), fused=fused, max_norm=1.0, skip_nonfinite=True
     )
@@ -409,7 +409,7 @@ def test_the_norm_of_factors_far_apart_in_size(fused, of_x, of_ct):
     """Squared, one would overflow in float32 and the other vanish; their product is ordinary."""
     net, loss = jp.chain(jp.Dense(8, bias=False)), jp.HalfSquaredError()
     x = jnp.full((2, 8), of_x, jnp.float32)
-    params = (jp.Affine(jnp.zeros((8, 8), jnp.float32), None),)
+    params = (jp.AffineParams(jnp.zeros((8, 8), jnp.float32), None),)
     target = jnp.full((2, 8), of_ct, jnp.float32)
     update = jp.make_update(net, loss, optax.sgd(1.0), fused=fused, max_norm=1e-3)
     got, _, _ = update(params, update.init(params), x, target)
@@ -473,7 +473,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped(fused):
 
     net, loss = jp.chain(jp.Dense(2, bias=False), Root()), jp.HalfSquaredError()
     x, target = jnp.ones((1, 2)), jnp.ones((1, 2))
-    params = (jp.Affine(jnp.array([[1.0, 0.0], [1.0, 0.0]])), ())
+    params = (jp.AffineParams(jnp.array([[1.0, 0.0], [1.0, 0.0]])), ())
     update = jp.make_update(net, loss, optax.sgd(0.1), fused=fused, skip_nonfinite=True)
     before = jax.tree.map(np.asarray, params)
     params, state, value = update(params, update.init(params), x, target)

@@ -13,9 +13,9 @@ import pytest
 from rich.cells import cell_len
 
 from jaxprop.cli import main
-from jaxprop.explain import config as configs
-from jaxprop.explain.config import WORKED_EXAMPLE, ConfigError
-from jaxprop.explain.walkthrough import descent, walkthrough
+from jaxprop.walkthrough import config as configs
+from jaxprop.walkthrough.config import WORKED_EXAMPLE, ConfigError
+from jaxprop.walkthrough.descent import descent, walkthrough
 
 # The values that the article behind the example publishes, to 8 decimals. Two that it prints
 # otherwise after the step, z2 = 0.10988248 and o2 = 0.66296548, are misprints: its own h2 and

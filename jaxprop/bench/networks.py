@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprop.combinators import chain
-from jaxprop.layer import Layer
+from jaxprop.combinators.chain import chain
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
 from jaxprop.layers import Dense, Lstm
-from jaxprop.losses import CrossEntropy, Loss
+from jaxprop.losses import CrossEntropy
 from jaxprop.models import Gpt2Config, gpt2, images
 
 Network = tuple[Layer, Loss, tuple[Any, Any, Any]]

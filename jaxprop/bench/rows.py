@@ -10,23 +10,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprop.backprop import loss_fn
 from jaxprop.bench.networks import Network, all_cnn_c, gpt, lstm, three_c3d
-from jaxprop.clipping import clipped_grad
-from jaxprop.combinators import chain, repeat
-from jaxprop.curvature import diag_ggn, kronecker_factors
-from jaxprop.layer import Layer
-from jaxprop.layers import Affine, Dense, Relu, Sigmoid, Tanh
-from jaxprop.losses import CrossEntropy, HalfSquaredError, Loss
-from jaxprop.quantities import (
+from jaxprop.combinators.chain import chain
+from jaxprop.combinators.repeat import repeat
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.walk import loss_fn
+from jaxprop.layers import AffineParams, Dense, Relu, Sigmoid, Tanh
+from jaxprop.losses import CrossEntropy, HalfSquaredError
+from jaxprop.quantity.functions import (
+    clipped_grad,
+    diag_ggn,
+    kronecker_factors,
     noise_scale,
     per_example_grads,
     per_example_sq_norms,
     second_moment,
     variance,
 )
-from jaxprop.training import ValueAndGrad, value_and_grad
-from jaxprop.update import make_update
+from jaxprop.training.gradients import ValueAndGrad, autodiff, value_and_grad
+from jaxprop.training.update import make_update
 
 
 class Case(NamedTuple):
@@ -39,10 +42,6 @@ class Case(NamedTuple):
     auto: Callable[[], Callable[..., Any]]
     args: tuple[Any, ...]
     carried: int = 0
-
-
-def autodiff(net: Layer, loss: Loss) -> ValueAndGrad:
-    return jax.value_and_grad(loss_fn(net, loss))
 
 
 def vmap_of_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
@@ -115,9 +114,9 @@ def worked_example(steps: int) -> Case:
     )
     optimizer = optax.sgd(0.5)
     params = (
-        Affine(jnp.array([[0.3, 0.4], [0.25, 0.35]], jnp.float32)),
+        AffineParams(jnp.array([[0.3, 0.4], [0.25, 0.35]], jnp.float32)),
         (),
-        Affine(jnp.array([[0.45, 0.7], [0.4, 0.6]], jnp.float32)),
+        AffineParams(jnp.array([[0.45, 0.7], [0.4, 0.6]], jnp.float32)),
         (),
     )
 

@@ -14,9 +14,11 @@ from jax.tree_util import keystr
 from jaxprop.checking.differences import differences_of
 from jaxprop.checking.oracles import backward_of, d_name, each_alone, oracles_for
 from jaxprop.checking.points import float64, is_floating, normal, tenth, with_noise
-from jaxprop.factored import is_factored
-from jaxprop.layer import Combinator, Layer
-from jaxprop.shapes import require
+from jaxprop.core.checks import require
+from jaxprop.core.combinator import Combinator
+from jaxprop.core.forms import is_factored
+from jaxprop.core.tree import learned_cotangents
+from jaxprop.core.layer import Layer
 
 DIRECTIONS = 3
 OF_CT = "the sum of squares (of_squares looks at the form's own ct)"
@@ -118,7 +120,10 @@ def _shares(
     The latter is asked of the form of ct, with the squares of another's.
     """
     forms, others = (
-        jax.tree.leaves_with_path(layer.backward(params, residuals, ct)[0], is_leaf=is_factored)
+        jax.tree.leaves_with_path(
+            learned_cotangents(params, layer.backward(params, residuals, ct)[0]),
+            is_leaf=is_factored,
+        )
         for ct in (ct, other_ct)
     )
     alone = jax.tree.leaves(each_alone(layer, params, x, ct)["params"])

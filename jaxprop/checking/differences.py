@@ -21,7 +21,7 @@ from jaxprop.checking.points import (
     size_of,
     with_noise,
 )
-from jaxprop.layer import Layer
+from jaxprop.core.layer import Layer
 
 STEP = 1e-6  # rounding and truncation are then near 1e-10 of the slope
 RTOL = 1e-6

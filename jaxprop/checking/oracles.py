@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +11,17 @@ from jax import Array
 from jax.tree_util import keystr
 
 from jaxprop.checking.points import is_floating, normal, tenth, with_noise
-from jaxprop.factored import summed
-from jaxprop.layer import Layer
-from jaxprop.shapes import shapes
+from jaxprop.core.cotangents import summed
+from jaxprop.core.describe import shapes
+from jaxprop.core.layer import Layer
+from jaxprop.core.tree import (
+    axes_of_examples,
+    learned,
+    learned_cotangents,
+    of_one_example,
+    with_cotangents,
+)
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 
 def backward_of(layer: Layer, params: Any, x: Any, residuals: Any, ct: Any) -> dict[str, Any]:
@@ -23,7 +30,8 @@ def backward_of(layer: Layer, params: Any, x: Any, residuals: Any, ct: Any) -> d
     if not isinstance(result, tuple) or len(result) != 2:
         raise AssertionError(f"{layer}: backward returns {shapes(result)}, not (d_params, d_x)")
     d_params, d_x = result
-    return in_form(layer, {"params": params, "x": x}, {"params": summed(d_params), "x": d_x})
+    d_params = summed(learned_cotangents(params, d_params))
+    return in_form(layer, {"params": params, "x": x}, {"params": d_params, "x": d_x})
 
 
 def answer(layer: Layer, params: Any, x: Any, ct: Any) -> dict[str, Any]:
@@ -34,6 +42,9 @@ def answer(layer: Layer, params: Any, x: Any, ct: Any) -> dict[str, Any]:
 def _by_vjp(layer: Layer, params: Any, x: Any, ct: Any, key: chex.PRNGKey) -> dict[str, Any]:
     _, pull = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, x)
     d_params, d_x = pull(ct)
+    _, residuals = layer.forward(params, x)
+    own, _ = layer.backward(params, residuals, ct)
+    d_params = with_cotangents(learned(d_params), learned_cotangents(params, own))
     return in_form(layer, {"params": params, "x": x}, {"params": d_params, "x": d_x})
 
 
@@ -50,11 +61,11 @@ def _by_linearity(layer: Layer, params: Any, x: Any, ct: Any, key: chex.PRNGKey)
 def each_alone(layer: Layer, params: Any, x: Any, ct: Any) -> dict[str, Any]:
     """What every example alone gives, stacked."""
 
-    def alone(x: Any, ct: Any) -> dict[str, Any]:
+    def alone(params: Params, x: PyTree, ct: Cotangent) -> dict[str, Any]:
         x, ct = jax.tree.map(lambda leaf: leaf[None], (x, ct))
-        return answer(layer, params, x, ct)
+        return answer(layer, of_one_example(params), x, ct)
 
-    return jax.vmap(alone)(x, ct)
+    return jax.vmap(alone, (axes_of_examples(params), 0, 0))(params, x, ct)
 
 
 def _by_examples(layer: Layer, params: Any, x: Any, ct: Any, key: chex.PRNGKey) -> dict[str, Any]:
@@ -116,6 +127,10 @@ def in_form(layer: Layer, primals: dict[str, Any], cotangents: dict[str, Any]) -
             )
         return d_leaf
 
+    primals = {
+        "params": with_cotangents(learned(primals["params"]), cotangents["params"]),
+        "x": primals["x"],
+    }
     for name, primal in primals.items():
         try:
             jax.tree.map(lambda leaf, d_leaf: None, primal, cotangents[name])

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import keystr
 
-from jaxprop.shapes import shapes
+from jaxprop.core.arrays import rounded
+from jaxprop.core.describe import shapes
+from jaxprop.core.tree import is_not_learned
 
 
 def is_floating(leaf: Any) -> bool:
@@ -19,9 +21,15 @@ def is_floating(leaf: Any) -> bool:
 
 
 def float64(name: str, tree: Any) -> Any:
-    """The tree with its floats in float64. Raises ``TypeError`` for what has no cotangent."""
+    """Return the tree with its floats in float64.
 
-    def widen(path: Any, leaf: Any) -> Array:
+    Raises:
+        TypeError: for a learned array, or an input, that has no cotangent and is not a bool.
+    """
+
+    def widen(path: Any, leaf: Any) -> Any:
+        if is_not_learned(leaf):
+            return jax.tree.map(lambda leaf: rounded(leaf, jnp.float64), leaf)
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"{name}{keystr(path)} must be an array, not {shapes(leaf)}")
         leaf = jnp.asarray(leaf)
@@ -33,7 +41,7 @@ def float64(name: str, tree: Any) -> Any:
             raise TypeError(f"{name}{keystr(path)} is {leaf.dtype}; check_layer takes real floats")
         return leaf
 
-    return jax.tree.map_with_path(widen, tree)
+    return jax.tree.map_with_path(widen, tree, is_leaf=is_not_learned)
 
 
 def normal(key: chex.PRNGKey, tree: Any) -> Any:

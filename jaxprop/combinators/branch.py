@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from jaxprop.combinators.chain import Several
-from jaxprop.layer import Layer, Leave, in_layer
-from jaxprop.shapes import empty_like, shapes
+from jaxprop.combinators.several import Several
+from jaxprop.core.arrays import empty_like
+from jaxprop.core.combinator import in_layer
+from jaxprop.core.describe import shapes, structs
+from jaxprop.core.layer import Layer
+from jaxprop.core.step import Visit
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
+
+Join = Literal["sum", "concatenate"]
 
 
 class Branch(Several):
@@ -18,9 +24,13 @@ class Branch(Several):
 
     A copy has the sum for its transpose, and a sum the copy: with d_i what f_i pulls back from ct
     (or from its own part of ct), dE/dx = d_1 + ... + d_k.
+
+    Attributes:
+        layers: the layers, each of which is given x.
+        join: "sum" or "concatenate".
     """
 
-    join: Literal["sum", "concatenate"] = "sum"
+    join: Join = "sum"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,51 +41,64 @@ class Branch(Several):
         join = "" if self.join == "sum" else f", join={self.join!r}"
         return f"branch({', '.join(map(repr, self.layers))}{join})"
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[Any, ...]:
-        params = []
+    def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
+        params, ys = [], []
         for index, layer in enumerate(self.layers):
             with in_layer(index, layer):
-                params.append(layer.init(jax.random.fold_in(key, index), x))
-        return tuple(params)
+                p, y = layer.init_with_output(jax.random.fold_in(key, index), structs(x))
+            params.append(p)
+            ys.append(y)
+        return tuple(params), jax.eval_shape(lambda *ys: self._joined(x, list(ys)), *ys)
 
-    def forward(self, params: tuple[Any, ...], x: Any) -> tuple[Any, Any]:
+    def forward(self, params: Params, x: PyTree) -> tuple[Array, Residuals]:
         ys, residuals = [], []
         for index, (layer, p) in enumerate(zip(self.layers, params, strict=True)):
             with in_layer(index, layer):
                 y, r = layer.forward(p, x)
             ys.append(y)
             residuals.append(r)
+        # A width is static, and survives a scan as the shape of an array.
+        widths = () if self.join == "sum" else tuple(map(empty_like, ys))
+        return self._joined(x, ys), (tuple(residuals), widths)
+
+    def walk(
+        self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
+    ) -> tuple[Visited, Cotangent]:
+        self.check_length(place)
+        residuals, widths = residuals
+        ends = [sum(w.shape[-1] for w in widths[: i + 1]) for i in range(len(widths))]
+        cts = jnp.split(ct, ends[:-1], axis=-1) if widths else [ct] * len(self.layers)
+        visited, d_x = [], None
+        steps = zip(self.layers, place, residuals, cts, strict=True)
+        for index, (layer, p, r, ct) in enumerate(steps):
+            with in_layer(index, layer):
+                here, d = layer.walk(p, r, ct, visit)
+            visited.append(here)
+            d_x = d if d_x is None else jax.tree.map(jnp.add, d_x, d)
+        return tuple(visited), d_x
+
+    def _joined(self, x: PyTree, ys: list[Array]) -> Array:
         same = [y.shape if self.join == "sum" else y.shape[:-1] for y in ys]
         if len(set(same)) > 1:
             raise ValueError(
                 f"{self}: the layers turn {shapes(x)} into {', '.join(map(shapes, ys))}, which "
                 f"cannot be joined by {self.join}"
             )
-        if self.join == "sum":
-            return sum(ys[1:], start=ys[0]), (tuple(residuals), ())
-        widths = tuple(map(empty_like, ys))  # a shape is static, and survives a scan
-        return jnp.concatenate(ys, axis=-1), (tuple(residuals), widths)
-
-    def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
-        self.check_length(params)
-        residuals, widths = residuals
-        ends = [sum(w.shape[-1] for w in widths[: i + 1]) for i in range(len(widths))]
-        cts = jnp.split(ct, ends[:-1], axis=-1) if widths else [ct] * len(self.layers)
-        left, d_x = [], None
-        steps = zip(self.layers, params, residuals, cts, strict=True)
-        for index, (layer, p, r, ct) in enumerate(steps):
-            with in_layer(index, layer):
-                here, d = layer.walk(p, r, ct, leave)
-            left.append(here)
-            d_x = d if d_x is None else jax.tree.map(jnp.add, d_x, d)
-        return tuple(left), d_x
+        return sum(ys[1:], start=ys[0]) if self.join == "sum" else jnp.concatenate(ys, axis=-1)
 
 
-def branch(*layers: Layer, join: Literal["sum", "concatenate"] = "sum") -> Branch:
-    """Every layer on the same x, the results added up or, by ``join="concatenate"``, side by side.
+def branch(*layers: Layer, join: Join = "sum") -> Branch:
+    """Return the layers side by side on the same x, their outputs joined.
 
-    params and residuals are tuples with one entry a layer. Concatenation is on the last axis.
-    Raises ``ValueError`` for no layers and for results whose shapes do not fit together.
+    params and residuals are tuples with one entry a layer.
+
+    Args:
+        layers: at least one layer.
+        join: "sum" adds the outputs up; "concatenate" puts them beside each other on the last axis.
+
+    Raises:
+        ValueError: for no layers, and for outputs whose shapes do not fit together.
+        TypeError: for an argument that is not a layer.
 
     Example:
         >>> import jaxprop as jp

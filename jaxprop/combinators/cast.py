@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from jaxprop.combinators.wrapper import Wrapper
-from jaxprop.factored import wide
-from jaxprop.layer import Layer, map_layers
-from jaxprop.seats import rounded
-from jaxprop.shapes import empty_like, require, structs
+from jaxprop.core.arrays import empty_like, rounded, wide
+from jaxprop.core.checks import require
+from jaxprop.core.combinator import Wrapper, map_layers
+from jaxprop.core.describe import structs
+from jaxprop.core.layer import Layer
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 
 class Cast(Wrapper):
     """y = f(x) with params and x rounded to ``dtype``, in which f computes.
 
-    The cotangents of params are left factored in ``dtype`` and summed in at least float32, which
-    is what autodiff of the same forward would round to ``dtype`` first. y is of ``dtype``.
+    The cotangents of params are kept factored in ``dtype`` and summed in at least float32; autodiff
+    of the same forward would round them to ``dtype`` first. y is of ``dtype``.
+
+    Attributes:
+        layer: f.
+        dtype: the name of a floating dtype.
     """
 
     dtype: str
+    transparent: ClassVar[bool] = True
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Any:
-        """Params of at least float32, whatever the layer before rounded x to."""
+    def init(self, key: Array, x: PyTree) -> Params:
+        """Return params of at least float32, whatever the layer before rounded x to."""
         return self.layer.init(key, jax.eval_shape(lambda x: jax.tree.map(wide, x), structs(x)))
 
-    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         y, residuals = self.layer.forward(
             self.layer.rounded(params, self.dtype), rounded(x, self.dtype)
         )
         return y, (residuals, jax.tree.map(empty_like, x))
 
-    def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
+    def backward(
+        self, params: Params, residuals: Residuals, ct: Cotangent
+    ) -> tuple[Cotangent, Cotangent]:
         residuals, like = residuals
         params, ct = self.layer.rounded(params, self.dtype), rounded(ct, self.dtype)
         d_params, d_x = self.layer.backward(params, residuals, ct)
@@ -42,21 +50,23 @@ class Cast(Wrapper):
             return d_params, None
         return d_params, jax.tree.map(lambda like, d: d.astype(like.dtype), like, d_x)
 
-    def inside(self, residuals: Any) -> tuple[Layer, Any]:
+    def inside(self, residuals: Residuals) -> tuple[Layer, Residuals]:
         return self.layer, residuals[0]
 
 
 def cast(net: Layer, dtype: Any) -> Layer:
-    """The same net computing in ``dtype``, with params and gradients in their own.
+    """Return the same net computing in ``dtype``, with params and gradients in their own.
 
-    Every layer that is not made of layers rounds its params and its x: with float32 params and
-    ``jnp.bfloat16`` this is mixed precision. Statistics (a BatchNorm's running ones are not
-    rounded), softmax and the loss are in at least float32 as always, and cotangents of params
-    accumulate in it. In float16 small cotangents
-    are lost: ``jp.value_and_grad(..., loss_scale=2.0**12)`` keeps them. A ``repeat`` that comes
-    first takes an x that is of ``dtype`` already.
+    Every layer that is not made of layers rounds its params and its x. With float32 params and
+    ``jnp.bfloat16`` this is mixed precision. Statistics, softmax and the loss are in at least
+    float32 as always (a BatchNorm's running statistics are not rounded), and cotangents of params
+    accumulate in it. In float16 small cotangents are lost: ``jp.value_and_grad(...,
+    loss_scale=2.0**12)`` keeps them. A ``repeat`` that comes first takes an x that is of ``dtype``
+    already.
 
-    Raises ``TypeError`` for a dtype that is not floating.
+    Args:
+        net: the network.
+        dtype: a floating dtype; others raise ``TypeError``.
     """
     require(net, Layer, "cast")
     name = jnp.dtype(dtype).name

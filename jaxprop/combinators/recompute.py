@@ -1,24 +1,27 @@
-"""Residuals that are computed anew."""
+"""Residuals that are recomputed on the way back."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
+from jax import Array
 
-from jaxprop.combinators.wrapper import Wrapper
-from jaxprop.layer import Combinator, Layer, Leave
-from jaxprop.seats import bare
-from jaxprop.shapes import require
+from jaxprop.core.checks import require
+from jaxprop.core.combinator import Combinator, Wrapper
+from jaxprop.core.layer import Layer
+from jaxprop.core.step import Visit, params_of
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
 class Recompute(Wrapper, Combinator):
-    """y = f(x), keeping x alone: the way back runs f forward again for the residuals.
+    """y = f(x), saving x alone: the way back runs f forward again for the residuals.
 
-    Inside ``repeat`` these are one layer's: for the price of a second forward, of the residuals of
-    all layers there remain those of one, and an x each (Chen et al. 2016,
-    https://arxiv.org/abs/1604.06174). Elsewhere XLA for CPUs may find that it has computed them
-    before, and keep them after all.
+    This is rematerialization, ``jax.checkpoint`` ("remat") of f. Inside ``repeat`` the residuals
+    are then those of one layer, and an x for each, for the price of a second forward (Chen et al.
+    2016, https://arxiv.org/abs/1604.06174). Elsewhere XLA for CPUs may find that it has computed
+    them before, and keep them after all.
+
+    Attributes:
+        layer: f.
     """
 
     def __post_init__(self) -> None:
@@ -27,19 +30,30 @@ class Recompute(Wrapper, Combinator):
     def __repr__(self) -> str:
         return f"recompute({self.layer!r})"
 
-    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+    def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
+        return self.layer.init_with_output(key, x)
+
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         y, _ = self.layer.forward(params, x)
         return y, x
 
-    def walk(self, params: Any, residuals: Any, ct: Any, leave: Leave) -> tuple[Any, Any]:
+    def walk(
+        self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
+    ) -> tuple[Visited, Cotangent]:
         x, ct = jax.lax.optimization_barrier((residuals, ct))
-        _, residuals = self.layer.forward(bare(params), x)
-        return self.layer.walk(params, residuals, ct, leave)
+        _, residuals = self.layer.forward(params_of(place, visit), x)
+        return self.layer.walk(place, residuals, ct, visit)
 
 
 def recompute(layer: Layer) -> Recompute:
-    """The layer, with no residuals kept but x; the way back computes them anew.
+    """Return the layer with no residuals saved but x; the way back recomputes them (remat).
 
     ``repeat(recompute(block), times)`` keeps one x a block. params are the layer's.
+
+    Args:
+        layer: the layer.
+
+    Raises:
+        TypeError: for what is not a layer.
     """
     return Recompute(layer)

@@ -4,20 +4,20 @@ from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, S
 from jaxprop.layers.attention import Attention
 from jaxprop.layers.batch_norm import BatchNorm, BatchNormParams
 from jaxprop.layers.convolution import Conv, ConvTranspose
-from jaxprop.layers.dense import Affine, Dense
+from jaxprop.layers.dense import AffineParams, Dense
 from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
 from jaxprop.layers.group_norm import GroupNorm
-from jaxprop.layers.normalization import LayerNorm, Norm, RMSNorm
+from jaxprop.layers.normalization import LayerNorm, NormParams, RMSNorm
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.pooling import AvgPool, GlobalAvgPool, MaxPool
 from jaxprop.layers.positions import Leading, Positions, Rotary, SinusoidalPositions
 from jaxprop.layers.recurrent import Gru, Lstm, Rnn
 from jaxprop.layers.shape import Flatten, Pad, Reshape
-from jaxprop.layers.through_time import Recurrent
+from jaxprop.layers.through_time import RecurrentParams
 
 __all__ = [
-    "Affine",
+    "AffineParams",
     "Attention",
     "AvgPool",
     "BatchNorm",
@@ -37,12 +37,12 @@ __all__ = [
     "Leading",
     "Lstm",
     "MaxPool",
-    "Norm",
+    "NormParams",
     "Pad",
     "Patches",
     "Positions",
     "RMSNorm",
-    "Recurrent",
+    "RecurrentParams",
     "Relu",
     "Reshape",
     "Rnn",

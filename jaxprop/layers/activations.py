@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer
+from jaxprop.core.layer import Layer
 
 X = Float[Array, "n ..."]
 

@@ -6,20 +6,24 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from jaxprop.factored import wide
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_counts, check_flags
-from jaxprop.shapes import shapes
+from jaxprop.core.arrays import wide
+from jaxprop.core.checks import check_counts, check_flags
+from jaxprop.core.describe import shapes
+from jaxprop.core.layer import Layer
+from jaxprop.core.tree import Mask
+from jaxprop.core.types import Params
 
 Heads = Float[Array, "n h t d"]
+Padding = Bool[Array, "n t"] | None
+Save = Literal["weights", "logsumexp"]
 
 
 class Attention(Layer):
@@ -47,18 +51,19 @@ class Attention(Layer):
     after the other. y is (N, T, D); scale is 1 / sqrt(D / heads). ``causal``: position t looks at
     the positions up to t. The softmax is computed in at least float32.
 
-    There is nothing to train: params are ``()`` or a padding mask, bool (N, T), True where a
-    position is real. Keys that are padding get no weight; where no key is left, y and the
-    cotangents are 0. d_params is always ``()``.
+    There is nothing to learn: params are ``()``, or a ``jp.Mask`` that ``net.bind(params, mask=)``
+    puts in their place. Keys that are padding get no weight; where no key is left, y and the
+    cotangents are 0.
 
-    Raises ``ValueError`` for another mask and for x that is not (N, T, 3D) with heads dividing D,
-    ``TypeError`` for x not floating.
+    Raises ``ValueError`` for a mask that is not (N, T) and for x that is not (N, T, 3D) with heads
+    dividing D, ``TypeError`` for x not floating.
     """
 
     heads: int
     causal: bool = True
-    save: str = "weights"
+    save: Save = "weights"
     block: int = 128
+    takes = Mask
 
     def __post_init__(self) -> None:
         check_counts(self, "heads", "block")
@@ -76,26 +81,14 @@ class Attention(Layer):
             raise TypeError(f"{self} takes floating x, not {x.dtype}")
         return ()
 
-    def given(self, params: Any, *, key: Any = None, mask: Any = None) -> Any:
-        """The padding mask in the place of the params."""
-        return params if mask is None else mask
-
-    def check_params(self, params: Any, x: Any) -> None:
-        super().check_params((), x)
-        is_mask = getattr(params, "shape", None) == x.shape[:2] and params.dtype == bool
-        if not is_mask and not (isinstance(params, tuple) and params == ()):
-            raise ValueError(
-                f"{self}: params are {shapes(params)}, but an input {shapes(x)} takes () or a "
-                f"padding mask bool{list(x.shape[:2])}, True where a position is real"
-            )
-
     def forward(
         self, params: Any, x: Float[Array, "n t c"]
     ) -> tuple[Float[Array, "n t d"], tuple[Any, ...]]:
+        mask = self._mask(params, x)
         q, k, v = _split(x, self.heads)
         parts = []
         for rows, keys in self._parts(x.shape[1]):
-            attend = functools.partial(self._attend, params, k[:, :, keys], v[:, :, keys])
+            attend = functools.partial(self._attend, mask, k[:, :, keys], v[:, :, keys])
             parts.append(self._run(attend, (), (q[:, :, rows], _positions(rows)))[0])
         ys, kept = zip(*parts, strict=True)
         y = jnp.concatenate(ys, 2).swapaxes(1, 2).reshape(*x.shape[:2], -1).astype(x.dtype)
@@ -105,12 +98,13 @@ class Attention(Layer):
         self, params: Any, residuals: tuple[Any, ...], ct: Float[Array, "n t d"]
     ) -> tuple[tuple[()], Float[Array, "n t c"]]:
         x, y, kept = residuals
+        mask = self._mask(params, x)
         q, k, v = _split(x, self.heads)
         ct, y = (z.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for z in (ct, y))
         mean = jnp.sum(wide(ct) * wide(y), -1, keepdims=True)
         d_q, d_k, d_v = [], [], []
         for (rows, keys), saved in zip(self._parts(x.shape[1]), kept, strict=True):
-            pull = functools.partial(self._pull, params, k[:, :, keys], v[:, :, keys])
+            pull = functools.partial(self._pull, mask, k[:, :, keys], v[:, :, keys])
             zeros = (jnp.zeros_like(k[:, :, keys], mean.dtype),) * 2
             block = q[:, :, rows], _positions(rows), ct[:, :, rows], mean[:, :, rows], saved
             here = self._run(pull, zeros, block)
@@ -120,13 +114,23 @@ class Attention(Layer):
         d_x = jnp.stack([jnp.concatenate(d_q, 2) * _scale(q), sum(d_k), sum(d_v)], 2)
         return (), d_x.transpose(0, 3, 2, 1, 4).reshape(x.shape).astype(x.dtype)
 
-    def _attend(self, params: Any, k: Heads, v: Heads, block: Any) -> tuple[Any, tuple[()]]:
+    def _mask(self, params: Params, x: Float[Array, "n t c"]) -> Padding:
+        if not isinstance(params, Mask):
+            return None
+        if params.value.shape != x.shape[:2]:
+            raise ValueError(
+                f"{self}: the mask is {shapes(params.value)}, but an input {shapes(x)} takes a "
+                f"padding mask bool{list(x.shape[:2])}, True where a position is real"
+            )
+        return params.value
+
+    def _attend(self, mask: Padding, k: Heads, v: Heads, block: Any) -> tuple[Any, tuple[()]]:
         """A block of queries forward: ``((y, kept), ())``."""
         q, at = block
-        s, seen = self._scores(params, q, k, at)
+        s, seen = self._scores(mask, q, k, at)
         top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
         e = jnp.exp(s - top)
-        if isinstance(params, tuple):
+        if mask is None:
             total = e.sum(-1, keepdims=True)
         else:
             e = jnp.where(seen, e, 0)
@@ -136,31 +140,31 @@ class Attention(Layer):
         y = _product("nhqk,nhkd->nhqd", e, v) * r
         return (y, (e, r) if self.save == "weights" else top + jnp.log(total)), ()
 
-    def _pull(self, params: Any, k: Heads, v: Heads, block: Any) -> tuple[Heads, Any]:
+    def _pull(self, mask: Padding, k: Heads, v: Heads, block: Any) -> tuple[Heads, Any]:
         """A block of queries backward: ``(d_q, (d_k, d_v))``."""
         q, at, ct, mean, saved = block
         if self.save == "weights":
             p, r = saved
             ct, mean = (wide(ct) * r).astype(ct.dtype), mean * r
         else:
-            s, seen = self._scores(params, q, k, at)
+            s, seen = self._scores(mask, q, k, at)
             p = jnp.exp(s - saved)
-            p = (p if isinstance(params, tuple) else jnp.where(seen, p, 0)).astype(q.dtype)
+            p = (p if mask is None else jnp.where(seen, p, 0)).astype(q.dtype)
         d_v = _product("nhqk,nhqd->nhkd", p, ct)
         d_p = _product("nhqd,nhkd->nhqk", ct, v)
         d_s = (wide(p) * (d_p - mean)).astype(q.dtype)
         d_q = _product("nhqk,nhkd->nhqd", d_s, k)
         return d_q, (_product("nhqk,nhqd->nhkd", d_s, q), d_v)
 
-    def _scores(self, params: Any, q: Heads, k: Heads, at: Array) -> tuple[Heads, Any]:
+    def _scores(self, mask: Padding, q: Heads, k: Heads, at: Array) -> tuple[Heads, Any]:
         """s, at its least where a key is not seen, and where that is."""
         s = _product("nhqd,nhkd->nhqk", q, k)
-        masked, keys = not isinstance(params, tuple), k.shape[2]
-        if not self.causal and not masked:
+        keys = k.shape[2]
+        if not self.causal and mask is None:
             return s, None
         seen = at >= (jnp.arange(keys) if self.causal else 0)
-        if masked:
-            seen = seen & params[:, None, None, :keys]
+        if mask is not None:
+            seen = seen & mask[:, None, None, :keys]
         return jnp.where(seen, s, jnp.finfo(s.dtype).min), seen
 
     def _parts(self, t: int) -> list[tuple[slice, slice]]:

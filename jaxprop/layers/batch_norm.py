@@ -9,14 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.factored import Sum, wide
-from jaxprop.layer import Layer
+from jaxprop.core.arrays import rounded, wide
+from jaxprop.core.forms import Sum
+from jaxprop.core.layer import Layer
+from jaxprop.core.tree import Unlearned
 from jaxprop.layers.normalization import X, affine, check_eps, moments, scaled
-from jaxprop.seats import rounded
 
 
 class BatchNormParams(NamedTuple):
-    """Params of shape (C,), or their cotangents. Those of mean and var are zero."""
+    """The params of a BatchNorm, each of shape (C,).
+
+    Attributes:
+        scale: learned, what the normalized x is multiplied by.
+        bias: learned, what is added then.
+        mean: the running mean, ``jp.Unlearned``.
+        var: the running variance, ``jp.Unlearned``.
+    """
 
     scale: Any
     bias: Any
@@ -38,14 +46,13 @@ class BatchNorm(Layer):
     (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167). An example's y then depends on the
     others, so no per-example quantity exists, and asking for one raises ``ValueError``.
 
-    With ``training=False`` mean and var are the running statistics in params, constants:
-    dE/dx = scale rstd ct, and every per-example quantity exists. ``evaluation`` makes the net so.
+    With ``training=False`` (``jp.inference_mode``) mean and var are the running statistics in
+    params, constants: dE/dx = scale rstd ct, and every per-example quantity exists.
 
-    The running statistics are params that no gradient moves: their cotangents are zero, and so an
-    optimizer that goes by the gradient alone leaves them as they are (one that decays weights, or
-    adds noise, is told to leave them out with ``optax.masked``). ``with_statistics`` moves them.
-    They hold the batch's variance as it normalizes, with M below (as Flax and Keras do), not
-    M - 1 (as PyTorch and the paper do), and start from 0 and 1, in at least float32.
+    The running statistics are ``jp.Unlearned`` arrays: no gradient, noise or weight decay moves
+    them, ``jp.update_batch_stats`` does. They hold the batch's variance as it normalizes, with M
+    below (as Flax and Keras do), not M - 1 (as PyTorch and the paper do), and start from 0 and 1,
+    in at least float32.
 
     x is (N, ..., C), floating; scale starts as ones, bias as zeros. Only x is saved: backward
     writes down the statistics as forward did, and under ``jit`` XLA computes them once. Raises
@@ -76,7 +83,8 @@ class BatchNorm(Layer):
 
     def init(self, key: chex.PRNGKey, x: Any) -> BatchNormParams:
         scale, bias = affine(self, x)
-        return BatchNormParams(scale, bias, wide(jnp.zeros_like(scale)), wide(jnp.ones_like(scale)))
+        mean, var = wide(jnp.zeros_like(scale)), wide(jnp.ones_like(scale))
+        return BatchNormParams(scale, bias, Unlearned(mean), Unlearned(var))
 
     def forward(self, params: BatchNormParams, x: X) -> tuple[X, X]:
         return scaled(params, self._standardized(params, x)[0], x), x
@@ -85,20 +93,18 @@ class BatchNorm(Layer):
         n, rstd = self._standardized(params, x)
         slope, wide_ct = wide(params.scale) * rstd, wide(ct)
         if not self.training:
-            zero = Sum(jnp.zeros((x.shape[0], x.shape[-1]), n.dtype))
-            d_params = BatchNormParams(Sum(wide_ct * n), Sum(ct), zero, zero)
+            d_params = BatchNormParams(Sum(wide_ct * n), Sum(ct), (), ())
             return d_params, (slope * wide_ct).astype(x.dtype)
         d_scale, d_bias = (jnp.sum(d, _all_but_last(x)) for d in (wide_ct * n, wide_ct))
         d_x = slope * (wide_ct - (d_bias + n * d_scale) / (x.size // x.shape[-1]))
-        zero = jnp.zeros_like(params.mean)
-        return BatchNormParams(d_scale, d_bias, zero, zero), d_x.astype(x.dtype)
+        return BatchNormParams(d_scale, d_bias, (), ()), d_x.astype(x.dtype)
 
     def rounded(self, params: BatchNormParams, dtype: Any) -> BatchNormParams:
         """The running statistics as they are: rounding the mean would move every y."""
         return rounded(params, dtype)._replace(mean=params.mean, var=params.var)
 
-    def with_statistics(self, params: BatchNormParams, x: X) -> BatchNormParams:
-        """params with the running statistics moved towards those of x, where these are finite."""
+    def with_batch_stats(self, params: BatchNormParams, x: X) -> BatchNormParams:
+        """Return params with the running statistics moved towards x's, where those are finite."""
 
         def moved(running: Array, batch: Array) -> Array:
             kept = float(self.momentum)
@@ -107,14 +113,17 @@ class BatchNorm(Layer):
             return (kept * running + (1 - kept) * batch).astype(running.dtype)
 
         mean, var = moments(x, _all_but_last(x))
-        return params._replace(mean=moved(params.mean, mean), var=moved(params.var, var))
+        return params._replace(
+            mean=jax.tree.map(lambda running: moved(running, mean), params.mean),
+            var=jax.tree.map(lambda running: moved(running, var), params.var),
+        )
 
     def _standardized(self, params: BatchNormParams, x: X) -> tuple[X, Array]:
         """(n, rstd)"""
         if self.training:
             mean, var = moments(x, _all_but_last(x))
         else:
-            mean, var = jax.lax.stop_gradient((params.mean, params.var))
+            mean, var = params.mean, params.var
         rstd = jax.lax.rsqrt(var + float(self.eps))
         return (wide(x) - mean) * rstd, rstd
 

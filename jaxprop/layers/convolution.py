@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.factored import Sum
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_counts, check_flags, check_x
-from jaxprop.layers.dense import Affine
+from jaxprop.core.checks import check_counts, check_flags, check_x
+from jaxprop.core.forms import Sum
+from jaxprop.core.layer import Layer
+from jaxprop.layers.dense import AffineParams
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.windows import (
     AXES,
@@ -72,7 +72,7 @@ class Conv(Layer):
                 f"Conv: groups divides features, {self.features}, but is {self.groups}"
             )
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Affine:
+    def init(self, key: chex.PRNGKey, x: Any) -> AffineParams:
         check_x(self, x, AXES[len(self.window)])
         if x.shape[-1] % self.groups:
             raise ValueError(
@@ -80,15 +80,15 @@ class Conv(Layer):
             )
         return _init(self, key, x, x.shape[-1] // self.groups, self._windows(x))
 
-    def forward(self, params: Affine, x: X) -> tuple[Y, X]:
+    def forward(self, params: AffineParams, x: X) -> tuple[Y, X]:
         return _affine(params, x, self._windows(x), self.groups), x
 
-    def backward(self, params: Affine, x: X, ct: Y) -> tuple[Affine, X]:
+    def backward(self, params: AffineParams, x: X, ct: Y) -> tuple[AffineParams, X]:
         windows = self._windows(x)
         _check_ct(self, x, ct, windows)
         d_b = None if params.b is None else Sum(ct)
         d_x = _d_x(params.w, ct, windows, self.groups, x.shape[1:-1]).astype(x.dtype)
-        return Affine(Patches(x, ct, windows, self.groups), d_b), d_x
+        return AffineParams(Patches(x, ct, windows, self.groups), d_b), d_x
 
     def _windows(self, x: Any) -> Windows:
         rank = len(self.window)
@@ -120,19 +120,19 @@ class ConvTranspose(Layer):
     def __post_init__(self) -> None:
         _check_fields(self)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Affine:
+    def init(self, key: chex.PRNGKey, x: Any) -> AffineParams:
         check_x(self, x, AXES[len(self.window)])
         return _init(self, key, x, x.shape[-1], self._windows())
 
-    def forward(self, params: Affine, x: X) -> tuple[Y, X]:
+    def forward(self, params: AffineParams, x: X) -> tuple[Y, X]:
         return _affine(params, x, self._windows(), 1), x
 
-    def backward(self, params: Affine, x: X, ct: Y) -> tuple[Affine, X]:
+    def backward(self, params: AffineParams, x: X, ct: Y) -> tuple[AffineParams, X]:
         windows = self._windows()
         _check_ct(self, x, ct, windows)
         d_b = None if params.b is None else Sum(ct)
         d_x = _d_x(params.w, ct, windows, 1, x.shape[1:-1]).astype(x.dtype)
-        return Affine(Patches(x, ct, windows), d_b), d_x
+        return AffineParams(Patches(x, ct, windows), d_b), d_x
 
     def _windows(self) -> Windows:
         ones = (1,) * len(self.window)
@@ -153,7 +153,7 @@ def _transposed(padding: str, k: int, s: int) -> tuple[int, int]:
     return low, total - low
 
 
-def _affine(params: Affine, x: X, windows: Windows, groups: int) -> Y:
+def _affine(params: AffineParams, x: X, windows: Windows, groups: int) -> Y:
     y = jax.lax.conv_general_dilated(
         x,
         params.w,
@@ -207,13 +207,13 @@ def _dimensions(windows: Windows) -> tuple[str, str, str]:
 
 def _init(
     layer: Conv | ConvTranspose, key: chex.PRNGKey, x: Any, channels: int, windows: Windows
-) -> Affine:
+) -> AffineParams:
     if not all(windows.outputs(x.shape[1:-1])):
         raise ValueError(f"{layer}: no window fits into x of shape {x.shape}")
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     shape = (*layer.window, channels, layer.features)
     w = jax.nn.initializers.lecun_normal()(key, shape, dtype)
-    return Affine(w, jnp.zeros(layer.features, dtype) if layer.bias else None)
+    return AffineParams(w, jnp.zeros(layer.features, dtype) if layer.bias else None)
 
 
 def _check_fields(layer: Conv | ConvTranspose) -> None:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.factored import Outer, Sum
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_counts, check_flags, check_x
+from jaxprop.core.checks import check_counts, check_flags, check_x
+from jaxprop.core.forms import Outer, Sum
+from jaxprop.core.layer import Layer
 
 
-class Affine(NamedTuple):
+class AffineParams(NamedTuple):
     """Params w (I, O) and b (O,), or their cotangents. b is None in a layer without bias."""
 
     w: Any
@@ -45,22 +45,22 @@ class Dense(Layer):
         check_counts(self, "features")
         check_flags(self, "bias")
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Affine:
+    def init(self, key: chex.PRNGKey, x: Any) -> AffineParams:
         check_x(self, x, "N, ..., I")
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
         w = jax.nn.initializers.lecun_normal()(key, (x.shape[-1], self.features), dtype)
-        return Affine(w, jnp.zeros(self.features, dtype) if self.bias else None)
+        return AffineParams(w, jnp.zeros(self.features, dtype) if self.bias else None)
 
     def forward(
-        self, params: Affine, x: Float[Array, "n ... i"]
+        self, params: AffineParams, x: Float[Array, "n ... i"]
     ) -> tuple[Float[Array, "n ... o"], Float[Array, "n ... i"]]:
         y = x @ params.w
         return (y if params.b is None else y + params.b), x
 
     def backward(
-        self, params: Affine, x: Float[Array, "n ... i"], ct: Float[Array, "n ... o"]
-    ) -> tuple[Affine, Float[Array, "n ... i"]]:
+        self, params: AffineParams, x: Float[Array, "n ... i"], ct: Float[Array, "n ... o"]
+    ) -> tuple[AffineParams, Float[Array, "n ... i"]]:
         if ct.shape != (*x.shape[:-1], self.features):
             raise ValueError(f"{self}: ct has shape {ct.shape}, but x has {x.shape}")
         d_b = None if params.b is None else Sum(ct)
-        return Affine(Outer(x, ct), d_b), (ct @ params.w.T).astype(x.dtype)
+        return AffineParams(Outer(x, ct), d_b), (ct @ params.w.T).astype(x.dtype)

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jaxprop.factored import Factored, Kronecker, gram, reached, weighted, wide
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_counts
-from jaxprop.shapes import laid_out, shapes
+from jaxprop.core.arrays import wide
+from jaxprop.core.checks import check_counts
+from jaxprop.core.describe import shapes
+from jaxprop.core.forms import Factored, Kronecker, gram, reached, weighted
+from jaxprop.core.layer import Layer
+from jaxprop.core.mesh import laid_out
 
 
 class Rows(Factored):
@@ -110,11 +112,6 @@ class Embedding(Layer):
         if x.ndim < 1:
             raise ValueError(f"{self} takes ids of shape (N, ...), axis 0 the example, not ()")
         return jax.random.normal(key, (self.vocab, self.features)) / self.features**0.5
-
-    def check_params(self, params: Any, x: Any) -> None:
-        if not jnp.issubdtype(getattr(x, "dtype", bool), jnp.integer):
-            raise TypeError(f"{self} takes integer ids, not {shapes(x)}")
-        super().check_params(params, x)
 
     def forward(
         self, params: Float[Array, "v d"], x: Int[Array, "n ..."]

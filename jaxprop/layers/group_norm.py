@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.factored import Sum, wide
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_counts
-from jaxprop.layers.normalization import Norm, X, affine, check_eps, scaled
+from jaxprop.core.arrays import wide
+from jaxprop.core.checks import check_counts
+from jaxprop.core.forms import Sum
+from jaxprop.core.layer import Layer
+from jaxprop.layers.normalization import NormParams, X, affine, check_eps, scaled
 
 
 class GroupNorm(Layer):
@@ -44,7 +45,7 @@ class GroupNorm(Layer):
         check_counts(self, "groups")
         check_eps(self, self.eps)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Norm:
+    def init(self, key: chex.PRNGKey, x: Any) -> NormParams:
         params = affine(self, x)
         if x.shape[-1] % self.groups:
             raise ValueError(
@@ -52,13 +53,15 @@ class GroupNorm(Layer):
             )
         return params
 
-    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, X, X]]:
+    def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, X, X]]:
         mean = self._mean_of_groups(_over_positions(jnp.mean, wide(x)))
         var = self._mean_of_groups(_over_positions(jnp.mean, (wide(x) - mean) ** 2))
         rstd = jax.lax.rsqrt(var + float(self.eps))
         return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
 
-    def backward(self, params: Norm, residuals: tuple[X, X, X], ct: X) -> tuple[Norm, X]:
+    def backward(
+        self, params: NormParams, residuals: tuple[X, X, X], ct: X
+    ) -> tuple[NormParams, X]:
         x, mean, rstd = residuals
         n, ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
         a, b = _over_positions(jnp.sum, ct * n), _over_positions(jnp.sum, ct)
@@ -66,7 +69,7 @@ class GroupNorm(Layer):
         along_ones = self._mean_of_groups(scale * b) / positions
         along_n = self._mean_of_groups(scale * a) / positions
         d_x = rstd * (ct * scale - along_ones - n * along_n)
-        return Norm(Sum(a), Sum(b)), d_x.astype(x.dtype)
+        return NormParams(Sum(a), Sum(b)), d_x.astype(x.dtype)
 
     def _mean_of_groups(self, each: Array) -> Array:
         """The mean over a group's channels, at each of its channels."""

@@ -15,15 +15,16 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.factored import Sum, wide
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_x
+from jaxprop.core.arrays import wide
+from jaxprop.core.checks import check_x
+from jaxprop.core.forms import Sum
+from jaxprop.core.layer import Layer
 
 X = Float[Array, "n ... c"]
 PerRow = Float[Array, "n ... 1"]
 
 
-class Norm(NamedTuple):
+class NormParams(NamedTuple):
     """Params scale (C,) and bias (C,), or their cotangents. bias is None in a layer without."""
 
     scale: Any
@@ -62,20 +63,22 @@ class LayerNorm(Layer):
     def __post_init__(self) -> None:
         check_eps(self, self.eps)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Norm:
+    def init(self, key: chex.PRNGKey, x: Any) -> NormParams:
         return affine(self, x)
 
-    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, PerRow, PerRow]]:
+    def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow, PerRow]]:
         mean = _mean_along(wide(x))
         rstd = jax.lax.rsqrt(_mean_along((wide(x) - mean) ** 2) + float(self.eps))
         return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
 
-    def backward(self, params: Norm, residuals: tuple[X, PerRow, PerRow], ct: X) -> tuple[Norm, X]:
+    def backward(
+        self, params: NormParams, residuals: tuple[X, PerRow, PerRow], ct: X
+    ) -> tuple[NormParams, X]:
         x, mean, rstd = residuals
         n, wide_ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
         mean_dn, mean_dn_n = _mean_along(wide_ct, scale), _mean_along(wide_ct * n, scale)
         d_x = rstd * (wide_ct * scale - mean_dn - n * mean_dn_n)
-        return Norm(Sum(wide_ct * n), Sum(ct)), d_x.astype(x.dtype)
+        return NormParams(Sum(wide_ct * n), Sum(ct)), d_x.astype(x.dtype)
 
 
 class RMSNorm(Layer):
@@ -98,18 +101,20 @@ class RMSNorm(Layer):
     def __post_init__(self) -> None:
         check_eps(self, self.eps)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Norm:
-        return Norm(affine(self, x).scale)
+    def init(self, key: chex.PRNGKey, x: Any) -> NormParams:
+        return NormParams(affine(self, x).scale)
 
-    def forward(self, params: Norm, x: X) -> tuple[X, tuple[X, PerRow]]:
+    def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow]]:
         rstd = jax.lax.rsqrt(_mean_along(wide(x) ** 2) + float(self.eps))
         return scaled(params, wide(x) * rstd, x), (x, rstd)
 
-    def backward(self, params: Norm, residuals: tuple[X, PerRow], ct: X) -> tuple[Norm, X]:
+    def backward(
+        self, params: NormParams, residuals: tuple[X, PerRow], ct: X
+    ) -> tuple[NormParams, X]:
         x, rstd = residuals
         n, wide_ct, scale = wide(x) * rstd, wide(ct), wide(params.scale)
         d_x = rstd * (wide_ct * scale - n * _mean_along(wide_ct * n, scale))
-        return Norm(Sum(wide_ct * n)), d_x.astype(x.dtype)
+        return NormParams(Sum(wide_ct * n)), d_x.astype(x.dtype)
 
 
 def _mean_along(x: Array, v: Array | None = None) -> Array:
@@ -141,11 +146,11 @@ def scaled(params: Any, n: Array, x: Array) -> Array:
     return (y if params.bias is None else y + wide(params.bias)).astype(x.dtype)
 
 
-def affine(layer: Layer, x: Any) -> Norm:
+def affine(layer: Layer, x: Any) -> NormParams:
     """Ones and zeros for the last axis of x, once x is found to be what the layer takes."""
     check_x(layer, x, "N, ..., C")
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-    return Norm(jnp.ones(x.shape[-1], dtype), jnp.zeros(x.shape[-1], dtype))
+    return NormParams(jnp.ones(x.shape[-1], dtype), jnp.zeros(x.shape[-1], dtype))
 
 
 def check_eps(layer: Layer, eps: Any) -> None:

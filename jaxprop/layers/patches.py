@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
 from jaxtyping import Float
 
-from jaxprop.factored import Factored, Kronecker, Outer, Sum, weighted, wide
+from jaxprop.core.arrays import sum_over, wide
+from jaxprop.core.forms import Factored, Kronecker, Outer, Sum, weighted
+from jaxprop.core.mesh import is_explicit
 from jaxprop.layers.windows import Windows
 
 BLOCK_BYTES = {"cpu": 2**22, "default": 2**28}  # of patches at a time; on a CPU they stay in cache
@@ -42,7 +43,7 @@ class Patches(Factored):
     def sum(self) -> Array:
         if self.groups > 1 or max(self.windows.spread) > 1:
             return self._convolved()
-        if _explicit(self.x):
+        if is_explicit(self.x):
             return self._in_one()
         return jax.lax.platform_dependent(
             self, cpu=Patches._block_by_block, default=Patches._convolved
@@ -157,7 +158,7 @@ class Patches(Factored):
     def _block(self, platform: str) -> int:
         """How many examples' patches are made at a time: a divisor of N."""
         n, *positions, _ = self.ct.shape
-        if _explicit(self.x):
+        if is_explicit(self.x):
             return n
         row = self.windows.taps * self.x.shape[-1] * wide(self.x).dtype.itemsize
         for t in positions:
@@ -174,16 +175,11 @@ def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float
 
 
 def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
-    """The sum of f over the blocks of size examples."""
+    """Return the sum of f over the blocks of size examples."""
     if size == len(arrays[0]):
         return f(*arrays)
-
-    def add(total: Array, start: Array) -> tuple[Array, None]:
-        return total + f(*_block(start, size, arrays)), None
-
-    shape = jax.eval_shape(lambda: f(*_block(0, size, arrays)))
-    zero = jnp.zeros_like(arrays[-1], shape.dtype, shape.shape)
-    return jax.lax.scan(add, zero, jnp.arange(0, len(arrays[0]), size))[0]
+    starts = jnp.arange(0, len(arrays[0]), size)
+    return sum_over(lambda start: f(*_block(start, size, arrays)), starts)
 
 
 def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
@@ -197,7 +193,3 @@ def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
 def _block(start: Any, size: int, arrays: tuple[Array, ...]) -> list[Array]:
     """Sliced, not reshaped: for a reshaped x XLA computes the layer before this one twice."""
     return [jax.lax.dynamic_slice_in_dim(array, start, size) for array in arrays]
-
-
-def _explicit(x: Array) -> bool:
-    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types

@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_x
+from jaxprop.core.arrays import empty_like
+from jaxprop.core.checks import check_x
+from jaxprop.core.layer import Layer
 from jaxprop.layers.windows import (
     AXES,
     Padding,
@@ -23,7 +24,6 @@ from jaxprop.layers.windows import (
     check_window,
     sizes,
 )
-from jaxprop.shapes import empty_like
 
 X = Float[Array, "n ... c"]
 Y = Float[Array, "n ... c"]

@@ -15,10 +15,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.factored import Factored, Stacked
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_counts, check_x
-from jaxprop.shapes import shapes
+from jaxprop.core.checks import check_counts, check_x
+from jaxprop.core.describe import shapes
+from jaxprop.core.forms import Factored, Stacked
+from jaxprop.core.layer import Layer
 
 X = Float[Array, "n t d"]
 

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.factored import Outer, Sum, wide
+from jaxprop.core.arrays import wide
+from jaxprop.core.forms import Outer, Sum
 from jaxprop.layers.through_time import (
     Recurrence,
-    Recurrent,
+    RecurrentParams,
     X,
     Y,
     along_time,
@@ -52,7 +53,7 @@ class Rnn(Recurrence):
 
     gates: ClassVar[int] = 1
 
-    def forward(self, params: Recurrent, x: X) -> tuple[Y, tuple[X, Y]]:
+    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, tuple[X, Y]]:
         def step(carry: State, from_x: Array) -> tuple[State, State]:
             (h,) = carry
             h = jnp.tanh(wide(from_x) + dot(h, params.u) + wide(params.b))
@@ -61,7 +62,7 @@ class Rnn(Recurrence):
         (y,) = along_time(step, params, x)
         return y, (x, y)
 
-    def backward(self, params: Recurrent, residuals: Any, ct: Y) -> tuple[Recurrent, X]:
+    def backward(self, params: RecurrentParams, residuals: Any, ct: Y) -> tuple[RecurrentParams, X]:
         x, y = residuals
         check_ct(self, ct, y)
 
@@ -73,7 +74,7 @@ class Rnn(Recurrence):
             return (dot(d_z, u_t),), d_z
 
         d_z = through_time(step, ct, (1 + y) * (1 - y))
-        d_params = Recurrent(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
+        d_params = RecurrentParams(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
         return d_params, (d_z @ params.w.T).astype(x.dtype)
 
 
@@ -100,11 +101,11 @@ class Lstm(Recurrence):
 
     gates: ClassVar[int] = 4
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Recurrent:
+    def init(self, key: chex.PRNGKey, x: Any) -> RecurrentParams:
         params = super().init(key, x)
         return params._replace(b=params.b.at[self.features : 2 * self.features].set(1))
 
-    def forward(self, params: Recurrent, x: X) -> tuple[Y, Any]:
+    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, Any]:
         def step(carry: States, from_x: Array) -> tuple[States, Any]:
             h, c0 = carry
             z = wide(from_x) + dot(h, params.u) + wide(params.b)
@@ -121,7 +122,7 @@ class Lstm(Recurrence):
         y, slope, f, of_c = along_time(step, params, x, states=2)
         return y, (x, y, slope, f, of_c)
 
-    def backward(self, params: Recurrent, residuals: Any, ct: Y) -> tuple[Recurrent, X]:
+    def backward(self, params: RecurrentParams, residuals: Any, ct: Y) -> tuple[RecurrentParams, X]:
         x, y, slope, f, of_c = residuals
         check_ct(self, ct, y)
 
@@ -137,7 +138,7 @@ class Lstm(Recurrence):
             return (dot(d_z, u_t), d_c * f), d_z
 
         d_z = through_time(step, ct, slope, f, of_c, states=2)
-        d_params = Recurrent(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
+        d_params = RecurrentParams(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
         return d_params, (d_z @ params.w.T).astype(x.dtype)
 
 
@@ -162,11 +163,11 @@ class Gru(Recurrence):
 
     gates: ClassVar[int] = 3
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Recurrent:
+    def init(self, key: chex.PRNGKey, x: Any) -> RecurrentParams:
         params = super().init(key, x)
         return params._replace(b_u=jnp.zeros(self.features, params.b.dtype))
 
-    def forward(self, params: Recurrent, x: X) -> tuple[Y, Any]:
+    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, Any]:
         def step(carry: State, from_x: Array) -> tuple[State, Any]:
             (h0,) = carry
             a_r, a_z, a_n = jnp.split(wide(from_x) + wide(params.b), 3, axis=-1)
@@ -182,7 +183,7 @@ class Gru(Recurrence):
         y, slope, p, z = along_time(step, params, x)
         return y, (x, y, slope, p, z)
 
-    def backward(self, params: Recurrent, residuals: Any, ct: Y) -> tuple[Recurrent, X]:
+    def backward(self, params: RecurrentParams, residuals: Any, ct: Y) -> tuple[RecurrentParams, X]:
         x, y, slope, p, z = residuals
         check_ct(self, ct, y)
 
@@ -197,5 +198,5 @@ class Gru(Recurrence):
         d_s, d_n = through_time(step, ct, (slope, p), z)
         d_rz, d_q = jnp.split(d_s, [2 * self.features], axis=-1)
         d_a = jnp.concatenate([d_rz, d_n], axis=-1)
-        d_params = Recurrent(Outer(x, d_a), Outer(before(y), d_s), Sum(d_a), Sum(d_q))
+        d_params = RecurrentParams(Outer(x, d_a), Outer(before(y), d_s), Sum(d_a), Sum(d_q))
         return d_params, (d_a @ params.w.T).astype(x.dtype)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_x
-from jaxprop.shapes import empty_like, is_whole
+from jaxprop.core.arrays import empty_like
+from jaxprop.core.checks import check_x, is_whole
+from jaxprop.core.layer import Layer
 
 X = Float[Array, "n ..."]
 

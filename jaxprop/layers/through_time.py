@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.factored import wide
-from jaxprop.layer import Layer
-from jaxprop.layers.checks import check_counts, check_x
+from jaxprop.core.arrays import wide
+from jaxprop.core.checks import check_counts, check_x
+from jaxprop.core.layer import Layer
 
 X = Float[Array, "n t i"]
 Y = Float[Array, "n t f"]
 
 
-class Recurrent(NamedTuple):
+class RecurrentParams(NamedTuple):
     """Params w (I, GF), u (F, GF) and b (GF,), G gates side by side, and b_u (F,) in a Gru."""
 
     w: Any
@@ -42,7 +42,7 @@ class Recurrence(Layer):
     def __post_init__(self) -> None:
         check_counts(self, "features")
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Recurrent:
+    def init(self, key: chex.PRNGKey, x: Any) -> RecurrentParams:
         check_x(self, x, "N, T, I")
         if not x.shape[1] or not x.shape[2]:
             raise ValueError(f"{self} takes x of at least one step and one feature, not {x.shape}")
@@ -52,10 +52,12 @@ class Recurrence(Layer):
         w = jax.nn.initializers.lecun_normal()(for_w, (x.shape[2], width), dtype)
         orthogonal = jax.nn.initializers.orthogonal(dtype=wide(jnp.zeros((), dtype)).dtype)
         u = jnp.concatenate([orthogonal(key, square) for key in for_u], axis=1)
-        return Recurrent(w, u.astype(dtype), jnp.zeros(width, dtype))
+        return RecurrentParams(w, u.astype(dtype), jnp.zeros(width, dtype))
 
 
-def along_time(step: Callable[..., Any], params: Recurrent, x: X, states: int = 1) -> list[Array]:
+def along_time(
+    step: Callable[..., Any], params: RecurrentParams, x: X, states: int = 1
+) -> list[Array]:
     """What ``step(carry, x_t w) -> (carry, left)`` leaves at each step, example first.
 
     carry is a tuple of ``states`` arrays (N, F), zeros before the first step, left one of arrays

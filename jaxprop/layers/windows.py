@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.shapes import is_whole
+from jaxprop.core.checks import is_whole
 
 AXES = {1: "N, T, C", 2: "N, H, W, C", 3: "N, H, W, D, C"}
 Sizes = tuple[int, ...]

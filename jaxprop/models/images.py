@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxprop.combinators import Chain, chain
-from jaxprop.layer import Layer
+from jaxprop.combinators.chain import Chain, chain
+from jaxprop.core.layer import Layer
 from jaxprop.layers import Conv, Dense, Flatten, GlobalAvgPool, MaxPool, Relu
 
 

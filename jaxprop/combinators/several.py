@@ -1,0 +1,46 @@
+"""What layers made of several others share."""
+
+from __future__ import annotations
+
+from jax import Array
+
+from jaxprop.core.checks import require
+from jaxprop.core.combinator import Combinator
+from jaxprop.core.describe import shapes
+from jaxprop.core.layer import Child, Layer
+from jaxprop.core.types import Params, PyTree
+
+
+class Several(Combinator):
+    """Layers whose params are a tuple with one entry a layer.
+
+    Attributes:
+        layers: the layers, in the order in which they run.
+    """
+
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.lower()
+        if not self.layers:
+            raise ValueError(f"{name}() needs at least one layer")
+        for index, layer in enumerate(self.layers):
+            require(layer, Layer, f"{name}: layer {index}")
+
+    def children(self) -> tuple[Child, ...]:
+        return tuple(Child(layer, index) for index, layer in enumerate(self.layers))
+
+    def init(self, key: Array, x: PyTree) -> Params:
+        return self.init_with_output(key, x)[0]
+
+    def check_params(self, params: Params, x: PyTree) -> None:
+        """Raise ``ValueError`` unless params are a tuple of the right length."""
+        self.check_length(params)
+
+    def check_length(self, params: Params) -> None:
+        if type(params) is not tuple or len(params) != len(self.layers):
+            got = len(params) if type(params) is tuple else shapes(params)
+            raise ValueError(
+                f"a {type(self).__name__.lower()} of {len(self.layers)} layers takes a tuple of "
+                f"{len(self.layers)} params, one a layer, not {got}: {self}"
+            )

@@ -1,0 +1,57 @@
+"""Arrays: their precision, their shapes, and sums that go through them one piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.mesh import shard_map_axes
+from jaxprop.core.types import PyTree
+
+
+def wide(x: Array) -> Array:
+    """Return x in at least float32, where it is floating."""
+    narrow = x.dtype.itemsize < 4 and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.float32) if narrow else x
+
+
+def rounded(tree: PyTree, dtype: Any) -> PyTree:
+    """Return the tree with its floating leaves in dtype."""
+
+    def narrow(leaf: Array) -> Array:
+        return leaf.astype(dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+
+    return jax.tree.map(narrow, tree)
+
+
+def empty_like(x: Array) -> Array:
+    """Return an array without elements that keeps x's shape, (N, 0, *shape[1:]), and its dtype.
+
+    As a residual it carries a shape through a scan, where a Python number would not last.
+    """
+    return jax.lax.slice_in_dim(jnp.expand_dims(x, 1), 0, 0, axis=1)
+
+
+def sum_over(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
+    """Return the sum of f over the leading axis of xs, one term after the other in a scan.
+
+    Only one f(x) and the sum are in memory at once.
+
+    Args:
+        f: a function of one slice of xs; returns a pytree of arrays.
+        xs: a pytree of arrays with a common leading axis, of at least one slice.
+    """
+
+    def first() -> PyTree:
+        return f(jax.tree.map(lambda leaf: leaf[0], xs))
+
+    def add(total: PyTree, x: Any) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, f(x)), None
+
+    # In jax.shard_map the type of an array says on which axes devices differ; a struct's does not.
+    terms = first() if shard_map_axes() else jax.eval_shape(first)
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, terms), xs)[0]

@@ -1,0 +1,83 @@
+"""What is asked of an argument, and how it is refused."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import jax.numpy as jnp
+
+from jaxprop.core.describe import shapes
+from jaxprop.core.types import PyTree
+
+
+def require(value: object, kind: type, where: str) -> None:
+    """Raise ``TypeError`` unless value is an instance of kind; name the class without parentheses.
+
+    Args:
+        value: the argument.
+        kind: the class that it must be an instance of.
+        where: the argument's name, with which the message begins.
+    """
+    if isinstance(value, type) and issubclass(value, kind):
+        raise TypeError(f"{where} is the class {value.__name__}; write {value.__name__}(...)")
+    if not isinstance(value, kind):
+        raise TypeError(f"{where} is not a {kind.__name__} but {value!r}")
+
+
+def is_whole(value: object) -> bool:
+    """Return whether value is an integer of any kind; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless value is a whole number of at least 1.
+
+    Raises:
+        TypeError: for what is not a whole number.
+        ValueError: for one below 1. Both messages begin with name.
+    """
+    if not is_whole(value):
+        raise TypeError(f"{name} is a whole number, not {value!r}")
+    if value < 1:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"{name} is at least 1, not {value}")
+
+
+def check_counts(layer: object, *fields: str) -> None:
+    """Raise unless each field of the layer is a whole number of at least 1, as ``check_count``."""
+    for field in fields:
+        check_count(f"{type(layer).__name__}: {field}", getattr(layer, field))
+
+
+def check_flags(layer: object, *fields: str) -> None:
+    """Raise ``TypeError`` unless each field of the layer is a bool."""
+    for field in fields:
+        value = getattr(layer, field)
+        if not isinstance(value, bool):
+            raise TypeError(f"{type(layer).__name__}: {field} is True or False, not {value!r}")
+
+
+def check_x(layer: object, x: PyTree, axes: str) -> None:
+    """Raise unless x is a floating array with these axes, none but the first empty.
+
+    Args:
+        layer: the layer that takes x, for the message.
+        x: an array or a ``jax.ShapeDtypeStruct``.
+        axes: their names, "N, T, C" say; an ellipsis stands for any number of axes.
+
+    Raises:
+        TypeError: for what is not an array, or not floating.
+        ValueError: for another number of axes, or no features.
+    """
+    if not hasattr(x, "ndim"):
+        raise TypeError(f"{layer} takes an array x, not {shapes(x)}")
+    named = axes.split(", ")
+    least = len(named) - ("..." in named)
+    if x.ndim < least or (x.ndim > least and "..." not in named):
+        one = "; for one example write x[None]" if x.ndim == least - 1 else ""
+        raise ValueError(
+            f"{layer} takes x of shape ({axes}), axis 0 the example, not {x.shape}{one}"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{layer} takes floating x, not {x.dtype}")
+    if least > 1 and not x.shape[-1]:
+        raise ValueError(f"{layer} takes x of at least one feature, not {x.shape}")

@@ -1,0 +1,110 @@
+"""From the cotangents that ``backward`` gives to a gradient, and to a form of every param."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.forms import Factored, Stacked, is_factored
+from jaxprop.core.mesh import like
+from jaxprop.core.step import Step
+from jaxprop.core.tree import axes_of_examples, learned_cotangents, of_one_example
+from jaxprop.core.types import Cotangent, Params, PyTree
+
+
+def summed(d_params: Cotangent) -> Cotangent:
+    """Return d_params with every form multiplied out and summed."""
+    return jax.tree.map(
+        lambda leaf: leaf.sum() if isinstance(leaf, Factored) else leaf,
+        d_params,
+        is_leaf=is_factored,
+    )
+
+
+def gradient(step: Step, scale: float | Array = 1.0) -> Params:
+    """Return the gradient of the step's learned params, what autodiff would give.
+
+    Args:
+        step: a layer's step.
+        scale: what the sums are divided by.
+
+    Returns:
+        A tree like the layer's params, in their dtypes, with ``()`` where nothing is learned.
+
+    Raises:
+        TypeError: for a learned param that is not floating.
+        ValueError: for a cotangent whose structure or shape is not its param's.
+    """
+    params, totals = step.learned, summed(step.d_params)
+    _hold(params, totals)
+    if not _is_one(scale):
+        totals = jax.tree.map(lambda total: total / scale, totals)
+    return jax.tree.map(like, params, totals)
+
+
+def factored(step: Step) -> Cotangent:
+    """Return the step's d_params with a form for every learned param.
+
+    Where ``backward`` gave a plain array, that array has lost its examples: the layer's
+    ``backward`` is then taken again, one example at a time.
+
+    Raises:
+        ValueError: for a layer that couples the examples of a batch, and as ``gradient`` does.
+        TypeError: as ``gradient`` does.
+    """
+    if step.layer.batch_coupled:
+        raise ValueError(
+            f"{step.layer} couples the examples of a batch: an example has no gradient of its own, "
+            "and no per-example quantity exists"
+        )
+    params = step.learned
+    _hold(params, jax.eval_shape(summed, step.d_params))
+    leaves = jax.tree.leaves(step.d_params, is_leaf=is_factored)
+    if all(map(is_factored, leaves)):
+        return step.d_params
+    return jax.tree.map(
+        lambda _, d, g: d if is_factored(d) else Stacked(g), params, step.d_params, _each(step)
+    )
+
+
+def _each(step: Step) -> Cotangent:
+    """Return d_params of every example alone, behind an example axis."""
+
+    def alone(params: Params, residuals: PyTree, ct: PyTree) -> Cotangent:
+        params = of_one_example(params)
+        residuals, ct = jax.tree.map(lambda leaf: leaf[None], (residuals, ct))
+        d_params, _ = step.layer.backward(params, residuals, ct)
+        return summed(learned_cotangents(params, d_params))
+
+    each = jax.vmap(alone, (axes_of_examples(step.params), 0, 0))
+    return each(step.params, step.residuals, step.ct)
+
+
+def _hold(params: Params, totals: Cotangent) -> None:
+    """Raise unless totals has the structure and the shapes of params, which are floating."""
+
+    def fit(path: Any, param: Array, d_param: Any) -> None:
+        name = jax.tree_util.keystr(path)
+        if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
+            raise TypeError(
+                f"params{name} is {jnp.result_type(param)}: no gradient by it exists; an array "
+                "that is not learned is marked in init, by jp.Unlearned(array)"
+            )
+        shape = getattr(d_param, "shape", type(d_param).__name__)
+        if shape != jnp.shape(param):
+            raise ValueError(
+                f"d_params{name} has shape {shape}, but params{name} has {jnp.shape(param)}"
+            )
+
+    try:
+        jax.tree.map(lambda param, d_param: None, params, totals)
+    except ValueError as error:
+        raise ValueError(f"d_params has another structure than params: {error}") from None
+    jax.tree.map_with_path(fit, params, totals)
+
+
+def _is_one(scale: float | Array) -> bool:
+    return isinstance(scale, int | float) and scale == 1

@@ -1,0 +1,39 @@
+"""Trees of arrays as their shapes: in words, for messages, and as structs, for tracing."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from jaxprop.core.types import PyTree
+
+
+def shapes(tree: PyTree) -> str:
+    """Return the tree as text, each array as its dtype and shape: ``float32[8,2]``."""
+
+    class Shape(str):
+        __repr__ = str.__str__
+
+    def short(leaf: object) -> Shape:
+        if not hasattr(leaf, "dtype"):
+            return Shape(f"{type(leaf).__name__} {leaf!r}")
+        return Shape(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]")
+
+    return repr(jax.tree.map(short, tree))
+
+
+def structs(x: PyTree) -> PyTree:
+    """Return x with a ``jax.ShapeDtypeStruct`` for each array, in the dtype that JAX gives it.
+
+    Raises:
+        TypeError: for a leaf that is not an array.
+    """
+
+    def struct(leaf: object) -> jax.ShapeDtypeStruct:
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"x must be an array, not {shapes(x)}")
+        numpy = isinstance(leaf, np.ndarray)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if numpy else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree.map(struct, x)

@@ -1,0 +1,118 @@
+"""Forms made of forms: of a stack of layers, and of a parameter that is used more than once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.arrays import sum_over, wide
+from jaxprop.core.forms.form import Factored, Kronecker, is_factored, sq_norms
+from jaxprop.core.forms.outer import Outer, Sum
+from jaxprop.core.types import PyTree
+
+
+class Repeated(Factored):
+    """The form of a stack of params (L, ...), one for each layer of a ``repeat``.
+
+    Attributes:
+        form: the form of one layer's param, with an axis of layers in front: factors (L, N, ...).
+    """
+
+    form: Factored
+
+    def per_example(self) -> Float[Array, "n l ..."]:
+        return jax.vmap(lambda form: form.per_example(), out_axes=1)(self.form)
+
+    def sum(self) -> Float[Array, "l ..."]:
+        return jax.vmap(lambda form: form.sum())(self.form)
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "l ..."]:
+        return jax.vmap(lambda form: form.weighted_sum(weights))(self.form)
+
+    def sq_norms(self) -> Float[Array, " n"]:
+        return jax.vmap(lambda form: form.sq_norms())(self.form).sum(axis=0)
+
+    def bounding_sq_norms(self) -> Float[Array, " n"]:
+        return jax.lax.map(lambda form: form.bounding_sq_norms(), self.form).sum(axis=0)
+
+    def inner_products(self) -> Float[Array, "n n"]:
+        return jax.lax.map(lambda form: form.inner_products(), self.form).sum(axis=0)
+
+    def squares(self) -> Array:
+        return jax.lax.map(lambda form: form.squares(), self.form)
+
+    def of_squares(self, squares: Array) -> Float[Array, "l ..."]:
+        return jax.vmap(lambda form, squares: form.of_squares(squares))(self.form, squares)
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        return jax.vmap(lambda form: form.kronecker(over))(self.form)
+
+
+class Joint(Factored):
+    """The form of a param that is used more than once: g_n is the sum of its uses' shares.
+
+    |a + b|^2 is not |a|^2 + |b|^2, so whatever is not linear in g_n is asked of the sum, which is
+    formed for one example after the other and not kept.
+
+    Attributes:
+        uses: a form for each use.
+    """
+
+    uses: tuple[Factored, ...]
+
+    def per_example(self) -> Float[Array, "n ..."]:
+        return _added([use.per_example() for use in self.uses])
+
+    def sum(self) -> Array:
+        return _added([use.sum() for use in self.uses])
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
+        return _added([use.weighted_sum(weights) for use in self.uses])
+
+    def sq_norms(self) -> Float[Array, " n"]:
+        return self._one_by_one(lambda g: sq_norms(g[None])[0])
+
+    def squares(self) -> Array:
+        return sum_over(lambda uses: _alone(uses) ** 2, self.uses)
+
+    def _one_by_one(self, f: Callable[[Array], Array]) -> Float[Array, " n"]:
+        return jax.lax.map(lambda uses: f(_alone(uses)), self.uses)
+
+
+def joint(forms: tuple[Factored, ...]) -> Factored:
+    """Return the form of one param with several uses.
+
+    Several matrix products, or several biases, are one of their kind over more positions.
+    """
+    first = forms[0]
+    if len(forms) == 1:
+        return first
+    if isinstance(first, Outer | Sum) and all(type(form) is type(first) for form in forms):
+        sequences = [jax.tree.map(_with_positions, form) for form in forms]
+        return jax.tree.map(lambda *factors: jnp.concatenate(factors, axis=1), *sequences)
+    return Joint(forms)
+
+
+def over_layers(stacked: PyTree) -> PyTree:
+    """Return what a scan over layers stacked, with each form as a ``Repeated`` one."""
+    return jax.tree.map(
+        lambda leaf: Repeated(leaf) if is_factored(leaf) else leaf, stacked, is_leaf=is_factored
+    )
+
+
+def _with_positions(factor: Float[Array, "n ... d"]) -> Float[Array, "n t d"]:
+    return factor.reshape(factor.shape[0], -1, factor.shape[-1])
+
+
+def _alone(uses: tuple[Factored, ...]) -> Array:
+    """Return g_n of one example, from its factors."""
+    batch = jax.tree.map(lambda factor: factor[None], uses)
+    return _added([wide(use.sum()) for use in batch])
+
+
+def _added(shares: list[Array]) -> Array:
+    return sum(shares[1:], start=shares[0])

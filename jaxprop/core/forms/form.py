@@ -1,0 +1,131 @@
+"""Forms: a parameter's cotangent kept as its factors until somebody asks for its sum.
+
+The chain rule's last product for y = x w is dE/dw = sum_n x_n (outer) ct_n. Multiplied out, the
+examples are gone. Kept as the pair (x, ct), it still answers for each example, for squared norms
+and for curvature, at the price of what is asked and no more. Each form says how its parameter's
+share of one example, g_n, is made of factors. Every other question has an answer through
+``per_example``, and a faster one where the factors allow it.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.arrays import wide
+
+
+class Kronecker(NamedTuple):
+    """The Kronecker product a (outer) b, for a param of shape (I, O).
+
+    Attributes:
+        a: (I, I), of the layer's input.
+        b: (O, O), of the cotangent of its output.
+    """
+
+    a: Float[Array, "i i"]
+    b: Float[Array, "o o"]
+
+
+@dataclass_transform(frozen_default=True)
+class Factored(abc.ABC):
+    """The cotangent of one parameter, sum_n g_n, not yet summed over the examples n.
+
+    A subclass names its factors as fields and writes ``per_example``; it becomes a frozen dataclass
+    and a pytree by itself. Axis 0 of every factor is the example; in a ``Repeated`` form it is
+    axis 1, behind the layer.
+
+    A parameter may have several cotangents, one for each column of a root of the loss Hessian.
+    ``squares`` is what can be added up over them. ``kronecker`` takes the name of the ``jax.vmap``
+    axis that they lie on.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+    @abc.abstractmethod
+    def per_example(self) -> Float[Array, "n ..."]:
+        """Return g_n for each example: the parameter's shape behind an example axis."""
+
+    def sum(self) -> Array:
+        """Return sum_n g_n, the gradient that autodiff returns, in at least float32."""
+        return wide(self.per_example()).sum(axis=0)
+
+    def sq_norm_of_sum(self) -> Float[Array, ""]:
+        """Return |sum_n g_n|^2, the squared norm of the gradient."""
+        return jnp.sum(self.sum() ** 2)
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
+        """Return sum_n weights_n g_n."""
+        g = wide(self.per_example())
+        return jnp.tensordot(weights.astype(g.dtype), g, axes=1)
+
+    def sq_norms(self) -> Float[Array, " n"]:
+        """Return |g_n|^2 for each example."""
+        return sq_norms(self.per_example())
+
+    def bounding_sq_norms(self) -> Float[Array, " n"]:
+        """Return |g_n|^2 in a way that cannot cancel, for whoever relies on it as a bound."""
+        return self.sq_norms()
+
+    def inner_products(self) -> Float[Array, "n n"]:
+        """Return <g_n, g_m> for each pair of examples."""
+        g = wide(self.per_example())
+        g = g.reshape(len(g), -1)
+        return g @ g.T
+
+    def second_moment(self) -> Array:
+        """Return sum_n g_n^2, elementwise."""
+        return self.of_squares(self.squares())
+
+    def squares(self) -> Array:
+        """Return what ``of_squares`` makes the second moment of.
+
+        Those of several cotangents may be added up first.
+        """
+        return jnp.sum(wide(self.per_example()) ** 2, axis=0)
+
+    def of_squares(self, squares: Array) -> Array:
+        """Return the second moment from the sum of squares, without a look at the form's own ct."""
+        return squares
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        """Return the Gram matrices of the input and of ct, summed over examples and positions.
+
+        Args:
+            over: the name of the ``jax.vmap`` axis that several cotangents lie on, or None for one.
+
+        Raises:
+            TypeError: for a form that has no two factors.
+        """
+        raise TypeError(f"{type(self).__name__} has no Kronecker factors")
+
+
+class Stacked(Factored):
+    """The form of any parameter: g_n itself, for each example.
+
+    Attributes:
+        g: (N, ...), the parameter's shape behind an example axis.
+    """
+
+    g: Float[Array, "n ..."]
+
+    def per_example(self) -> Float[Array, "n ..."]:
+        return self.g
+
+
+def is_factored(leaf: object) -> bool:
+    """Return whether a node of a tree is a form."""
+    return isinstance(leaf, Factored)
+
+
+def sq_norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
+    """Return the squared norm of each example's part of x."""
+    return jnp.sum(wide(x) ** 2, axis=tuple(range(1, x.ndim)))

@@ -1,0 +1,184 @@
+"""The forms that most layers need: of a matrix that multiplies x, and of a bias that is added."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from jaxprop.core.arrays import sum_over, wide
+from jaxprop.core.forms.form import Factored, Kronecker, sq_norms
+from jaxprop.core.mesh import laid_out
+
+
+class Sum(Factored):
+    """The form of a bias (O,): g_n = sum over positions t of ct[n, t].
+
+    Attributes:
+        ct: (N, ..., O), the cotangent of what the bias was added to.
+    """
+
+    ct: Float[Array, "n ... o"]
+
+    def per_example(self) -> Float[Array, "n o"]:
+        return self.ct.sum(axis=tuple(range(1, self.ct.ndim - 1)))
+
+    def sum(self) -> Float[Array, " o"]:
+        return wide(self.ct).sum(axis=tuple(range(self.ct.ndim - 1)))
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, " o"]:
+        return Sum(weighted(wide(self.ct), weights)).sum()
+
+    def squares(self) -> Float[Array, "n o"]:
+        return wide(self.per_example()) ** 2
+
+    def of_squares(self, squares: Float[Array, "n o"]) -> Float[Array, " o"]:
+        return squares.sum(axis=0)
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        examples = jnp.full((1, 1), len(self.ct), wide(self.ct).dtype)
+        return Kronecker(examples, gram(self.ct, over))
+
+
+class Outer(Factored):
+    """The form of a matrix (I, O): g_n = sum over positions t of x[n, t] (outer) ct[n, t].
+
+    Attributes:
+        x: (N, ..., I), the input that the matrix multiplied. It does not depend on ct.
+        ct: (N, ..., O), the cotangent of the product, linear in that of the layer's output.
+    """
+
+    x: Float[Array, "n ... i"]
+    ct: Float[Array, "n ... o"]
+
+    def per_example(self) -> Float[Array, "n i o"]:
+        return jnp.einsum("nti,nto->nio", *self._sequences())
+
+    def sum(self) -> Float[Array, "i o"]:
+        """Return x^T ct, or (ct^T x)^T: a CPU copies the operand that is transposed."""
+        i, o = self.x.shape[-1], self.ct.shape[-1]
+        rows = math.prod(self.x.shape[:-1])
+        if rows * i <= rows * o + i * o:
+            return _product(self.x, self.ct)
+        return jax.lax.platform_dependent(
+            self.x, self.ct, cpu=_transposed_product, default=_product
+        )
+
+    def sq_norm_of_sum(self) -> Float[Array, ""]:
+        """Return |X^T C|^2 as <X X^T, C C^T> over all rows of X and C, where that is cheaper.
+
+        Where the products nearly cancel their sum is rounding, and where X and C are far apart in
+        size one of them overflows: then |X^T C|^2 is taken after all.
+        """
+        rows, i, o = math.prod(self.x.shape[:-1]), self.x.shape[-1], self.ct.shape[-1]
+        if rows * (i + o) >= i * o:
+            return super().sq_norm_of_sum()
+        x, ct = wide(self.x).reshape(rows, i), wide(self.ct).reshape(rows, o)
+        whole = laid_out(self.x, None, None)
+        products = jnp.matmul(x, x.T, out_sharding=whole) * jnp.matmul(ct, ct.T, out_sharding=whole)
+        total = products.sum()
+        holds = total > 1e-3 * jnp.abs(products).sum()  # not so of NaN, or of two zeros
+        return jax.lax.cond(holds, lambda: total, super().sq_norm_of_sum)
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
+        return Outer(wide(self.x), weighted(wide(self.ct), weights)).sum()
+
+    def sq_norms(self) -> Float[Array, " n"]:
+        """Return |x|^2 |ct|^2, or along T positions the cheaper of <X X^T, C C^T> and |X^T C|^2."""
+        x, ct = map(wide, self._sequences())
+        (_, t, i), o = x.shape, ct.shape[-1]
+        if t == 1:
+            return sq_norms(x) * sq_norms(ct)
+        if t * (i + o) > i * o:
+            return self.bounding_sq_norms()
+        products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
+        return jnp.maximum(products.sum(axis=(1, 2)), 0)
+
+    def bounding_sq_norms(self) -> Float[Array, " n"]:
+        """Return |X^T C|^2 along positions, a sum of squares, one example after the other."""
+        x, ct = map(wide, self._sequences())
+        if x.shape[1] == 1:
+            return self.sq_norms()
+        return jax.lax.map(lambda example: jnp.sum((example[0].T @ example[1]) ** 2), (x, ct))
+
+    def inner_products(self) -> Float[Array, "n n"]:
+        """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), or <g_n, g_m> where
+        that is cheaper."""
+        x, ct = map(wide, self._sequences())
+        (n, t, i), o = x.shape, ct.shape[-1]
+        if n * t * t * (i + o) > (t + n) * i * o:
+            return super().inner_products()
+        products = jnp.einsum("nti,msi->ntms", x, x) * jnp.einsum("nto,mso->ntms", ct, ct)
+        return products.sum(axis=(1, 3))
+
+    def squares(self) -> Array:
+        """Return ct^2, for (x^2)^T (ct^2); along T > 1 positions sum_n g_n^2 itself."""
+        x, ct = map(wide, self._sequences())
+        if x.shape[1] == 1:
+            return ct[:, 0] ** 2
+
+        return sum_over(lambda example: (example[0].T @ example[1]) ** 2, (x, ct))
+
+    def of_squares(self, squares: Array) -> Float[Array, "i o"]:
+        x, _ = self._sequences()
+        if x.shape[1] > 1:
+            return squares
+        return Outer(wide(x[:, 0]) ** 2, squares).sum()
+
+    def kronecker(self, over: str | None = None) -> Kronecker:
+        x = jnp.where(reached(self.ct, over), self.x, 0)
+        return Kronecker(gram(x), gram(self.ct, over))
+
+    def _sequences(self) -> tuple[Float[Array, "n t i"], Float[Array, "n t o"]]:
+        """Return the factors with their positions on one axis, of length 1 where there are none."""
+        length = math.prod(self.x.shape[1:-1])
+        return (
+            self.x.reshape(self.x.shape[0], length, self.x.shape[-1]),
+            self.ct.reshape(self.ct.shape[0], length, self.ct.shape[-1]),
+        )
+
+
+def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Array, "i o"]:
+    """Return a^T b over examples and positions, added up in at least float32.
+
+    Where a mesh has explicit axes, each axis of the product lies as it does in its factor.
+    """
+    sharding = laid_out(a, jax.typeof(a).sharding.spec[-1], jax.typeof(b).sharding.spec[-1])
+    axes = tuple(range(a.ndim - 1))
+    return jnp.tensordot(
+        a, b, (axes, axes), preferred_element_type=wide(b).dtype, out_sharding=sharding
+    )
+
+
+def _transposed_product(
+    a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]
+) -> Float[Array, "i o"]:
+    """Return (b^T a)^T, with the outer transpose hidden from XLA by a barrier.
+
+    The barrier is put on a flat array, which has one layout only.
+    """
+    transposed = _product(b, a)
+    return jax.lax.optimization_barrier(transposed.ravel()).reshape(transposed.shape).T
+
+
+def weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Array, "n ..."]:
+    """Return ct with each example's part times its weight."""
+    return ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
+
+
+def reached(ct: Float[Array, "n ... d"], over: str | None = None) -> Bool[Array, "n ... 1"]:
+    """Return where any cotangent came back: a padded position weighs nothing."""
+    met = jnp.any(ct != 0, axis=-1, keepdims=True)
+    return met if over is None else jax.lax.pmax(met.astype(jnp.int32), over) > 0
+
+
+def gram(x: Float[Array, "n ... d"], over: str | None = None) -> Float[Array, "d d"]:
+    """Return x^T x over all rows of x, those along the ``jax.vmap`` axis ``over`` included."""
+    x = wide(x)
+    if over is not None:
+        x = jax.lax.all_gather(x, over)
+    x = x.reshape(-1, x.shape[-1])
+    return x.T @ x

@@ -1,0 +1,61 @@
+"""The contract of a loss: one value an example, and the cotangent that the walk starts from."""
+
+from __future__ import annotations
+
+import abc
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.static import Static
+from jaxprop.core.types import Cotangent, PyTree, Residuals
+
+
+class Loss(Static):
+    """A differentiable function (y, target) -> one value for each example.
+
+    The scalar loss is the mean over examples. The 1/N enters where the mean is taken, not here:
+    ``backward`` gives the cotangent of y for each example's *own* loss.
+
+    Subclass it and write ``forward`` and ``backward``; for curvature also ``hessian_root`` (or
+    ``hessian_columns`` and ``hessian_column``) and ``sample``.
+    """
+
+    @abc.abstractmethod
+    def forward(self, y: PyTree, target: PyTree, /) -> tuple[Float[Array, " n"], Residuals]:
+        """Return ``(values, residuals)``, one value for each example."""
+
+    @abc.abstractmethod
+    def backward(self, residuals: Residuals, /) -> Cotangent:
+        """Return the cotangent of y, for each example's own loss."""
+
+    def hessian_root(self, residuals: Residuals, /) -> Float[Array, "c n ..."]:
+        """Return S with sum_c S_c S_c^T the Hessian by y of each example's own loss.
+
+        The column c is a cotangent of y, so that a walk back from it gives a column of J^T S: the
+        root of the generalised Gauss-Newton matrix (Schraudolph 2002,
+        https://doi.org/10.1162/08997660260028683).
+        """
+        return jax.vmap(self.hessian_column, (None, 0))(
+            residuals, jnp.arange(self.hessian_columns(residuals))
+        )
+
+    def hessian_columns(self, residuals: Residuals, /) -> int:
+        """Return how many columns ``hessian_root`` has."""
+        if type(self).hessian_root is Loss.hessian_root:
+            raise NotImplementedError(f"{self} has no hessian_root")
+        return jax.eval_shape(self.hessian_root, residuals).shape[0]
+
+    def hessian_column(self, residuals: Residuals, c: int | Array, /) -> Cotangent:
+        """Return the column c of ``hessian_root``; where c is traced, only that one is made."""
+        return self.hessian_root(residuals)[c]
+
+    def sample(self, key: Array, residuals: Residuals, /) -> Cotangent:
+        """Return a random cotangent s of y with E s = 0 and E s s^T the Hessian by y.
+
+        It is the gradient at a target drawn from the model's own distribution, whose covariance
+        is the Fisher information (Martens 2020, https://jmlr.org/papers/v21/17-678.html).
+        """
+        raise NotImplementedError(f"{self} has no sample")

@@ -1,0 +1,95 @@
+"""One layer's moment in the walk back, and the visit that is paid to it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from jaxprop.core import tree
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
+
+if TYPE_CHECKING:
+    from jaxprop.core.layer import Layer
+
+
+class Step(NamedTuple):
+    """What came into a layer, what came back to it, and what its ``backward`` made of them.
+
+    Attributes:
+        layer: the layer.
+        params: its params, unlearned arrays and side inputs included.
+        residuals: what its ``forward`` saved.
+        ct: the cotangent of its output.
+        d_params: the cotangent of its params, a form or an array for each one that is learned and
+            ``()`` for whatever is not.
+        d_x: the cotangent of its input.
+        place: what stands in the layer's place in the tree that the walk goes through: its params,
+            or what a ``Placed`` visit keeps there.
+    """
+
+    layer: Layer
+    params: Params
+    residuals: Residuals
+    ct: Cotangent
+    d_params: Cotangent
+    d_x: Cotangent
+    place: PyTree
+
+    @classmethod
+    def of(
+        cls,
+        layer: Layer,
+        params: Params,
+        residuals: Residuals,
+        ct: Cotangent,
+        d_params: Cotangent,
+        d_x: Cotangent,
+        place: PyTree,
+    ) -> Step:
+        """Return the step, with nothing for what the types in params say is not learned."""
+        d_params = tree.learned_cotangents(params, d_params)
+        return cls(layer, params, residuals, ct, d_params, d_x, place)
+
+    @property
+    def learned(self) -> Params:
+        """The params that are learned, with ``()`` where d_params has ``()``."""
+        return tree.with_cotangents(tree.learned(self.params), self.d_params)
+
+
+Visit: TypeAlias = Callable[[Step], Any]
+
+
+class Total(NamedTuple):
+    """What a visit wants added up over the layers of a ``repeat``, where all else is stacked."""
+
+    value: Any
+
+
+class Placed(abc.ABC):
+    """A visit to a walk through a tree of places instead of a tree of params.
+
+    Such a tree is like params, but with whatever the visit keeps in a param's place, such as the
+    param and its optimizer's state. A layer's own is ``step.place``.
+    """
+
+    @abc.abstractmethod
+    def params(self, place: PyTree) -> Params:
+        """Return the params that a tree of places holds."""
+
+    @abc.abstractmethod
+    def __call__(self, step: Step) -> PyTree:
+        """Return what is collected of a layer."""
+
+
+class Replacing(Placed):
+    """A visit whose results replace the places that the walk goes through, in the same memory.
+
+    What it returns for a layer is that layer's new place. A ``repeat`` holds the places of its
+    layers in stacks, and writes each new one where the old one was.
+    """
+
+
+def params_of(place: PyTree, visit: Visit) -> Params:
+    """Return the params that stand in a place of the tree that the walk goes through."""
+    return visit.params(place) if isinstance(visit, Placed) else place

@@ -1,0 +1,271 @@
+"""What stands in a tree of params: learned arrays, and arrays whose type says that they are not.
+
+A plain array in a net's params is learned. One that is not learned has a type of its own: an
+``Unlearned`` array belongs to the params (running statistics, a fixed matrix, a frozen weight), and
+a ``Key`` or a ``Mask`` is a side input, which ``net.bind`` puts there for one step.
+
+Which is which is read off a tree's structure alone, and remembered for each structure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprop.core.types import Cotangent, Params, PyTree
+
+Structure = Any
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class NotLearned:
+    """An array in a tree of params that is not learned."""
+
+    value: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_dataclass(cls, data_fields=["value"], meta_fields=[])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.value!r})"
+
+
+class Unlearned(NotLearned):
+    """An array of the params that is not learned, of any dtype.
+
+    A layer's ``init`` says so of running statistics or of a fixed matrix, and ``jp.freeze`` of
+    weights. It counts in no norm, and gets no noise, no update, no weight decay and no optimizer
+    state. Its gradient is ``Unlearned(0)``, a scalar. ``forward`` and ``backward`` of a layer are
+    given the array itself.
+
+    Attributes:
+        value: the array.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxprop as jp
+        >>> jp.Unlearned(jnp.array([True, False]))
+        Unlearned(Array([ True, False], dtype=bool))
+    """
+
+
+class SideInput(NotLearned):
+    """An array that a step hands to a layer, in the place of its params, through ``net.bind``."""
+
+
+class Key(SideInput):
+    """A key of ``jax.random.key`` that a step hands to a layer.
+
+    Attributes:
+        value: the key; inside ``repeat`` an array of keys, one for each layer.
+    """
+
+
+class Mask(SideInput):
+    """A mask that a step hands to a layer.
+
+    Attributes:
+        value: bool (N, T), True where a position is real; inside ``repeat`` behind an axis of
+            layers.
+    """
+
+
+def is_not_learned(node: object) -> bool:
+    """Return whether a node of a tree has a type that says that it is not learned."""
+    return isinstance(node, NotLearned)
+
+
+def has_types(tree: PyTree) -> bool:
+    """Return whether anything in the tree has a type that says that it is not learned."""
+    return any(_seen(jax.tree.structure(tree)).kinds)
+
+
+def freeze(params: Params) -> Params:
+    """Return params with every array marked as ``Unlearned``, so that training leaves it alone.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net, x = jp.chain(jp.Dense(8), jp.Tanh(), jp.Dense(3)), jnp.ones((2, 4))
+        >>> body, tanh, head = net.init(jax.random.key(0), x)
+        >>> params = (jp.freeze(body), tanh, head)  # of this net only the head is trained
+    """
+    return jax.tree.map(
+        lambda node: node if is_not_learned(node) else Unlearned(node),
+        params,
+        is_leaf=is_not_learned,
+    )
+
+
+def learned(tree: PyTree) -> PyTree:
+    """Return the tree with ``()`` where something is not learned."""
+    return _without(tree, NotLearned)
+
+
+def without_side_inputs(tree: PyTree) -> PyTree:
+    """Return the tree with ``()`` where a side input stands."""
+    return _without(tree, SideInput)
+
+
+def arrays(params: Params) -> Params:
+    """Return params as a layer computes with them: unlearned arrays without their type.
+
+    They are held constant, so that autodiff of ``forward`` gives them a gradient of zero.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    seen = _seen(structure)
+    if Unlearned not in seen.kinds:
+        return params
+    held = [
+        jax.lax.stop_gradient(leaf) if kind is Unlearned else leaf
+        for kind, leaf in zip(seen.kinds, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(seen.arrays, held)
+
+
+def bare(params: Params) -> Params:
+    """Return params without types: their learned and unlearned arrays, as ``init`` shapes them."""
+    leaves, structure = jax.tree.flatten(without_side_inputs(params))
+    return jax.tree.unflatten(_seen(structure).arrays, leaves)
+
+
+def learned_cotangents(params: Params, d_params: Cotangent) -> Cotangent:
+    """Return d_params with ``()`` for whatever the types in params say is not learned.
+
+    Where the structures differ d_params comes back as it is; whoever takes it says so.
+    """
+    if not has_types(params):
+        return d_params
+    try:
+        return jax.tree.map(
+            lambda node, d: () if is_not_learned(node) else d,
+            params,
+            d_params,
+            is_leaf=is_not_learned,
+        )
+    except ValueError:
+        return d_params
+
+
+def with_cotangents(params: Params, d_params: Cotangent) -> Params:
+    """Return params with ``()`` for a plain array that d_params has ``()`` for, and is not floating.
+
+    A bool or an integer that no type marks is not learned if ``backward`` says so. Where the
+    structures differ params come back as they are; whoever takes the cotangents says so.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    try:
+        each = structure.flatten_up_to(d_params)
+    except ValueError:
+        return params
+    kept = [
+        type(d) is not tuple or d != () or jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        for leaf, d in zip(leaves, each, strict=True)
+    ]
+    if all(kept):
+        return params
+    return jax.tree.unflatten(
+        structure, [leaf if keep else () for leaf, keep in zip(leaves, kept, strict=True)]
+    )
+
+
+def axes_of_examples(params: Params) -> PyTree:
+    """Return ``jax.vmap``'s axes for params of single examples: 0 for a mask, else None."""
+    return jax.tree.map(
+        lambda node: 0 if isinstance(node, Mask) else None, params, is_leaf=is_not_learned
+    )
+
+
+def of_one_example(params: Params) -> Params:
+    """Return params for a batch of one, where a mask is that of the example, without its axis."""
+    return jax.tree.map(
+        lambda node: Mask(node.value[None]) if isinstance(node, Mask) else node,
+        params,
+        is_leaf=is_not_learned,
+    )
+
+
+def merged(params: Params, tree: PyTree) -> Params:
+    """Return params with what is learned taken from ``tree``, which is like ``learned(params)``."""
+    if not has_types(params):
+        return tree
+    return jax.tree.map(
+        lambda node, new: node if is_not_learned(node) else new,
+        params,
+        tree,
+        is_leaf=is_not_learned,
+    )
+
+
+def like_params(params: Params, tree: PyTree, *, shape: tuple[int, ...] = ()) -> PyTree:
+    """Return the tree with zeros where params have an unlearned array, so that it is like params.
+
+    Args:
+        params: a tree of params, side inputs among them or not.
+        tree: a result like ``learned(params)``.
+        shape: that of the zeros. A scalar is enough for an update: p + 0 has the shape of p.
+    """
+    if not has_types(params):
+        return tree
+
+    def fill(node: Any, here: Any) -> Any:
+        if not isinstance(node, Unlearned):
+            return here
+        return Unlearned(jnp.zeros(shape, jnp.result_type(node.value)))
+
+    return jax.tree.map(fill, params, tree, is_leaf=is_not_learned)
+
+
+class _Seen(NamedTuple):
+    """What a structure tells of its leaves.
+
+    Attributes:
+        kinds: for each leaf the class that says that it is not learned, or None.
+        arrays: the structure of the tree without the type of its unlearned arrays.
+        without: for each class, the structure of the tree with ``()`` in the place of its nodes.
+    """
+
+    kinds: tuple[type[NotLearned] | None, ...]
+    arrays: Structure
+    without: dict[type, Structure]
+
+
+@functools.lru_cache(maxsize=4096)
+def _seen(structure: Structure) -> _Seen:
+    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
+    kinds: list[type[NotLearned] | None] = [None] * structure.num_leaves
+    for node in jax.tree.leaves(tree, is_leaf=is_not_learned):
+        if is_not_learned(node):
+            for place in jax.tree.leaves(node):
+                kinds[place] = type(node)
+
+    def replaced(kind: type, by: Any) -> Structure:
+        return jax.tree.structure(
+            jax.tree.map(
+                lambda node: by(node) if isinstance(node, kind) else node,
+                tree,
+                is_leaf=is_not_learned,
+            )
+        )
+
+    return _Seen(
+        tuple(kinds),
+        replaced(Unlearned, lambda node: node.value),
+        {kind: replaced(kind, lambda node: ()) for kind in (NotLearned, SideInput)},
+    )
+
+
+def _without(tree: PyTree, kind: type) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree)
+    seen = _seen(structure)
+    if not any(seen.kinds):
+        return tree
+    kept = [
+        leaf
+        for of, leaf in zip(seen.kinds, leaves, strict=True)
+        if of is None or not issubclass(of, kind)
+    ]
+    return jax.tree.unflatten(seen.without[kind], kept)

@@ -1,0 +1,145 @@
+"""The walk: forward through the net, the loss, and back again, collecting what a visit returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.checks import require
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.step import Visit
+from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Residuals, Visited
+
+
+def loss_fn(net: Layer, loss: Loss) -> OfBatch[Float[Array, ""]]:
+    """Return ``f(params, x, target)``, the mean over examples of the loss.
+
+    It is pure ``jax.numpy``, so that ``jax.grad(f)`` is backpropagation by autodiff. Where params
+    hold arrays that are not learned, ``jp.autodiff`` differentiates by the others alone.
+
+    Args:
+        net: the network.
+        loss: the loss.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net, x = jp.chain(jp.Dense(2), jp.Sigmoid()), jnp.ones((1, 2))
+        >>> params = net.init(jax.random.key(0), x)
+        >>> jax.grad(jp.loss_fn(net, jp.HalfSquaredError()))(params, x, x)[0].w.shape
+        (2, 2)
+    """
+    check_net_and_loss(net, loss)
+
+    def mean_loss(
+        params: Params,
+        x: PyTree,
+        target: PyTree = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> Float[Array, ""]:
+        """Return the mean over examples of the loss."""
+        y, _ = net.forward(net.bind(params, key=key, mask=mask), x)
+        values, _ = loss.forward(y, target)
+        return _mean(loss, values, y)
+
+    return mean_loss
+
+
+def walk(net: Layer, loss: Loss, visit: Visit) -> OfBatch[tuple[Array, Visited, Cotangent]]:
+    """Return ``f(params, x, target) -> (value, visited, d_x)``, one walk forward and back.
+
+    The walk starts from the cotangent of the mean over examples. Under ``jit`` a result that nobody
+    uses is not computed, and d_x of the first layer costs nothing if it is dropped.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        visit: a function of a ``jp.Step``, called at each layer on the way back.
+
+    Returns:
+        A function that returns the loss, a tree in the structure of the net's params with
+        ``visit(step)`` where each layer's params stand, and the cotangent of x.
+    """
+    check_net_and_loss(net, loss)
+
+    def walked(
+        params: Params,
+        x: PyTree,
+        target: PyTree = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> tuple[Array, Visited, Cotangent]:
+        """Walk forward and back; return the loss, what was visited, and the cotangent of x."""
+        ahead = forward(net, loss, net.bind(params, key=key, mask=mask), x, target)
+        return ahead.value, *ahead.back(ahead.mean_gradient(), visit)
+
+    return walked
+
+
+class Forward(NamedTuple):
+    """What a pass forward leaves: the loss, and the way back.
+
+    Attributes:
+        value: the mean over examples of the loss.
+        examples: N.
+        loss: the loss.
+        residuals: what the loss saved.
+        back: ``back(ct, visit, places=params) -> (visited, d_x)``, the walk from a cotangent of the
+            net's output, which may be taken more than once.
+    """
+
+    value: Float[Array, ""]
+    examples: int
+    loss: Loss
+    residuals: Residuals
+    back: Callable[..., tuple[Visited, Cotangent]]
+
+    def own_gradient(self) -> Cotangent:
+        """Return the cotangent of the net's output for each example's own loss."""
+        return self.loss.backward(self.residuals)
+
+    def mean_gradient(self) -> Cotangent:
+        """Return the cotangent of the net's output for the mean over examples."""
+        return jax.tree.map(lambda ct: ct / self.examples, self.own_gradient())
+
+
+def forward(net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree) -> Forward:
+    """Go forward through the net and the loss, once for any number of ways back."""
+    with jax.named_scope("forward"):
+        y, residuals = net.forward(params, x)
+    with jax.named_scope("loss"):
+        values, loss_residuals = loss.forward(y, target)
+        value = _mean(loss, values, y)
+
+    def back(ct: Cotangent, visit: Visit, places: PyTree = params) -> tuple[Visited, Cotangent]:
+        with jax.named_scope("backward"):
+            ct = jax.tree.map(lambda ct, y: ct.astype(y.dtype), ct, y)
+            return net.walk(places, residuals, ct, visit)
+
+    return Forward(value, values.shape[0], loss, loss_residuals, back)
+
+
+def check_net_and_loss(net: Layer, loss: Loss) -> None:
+    """Raise ``TypeError`` for what is not a net, or not a loss."""
+    require(net, Layer, "net")
+    require(loss, Loss, "loss")
+
+
+def _mean(loss: Loss, values: Float[Array, " n"], y: PyTree) -> Float[Array, ""]:
+    examples = jax.tree.leaves(y)[0].shape[0]
+    if values.shape != (examples,):
+        raise ValueError(
+            f"{loss}: forward gives values of shape {values.shape}, not one for each of the "
+            f"{examples} examples"
+        )
+    if not examples:
+        raise ValueError("the batch is empty: the mean over 0 examples does not exist")
+    return jnp.mean(values)

@@ -1,1 +1,0 @@
-"""The backward pass as something to read: as values, as text, as a page."""

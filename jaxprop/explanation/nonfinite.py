@@ -1,0 +1,187 @@
+"""Where a NaN was born, and what is finite but broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.explanation.numerals import share, short
+from jaxprop.explanation.record import explain
+from jaxprop.explanation.summary import Summary, element, summary
+from jaxprop.explanation.terms import Explanation, Terms, by_name
+from jaxprop.layers import Relu
+
+ROWS = 16  # below so many, a unit that is 0 for all of them may be so by chance
+DEAD, SATURATED = 0.1, 0.5  # shares
+EXPLODING, VANISHING = 1e3, 1e-4  # of the rms of the loss's own cotangent
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What ``jp.find_nonfinite`` found. It prints as sentences, and is true if there is something.
+
+    ``phase`` is "input" (x, the target or the params were not finite to begin with), "forward",
+    "loss" or "backward", and None where all is finite. ``layer`` is the layer's name, as
+    ``jp.explain`` names it, and ``array`` which of its arrays: y, d_x, a param or its gradient.
+    ``index`` is the first element of it that is not finite, and ``value`` that element. ``example``
+    is None where the array has no axis of examples. ``x`` and ``ct`` are what that example brought
+    to the layer on the way forward and on the way back, None where the layer is not known.
+    ``suspects`` are sentences on what is finite but broken.
+    """
+
+    phase: str | None
+    layer: str | None
+    array: str | None
+    index: tuple[int, ...]
+    value: float
+    example: int | None
+    x: Any = dataclasses.field(repr=False)
+    ct: Any = dataclasses.field(repr=False)
+    sentence: str
+    suspects: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return self.phase is not None
+
+    def __str__(self) -> str:
+        return "\n".join(textwrap.fill(s, 88) for s in (self.sentence, *self.suspects))
+
+
+def find_nonfinite(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> Finding:
+    """The first number that is not finite: on the way forward, in the loss, or on the way back.
+
+    For a batch that failed, after the fact: the layer whose result is not finite while all before
+    it was, the example and the element; besides, what is finite but broken: ReLUs that are dead for
+    the whole batch, saturated activations, cotangents that explode or vanish from layer to layer.
+    It looks at values, so it is called outside of ``jit``.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxprop as jp
+        >>> net, x = jp.chain(jp.Tanh(), jp.Dense(1)), jnp.array([[1.0], [2.0]], jnp.float32)
+        >>> params = ((), jp.AffineParams(jnp.float32([[3e38]]), jnp.float32([3e38])))
+        >>> print(jp.find_nonfinite(net, jp.HalfSquaredError(), params, x, x))
+        On the way forward layer 1 Dense(1) gave inf: y[0, 0], of example 0. All before it was
+        finite; the largest |x| of that example was 7.6e-01. Not finite in y: 2 of 2.
+    """
+    terms, of_x, of_target = jax.device_get(_walked(net, loss, params, x, target))
+    suspects = tuple(_suspects(terms))
+    for phase, layer, array, found in _in_order(terms, of_x, of_target):
+        if found is not None and found.nonfinite:
+            return _finding(phase, layer, array, found, suspects, (net, loss, params, x, target))
+    sentence = "All is finite: x, params, the way forward, the loss and the way back."
+    return Finding(None, None, None, (), 0.0, None, None, None, sentence, suspects)
+
+
+Place = tuple[str, str | None, str, Summary | None]
+
+
+def _in_order(terms: Explanation, of_x: Any, of_target: Any) -> Iterator[Place]:
+    """Every array of the walk, in the order in which they came to be."""
+    runs = terms.runs()
+    yield "input", None, "x", of_x
+    yield "input", None, "target", of_target
+    for name, at in runs:
+        for params in (at.summaries.params, at.summaries.unlearned):
+            for param, each in by_name(params, Summary).items():
+                yield "input", name, f"params {param}".strip(), each
+    for name, at in runs:
+        yield "forward", name, "x", at.summaries.x
+        yield "forward", name, "y", at.summaries.y
+    yield "loss", None, "x", terms.loss.summaries.x
+    yield "loss", None, "y", terms.loss.summaries.y
+    yield "loss", None, "d_x", terms.loss.summaries.d_x
+    for name, at in reversed(runs):
+        yield "backward", name, "ct", at.summaries.ct
+        yield "backward", name, "d_x", at.summaries.d_x
+        for param, each in by_name(at.summaries.grads, Summary).items():
+            yield "backward", name, f"the gradient by {param}".removesuffix(" by "), each
+
+
+def _finding(
+    phase: str, layer: str | None, array: str, found: Summary, suspects: Any, walk: tuple[Any, ...]
+) -> Finding:
+    index, value = element(found.shape, int(found.first)), float(found.value)
+    has_examples = array in ("x", "y", "ct", "d_x", "target") and bool(index)
+    example = index[0] if has_examples else None
+    x = ct = None
+    at = "loss" if phase == "loss" else layer
+    title = "the loss" if at == "loss" else f"layer {layer}"
+    if at is not None and phase != "input":
+        described, every_x, every_ct = jax.device_get(_whole(at, *walk))
+        title = f"the loss, {described.layer}," if at == "loss" else f"{title} {described.layer}"
+        if example is not None:
+            x, ct = jax.tree.map(lambda leaf: leaf[example], (every_x, every_ct))
+    place = f"[{', '.join(map(str, index))}]" if index else ""
+    of = "" if example is None else f", of example {example}"
+    total = math.prod(found.shape)
+    sentence = (
+        _sentence(phase, title, array, f"{array}{place}{of}", f"{value:g}", x, ct)
+        + f" Not finite in {array}: {int(found.nonfinite)} of {total}."
+    )
+    return Finding(phase, layer, array, index, value, example, x, ct, sentence, suspects)
+
+
+def _sentence(phase: str, title: str, array: str, place: str, value: str, x: Any, ct: Any) -> str:
+    if phase == "input":
+        whose = "" if title == "layer None" else f" of {title}"
+        return f"Before the walk began {array}{whose} was not finite: {place} is {value}."
+    way = "On the way back" if phase == "backward" or array == "d_x" else "On the way forward"
+    if array == "x" or (array == "ct" and phase == "backward"):
+        return (
+            f"{way} {place}, is {value} as it comes to {title}, while what the layers before it "
+            "gave was finite: a sum (at a skip, say) or a cast overflowed."
+        )
+    which, brought = ("ct", ct) if way == "On the way back" and phase != "loss" else ("x", x)
+    sizes = [np.max(np.abs(np.asarray(leaf, np.float64)), initial=0) for leaf in _leaves(brought)]
+    size = f"; the largest |{which}| of that example was {short(max(sizes))}" if sizes else ""
+    return f"{way} {title} gave {value}: {place}. All before it was finite{size}."
+
+
+def _suspects(terms: Explanation) -> Iterator[str]:
+    first = terms.loss.summaries.d_x
+    sizes: list[tuple[float, str]] = []
+    for name, at in terms.runs():
+        s, title = at.summaries, f"Layer {name} {at.layer}".replace("  ", " ")
+        if s.dead is not None and s.y is not None and s.dead > DEAD:
+            rows = math.prod(s.y.shape[:-1])
+            if rows >= ROWS:
+                yield f"{title}: {share(s.dead)} of its units are dead, flat for every example."
+        if s.saturated is not None and s.saturated > SATURATED and not isinstance(at.layer, Relu):
+            yield f"{title} is saturated: {share(s.saturated)} of its slopes are below 0.01."
+        if s.ct is not None and not s.ct.nonfinite and first is not None and first.rms:
+            sizes.append((float(s.ct.rms) / float(first.rms), title))
+    if sizes and max(sizes)[0] > EXPLODING:
+        ratio, title = max(sizes)
+        yield f"{title}: cotangents explode, to {short(ratio)} times the loss's own."
+    if sizes and min(sizes)[0] < VANISHING:
+        ratio, title = min(sizes)
+        yield f"{title}: cotangents vanish, to {short(ratio)} of the loss's own."
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _walked(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> tuple[Any, Any, Any]:
+    return explain(net, loss, params, x, target, keep=0), summary(x), summary(target)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _whole(
+    at: str, net: Layer, loss: Loss, params: Any, x: Any, target: Any
+) -> tuple[Terms, Any, Any]:
+    """What one layer was given, all else forgotten."""
+    terms = explain(net, loss, params, x, target, keep=sys.maxsize)
+    here = terms.loss if at == "loss" else dict(terms.runs())[at]
+    return dataclasses.replace(here, kept=None), here.x, here.ct
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if np.size(leaf)]

@@ -1,0 +1,41 @@
+"""The layers in the order in which they run, those in a ``repeat`` once for each turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+
+from jaxprop.core.combinator import runs
+from jaxprop.core.layer import Layer
+from jaxprop.core.types import PyTree
+
+
+def in_order(net: Layer, layers: dict[str, PyTree]) -> Iterator[tuple[str, PyTree]]:
+    """Yield each layer's name and terms, in the order in which the way forward comes to it.
+
+    Args:
+        net: the network.
+        layers: the terms of each layer by the place of its params, such as "2.0". Those of a layer
+            in a ``repeat`` lie behind an axis of turns.
+
+    Returns:
+        Names such as "2.0", or "2.0[3]" for the layer's turn 3.
+
+    Raises:
+        ValueError: where the walk came to layers that no combinator declares.
+    """
+    met = set()
+    for run in runs(net):
+        place = ".".join(map(str, run.names))
+        if place not in layers:
+            continue
+        met.add(place)
+        turn = f"[{', '.join(map(str, run.turn))}]" if run.turn else ""
+        yield place + turn, jax.tree.map(lambda leaf, run=run: leaf[run.turn], layers[place])
+    missed = layers.keys() - met
+    if missed:
+        raise ValueError(
+            f"{net}: the walk came to layers at {', '.join(sorted(missed))}, which the children() "
+            "of the layers around them do not declare"
+        )

@@ -1,0 +1,125 @@
+"""An explanation as a table for a terminal of 80 columns, or for a pipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from jaxprop.explanation.numerals import fixed, share, short
+from jaxprop.explanation.summary import Summary
+from jaxprop.explanation.terms import Explanation, Terms
+
+WIDTH = 80
+NUMBERS = 5  # of an array that are written out
+WEIGHTS = 12  # of a param
+
+
+def plainly(explanation: Explanation) -> str:
+    """The table as a string, without colours."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(explanation)):
+        return f"<explanation of {explanation.net}, being traced>"
+    out = io.StringIO()
+    Console(file=out, width=WIDTH, color_system=None, highlight=False).print(table(explanation))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def table(explanation: Explanation) -> Any:
+    explanation = jax.device_get(explanation)
+    examples = f"{explanation.examples} example{'' if explanation.examples == 1 else 's'}"
+    if explanation.loss.kept is None:
+        first = f"{explanation.loss.layer}: {fixed(explanation.value)}, the mean over {examples}"
+        return Group(Text(first), "", _summaries(explanation))
+    value = fixed(explanation.loss.y[explanation.shown])
+    first = f"{explanation.loss.layer}: {value} for example {explanation.shown} of {examples}"
+    return Group(Text(first), *map(_text, _lines(explanation)))
+
+
+def _summaries(explanation: Explanation) -> Table:
+    """A line a layer."""
+    drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    drawn.add_column("layer", no_wrap=True, overflow="ellipsis", max_width=23)
+    for name in ("mean y", "rms y", "max |y|", "zeros", "sat.", "rms ct", "rms d_w", "bad"):
+        drawn.add_column(name, justify="right", no_wrap=True)
+    for name, terms in explanation.runs():
+        s = terms.summaries
+        y = [""] * 4 if s.y is None else [*map(short, (s.y.mean, s.y.rms, s.y.max))]
+        y = y if s.y is None else [*y, share(s.y.zeros)]
+        slope = "" if s.saturated is None else share(s.saturated)
+        ct = "" if s.ct is None else short(s.ct.rms)
+        drawn.add_row(
+            f"{name} {terms.layer}".strip(), *y, slope, ct, _rms_of_all(s.grads), _bad(terms)
+        )
+    return drawn
+
+
+def _rms_of_all(summaries: Any) -> str:
+    each = jax.tree.leaves(summaries, is_leaf=lambda node: isinstance(node, Summary))
+    sizes = [math.prod(one.shape) for one in each]
+    if not sum(sizes):
+        return ""
+    squares = sum(float(one.rms) ** 2 * size for one, size in zip(each, sizes, strict=True))
+    return short(math.sqrt(squares / sum(sizes)))
+
+
+def _bad(terms: Terms) -> str:
+    """How many numbers that are not finite the layer made."""
+    s = terms.summaries
+    made = jax.tree.leaves((s.y, s.d_x, s.grads), is_leaf=lambda node: isinstance(node, Summary))
+    count = sum(int(one.nonfinite) for one in made)
+    return str(count) if count < 10_000 else f"{count:.0e}"
+
+
+def _lines(explanation: Explanation) -> Iterator[str]:
+    """What passed through each layer for the example in view, and every weight's chain."""
+    n = explanation.shown
+    for name, terms in explanation.runs():
+        yield ""
+        yield f"{name} {terms.layer}".strip()
+        for what in ("x", "y", "slope", "ct", "d_x"):
+            arrays = jax.tree.leaves(getattr(terms, what))
+            for array in arrays:
+                yield f"  {what:<8}{_vector(array[n])}"
+        alone = dataclasses.replace(explanation, net=terms.layer, collected=terms)
+        for param in alone.names:
+            yield from _weights(alone, param)
+
+
+def _weights(alone: Explanation, name: str) -> Iterator[str]:
+    param = alone[name]
+    indices = list(np.ndindex(*np.shape(param.value)))
+    if param.terms.forms is None:
+        yield f"  {name:<8}{_vector(param.value)}"
+        yield f"  {'grad':<8}{_vector(param.grad)}"
+        return
+    for index in indices[:WEIGHTS]:
+        factors, product = param[index]
+        label = f"{name}[{', '.join(map(str, index))}]"
+        chain = " · ".join(f"{key} {fixed(f)}" for key, f in factors.items() if not np.ndim(f))
+        if not chain:
+            over = next((f"{np.size(f)} positions" for f in factors.values()), "")
+            chain = " ".join(filter(None, ["Σ", " · ".join(factors), "over", over])) if over else ""
+        equals = f"{chain} = " if chain else "∂E = "
+        yield f"  {label:<14} {fixed(param.value[index]):>11}   {equals}{fixed(product)}"
+    if len(indices) > WEIGHTS:
+        yield f"  … and {len(indices) - WEIGHTS} more of {name}, {np.shape(param.value)}"
+
+
+def _vector(array: Any) -> str:
+    numbers = np.asarray(array, np.float64).ravel()
+    text = " ".join(f"{fixed(number):>11}" for number in numbers[:NUMBERS])
+    shape = "×".join(map(str, np.shape(array)))
+    return text if numbers.size <= NUMBERS else f"{text} … {shape}"
+
+
+def _text(line: str) -> Text:
+    return Text(line, style="" if line.startswith("  ") else "bold", overflow="ellipsis", end="\n")

@@ -1,0 +1,40 @@
+"""Quantities: what may be taken from a walk back besides the gradient, ``jp.quantity``.
+
+Each is asked for by ``jp.quantities(net, loss, name=Quantity())``, and most have a function of
+their own, such as ``jp.per_example_sq_norms``.
+"""
+
+from jaxprop.core.forms import Kronecker
+from jaxprop.quantity.base import PerExample, Quantity
+from jaxprop.quantity.clipping import Clipped
+from jaxprop.quantity.curvature import DiagGGN, GGNRoot, KroneckerFactors
+from jaxprop.quantity.per_example import (
+    Gradient,
+    Gram,
+    NoiseScale,
+    PerExampleGrads,
+    SecondMoment,
+    SqNorms,
+    Variance,
+)
+from jaxprop.quantity.source import HessianRoot, LossGradient, Source
+
+__all__ = [
+    "Clipped",
+    "DiagGGN",
+    "GGNRoot",
+    "Gradient",
+    "Gram",
+    "HessianRoot",
+    "Kronecker",
+    "KroneckerFactors",
+    "LossGradient",
+    "NoiseScale",
+    "PerExample",
+    "PerExampleGrads",
+    "Quantity",
+    "SecondMoment",
+    "Source",
+    "SqNorms",
+    "Variance",
+]

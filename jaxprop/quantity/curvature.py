@@ -1,0 +1,139 @@
+"""Curvature of the mean loss, from walks that start at a root of the loss Hessian.
+
+The generalised Gauss-Newton matrix (GGN) is the mean over examples of J_n^T H_n J_n, with J_n the
+Jacobian of the net's output and H_n the Hessian of the loss by that output. With H_n = S_n S_n^T
+its root is J_n^T S_n: one walk back for each column of S_n (``HessianRoot``).
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxprop.core.forms import Factored, Kronecker, is_factored
+from jaxprop.core.types import Params, PyTree
+from jaxprop.quantity.base import PerExample, Quantity, is_marked, map_forms
+from jaxprop.quantity.per_example import per_example
+from jaxprop.quantity.source import HessianRoot, LossGradient, Source
+
+
+class AddedUp(Quantity):
+    """A quantity whose source has columns that may be gone through one after the other."""
+
+    @abc.abstractmethod
+    def part(self, forms: PyTree) -> PyTree:
+        """Return of one column what is added up over the columns, at one layer."""
+
+    @abc.abstractmethod
+    def whole(self, forms: PyTree, parts: PyTree, examples: int) -> PyTree:
+        """Return what is taken, from the sum of the parts and the forms of any one column."""
+
+    def take(self, params: Params, forms: PyTree, examples: int, over: str | None = None) -> PyTree:
+        parts = self.part(forms)
+        return self.whole(forms, parts if over is None else jax.lax.psum(parts, over), examples)
+
+
+class DiagGGN(AddedUp):
+    """The diagonal of the Gauss-Newton matrix; like params.
+
+    One column of the root after the other, only squares are added up. They meet a layer's input
+    once, at the end: (x^2)^T sum_c ct_c^2.
+
+    Attributes:
+        samples: how many columns are sampled; None for the exact root.
+    """
+
+    samples: int | None = None
+
+    like_params: ClassVar[bool] = True
+
+    @property
+    def source(self) -> Source:
+        return HessianRoot(self.samples)
+
+    def part(self, forms: PyTree) -> PyTree:
+        return map_forms(lambda form: form.squares(), forms)
+
+    def whole(self, forms: PyTree, parts: PyTree, examples: int) -> PyTree:
+        return jax.tree.map(
+            lambda form, squares: form.of_squares(squares) / examples,
+            forms,
+            parts,
+            is_leaf=is_factored,
+        )
+
+
+class KroneckerFactors(Quantity):
+    """Two factors for each param's block of the Gauss-Newton matrix; like params.
+
+    A ``Kronecker(a, b)`` at each leaf: a and b are the means over examples of sum_t x_t x_t^T and
+    of sum_c sum_t ct_t ct_t^T, and their Kronecker product stands for that param's block, rows of w
+    outermost. Sampled they are KFAC's (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671),
+    from the exact root KFLR's (Botev et al. 2017, https://arxiv.org/abs/1706.03662), and from the
+    loss gradient those of the empirical Fisher matrix. For one example without positions the
+    product is the block. A bias has a = [[1]]. A position that nothing comes back to, as one that
+    is padded, counts in neither.
+
+    Raises ``TypeError`` for a param whose cotangent has no two factors.
+
+    Attributes:
+        samples: how many columns are sampled; None for the exact root.
+        empirical: whether the source is the loss gradient.
+    """
+
+    samples: int | None = None
+    empirical: bool = False
+
+    like_params: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.empirical and self.samples is not None:
+            raise ValueError(
+                "empirical factors are of the loss gradient: there is nothing to sample"
+            )
+
+    @property
+    def source(self) -> Source:
+        return LossGradient() if self.empirical else HessianRoot(self.samples)
+
+    def take(self, params: Params, forms: PyTree, examples: int, over: str | None = None) -> PyTree:
+        def factors(form: Factored) -> Kronecker:
+            a, b = form.kronecker(over)
+            return Kronecker(a / examples, b / examples)
+
+        return map_forms(factors, forms)
+
+
+class GGNRoot(Quantity):
+    """A root of each example's own Gauss-Newton matrix; like params, behind axes (C, N).
+
+    With V the result, example n's matrix is sum_c V_cn V_cn^T; the mean over n is that of the mean
+    loss. C is the number of columns of the loss Hessian's root.
+
+    Attributes:
+        samples: how many columns are sampled; None for the exact root.
+    """
+
+    samples: int | None = None
+
+    like_params: ClassVar[bool] = True
+    axes: ClassVar[int] = 2
+    stacked: ClassVar[bool] = True
+
+    @property
+    def source(self) -> Source:
+        return HessianRoot(self.samples)
+
+    def take(self, params: Params, forms: PyTree, examples: int, over: str | None = None) -> PyTree:
+        return per_example(params, forms)
+
+    def finish(self, settled: PyTree, examples: int) -> PyTree:
+        """Behind the columns and the examples come the layers of a ``repeat``, as in params."""
+
+        def ahead(each: PerExample) -> PyTree:
+            return jnp.moveaxis(each.value, each.axis, 1)
+
+        return jax.tree.map(ahead, settled, is_leaf=is_marked)

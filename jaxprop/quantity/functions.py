@@ -1,0 +1,270 @@
+"""The functions that return one quantity each: ``jp.per_example_sq_norms`` and its like.
+
+The scalar loss is the mean over the N examples. A per-example quantity is that of each example's
+*own* loss, so that the mean of the per-example gradients is the gradient: there is no 1/N in them.
+
+Each function here is called as ``jp.value_and_grad`` is, with a net and a loss, and returns a
+function of (params, x, target). A layer whose cotangents are not factored serves as well: its
+backward is then taken one example at a time. A layer that couples the examples of a batch has no
+per-example gradient, and raises ``ValueError``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.functions import named
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.types import OfBatch, Params, PyTree
+from jaxprop.quantity.base import Quantity
+from jaxprop.quantity.clipping import Clipped
+from jaxprop.quantity.curvature import DiagGGN, GGNRoot, KroneckerFactors
+from jaxprop.quantity.per_example import (
+    Gram,
+    NoiseScale,
+    PerExampleGrads,
+    SecondMoment,
+    SqNorms,
+    Variance,
+)
+from jaxprop.quantity.together import quantities
+
+
+def per_example_grads(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
+    """Return ``f(params, x, target)``, each example's own gradient, behind an example axis.
+
+    Their mean over the example axis is the gradient.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        micro_batches: into how many parts the batch is split.
+    """
+    return _alone("per_example_grads", net, loss, PerExampleGrads(), micro_batches)
+
+
+def per_example_sq_norms(
+    net: Layer, loss: Loss, *, per_layer: bool = False, micro_batches: int = 1
+) -> OfBatch[PyTree]:
+    """Return ``f(params, x, target)``, the squared norm of each example's own gradient, (N,).
+
+    For a dense layer it is |x_n|^2 |ct_n|^2 (Goodfellow 2015, https://arxiv.org/abs/1510.01799),
+    and along positions <X X^T, C C^T>. A per-example gradient is formed only where that costs less
+    (long sequences, small weights).
+
+    Args:
+        net: the network.
+        loss: the loss.
+        per_layer: whether the result is like the net's params, with (N,) where a layer's params
+            stand (and ``()`` for a layer without); inside ``repeat``, (L, N).
+        micro_batches: into how many parts the batch is split.
+    """
+    return _alone("per_example_sq_norms", net, loss, SqNorms(per_layer), micro_batches)
+
+
+def gram(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Float[Array, "n n"]]:
+    """Return ``f(params, x, target)``, <g_n, g_m> of all pairs of per-example gradients, (N, N).
+
+    Args:
+        net: the network.
+        loss: the loss.
+        micro_batches: 1; examples of two micro-batches never meet, so that another number raises
+            ``ValueError``.
+    """
+    return _alone("gram", net, loss, Gram(), micro_batches)
+
+
+def second_moment(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
+    """Return ``f(params, x, target)``, the mean over examples of the squared per-example gradients.
+
+    Like params, in at least float32. Not the square of the gradient: each example's gradient is
+    squared first.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        micro_batches: into how many parts the batch is split.
+    """
+    return _alone("second_moment", net, loss, SecondMoment(), micro_batches)
+
+
+def variance(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
+    """Return ``f(params, x, target)``, the variance over examples of each entry of the gradient.
+
+    Like params, in at least float32: ``second_moment`` minus the square of the gradient, with N
+    (not N - 1) below.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        micro_batches: into how many parts the batch is split.
+    """
+    return _alone("variance", net, loss, Variance(), micro_batches)
+
+
+def noise_scale(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Float[Array, ""]]:
+    """Return ``f(params, x, target)``, the simple noise scale tr(S) / |G|^2 from one batch.
+
+    S is the covariance of the per-example gradients and G the true gradient, each replaced by its
+    unbiased estimate (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162). It says how large
+    a batch is worth its cost. On a small batch the estimate of |G|^2 may come out negative, and the
+    ratio with it. ``f`` raises ``ValueError`` for a batch of one.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        micro_batches: into how many parts the batch is split.
+    """
+    return _alone("noise_scale", net, loss, NoiseScale(), micro_batches)
+
+
+def clipped_grad(
+    net: Layer,
+    loss: Loss,
+    max_norm: float,
+    noise_multiplier: float = 0.0,
+    *,
+    per_layer: bool = False,
+    two_pass: bool = False,
+    micro_batches: int = 1,
+) -> OfBatch[tuple[Float[Array, ""], Params]]:
+    """Return ``f(params, x, target) -> (value, grads)``, the mean of the clipped gradients.
+
+    With g_n the gradient of example n's own loss, grads is 1/N sum_n g_n min(1, max_norm / |g_n|).
+    It can stand for ``value_and_grad`` in ``make_update``. An example whose gradient is not finite
+    makes grads not finite. Where a net computes in bfloat16, XLA may round an array for one of its
+    uses and not for another, and a norm under ``jit`` comes out a little over its bound (1e-4 of it
+    was seen).
+
+    Args:
+        net: the network. A layer that couples the examples of a batch raises ``ValueError``.
+        loss: the loss; ``value`` is its mean, not clipped.
+        max_norm: the bound on |g_n|, positive.
+        noise_multiplier: the standard deviation of the noise of DP-SGD, in units of the bound
+            (``jp.quantity.Clipped``). With more than 0, ``f`` takes a key, a new one each step.
+        per_layer: whether each layer's part of g_n is bounded by max_norm by itself.
+        two_pass: whether to walk back twice, which needs less memory through ``repeat``.
+        micro_batches: into how many parts the batch is split. Noise is drawn once.
+
+    Raises:
+        ValueError: for a bound that is not positive, a negative noise_multiplier, and per_layer
+            with two_pass; ``f`` raises it for noise without a key.
+        TypeError: ``f`` raises it for noise on params narrower than float32.
+    """
+    clipped = Clipped(max_norm, noise_multiplier, per_layer, two_pass)
+    together = quantities(net, loss, grads=clipped, micro_batches=micro_batches)
+
+    @named("clipped_grad")
+    def f(
+        params: Params,
+        x: PyTree,
+        target: PyTree = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> tuple[Float[Array, ""], Params]:
+        """Return the loss, and the mean of the clipped gradients."""
+        result = together(params, x, target, key=key, mask=mask)
+        return result["value"], result["grads"]
+
+    return f
+
+
+def diag_ggn(
+    net: Layer, loss: Loss, *, samples: int = 1, micro_batches: int = 1
+) -> OfBatch[Params]:
+    """Return ``f(params, x, target)``, the diagonal of the Gauss-Newton matrix; like params.
+
+    It is exact without a key, by one walk back for each output, and sampled with one.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        samples: how many walks a key samples.
+        micro_batches: into how many parts the batch is split. Each draws anew.
+    """
+    return _exact_or_sampled("diag_ggn", net, loss, DiagGGN(), DiagGGN(samples), micro_batches)
+
+
+def kronecker_factors(
+    net: Layer, loss: Loss, *, samples: int = 1, micro_batches: int = 1
+) -> OfBatch[Params]:
+    """Return ``f(params, x, target)``, the Kronecker factors of each param's Gauss-Newton block.
+
+    Like params, with a ``jp.quantity.Kronecker(a, b)`` at each leaf: KFAC's factors with a key, and
+    KFLR's, which are exact, without (``jp.quantity.KroneckerFactors``).
+
+    Args:
+        net: the network. A param whose cotangent has no two factors raises ``TypeError``.
+        loss: the loss.
+        samples: how many walks a key samples.
+        micro_batches: into how many parts the batch is split. Each draws anew.
+    """
+    return _exact_or_sampled(
+        "kronecker_factors", net, loss, KroneckerFactors(), KroneckerFactors(samples), micro_batches
+    )
+
+
+def ggn_root(
+    net: Layer, loss: Loss, *, samples: int = 1, micro_batches: int = 1
+) -> OfBatch[Params]:
+    """Return ``f(params, x, target)``, V, like params behind axes (C, N), of each example's GGN.
+
+    Example n's own Gauss-Newton matrix is sum_c V_cn V_cn^T; the mean over n is that of the mean
+    loss. C is the number of columns of the loss Hessian's root, or with a key of ``samples``.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        samples: how many walks a key samples.
+        micro_batches: into how many parts the batch is split. Each draws anew.
+    """
+    return _exact_or_sampled("ggn_root", net, loss, GGNRoot(), GGNRoot(samples), micro_batches)
+
+
+def _alone(
+    name: str, net: Layer, loss: Loss, quantity: Quantity, micro_batches: int
+) -> OfBatch[Any]:
+    """Return the function of a batch that returns one quantity, under the name of its maker."""
+    together = quantities(net, loss, it=quantity, micro_batches=micro_batches)
+
+    @named(name, type(quantity).__doc__)
+    def f(
+        params: Params,
+        x: PyTree,
+        target: PyTree = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> Any:
+        return together(params, x, target, key=key, mask=mask)["it"]
+
+    return f
+
+
+def _exact_or_sampled(
+    name: str, net: Layer, loss: Loss, exact: Quantity, sampled: Any, micro_batches: int
+) -> OfBatch[Any]:
+    without_key = _alone(name, net, loss, exact, micro_batches)
+    with_key = _alone(name, net, loss, sampled, micro_batches)
+
+    @named(name, type(exact).__doc__)
+    def f(
+        params: Params,
+        x: PyTree,
+        target: PyTree = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> Any:
+        if key is not None:
+            return with_key(params, x, target, key=key, mask=mask)
+        if sampled.samples != 1:
+            raise TypeError("to sample takes a key; without one the whole root is used")
+        return without_key(params, x, target, mask=mask)
+
+    return f

@@ -1,0 +1,174 @@
+"""A batch in micro-batches, one after the other, in the memory of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.arrays import wide
+from jaxprop.core.checks import check_count
+from jaxprop.core.describe import shapes
+from jaxprop.core.layer import Layer
+from jaxprop.core.tree import Key, Mask, is_not_learned
+from jaxprop.core.types import Params, PyTree
+from jaxprop.quantity.base import is_marked
+
+Parts = Callable[[Params, PyTree, PyTree, Array | None], PyTree]
+"""A function of (params, x, target, key) whose result for a batch is made up of those for its
+parts: arrays are means over examples, or marked as ``PerExample``."""
+
+
+def in_micro_batches(net: Layer, parts: Parts, micro_batches: int) -> Parts:
+    """Return a function with the result of ``parts``, in the memory of one micro-batch.
+
+    Part i of the batch is ``x[i::micro_batches]``, so that a batch sharded over devices stays so in
+    each part. Results are summed in at least float32, and rounded to their dtype at the end. Each
+    part has keys of its own, folded from those of the batch.
+
+    Args:
+        net: the network.
+        parts: what is done for each micro-batch.
+        micro_batches: how many there are; the N examples must divide into them.
+
+    Raises:
+        TypeError: for micro_batches that is not a whole number.
+        ValueError: for one below 1, and for a net that couples the examples of a batch.
+    """
+    check_count("micro_batches", micro_batches)
+    if micro_batches == 1:
+        return parts
+    check_apart(net)
+
+    def accumulated(params: Params, x: PyTree, target: PyTree, key: Array | None) -> PyTree:
+        check_examples((x, target), micro_batches)
+        whole = jax.eval_shape(lambda: parts(params, x, target, key))
+        pieces = _pieces(whole, micro_batches)
+
+        def add(totals: list[Array], i: Array) -> tuple[list[Array], None]:
+            of_part = parts(*part(params, x, target, key, i, micro_batches))
+            each = zip(pieces, totals, jax.tree.leaves(of_part), strict=True)
+            return [piece.add(total, leaf, i) for piece, total, leaf in each], None
+
+        start = [piece.start() for piece in pieces]
+        totals, _ = jax.lax.scan(add, start, jnp.arange(micro_batches))
+        ends = [piece.end(total) for piece, total in zip(pieces, totals, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(whole), ends)
+
+    return accumulated
+
+
+def part(
+    params: Params, x: PyTree, target: PyTree, key: Array | None, i: Array, micro_batches: int
+) -> tuple[Params, PyTree, PyTree, Array | None]:
+    """Return the arguments of the i-th micro-batch: its examples, and its own masks and keys."""
+
+    def of(node: Any) -> Any:
+        if isinstance(node, Mask):
+            return Mask(_every(node.value, node.value.ndim - 2, i, micro_batches))
+        if isinstance(node, Key):
+            return Key(_folded(node.value, i))
+        return node
+
+    x, target = jax.tree.map(lambda leaf: _every(leaf, 0, i, micro_batches), (x, target))
+    own = None if key is None else jax.random.fold_in(key, i)
+    return jax.tree.map(of, params, is_leaf=is_not_learned), x, target, own
+
+
+def check_apart(net: Layer) -> None:
+    """Raise ``ValueError`` for a net that couples the examples of a batch."""
+    if net.batch_coupled:
+        raise ValueError(
+            f"{net} couples the examples of a batch: those of a micro-batch would not meet "
+            "the others, and the result would be another than that of the batch"
+        )
+
+
+def check_examples(batch: PyTree, micro_batches: int) -> None:
+    """Raise ``ValueError`` unless a batch's examples divide into so many equal parts."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            "micro_batches: axis 0 of every leaf of x and target is the example, but they are "
+            f"{shapes(batch)}"
+        )
+    ((examples,),) = sizes
+    if examples % micro_batches:
+        raise ValueError(
+            f"micro_batches: {examples} examples do not divide into {micro_batches} equal "
+            "micro-batches"
+        )
+
+
+class _Piece(NamedTuple):
+    """One array of the batch's result, and how those of the micro-batches make it up.
+
+    Attributes:
+        name: its name, for messages.
+        whole: its shape and dtype for the batch.
+        axis: that of the examples; None for a mean over them.
+        micro_batches: how many.
+    """
+
+    name: str
+    whole: jax.ShapeDtypeStruct
+    axis: int | None
+    micro_batches: int
+
+    def start(self) -> Array:
+        if self.axis is not None:
+            return _split(jnp.zeros_like(self.whole), self.axis, self.micro_batches)
+        if not jnp.issubdtype(self.whole.dtype, jnp.inexact):
+            raise TypeError(f"{self.name} is {self.whole.dtype}, which has no mean to accumulate")
+        return wide(jnp.zeros_like(self.whole))
+
+    def add(self, total: Array, leaf: Array, i: Array) -> Array:
+        shape = list(self.whole.shape)
+        if self.axis is not None:
+            shape[self.axis] //= self.micro_batches
+        if leaf.shape != tuple(shape):
+            raise ValueError(
+                f"{self.name} is {self.whole.shape} for the batch and {leaf.shape} for one of its "
+                f"{self.micro_batches} micro-batches: it is not a mean over examples, nor marked "
+                "jp.quantity.PerExample"
+            )
+        if self.axis is None:
+            return total + wide(leaf)
+        return jax.lax.dynamic_update_index_in_dim(total, leaf, i, self.axis + 1)
+
+    def end(self, total: Array) -> Array:
+        if self.axis is not None:
+            return total.reshape(self.whole.shape)
+        return (total / self.micro_batches).astype(self.whole.dtype)
+
+
+def _pieces(whole: PyTree, micro_batches: int) -> list[_Piece]:
+    return [
+        _Piece(
+            f"micro_batches: result{jax.tree_util.keystr(path)}",
+            struct,
+            node.axis % struct.ndim if is_marked(node) else None,
+            micro_batches,
+        )
+        for path, node in jax.tree.leaves_with_path(whole, is_leaf=is_marked)
+        for struct in jax.tree.leaves(node)
+    ]
+
+
+def _folded(keys: Array, i: Array) -> Array:
+    """Return keys of any shape, each folded with i."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys.reshape(-1), i).reshape(keys.shape)
+
+
+def _every(leaf: Any, axis: int, i: Array, micro_batches: int) -> Array:
+    """Return leaf[i::micro_batches] along the axis."""
+    parts = _split(jnp.asarray(leaf), axis, micro_batches)
+    return jax.lax.dynamic_index_in_dim(parts, i, axis + 1, keepdims=False)
+
+
+def _split(leaf: Array, axis: int, micro_batches: int) -> Array:
+    each = leaf.shape[axis] // micro_batches
+    return leaf.reshape(*leaf.shape[:axis], each, micro_batches, *leaf.shape[axis + 1 :])

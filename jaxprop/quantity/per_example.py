@@ -1,0 +1,157 @@
+"""Quantities of each example's own gradient: their mean, their norms, their moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.arrays import wide
+from jaxprop.core.forms import Factored
+from jaxprop.core.mesh import like
+from jaxprop.core.step import Total
+from jaxprop.core.types import Params, PyTree
+from jaxprop.quantity.base import PerExample, Quantity, everything, is_marked, total, unmarked
+
+
+class Moments(NamedTuple):
+    """The gradient of one param, and a second moment of its per-example gradients."""
+
+    mean: Array
+    second: Array
+
+
+class Gradient(Quantity):
+    """The gradient of the mean over examples; like params."""
+
+    like_params: ClassVar[bool] = True
+
+    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+        return jax.tree.map(lambda p, form: like(p, _mean(form, examples)), params, forms)
+
+
+class PerExampleGrads(Quantity):
+    """Each example's gradient g_n; like params, behind an example axis."""
+
+    like_params: ClassVar[bool] = True
+    axes: ClassVar[int] = 1
+
+    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+        return per_example(params, forms)
+
+    def finish(self, settled: PyTree, examples: int) -> PyTree:
+        """Behind the example axis come the layers of a ``repeat``, as in params."""
+        return jax.tree.map(
+            lambda each: jnp.moveaxis(each.value, each.axis, 0), settled, is_leaf=is_marked
+        )
+
+
+class SqNorms(Quantity):
+    """The squared norm of each example's gradient, |g_n|^2.
+
+    Attributes:
+        per_layer: False for (N,), over all params; True for one (N,) a layer, where its params
+            stand.
+    """
+
+    per_layer: bool = False
+
+    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+        norms = PerExample(total(lambda form: form.sq_norms(), forms), axis=-1)
+        return norms if self.per_layer else Total(norms)
+
+    def finish(self, settled: PyTree, examples: int) -> PyTree:
+        norms = unmarked(settled)
+        return norms if self.per_layer else everything(norms)
+
+
+class Gram(Quantity):
+    """The inner products <g_n, g_m> of all pairs of examples, over all params; (N, N)."""
+
+    of_pairs: ClassVar[bool] = True
+
+    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+        return Total(total(lambda form: form.inner_products(), forms))
+
+    def finish(self, settled: PyTree, examples: int) -> Float[Array, "n n"]:
+        return everything(settled)
+
+
+class SecondMoment(Quantity):
+    """The mean over examples of g_n^2, elementwise; like params, in at least float32."""
+
+    like_params: ClassVar[bool] = True
+
+    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+        return jax.tree.map(lambda _, form: form.second_moment() / examples, params, forms)
+
+
+class Variance(Quantity):
+    """The mean over examples of (g_n - mean)^2, elementwise: second moment - gradient^2.
+
+    Like params, in at least float32.
+    """
+
+    like_params: ClassVar[bool] = True
+
+    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+        def moments(_: Array, form: Factored) -> Moments:
+            return Moments(_mean(form, examples), form.second_moment() / examples)
+
+        return jax.tree.map(moments, params, forms)
+
+    def settle(self, taken: PyTree) -> PyTree:
+        def variance(of: Moments) -> Array:
+            square = of.mean.astype(of.second.dtype) ** 2
+            return jnp.maximum(of.second - square, 0)  # of equal examples it is rounding alone
+
+        return _map_moments(variance, taken)
+
+
+class NoiseScale(Quantity):
+    """tr(S) / |G|^2, with S the covariance of g_n and G its mean, each by its unbiased estimate.
+
+    With m the mean of |g_n|^2 and g the gradient, E m = |G|^2 + tr S and E |g|^2 = |G|^2 + tr S / N
+    give tr S = (m - |g|^2) N / (N - 1) and |G|^2 = (N |g|^2 - m) / (N - 1): the simple noise scale
+    of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one batch.
+    """
+
+    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+        def moments(_: Array, form: Factored) -> Moments:
+            return Moments(wide(_mean(form, examples)), jnp.mean(form.sq_norms()))
+
+        return jax.tree.map(moments, params, forms)
+
+    def settle(self, taken: PyTree) -> PyTree:
+        each = jax.tree.leaves(
+            _map_moments(lambda of: jnp.stack([jnp.sum(of.second), jnp.sum(of.mean**2)]), taken)
+        )
+        return Total(sum(each[1:], start=each[0]) if each else ())
+
+    def finish(self, settled: PyTree, examples: int) -> Float[Array, ""]:
+        if examples < 2:
+            raise ValueError("the noise scale is estimated from at least 2 examples, not 1")
+        mean_of_squares, square_of_mean = everything(settled)
+        trace = (mean_of_squares - square_of_mean) * examples / (examples - 1)
+        return trace * (examples - 1) / (examples * square_of_mean - mean_of_squares)
+
+
+def per_example(params: Params, forms: PyTree) -> PyTree:
+    """Return g_n of each form in its param's dtype, marked, so that ``repeat`` may stack it."""
+
+    def each(p: Array, form: Factored) -> PerExample:
+        return PerExample(form.per_example().astype(p.dtype), axis=-1 - p.ndim)
+
+    return jax.tree.map(each, params, forms)
+
+
+def _mean(form: Factored, examples: int) -> Array:
+    return form.weighted_sum(jnp.full(examples, 1 / examples))
+
+
+def _map_moments(f: Callable[[Moments], Array], taken: PyTree) -> PyTree:
+    return jax.tree.map(f, taken, is_leaf=lambda node: isinstance(node, Moments))

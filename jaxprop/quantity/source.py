@@ -1,0 +1,83 @@
+"""Sources: the cotangents of the net's output that a walk back starts from."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.checks import check_count
+from jaxprop.core.static import Static
+from jaxprop.core.types import Cotangent
+from jaxprop.core.walk import Forward
+
+
+class Columns(NamedTuple):
+    """Cotangents of the net's output, made one at a time.
+
+    Attributes:
+        count: how many.
+        column: ``column(c)`` is the one numbered c.
+    """
+
+    count: int
+    column: Callable[[int | Array], Cotangent]
+
+    def all(self) -> Cotangent:
+        """Return all of them, on a leading axis."""
+        return jax.vmap(self.column)(jnp.arange(self.count))
+
+
+class Source(Static):
+    """What a walk back starts from, for each example's own loss."""
+
+    @abc.abstractmethod
+    def columns(self, ahead: Forward, key: Array | None) -> Columns:
+        """Return the cotangents after a pass forward; key is the one that was given, or None."""
+
+
+class LossGradient(Source):
+    """The gradient of each example's own loss by the net's output."""
+
+    def columns(self, ahead: Forward, key: Array | None) -> Columns:
+        return Columns(1, lambda c: ahead.own_gradient())
+
+
+class HessianRoot(Source):
+    """A root of the Hessian of each example's own loss by the net's output.
+
+    With H = S S^T, a walk back from each column of S gives a root of the generalised Gauss-Newton
+    matrix (Schraudolph 2002, https://doi.org/10.1162/08997660260028683). For the losses here it is
+    also the Fisher information matrix, whose root may be sampled: by gradients at targets drawn
+    from the model (Martens 2020, https://jmlr.org/papers/v21/17-678.html).
+
+    Attributes:
+        samples: how many columns are sampled, which takes a key; None for the exact root, which has
+            a column for each output.
+    """
+
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples is not None:
+            check_count("samples", self.samples)
+
+    def columns(self, ahead: Forward, key: Array | None) -> Columns:
+        loss, residuals, samples = ahead.loss, ahead.residuals, self.samples
+        if samples is None:
+            return Columns(
+                loss.hessian_columns(residuals), lambda c: loss.hessian_column(residuals, c)
+            )
+        if key is None:
+            raise TypeError("to sample takes a key; without samples the whole root is used")
+        keys = jax.random.split(key, samples)
+        scale = 1 / math.sqrt(samples)
+        return Columns(
+            samples,
+            lambda c: jax.tree.map(lambda s: s * scale, loss.sample(keys[c], residuals)),
+        )

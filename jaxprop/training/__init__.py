@@ -1,0 +1,1 @@
+"""Gradients and updates for training loops."""

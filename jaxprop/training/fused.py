@@ -1,0 +1,229 @@
+"""The fused update: each param is updated on the walk back, as soon as its gradient exists."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.arrays import wide
+from jaxprop.core.cotangents import gradient
+from jaxprop.core.forms import Factored, is_factored
+from jaxprop.core.mesh import shard_map_axes
+from jaxprop.core.step import Placed, Replacing, Step, Total
+from jaxprop.core.tree import learned, merged
+from jaxprop.core.types import Params, PyTree
+from jaxprop.training.equations import SHARED, Equations, value_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Attached:
+    """A param with what goes along with it on the walk back.
+
+    Attributes:
+        param: the param.
+        state: the part of the optimizer's state that belongs to it.
+        grad: the sum of its gradients by earlier micro-batches, or ``()``.
+        index: its place among the leaves of the learned params.
+    """
+
+    param: Array
+    state: tuple[Array, ...]
+    grad: Array | tuple[()]
+    index: int = dataclasses.field(metadata={"static": True})
+
+
+def is_attached(node: object) -> bool:
+    """Return whether a node of a tree is a param with what goes along with it."""
+    return isinstance(node, Attached)
+
+
+def attached(
+    params: Params, grads: Params | None, states: Sequence[tuple[Array, ...]] | None = None
+) -> PyTree:
+    """Return params with what goes along with each that is learned, a tree of places.
+
+    Args:
+        params: the net's params, side inputs included.
+        grads: like the learned params, the sums of earlier micro-batches' gradients, or None.
+        states: for each learned param the part of the optimizer's state that belongs to it.
+    """
+    leaves, structure = jax.tree.flatten(learned(params))
+    states = [()] * len(leaves) if states is None else states
+    sums: Sequence[Any] = [()] * len(leaves) if grads is None else jax.tree.leaves(grads)
+    each = zip(leaves, states, sums, range(len(leaves)), strict=True)
+    return merged(params, jax.tree.unflatten(structure, [Attached(*one) for one in each]))
+
+
+def bare(places: PyTree) -> Params:
+    """Return the params that a tree of places holds."""
+    return jax.tree.map(
+        lambda node: node.param if is_attached(node) else node, places, is_leaf=is_attached
+    )
+
+
+class FusedUpdate(Replacing):
+    """The visit that replaces each param, and its state, by what the optimizer makes of them.
+
+    Args:
+        apply: ``apply(grads, state, params, seen, value_fn)`` returns new (params, state).
+        params: the net's params, side inputs included.
+        state: the optimizer's state.
+        seen: what apply may know of the whole batch, such as the loss.
+        depths: like the learned params, the number of each one's axes of layers.
+        grads: like the learned params, the sums of earlier micro-batches' gradients, or None.
+        micro_batches: how many there are.
+
+    Raises:
+        ValueError: where the update of a param depends on another's gradient or state, or that of
+            a layer in a ``repeat`` on other layers.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[..., tuple[Params, PyTree]],
+        params: Params,
+        state: PyTree,
+        seen: PyTree,
+        depths: PyTree,
+        grads: Params | None = None,
+        micro_batches: int = 1,
+    ) -> None:
+        def update(grads: Any, state: Any, params: Any, seen: Any) -> tuple[Any, Any]:
+            return apply(grads, state, params, seen, _no_value_fn)
+
+        arrays = learned(params)
+        with jax.disable_jit():  # all equations side by side, none inside another
+            closed = jax.make_jaxpr(update)(arrays, state, arrays, seen)
+        self._all, self._micro_batches = params, micro_batches
+        self._params, self._of_params = jax.tree.flatten(arrays)
+        self._state, self._of_state = jax.tree.flatten(state)
+        self._depths = jax.tree.leaves(depths)
+        self._grads = grads
+        self._equations = equations = Equations(closed.jaxpr, arrays, state)
+        self._hold_stacks()
+        given = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+        given |= zip(equations.state_in, self._state, strict=True)
+        given |= zip(equations.seen_in, jax.tree.leaves(seen), strict=True)
+        self._shared = equations.run(SHARED, given.__getitem__) | given
+
+    def places(self) -> PyTree:
+        """Return the params, each with what goes along with it."""
+        states = [tuple(self._state[slot] for slot in slots) for slots in self._equations.slots]
+        return attached(self._all, self._grads, states)
+
+    def params(self, place: PyTree) -> Params:
+        return bare(place)
+
+    def __call__(self, step: Step) -> PyTree:
+        return jax.tree.map(
+            lambda node, grad: self._updated(node, grad) if is_attached(node) else node,
+            step.place,
+            merged(step.params, gradient(step)),
+            is_leaf=is_attached,
+        )
+
+    def results(self, places: PyTree) -> tuple[Params, PyTree]:
+        """Return ``(params, state)`` when every place has been replaced; params are the learned."""
+        leaves = filter(is_attached, jax.tree.leaves(places, is_leaf=is_attached))
+        params = sorted(leaves, key=lambda leaf: leaf.index)
+        equations = self._equations
+        state = [
+            value_of(out, self._shared.__getitem__) if equations.owner(out) == SHARED else None
+            for out in equations.state_out
+        ]
+        for leaf in params:
+            for slot, value in zip(equations.slots[leaf.index], leaf.state, strict=True):
+                state[slot] = value
+        new_params = jax.tree.unflatten(self._of_params, [leaf.param for leaf in params])
+        return new_params, jax.tree.unflatten(self._of_state, state)
+
+    def _updated(self, place: Attached, grad: Array) -> Attached:
+        """Return a param updated: a whole one, or one layer's part of a stack."""
+        equations, index = self._equations, place.index
+        stacked = self._depths[index]
+        slots = equations.slots[index]
+        if self._grads is not None:
+            grad = mean_with(place.grad, grad, self._micro_batches)
+        given = {equations.grads_in[index]: grad, equations.params_in[index]: place.param}
+        given |= zip((equations.state_in[slot] for slot in slots), place.state, strict=True)
+
+        def read(var: Any) -> Any:
+            if var in given:
+                return given[var]
+            value = self._shared[var]
+            return value[(0,) * stacked] if stacked and value.ndim else value  # its layers' is one
+
+        given |= equations.run(index, read)
+        outs = equations.params_out[index], *(equations.state_out[slot] for slot in slots)
+        param, *state = (value_of(out, read) for out in outs)
+        return Attached(param, tuple(state), place.grad, index)
+
+    def _hold_stacks(self) -> None:
+        """Raise unless each layer of a stack of params can be updated alone."""
+        equations = self._equations
+        for index, (param, depth) in enumerate(zip(self._params, self._depths, strict=True)):
+            if not depth:
+                continue
+            layers = param.shape[:depth]
+            for slot in equations.slots[index]:
+                shape = jnp.shape(self._state[slot])
+                if shape[:depth] != layers:
+                    raise ValueError(
+                        f"fused: the optimizer has one state {shape} for the whole stack "
+                        f"params{equations.names[index]}, not one for each layer; use fused=False"
+                    )
+            equations.hold_entrywise(index)
+
+
+class SumOfSquares(Placed):
+    """The visit that takes |mean gradient|^2 of each layer, with earlier micro-batches' gradients.
+
+    Args:
+        micro_batches: how many there are.
+    """
+
+    def __init__(self, micro_batches: int) -> None:
+        self._micro_batches = micro_batches
+
+    def params(self, place: PyTree) -> Params:
+        return bare(place)
+
+    def __call__(self, step: Step) -> Total:
+        places = jax.tree.leaves(step.place, is_leaf=is_attached)
+        before = [place.grad for place in places if is_attached(place)]
+        grads = jax.tree.leaves(gradient(step))
+        pairs = zip(before, grads, strict=True)
+        means = [mean_with(total, grad, self._micro_batches) for total, grad in pairs]
+        return Total(tuple(jnp.sum(wide(mean) ** 2) for mean in means))
+
+
+def sum_of_squares(step: Step) -> Total:
+    """Return |gradient|^2 of each of a layer's params, from its factors where these are all of it.
+
+    What rounds a gradient to narrower params may make it infinite; in ``jax.shard_map`` it is a sum
+    over devices.
+    """
+
+    def sq_norm(leaf: Any) -> Array:
+        return leaf.sq_norm_of_sum() if isinstance(leaf, Factored) else jnp.sum(wide(leaf) ** 2)
+
+    narrow = any(wide(param).dtype != param.dtype for param in jax.tree.leaves(step.learned))
+    whole = gradient(step) if narrow or shard_map_axes() else step.d_params
+    return Total(tuple(map(sq_norm, jax.tree.leaves(whole, is_leaf=is_factored))))
+
+
+def mean_with(total: Array, grad: Array, micro_batches: int) -> Array:
+    """Return the mean gradient, from the sum of the earlier micro-batches' and the last one's."""
+    return ((total + wide(grad)) / micro_batches).astype(grad.dtype)
+
+
+def _no_value_fn(params: Params) -> Array:
+    raise ValueError(
+        "fused: this optimizer asks for the loss as a function of all params; use fused=False"
+    )

@@ -1,0 +1,118 @@
+"""The gradient of the mean loss, by the hand-written chain and by autodiff."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.cotangents import gradient
+from jaxprop.core.functions import named
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.step import Step
+from jaxprop.core.tree import learned, like_params, merged
+from jaxprop.core.types import OfBatch, Params, PyTree
+from jaxprop.core.walk import check_net_and_loss, forward, loss_fn
+from jaxprop.quantity.micro_batches import Parts, in_micro_batches
+
+Value = Float[Array, ""]
+ValueAndGrad = OfBatch[tuple[Value, Params]]
+
+
+class Differentiate(Protocol):
+    """A function of a net and a loss that returns ``f(params, x, target) -> (value, grads)``."""
+
+    def __call__(self, net: Layer, loss: Loss, /) -> ValueAndGrad: ...
+
+
+def value_and_grad(
+    net: Layer, loss: Loss, *, loss_scale: float | Array = 1.0, micro_batches: int = 1
+) -> ValueAndGrad:
+    """Return ``f(params, x, target) -> (value, grads)`` by the hand-written chain.
+
+    It is the same value and gradient as ``jax.value_and_grad(jp.loss_fn(net, loss))``: value is the
+    mean of the loss over examples, and grads has the structure, shapes and dtypes of params. Where
+    params hold an ``Unlearned`` array, grads hold ``Unlearned(0)``.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        loss_scale: what the cotangent is multiplied by where the walk back starts, and each
+            gradient divided by where it is summed. With a net that computes in float16
+            (``jp.cast``) a scale of 2.0**12, say, keeps small cotangents from becoming zero
+            (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
+        micro_batches: into how many equal parts the batch is split, which are gone through one
+            after the other in the memory of one.
+
+    Raises:
+        TypeError: for what is not a net, or not a loss.
+        ValueError: for micro-batches of a net that couples the examples of a batch.
+    """
+    check_net_and_loss(net, loss)
+
+    def parts(params: Params, x: PyTree, target: PyTree, key: Array | None) -> tuple[Value, Params]:
+        ahead = forward(net, loss, params, x, target)
+        ct = ahead.mean_gradient()
+        if not isinstance(loss_scale, int | float) or loss_scale != 1:
+            ct = jax.tree.map(lambda ct: ct * loss_scale, ct)
+
+        def visit(step: Step) -> Params:
+            return gradient(step, loss_scale)
+
+        grads, _ = ahead.back(ct, visit)
+        return ahead.value, grads
+
+    return _of_batch("value_and_grad", net, parts, micro_batches)
+
+
+def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1) -> ValueAndGrad:
+    """Return ``f(params, x, target) -> (value, grads)`` by ``jax.grad`` of ``jp.loss_fn``.
+
+    What it returns has the structure of ``jp.value_and_grad``'s: it differentiates by what is
+    learned alone, where ``jax.grad`` of the whole tree refuses integers and keys.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        micro_batches: into how many equal parts the batch is split.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net, loss, x = jp.chain(jp.Dense(3), jp.BatchNorm()), jp.HalfSquaredError(), jnp.eye(3)
+        >>> params = net.init(jax.random.key(0), x)
+        >>> by_hand, by_jax = (f(net, loss)(params, x, x) for f in (jp.value_and_grad, jp.autodiff))
+        >>> jax.tree.structure(by_hand) == jax.tree.structure(by_jax)
+        True
+    """
+    mean_loss = loss_fn(net, loss)
+
+    def parts(params: Params, x: PyTree, target: PyTree, key: Array | None) -> tuple[Value, Params]:
+        def of_learned(arrays: Params) -> Value:
+            return mean_loss(merged(params, arrays), x, target)
+
+        return jax.value_and_grad(of_learned)(learned(params))
+
+    return _of_batch("autodiff", net, parts, micro_batches)
+
+
+def _of_batch(name: str, net: Layer, parts: Parts, micro_batches: int) -> ValueAndGrad:
+    of_parts = in_micro_batches(net, parts, micro_batches)
+
+    @named(name)
+    def f(
+        params: Params,
+        x: PyTree,
+        target: PyTree = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> tuple[Value, Params]:
+        """Return the mean of the loss, and its gradient."""
+        params = net.bind(params, key=key, mask=mask)
+        value, grads = of_parts(params, x, target, key)
+        return value, like_params(params, grads)
+
+    return f

@@ -1,0 +1,50 @@
+"""Optimizers that see only what is learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from jaxprop.core.tree import learned, like_params
+from jaxprop.core.types import Params, PyTree
+
+
+def learned_only(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer for trees with arrays that are not learned, which it leaves alone.
+
+    ``jp.make_update`` does so by itself. In a loop of your own it is the one line that keeps weight
+    decay, noise and optimizer state away from running statistics and from frozen weights: the
+    result is used with whole params and with the gradients that this library returns for them, and
+    so is ``optax.apply_updates``.
+
+    Args:
+        optimizer: any optax transformation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, jaxprop as jp
+        >>> net, x = jp.chain(jp.frozen(jp.Dense(3)), jp.Dense(2)), jnp.ones((4, 5))
+        >>> params = net.init(jax.random.key(0), x)
+        >>> optimizer = jp.learned_only(optax.adamw(1e-3))
+        >>> state = optimizer.init(params)
+        >>> _, grads = jp.value_and_grad(net, jp.HalfSquaredError())(params, x, jnp.ones((4, 2)))
+        >>> updates, state = optimizer.update(grads, state, params)
+        >>> new = optax.apply_updates(params, updates)
+        >>> bool((new[0].w.value == params[0].w.value).all())
+        True
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: Params) -> PyTree:
+        return inner.init(learned(params))
+
+    def update(
+        updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        of_learned = None if params is None else learned(params)
+        new, state = inner.update(learned(updates), state, of_learned, **learned(extra))
+        return like_params(updates if params is None else params, new), state
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,69 @@
+"""The running statistics of a BatchNorm: moved in training, used in inference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxprop.core.combinator import Wrapper, map_children
+from jaxprop.core.layer import Layer
+from jaxprop.core.step import Step
+from jaxprop.core.types import Params, PyTree
+from jaxprop.layers import BatchNorm
+
+
+def inference_mode(net: Layer) -> Layer:
+    """Return the net as it is used after training: every field ``training`` is False.
+
+    Args:
+        net: the network.
+
+    Example:
+        >>> import jaxprop as jp
+        >>> jp.inference_mode(jp.chain(jp.Dense(3), jp.BatchNorm()))
+        chain(Dense(3), BatchNorm(training=False))
+    """
+    net = map_children(net, inference_mode)
+    trains = isinstance(getattr(net, "training", None), bool)
+    return dataclasses.replace(net, training=False) if trains else net
+
+
+def update_batch_stats(net: Layer, params: Params, x: PyTree) -> Params:
+    """Return params with each BatchNorm's running statistics moved towards those of the batch x.
+
+    For a BatchNorm in training, running = momentum * running + (1 - momentum) * the batch's, where
+    that is finite; all else is as it was. In one ``jax.jit`` with ``value_and_grad`` of the same
+    params, or with ``update`` of the params that it returns, the way forward is computed once:
+
+        @jax.jit
+        def step(params, state, x, target):
+            return update(jp.update_batch_stats(net, params, x), state, x, target)
+
+    Args:
+        net: the network.
+        params: its params.
+        x: a batch of inputs.
+
+    Raises:
+        ValueError: for a BatchNorm that is ``shared``, or in a layer that does not say where its
+            statistics are.
+    """
+
+    def visit(step: Step) -> Params:
+        layer, residuals = step.layer, step.residuals
+        while isinstance(layer, Wrapper):
+            layer, residuals = layer.inside(residuals)
+        if isinstance(layer, BatchNorm) and layer.training:
+            return layer.with_batch_stats(step.params, residuals)
+        if any(child.layer.batch_coupled for child in layer.children()):
+            raise ValueError(
+                f"{layer}: a layer around a BatchNorm is a jp.Wrapper, which says where its "
+                "statistics are"
+            )
+        return step.params
+
+    y, residuals = net.forward(params, x)
+    unused = jax.tree.map(jnp.zeros_like, y)
+    return net.walk(params, residuals, unused, visit)[0]

@@ -1,0 +1,1 @@
+"""The worked example, as text for the terminal, as JSON, and as a page to step through."""
