@@ -2,7 +2,8 @@
 
     python examples/kfac.py --plot kfac.png
 
-Each step takes the gradient and the Kronecker factors of the Gauss-Newton matrix on the same batch.
+Each step asks once, for the gradient and the Kronecker factors of the Gauss-Newton matrix: they
+share the way forward.
 For a weight with factors a and b the preconditioned gradient is (a + pi r I)^-1 G (b + r/pi I)^-1,
 with r^2 the damping and pi the root of the ratio of the factors' mean eigenvalues (Martens and
 Grosse 2015, https://arxiv.org/abs/1503.05671). SGD with momentum is tuned over its learning rate,
@@ -79,8 +80,8 @@ def kfac(rate: Any, damping: float = 1e-2, decay: float = 0.95) -> Any:
 def make_run(natural: bool, data: tuple[Any, Any], batch: int, steps: int, seed: int) -> Any:
     """A jitted ``run(rate) -> losses on all training digits``, one before each step."""
     images, labels = data
-    value_and_grad = jp.value_and_grad(NET, LOSS)
-    factors = jp.kronecker_factors(NET, LOSS)
+    asked = {"factors": jp.KroneckerFactors(samples=1)} if natural else {}
+    quantities = jp.quantities(NET, LOSS, grads=jp.Gradient(), **asked)
     whole = jp.loss_fn(NET, LOSS)
     for_init, for_steps = jax.random.split(jax.random.key(seed))
 
@@ -95,9 +96,9 @@ def make_run(natural: bool, data: tuple[Any, Any], batch: int, steps: int, seed:
             rows = jax.random.choice(for_rows, len(labels), (batch,), replace=False)
             x, target = images[rows], labels[rows]
             loss = whole(params, images, labels)
-            _, grads = value_and_grad(params, x, target)
-            extra = {"factors": factors(params, x, target, key=for_samples)} if natural else {}
-            updates, state = optimizer.update(grads, state, params, **extra)
+            result = quantities(params, x, target, key=for_samples)
+            extra = {name: result[name] for name in asked}
+            updates, state = optimizer.update(result["grads"], state, params, **extra)
             return (optax.apply_updates(params, updates), state), loss
 
         keys = jax.random.split(for_steps, steps)

@@ -153,7 +153,11 @@ def test_narrow_params_accumulate_in_float32():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"value_and_grad": jp.autodiff}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fused": True}, {"value_and_grad": jp.autodiff}],
+    ids=["by hand", "fused", "autodiff"],
+)
 @pytest.mark.parametrize("max_norm", [None, 0.05])
 def test_updates_are_those_of_the_whole_batch(options, max_norm):
     params, *batch = problem()
