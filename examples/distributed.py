@@ -1,16 +1,16 @@
-"""The GPT of gpt.py trained by many processes, each with devices of its own.
+"""Train the GPT of gpt.py on many processes, each with its own devices.
 
     python examples/distributed.py
     python examples/distributed.py --coordinator HOST:1234 --processes 2 --process 0
     python examples/distributed.py --coordinator HOST:1234 --processes 2 --process 1
 
-The last two lines are one run; HOST is the machine of process 0. The batch, the params and the
-optimizer's state are spread over all devices of all processes, and ``jit`` sees to what has to go
-between them. Where the windows of a step start depends on the seed and the step alone, and each
-process reads those of its own devices: the run is the same, to rounding, on any number of them.
+The last two commands belong to one run, and HOST is the machine of process 0. The batch, the params
+and the optimizer state are sharded over all devices of all processes, and ``jit`` inserts the
+communication. The windows of a step depend only on the seed and the step, and each process reads
+the windows of its own devices. The result is the same, up to rounding, on any number of devices.
 
-A process that dies stops the others. With ``--checkpoints DIR``, a directory that all of them
-share, the run goes on from there with ``--resume``, also with another number of processes.
+When one process dies, the others stop. With ``--checkpoints DIR``, a directory that all processes
+share, ``--resume`` continues the run, also on a different number of processes.
 """
 
 import argparse
@@ -38,11 +38,12 @@ SIZES = ("steps", "batch", "length", "layers", "features", "heads")
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """The bytes of each window and the one that follows, (N, length + 1)."""
+    """Return the bytes of each window and the byte that follows it, (N, length + 1)."""
     return text[starts[:, None] + np.arange(length + 1)].astype(np.int32)
 
 
 def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
+    """Train the GPT on all devices of all processes; process 0 prints the reports."""
     mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
     if args.batch % mesh.size:
         sys.exit(f"--batch {args.batch} is not a multiple of the {mesh.size} devices")
@@ -80,7 +81,7 @@ def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
     order = starts(args.seed, args.steps, args.batch, args.length, text)
 
     def batch(starts: np.ndarray) -> jax.Array:
-        """One array over all devices. A process is asked for the rows of its own only."""
+        """Return the windows as one sharded array; each process reads only its own rows."""
 
         def read(index: Any) -> np.ndarray:
             return windows(text, starts[index[0]], args.length)
@@ -101,18 +102,33 @@ def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a GPT on many machines.")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    parser.add_argument("--timeout", type=int, default=30, help="seconds of silence: it is dead")
-    for name, default in (
-        ("processes", 1), ("process", 0), ("steps", 1000), ("batch", 16), ("length", 128),
-        ("layers", 6), ("features", 256), ("heads", 4), ("reports", 10), ("seed", 0),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate of Adam")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    for name, default, meaning in (
+        ("timeout", 30, "seconds without a heartbeat after which a process counts as dead"),
+        ("processes", 1, "number of processes"),
+        ("process", 0, "index of this process"),
+        ("steps", 1000, "training steps"),
+        ("batch", 16, "windows per step, over all devices"),
+        ("length", 128, "bytes per window"),
+        ("layers", 6, "number of blocks"),
+        ("features", 256, "width of the model"),
+        ("heads", 4, "attention heads"),
+        ("reports", 10, "number of reports"),
+        ("seed", 0, "seed of the run"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=1e-3,
+        help="initial learning rate of Adam (default: %(default)s)",
+    )
     parser.add_argument(
         "--checkpoints", type=Path, metavar="DIR", help="save the state at every report"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     parser.set_defaults(dtype="float32", recompute=False)
     args = parser.parse_args()
     if min(getattr(args, name) for name in (*SIZES, "reports", "timeout")) < 1:
@@ -137,11 +153,11 @@ def main() -> None:
     except (Exception, KeyboardInterrupt):
         traceback.print_exc()
         print(f"process {args.process} stops, and the others with it", file=sys.stderr)
-        if checkpoints is not None:  # the save under way may need a process that is gone
+        if checkpoints is not None:  # a pending save may wait for a process that has died
             saving = threading.Thread(target=checkpoints.close, daemon=True)
             saving.start()
             saving.join(args.timeout)
-        os._exit(1)  # not sys.exit: that would wait for the others, which wait for this one
+        os._exit(1)  # sys.exit would wait for the other processes, which wait for this one
     if checkpoints is not None:
         checkpoints.close()
 

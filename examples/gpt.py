@@ -1,15 +1,15 @@
-"""A byte-level GPT that learns to write Python, from the standard library's own sources.
+"""Train a byte-level GPT to write Python, on the source files of the standard library.
 
     python examples/gpt.py
     python examples/gpt.py --auto --steps 200
     python examples/gpt.py --dtype bfloat16 --recompute --fused
-    python examples/gpt.py --checkpoints runs/gpt                  (stop it at any moment, then)
+    python examples/gpt.py --checkpoints runs/gpt                  (interrupt it at any time, then)
     python examples/gpt.py --checkpoints runs/gpt --resume
 
-Pre-norm blocks in one ``repeat``, learned positions, one table for reading bytes and scoring them.
-A tenth of the files is held out; on windows of them the loss is given in bits per byte. Between
-two reports all steps are one ``lax.scan``. ``examples/peers/torch_gpt_train.py`` trains the same
-network on the same windows in PyTorch.
+The model has pre-norm blocks in one ``repeat``, learned positions, and an embedding tied to the
+output. A tenth of the files is held out, and the loss on windows of them is reported in bits per
+byte. The steps between two reports are one ``lax.scan``. ``examples/peers/torch_gpt_train.py``
+trains the same network on the same windows in PyTorch.
 """
 
 import argparse
@@ -34,6 +34,7 @@ SYMBOLS = 128
 
 
 def make_net(args: argparse.Namespace) -> Any:
+    """Return the GPT that the options describe."""
     d = args.features
     block = jp.chain(
         jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(3 * d), jp.Attention(args.heads), jp.Dense(d))),
@@ -45,19 +46,15 @@ def make_net(args: argparse.Namespace) -> Any:
     return net if args.dtype == "float32" else jp.cast(net, args.dtype)
 
 
-def autodiff(net: Any, loss: Any) -> Any:
-    return jax.value_and_grad(jp.loss_fn(net, loss))
-
-
 def windows(text: Any, starts: Any, length: int) -> tuple[Any, Any]:
-    """Bytes x (N, length), and at each place the byte that follows."""
+    """Return the bytes of each window, (N, length), and the byte after each of them."""
     cut = text[starts[:, None] + jnp.arange(length + 1)].astype(jnp.int32)
     return cut[:, :-1], cut[:, 1:]
 
 
 @functools.partial(jax.jit, static_argnames=("net", "context", "length"))
 def sample(net: Any, params: Any, key: Any, context: int, length: int) -> Any:
-    """``length`` bytes, each drawn from the model's distribution after the ``context`` before."""
+    """Return ``length`` bytes, each drawn at temperature 0.7 given the last ``context`` bytes."""
 
     def step(seen: Any, key: Any) -> tuple[Any, Any]:
         logits, _ = net.forward(params, seen[None])
@@ -69,7 +66,7 @@ def sample(net: Any, params: Any, key: Any, context: int, length: int) -> Any:
 
 
 def train(args: argparse.Namespace) -> float:
-    """Trains, prints, and returns the last bits per byte on the held-out windows."""
+    """Train the GPT, print reports and a sample, and return the final held-out bits per byte."""
     text, held_out = load(args.seed)
     order = starts(args.seed, args.steps, args.batch, args.length, text)
     text, order = jnp.asarray(text), jnp.asarray(order)
@@ -78,7 +75,7 @@ def train(args: argparse.Namespace) -> float:
         0, args.rate, min(100, args.steps // 2), args.steps
     )
     optimizer = optax.adam(schedule, b2=0.95)
-    differentiate = autodiff if args.auto else None
+    differentiate = jp.autodiff if args.auto else None
     update = jp.make_update(
         net, LOSS, optimizer, fused=args.fused, max_norm=1.0, value_and_grad=differentiate
     )
@@ -137,22 +134,48 @@ def train(args: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a GPT to write Python.")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--hand", action="store_true", help="the hand-written chain (the default)")
-    how.add_argument("--auto", action="store_true", help="jax.value_and_grad")
-    how.add_argument("--fused", action="store_true", help="by hand, updating on the walk back")
-    for name, default in (
-        ("steps", 2000), ("batch", 16), ("length", 128), ("layers", 6), ("features", 256),
-        ("heads", 4), ("reports", 10), ("sample", 400),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate of Adam")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--recompute", action="store_true", help="keep one input a block")
+    how.add_argument(
+        "--hand", action="store_true", help="differentiate by the hand-written chain (default)"
+    )
+    how.add_argument("--auto", action="store_true", help="differentiate by autodiff")
+    how.add_argument(
+        "--fused",
+        action="store_true",
+        help="differentiate by hand, and update params during the backward pass",
+    )
+    for name, default, meaning in (
+        ("steps", 2000, "training steps"),
+        ("batch", 16, "windows per step"),
+        ("length", 128, "bytes per window"),
+        ("layers", 6, "number of blocks"),
+        ("features", 256, "width of the model"),
+        ("heads", 4, "attention heads"),
+        ("reports", 10, "number of reports"),
+        ("sample", 400, "bytes to sample after training"),
+        ("seed", 0, "seed of the run"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=2e-3,
+        help="peak learning rate of Adam (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the computation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--recompute", action="store_true", help="save only the input of each block (remat)"
+    )
     parser.add_argument(
         "--checkpoints", type=Path, metavar="DIR", help="save the state at every report"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="save pictures of the gradients")
     args = parser.parse_args()
     counts = ("steps", "batch", "length", "layers", "features", "heads", "reports", "sample")

@@ -1,13 +1,12 @@
-"""Handwritten digits by natural gradient: KFAC as an optax transformation, against tuned SGD.
+"""Compare KFAC, written as an optax transformation, with tuned SGD on handwritten digits.
 
     python examples/kfac.py --plot kfac.png
 
-Each step asks once, for the gradient and the Kronecker factors of the Gauss-Newton matrix: they
-share the way forward.
-For a weight with factors a and b the preconditioned gradient is (a + pi r I)^-1 G (b + r/pi I)^-1,
-with r^2 the damping and pi the root of the ratio of the factors' mean eigenvalues (Martens and
-Grosse 2015, https://arxiv.org/abs/1503.05671). SGD with momentum is tuned over its learning rate,
-KFAC over its own; both see the same batches from the same start.
+Each step computes the gradient and the Kronecker factors of the Gauss-Newton matrix from one
+forward pass. For a weight with gradient G and factors a and b, the preconditioned gradient is
+(a + pi r I)^-1 G (b + r/pi I)^-1. Here r^2 is the damping, and pi the square root of the ratio of
+the factors' mean eigenvalues (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671). The
+learning rate is tuned for each method. Both start from the same params and see the same batches.
 """
 
 import argparse
@@ -30,16 +29,31 @@ KFAC_RATES = (0.02, 0.03, 0.05, 0.07)
 
 
 class KfacState(NamedTuple):
+    """The state of ``scale_by_kfac``.
+
+    Attributes:
+        count: the number of steps so far.
+        factors: the moving average of the Kronecker factors, without the bias correction.
+    """
+
     count: Any
     factors: Any
 
 
 def is_kronecker(node: Any) -> bool:
+    """Return whether a node is a pair of Kronecker factors."""
     return isinstance(node, jp.Kronecker)
 
 
 def scale_by_kfac(damping: float, decay: float) -> optax.GradientTransformationExtraArgs:
-    """Precondition by ``factors``, like params with a ``jp.Kronecker`` at each leaf, averaged."""
+    """Return a transformation that preconditions the gradient by averaged Kronecker factors.
+
+    Its ``update`` takes ``factors``, a tree like params with a ``jp.Kronecker`` at each leaf.
+
+    Args:
+        damping: the damping r^2.
+        decay: the decay of the exponential moving average of the factors.
+    """
 
     def init(params: Any) -> KfacState:
         def zeros(param: Any) -> jp.Kronecker:
@@ -65,29 +79,30 @@ def scale_by_kfac(damping: float, decay: float) -> optax.GradientTransformationE
             half = cho_solve(left, grad.reshape(len(a), len(b)))
             return cho_solve(right, half.T).T.reshape(grad.shape)
 
-        natural = jax.tree.map(precondition, averaged, updates, is_leaf=is_kronecker)
-        return natural, KfacState(count, averaged)
+        updates = jax.tree.map(precondition, averaged, updates, is_leaf=is_kronecker)
+        return updates, KfacState(count, averaged)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
 
 
 def kfac(rate: Any, damping: float = 1e-2, decay: float = 0.95) -> Any:
+    """Return KFAC with momentum 0.9."""
     return optax.chain(
         scale_by_kfac(damping, decay), optax.trace(0.9), optax.scale_by_learning_rate(rate)
     )
 
 
-def make_run(natural: bool, data: tuple[Any, Any], batch: int, steps: int, seed: int) -> Any:
-    """A jitted ``run(rate) -> losses on all training digits``, one before each step."""
+def make_run(by_kfac: bool, data: tuple[Any, Any], batch: int, steps: int, seed: int) -> Any:
+    """Return a jitted ``run(rate) -> losses``, the loss on all training digits before each step."""
     images, labels = data
-    asked = {"factors": jp.KroneckerFactors(samples=1)} if natural else {}
+    asked: dict[str, Any] = {"factors": jp.KroneckerFactors(samples=1)} if by_kfac else {}
     quantities = jp.quantities(NET, LOSS, grads=jp.Gradient(), **asked)
     whole = jp.loss_fn(NET, LOSS)
     for_init, for_steps = jax.random.split(jax.random.key(seed))
 
     @jax.jit
     def run(rate: Any) -> Any:
-        optimizer = kfac(rate) if natural else optax.sgd(rate, momentum=0.9)
+        optimizer = kfac(rate) if by_kfac else optax.sgd(rate, momentum=0.9)
         params = NET.init(for_init, images[:1])
 
         def step(carry: Any, key: Any) -> tuple[Any, Any]:
@@ -109,14 +124,14 @@ def make_run(natural: bool, data: tuple[Any, Any], batch: int, steps: int, seed:
 
 
 def steps_to(losses: Any, threshold: float) -> int | None:
-    """Steps until the training loss first stays below the threshold."""
+    """Return the steps until the loss stays below the threshold, or None if it never does."""
     above = jnp.flatnonzero(~(losses < threshold))
     first = int(above[-1]) + 1 if above.size else 0
     return first if first < len(losses) else None
 
 
 def best(run: Any, rates: tuple[float, ...], threshold: float) -> tuple[int, float, Any]:
-    """The rate that reaches the threshold first, with its steps and its losses."""
+    """Return the steps, the rate and the losses of the rate that reaches the threshold first."""
     reached = []
     for rate in rates:
         losses = run(rate)
@@ -132,10 +147,21 @@ def best(run: Any, rates: tuple[float, ...], threshold: float) -> tuple[int, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="KFAC against tuned SGD on scikit-learn's digits.")
-    parser.add_argument("--steps", type=positive, default=200)
-    parser.add_argument("--batch", type=positive, default=256)
-    parser.add_argument("--threshold", type=above_zero, default=0.02, help="training loss to reach")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument(
+        "--steps", type=positive, default=200, help="steps for each rate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=256, help="digits per step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=above_zero,
+        default=0.02,
+        help="training loss to reach (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="seed of the run (default: %(default)s)"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="save the loss curves")
     args = parser.parse_args()
     train_x, train_y, _, _ = load(args.seed)
@@ -153,6 +179,7 @@ def main() -> None:
 
 
 def plot(curves: dict[str, Any], args: argparse.Namespace) -> None:
+    """Save the loss curve of the best rate of each method."""
     import matplotlib
 
     matplotlib.use("agg")

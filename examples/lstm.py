@@ -1,11 +1,11 @@
-"""A character-level LSTM that learns to write Python, from the standard library's own sources.
+"""Train a byte-level LSTM to write Python, on the source files of the standard library.
 
     python examples/lstm.py
     python examples/lstm.py --auto --steps 2000
 
-Bytes go in as one-hot vectors, and at every step the next byte is predicted. A tenth of the files
-is held out; on the windows drawn from them the loss is given in bits per byte. Between two reports
-all steps are one ``lax.scan`` under ``jit``, so that Python runs once a report.
+The input is one-hot bytes, and the model predicts the next byte at every position. A tenth of the
+files is held out, and the loss on windows of them is reported in bits per byte. The steps between
+two reports are one ``lax.scan``.
 """
 
 import argparse
@@ -26,12 +26,8 @@ SYMBOLS = 128
 LENGTH = 64
 
 
-def autodiff(net: Any, loss: Any) -> Any:
-    return jax.value_and_grad(jp.loss_fn(net, loss))
-
-
 def windows(key: Any, text: Any, batch: int) -> tuple[Any, Any]:
-    """One-hot x (batch, LENGTH, SYMBOLS) and the bytes that follow, (batch, LENGTH)."""
+    """Return one-hot x (batch, LENGTH, SYMBOLS) and the bytes that follow, (batch, LENGTH)."""
     starts = jax.random.randint(key, (batch, 1), 0, len(text) - LENGTH)
     cut = text[starts + jnp.arange(LENGTH + 1)].astype(jnp.int32)
     return jax.nn.one_hot(cut[:, :-1], SYMBOLS), cut[:, 1:]
@@ -39,7 +35,7 @@ def windows(key: Any, text: Any, batch: int) -> tuple[Any, Any]:
 
 @functools.partial(jax.jit, static_argnames=("net", "length"))
 def sample(net: Any, params: Any, key: Any, length: int) -> Any:
-    """``length`` bytes, each drawn from the model's distribution after the LENGTH before it."""
+    """Return ``length`` bytes, each drawn at temperature 0.7 given the last LENGTH bytes."""
 
     def step(context: Any, key: Any) -> tuple[Any, Any]:
         logits, _ = net.forward(params, jax.nn.one_hot(context, SYMBOLS)[None])
@@ -53,13 +49,25 @@ def sample(net: Any, params: Any, key: Any, length: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train an LSTM to write Python.")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--hand", action="store_true", help="the hand-written chain (the default)")
-    how.add_argument("--auto", action="store_true", help="jax.value_and_grad")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--features", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate of Adam")
+    how.add_argument(
+        "--hand", action="store_true", help="differentiate by the hand-written chain (default)"
+    )
+    how.add_argument("--auto", action="store_true", help="differentiate by autodiff")
+    for name, default, meaning in (
+        ("steps", 1000, "training steps"),
+        ("seed", 0, "seed of the run"),
+        ("features", 256, "width of the LSTM"),
+        ("batch", 32, "windows per step"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=4e-3,
+        help="initial learning rate of Adam (default: %(default)s)",
+    )
     args = parser.parse_args()
     if min(args.steps, args.features, args.batch) < 1:
         parser.error("--steps, --features and --batch are at least 1")
@@ -69,7 +77,7 @@ def main() -> None:
     net = jp.chain(jp.Lstm(args.features), jp.Dense(SYMBOLS))
     schedule = optax.cosine_decay_schedule(args.rate, args.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    differentiate = autodiff if args.auto else jp.value_and_grad
+    differentiate = jp.autodiff if args.auto else jp.value_and_grad
     update = jp.make_update(net, LOSS, optimizer, value_and_grad=differentiate)
     steps = make_steps(update, lambda key: windows(key, train, args.batch))
 

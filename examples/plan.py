@@ -1,15 +1,15 @@
-"""What a step of a large GPT needs on one, 8 and 512 GPUs, compiled here and run nowhere.
+"""Print what a training step of a large GPT needs on 1, 8 and 512 GPUs, without running it.
 
     python examples/plan.py
     python examples/plan.py --devices 512 --batch 4
     python examples/plan.py --layers 12 --features 768 --heads 12 --devices 1
 
-By default the model is GPT-2 XL, 1.5 B params. Of ``jp.make_update`` with Adam the step is lowered
-from shapes alone, for a mesh of CPU devices that XLA makes believe it has, with params, optimizer
-state and batch split over all of them (``jp.sharding``). The bytes are those of
-``compiled.memory_analysis()``: of XLA for CPUs, whose fusions and buffers are not a GPU's. Beside
-them stands plain arithmetic, and what an H100 needs at least by NVIDIA's data sheet. Nothing here
-is measured on a GPU.
+The default model is GPT-2 XL, with 1.5 B params. The step of ``jp.make_update`` with Adam is
+compiled from shapes alone, for a mesh of simulated CPU devices. Params, optimizer state and batch
+are sharded over all of them (``jp.sharding``). The bytes come from ``compiled.memory_analysis()``.
+They are those of XLA for CPUs, whose fusions and buffers differ from a GPU's. Next to them the
+script prints a calculation by hand, and lower bounds on the time of a step from NVIDIA's data sheet
+of the H100. Nothing is measured on a GPU.
 """
 
 import argparse
@@ -17,13 +17,19 @@ import os
 from typing import Any, NamedTuple
 
 GPU = {"bytes": 80e9, "bfloat16": 989e12, "float32": 495e12, "memory": 3.35e12}
-NODE = 8  # GPUs that share NVLink, 450 GB/s each way; a node's 8 network cards take 400 GB/s in
+NODE = 8  # GPUs that share NVLink, 450 GB/s each way; the node's 8 network cards take 400 GB/s in
 LINK = {"node": 450e9, "network": 400e9}
 WIDTH = {"bfloat16": 2, "float32": 4}
 
 
 class Way(NamedTuple):
-    """How a step is computed."""
+    """A way to compute the step.
+
+    Attributes:
+        dtype: the dtype of the computation.
+        recompute: whether the residuals of a block are recomputed in the backward pass (remat).
+        fused: whether params are updated during the backward pass.
+    """
 
     dtype: str
     recompute: bool = False
@@ -35,14 +41,19 @@ class Way(NamedTuple):
 
 
 class Need(NamedTuple):
-    """Of one device: bytes that stay between steps, and the most that a step adds to them."""
+    """The memory that one device needs, in bytes.
+
+    Attributes:
+        stays: the memory held between steps.
+        adds: the most that a step adds to it.
+    """
 
     stays: float
     adds: float
 
 
 def compiled(args: argparse.Namespace, way: Way, devices: int) -> Need:
-    """The bytes of the step that XLA compiles."""
+    """Return the memory of the step as XLA compiles it."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -85,13 +96,14 @@ def compiled(args: argparse.Namespace, way: Way, devices: int) -> Need:
 
 
 def config(args: argparse.Namespace) -> Any:
+    """Return the configuration of the model."""
     from jaxprop.models import Gpt2Config
 
     return Gpt2Config(args.vocab, args.length, args.features, args.heads, args.layers)
 
 
 def count(args: argparse.Namespace) -> tuple[int, int]:
-    """Params: of the table, and of all."""
+    """Return the number of params in the embedding table, and in total."""
     d = args.features
     table = args.vocab * d
     block = (4 + 8) * d**2 + (3 + 1 + 4 + 1 + 4) * d  # dense layers; their biases and two norms
@@ -99,49 +111,50 @@ def count(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def residuals(args: argparse.Namespace, way: Way) -> tuple[float, float]:
-    """Bytes that an example leaves behind: in a block, and at the logits."""
+    """Return the bytes of one example's residuals in a block, and at the logits."""
     t, d, width = args.length, args.features, WIDTH[way.dtype]
-    # Of each skip its x; of the four dense layers x; q, k and v; what gelu is given.
+    # The x of the two skips, the x of the four dense layers, q, k and v, and the input of gelu.
     rows = t * d * (2 + (1 + 1 + 1 + 4) + 3 + 4)
-    weights = args.heads * t**2 * 9 / 16  # of attention, in 8 parts, each up to its last query
+    weights = args.heads * t**2 * 9 / 16  # in 8 parts, each with the keys up to its last query
     return width * (rows + weights), (4 + 4) * t * args.vocab  # softmax and its ct, in float32
 
 
 def arithmetic(args: argparse.Namespace, way: Way, devices: int) -> Need:
-    """The same bytes by hand."""
+    """Return the memory of the step as calculated by hand."""
     table, params = count(args)
     block, logits = (args.batch * each for each in residuals(args, way))
     x = args.batch * args.length * args.features * WIDTH[way.dtype]
     kept = args.layers * x + block if way.recompute else args.layers * block
     gathered = 4 * table if devices > 1 else 0
     gradients = 4 * (table if way.fused else params) / devices
-    # The table has two gradients, one of the logits and one of the rows. The logits are gone when
-    # the blocks' gradients come.
+    # The table has two gradients, from the logits and from the embedded rows. The logits are freed
+    # before the blocks' gradients exist.
     adds = kept + max(logits + 4 * table + gathered, gradients + 2 * 4 * table)
     return Need(3 * 4 * params / devices, adds)
 
 
 def least_times(args: argparse.Namespace, way: Way, devices: int) -> tuple[float, float, float]:
-    """Seconds that the matmuls, the memory and the links of one GPU need at least."""
+    """Return lower bounds, in seconds, for the matmuls, the memory and the links of one GPU."""
     table, params = count(args)
     tokens, d = args.batch * args.length, args.features
     width = WIDTH[way.dtype]
     dense = table + 12 * args.layers * d**2
-    attention = args.layers * args.length * d  # q k^T and p v, of which causality leaves half
+    attention = args.layers * args.length * d  # q k^T and p v; the causal mask leaves half
     flops = 6 * tokens * (dense + attention)
     flops += way.recompute * 2 * tokens * (dense - table + attention)
 
     block, logits = (args.batch * each for each in residuals(args, way))
     passes = 3 if way.recompute else 2
     moved = passes * width * params + 2 * (args.layers * block + logits)
-    moved += 8 * 4 * params / devices  # Adam reads p, g, m, v and writes p, m, v; g was written
+    moved += 8 * 4 * params / devices  # g is written; Adam reads p, g, m, v, writes p, m, v
 
-    exchanged = (2 * width + 4) * params * (1 - 1 / devices)  # gathered twice, and gradients summed
+    exchanged = (2 * width + 4) * params * (1 - 1 / devices)  # two gathers, one sum of gradients
     link = LINK["network" if devices > NODE else "node"]
     return flops / GPU[way.dtype], moved / GPU["memory"], exchanged / link
 
 
 def table(args: argparse.Namespace, ways: list[Way]) -> None:
+    """Print a row for each number of devices and each way."""
     _, params = count(args)
     print(
         f"{params / 1e6:,.1f} M params, {args.batch} x {args.length} tokens a device and step.\n"
@@ -165,17 +178,31 @@ def table(args: argparse.Namespace, ways: list[Way]) -> None:
 
 
 def said(size: float) -> str:
+    """Return a number of bytes in GB, marked by ``!`` if it exceeds the memory of an H100."""
     return f"{size / 1e9:.2f}{' !'[size > GPU['bytes']]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a step of a large GPT needs.")
-    for name, default in (
-        ("layers", 48), ("features", 1600), ("heads", 25), ("vocab", 50257), ("length", 1024),
-        ("batch", 8),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 512], metavar="N")
+    for name, default, meaning in (
+        ("layers", 48, "number of blocks"),
+        ("features", 1600, "width of the model"),
+        ("heads", 25, "attention heads"),
+        ("vocab", 50257, "number of tokens in the vocabulary"),
+        ("length", 1024, "tokens per example"),
+        ("batch", 8, "examples per device"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        nargs="+",
+        default=[1, 8, 512],
+        metavar="N",
+        help="numbers of GPUs, a group of rows for each (default: %(default)s)",
+    )
     args = parser.parse_args()
     if min(args.layers, args.features, args.heads, args.vocab, args.length, args.batch) < 1:
         parser.error("all sizes are at least 1")
@@ -188,7 +215,7 @@ def main() -> None:
         f"--xla_force_host_platform_device_count={max(args.devices)}"
     )
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns of splits that it does not use
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hide XLA's warnings on sharding
     narrow = Way("bfloat16", recompute=True)
     ways = [Way("float32"), Way("float32", fused=True), Way("bfloat16"), narrow]
     table(args, [*ways, narrow._replace(fused=True)])

@@ -1,12 +1,13 @@
-"""Handwritten digits, privately: DP-SGD with each example's gradient clipped in one walk.
+"""Train an MLP on handwritten digits by DP-SGD, clipping all per-example gradients in one walk.
 
     python examples/private_sgd.py
     python examples/private_sgd.py --noise 2 --epochs 60
 
-Each step draws every training image with the same small probability (Poisson sampling, which is
-what the accountant assumes). A draw has no fixed size but a jitted step has: the batch is filled up
-with targets of -1, which weigh nothing. From the noise multiplier, the sampling rate and the number
-of steps Google's dp-accounting composes epsilon, for adding or removing one image.
+Each step draws every training image with the same small probability. This is the Poisson sampling
+that the privacy accountant assumes. The size of a draw varies, but a jitted step needs a fixed one,
+so the batch is padded with targets of -1, which have weight zero. Google's dp-accounting computes
+epsilon, for adding or removing one image, from the noise multiplier, the sampling rate and the
+number of steps.
 """
 
 import argparse
@@ -29,12 +30,13 @@ NET = jp.chain(jp.Dense(64), jp.Tanh(), jp.Dense(10))
 
 
 def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
+    """Return epsilon at delta after this many steps of DP-SGD."""
     step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
     return PLDAccountant().compose(step, steps).get_epsilon(delta)
 
 
 def train(args: argparse.Namespace) -> tuple[float, float]:
-    """Train; return epsilon and the accuracy on held-out digits."""
+    """Train the MLP, and return epsilon and the accuracy on held-out digits."""
     train_x, train_y, test_x, test_y = load(args.seed)
     count = len(train_y)
     rate, steps = args.batch / count, args.epochs * count // args.batch
@@ -51,7 +53,7 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
         (rows,) = jnp.nonzero(drawn, size=room, fill_value=-1)
         target = jnp.where(rows < 0, -1, train_y[rows])
         _, grads = clipped(params, train_x[rows], target, key=for_noise)
-        grads = jax.tree.map(lambda g: g * room / args.batch, grads)  # the mean of those expected
+        grads = jax.tree.map(lambda g: g * room / args.batch, grads)  # divide by the expected size
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), drawn.sum()
 
@@ -76,13 +78,18 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train an MLP on scikit-learn's digits privately.")
-    parser.add_argument("--epochs", type=positive, default=40)
-    parser.add_argument("--batch", type=positive, default=128, help="images drawn on average")
-    parser.add_argument("--rate", type=above_zero, default=0.1, help="learning rate")
-    parser.add_argument("--max-norm", type=above_zero, default=1.0, help="bound of each gradient")
-    parser.add_argument("--noise", type=above_zero, default=1.5, help="noise multiplier")
-    parser.add_argument("--delta", type=above_zero, default=1e-5)
-    parser.add_argument("--seed", type=natural, default=0)
+    for name, kind, default, meaning in (
+        ("epochs", positive, 40, "number of epochs"),
+        ("batch", positive, 128, "expected number of images per step"),
+        ("rate", above_zero, 0.1, "learning rate of SGD with momentum 0.9"),
+        ("max-norm", above_zero, 1.0, "bound on the norm of each per-example gradient"),
+        ("noise", above_zero, 1.5, "noise multiplier"),
+        ("delta", above_zero, 1e-5, "delta of differential privacy"),
+        ("seed", natural, 0, "seed of the run"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{meaning} (default: %(default)s)"
+        )
     train(parser.parse_args())
 
 

@@ -1,14 +1,15 @@
-"""A pre-activation ResNet with GroupNorm on images of 32 x 32: how large should its batch be?
+"""Train a pre-activation ResNet with GroupNorm on 32 x 32 images, and estimate its noise scale.
 
     python examples/resnet.py
     python examples/resnet.py --blocks 3 --features 16
     python examples/resnet.py --grad auto
 
-A stage is one ``repeat`` of equal blocks, each x + f(x) with the norms and relus ahead of the
-convolutions (He et al. 2016, https://arxiv.org/abs/1603.05027); between stages a ``branch`` halves
-the image and doubles the channels. GroupNorm, unlike BatchNorm, leaves every example a gradient of
-its own, and so there is a noise scale: about the batch size from which a larger one helps little.
-After each epoch it is printed, from one walk over some of the images.
+A stage is one ``repeat`` of identical blocks x + f(x), in which norm and relu precede each
+convolution (He et al. 2016, https://arxiv.org/abs/1603.05027). Between stages a ``branch`` halves
+the image size and doubles the channels. With GroupNorm, unlike BatchNorm, each example has its own
+gradient, so the noise scale is defined. It is roughly the batch size beyond which a larger one
+helps little (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162). The script prints an
+estimate of it after each epoch, from one walk over some of the images.
 """
 
 from typing import Any
@@ -21,7 +22,8 @@ import jaxprop as jp
 GROUPS = 4
 
 
-def residual(features: int, strides: int = 1) -> jp.Layer:
+def conv_block(features: int, strides: int = 1) -> jp.Layer:
+    """Return two convolutions, each after a norm and a relu."""
     return jp.chain(
         *(jp.GroupNorm(GROUPS), jp.Relu(), jp.Conv(features, strides=strides)),
         *(jp.GroupNorm(GROUPS), jp.Relu(), jp.Conv(features)),
@@ -29,24 +31,33 @@ def residual(features: int, strides: int = 1) -> jp.Layer:
 
 
 def make_net(features: int, blocks: int, stages: int, classes: int = 10) -> jp.Layer:
+    """Return the ResNet.
+
+    Args:
+        features: the channels of the first stage.
+        blocks: the number of identical blocks in each stage.
+        stages: the number of stages.
+        classes: the number of classes.
+    """
     layers: list[jp.Layer] = [jp.Conv(features, strides=2)]
     for stage in range(stages):
         width = features * 2**stage
         if stage:
             projection = jp.Conv(width, (1, 1), strides=2, bias=False)
-            layers.append(jp.branch(projection, residual(width, strides=2)))
-        layers.append(jp.repeat(jp.skip(residual(width)), blocks))
+            layers.append(jp.branch(projection, conv_block(width, strides=2)))
+        layers.append(jp.repeat(jp.skip(conv_block(width)), blocks))
     head = jp.GroupNorm(GROUPS), jp.Relu(), jp.GlobalAvgPool(), jp.Dense(classes)
     return jp.chain(*layers, *head)
 
 
 def noise_scale(net: jp.Layer, examples: int = 512) -> Observe:
+    """Return a function that reports the noise scale on the first ``examples`` images."""
     scale = jax.jit(jp.noise_scale(net, LOSS))
 
     def observe(params: Any, x: Any, target: Any) -> str:
         x, target = x[:examples], target[:examples]
         estimate = float(scale(params, x, target))
-        # Where the mean gradient drowns in the noise, the estimate of its square is negative.
+        # If noise dominates the mean gradient, the estimate of its square may be negative.
         return f"noise scale {estimate:.0f}" if estimate > 0 else f"noise scale above {len(x)}"
 
     return observe
@@ -55,9 +66,14 @@ def noise_scale(net: jp.Layer, examples: int = 512) -> Observe:
 def main() -> None:
     parser = make_parser("Train a small ResNet on digits.")
     parser.set_defaults(epochs=10, batch=32, rate=1e-2)
-    parser.add_argument("--features", type=int, default=8, help="channels of the first stage")
-    parser.add_argument("--stages", type=int, default=3)
-    parser.add_argument("--blocks", type=int, default=1, help="equal blocks in each stage")
+    for name, default, meaning in (
+        ("features", 8, "channels of the first stage"),
+        ("stages", 3, "number of stages"),
+        ("blocks", 1, "identical blocks in each stage"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
+        )
     args = parse(parser)
     if args.features < GROUPS or args.features % GROUPS:
         parser.error(f"--features is a multiple of {GROUPS}")

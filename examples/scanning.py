@@ -1,4 +1,4 @@
-"""Many steps of training as one program, which the examples on text share."""
+"""Many training steps in one compiled program, shared by the examples on text."""
 
 import functools
 from collections.abc import Callable
@@ -8,9 +8,12 @@ import jax
 
 
 def make_steps(update: Callable[..., Any], batch: Callable[[Any], tuple[Any, Any]]) -> Any:
-    """A jitted ``steps(params, state, each) -> (params, state, mean loss)``: one scan.
+    """Return a jitted ``steps(params, state, each) -> (params, state, mean loss)``, one scan.
 
-    ``each`` has an entry a step, from which ``batch`` makes that step's (x, target).
+    Args:
+        update: the training step, as ``jp.make_update`` returns it.
+        batch: a function that returns the (x, target) of one step from its entry in ``each``,
+            which has one entry per step.
     """
 
     @functools.partial(jax.jit, donate_argnames=("params", "state"))

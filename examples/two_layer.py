@@ -1,8 +1,10 @@
-"""Backpropagation through a 2-2-2 sigmoid network, with no library but JAX.
+"""Backpropagate by hand through a 2-2-2 sigmoid network, with no library but JAX.
 
-Two inputs, two hidden units, two outputs, no bias, E = sum of 1/2 (t - o)^2. The gradient is
-computed twice: by ``jax.grad``, and by the chain rule written out by hand. They agree, one step
-of gradient descent follows, and the error falls.
+    python examples/two_layer.py
+
+The network has two inputs, two hidden units and two outputs, no bias, and the error
+E = sum of 1/2 (t - o)^2. The script computes the gradient by hand, asserts that it equals that of
+``jax.grad``, and takes one step of gradient descent, which lowers the error.
 """
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 
 jax.config.update("jax_enable_x64", True)
 
-# z1 = w1 x1 + w2 x2 is a row of weights for each unit; x @ w has a column for each unit: transpose.
+# The weights of a unit are a row in z1 = w1 x1 + w2 x2, but a column in x @ w. Hence the transpose.
 w1_to_w4 = jnp.array([[0.3, 0.25], [0.4, 0.35]]).T
 w5_to_w8 = jnp.array([[0.45, 0.4], [0.7, 0.6]]).T
 x, t = jnp.array([0.1, 0.2]), jnp.array([0.4, 0.6])

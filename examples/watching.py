@@ -1,4 +1,4 @@
-"""What a run shows while it trains, and the pictures that it leaves; the examples share both."""
+"""A progress line and pictures of the gradients, shared by the examples."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import jaxprop as jp
 
-SHARE = 0.01  # of the time: what measuring gradients may take
+SHARE = 0.01  # fraction of the run time that measuring gradients may take
 
 
 def gradients(net: Any, loss: Any, x: Any, target: Any) -> Callable[[Any], tuple[Any, Any]]:
-    """``f(params)``: the gradient's norm and the noise scale on these examples, from one walk."""
+    """Return ``f(params)``, the gradient's norm and the noise scale on these examples."""
     take = jp.quantities(net, loss, grads=jp.Gradient(), noise=jp.NoiseScale())
 
     @jax.jit
@@ -28,7 +28,16 @@ def gradients(net: Any, loss: Any, x: Any, target: Any) -> Callable[[Any], tuple
 
 
 class Watch:
-    """A line of progress on a terminal: loss, speed, and what ``measure(params)`` gives."""
+    """A progress line on a terminal: the loss, the speed, and the result of ``measure``.
+
+    Where stdout is not a terminal, there is no progress line, and ``off`` is True.
+
+    Args:
+        unit: the name of the unit of progress.
+        total: the number of units in the whole run.
+        done: the number of units that a resumed run has completed before.
+        measure: a function of params that returns the gradient's norm and the noise scale.
+    """
 
     def __init__(self, unit: str, total: int, done: int, measure: Callable[[Any], Any]) -> None:
         columns = (
@@ -53,14 +62,21 @@ class Watch:
         self.progress.stop()
 
     def print(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line above the progress line."""
         if self.off:
             print(line, flush=True)
         else:
             self.progress.console.print(line, highlight=False)
 
     def update(self, done: int, examples: int, loss: Any, params: Any) -> None:
-        """So many units are done, the last of them with so many examples and this mean loss."""
+        """Update the progress line.
+
+        Args:
+            done: the number of units completed so far.
+            examples: the number of examples since the last update.
+            loss: their mean loss.
+            params: the params to measure.
+        """
         if self.off:
             return
         loss, now = float(loss), time.perf_counter()
@@ -81,9 +97,20 @@ class Watch:
 def draw(
     net: Any, loss: Any, params: Any, x: Any, target: Any, seen: Any, unit: str, path: Path
 ) -> None:
-    """At path, its stem with -scales, -norms and -gram: what comes back, and how examples agree.
+    """Save pictures of the gradients next to ``path``.
 
-    ``seen`` holds pairs of when and what ``jp.explain`` gave then.
+    Their stems end in -norms (per-example gradient norms), -gram (cosines between per-example
+    gradients) and -scales (the rms of cotangents and gradients over training).
+
+    Args:
+        net: the network.
+        loss: the loss.
+        params: the params after training.
+        x: the inputs.
+        target: their targets.
+        seen: pairs of a time in the run and the ``jp.explain`` of that time.
+        unit: the unit of those times.
+        path: the path whose stem is extended.
     """
     from jaxprop import plot
 
@@ -93,7 +120,7 @@ def draw(
         "norms": plot.norms(sq_norms),
         "gram": plot.gram(inner, target if target.ndim == 1 else None),
     }
-    if seen:  # a run that was resumed at its end has seen nothing
+    if seen:  # empty for a run that was resumed at its end
         times, explanations = zip(*seen, strict=True)
         figures["scales"] = plot.scales(explanations, times, unit)
     for name, figure in figures.items():

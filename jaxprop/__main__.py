@@ -1,4 +1,4 @@
-"""``python -m jaxprop``, and the ``jaxprop`` command."""
+"""The ``jaxprop`` command, also run by ``python -m jaxprop``."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from jaxprop.cli import main
 
 
 def run() -> None:
-    """Run the command; Ctrl-C and a closed pipe end it at once, without a word."""
+    """Run the command and exit. Ctrl-C and a closed pipe end it at once, without a traceback."""
     for name in ("SIGINT", "SIGPIPE"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
@@ -24,7 +24,7 @@ def run() -> None:
     except OSError as error:
         print(f"jaxprop: {error.strerror or error}", file=sys.stderr)
         status = 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what could not be written stays unwritten
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the last flush does not fail again
     sys.exit(status)
 
 

@@ -1,4 +1,4 @@
-"""Imported before all else: Ctrl-C while JAX is imported ends the command, without a traceback."""
+"""The first import of the package: it lets Ctrl-C end the command while JAX is imported."""
 
 import os
 import signal

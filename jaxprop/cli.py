@@ -24,7 +24,15 @@ MOST_STEPS = 10**9
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit status, 2 where it was asked wrongly."""
+    """Run the command line and return its exit status.
+
+    Args:
+        argv: the arguments after the command's name; those of the process by default. Without a
+            command the walkthrough is run.
+
+    Returns:
+        0, or 1 for a regression of ``bench``, or 2 for a mistake on the command line.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["walkthrough", *argv]
@@ -118,7 +126,7 @@ def _html(config: Config, args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the progress bar cleans up behind it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that the progress bar is removed
     baseline = None if args.baseline is None else _read_figures(args.baseline)
     if args.json is not None and not Path(args.json).parent.is_dir():
         raise BenchError(f"--json {args.json}: no such directory")
@@ -134,6 +142,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _read_figures(path: str) -> dict[str, Any]:
+    """Return the figures in a file that ``jaxprop bench --json`` wrote."""
     try:
         figures = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -148,15 +157,16 @@ def _read_figures(path: str) -> dict[str, Any]:
 
 
 def _positive(text: str) -> int:
+    """Return a number of steps from its text."""
     if not text.isdecimal() or not 1 <= int(text) <= MOST_STEPS:
         raise argparse.ArgumentTypeError(f"must be from 1 to {MOST_STEPS}, not {text!r}")
     return int(text)
 
 
 class Version(argparse.Action):
-    """Print the installed version, looked up only when it is asked for."""
+    """The option --version, which looks the installed version up only when it is given."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         try:
             version = importlib.metadata.version("jaxprop-vjp")
         except importlib.metadata.PackageNotFoundError:

@@ -1,19 +1,17 @@
-"""Losses: one value for each example, and the cotangent that the walk back starts from.
+"""Losses: one value for each example, and the cotangent that the walk starts from.
 
-``forward`` takes the net's output y and the target, axis 0 the example, and gives one value an
-example; ``backward`` gives the cotangent of y for each example's *own* loss. The scalar loss is
-the mean over examples, and the 1/N enters where the mean is taken, not here.
+``forward`` takes the net's output y and the target, with the example on axis 0, and returns a value
+for each example. ``backward`` returns the cotangent of y for each example's *own* loss. The scalar
+loss is the mean over examples. The 1/N enters where the mean is taken, not here.
 
-All is computed and returned in at least float32: in bfloat16 p - 1 is 0 from p = 0.998 on. The walk
-casts the cotangent to the dtype of y.
+Values and cotangents are computed in at least float32: in bfloat16, p - 1 is 0 from p = 0.998 on.
+The walk casts the cotangent to the dtype of y.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -22,53 +20,64 @@ from jaxtyping import Float, Int
 from jaxprop.core.arrays import wide
 from jaxprop.core.loss import Loss
 
+Y = Float[Array, "n ..."]
+Logits = Float[Array, "n ... c"]
+OfClasses = tuple[Logits, Int[Array, "n ..."], Y]  # the residuals of CrossEntropy
+
 
 class HalfSquaredError(Loss):
     """E = 1/2 sum_j (y_j - t_j)^2 for each example, so dE/dy_j = y_j - t_j.
 
-    The Hessian is the identity, and the model's distribution a normal one of unit variance.
+    The Hessian is the identity. ``sample`` draws the target from a normal distribution with mean y
+    and unit variance.
 
-    y and target are floating, both (N, ...); all axes but the first are summed.
+    y and target are both (N, ...), floating. All axes but the first are summed.
+
+    Raises:
+        TypeError: for y or a target that is not a floating array.
+        ValueError: for a target of another shape than y.
     """
 
-    def forward(
-        self, y: Float[Array, "n ..."], target: Float[Array, "n ..."]
-    ) -> tuple[Float[Array, " n"], Float[Array, "n ..."]]:
+    def forward(self, y: Y, target: Y) -> tuple[Float[Array, " n"], Y]:
         _check(self, y, target, y.shape, jnp.floating)
         outputs = wide(y)
         error = outputs - target.astype(outputs.dtype)
         return 0.5 * jnp.sum(error**2, axis=_positions(error)), error
 
-    def backward(self, residuals: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+    def backward(self, residuals: Y) -> Y:
         return residuals
 
-    def hessian_columns(self, residuals: Float[Array, "n ..."]) -> int:
+    def hessian_columns(self, residuals: Y) -> int:
         return _outputs(residuals)
 
-    def hessian_column(self, residuals: Float[Array, "n ..."], c: Any) -> Float[Array, "n ..."]:
+    def hessian_column(self, residuals: Y, c: int | Array) -> Y:
         return _only(c, jnp.ones_like(residuals))
 
-    def sample(self, key: chex.PRNGKey, residuals: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+    def sample(self, key: Array, residuals: Y) -> Y:
         return jax.random.normal(key, residuals.shape, residuals.dtype)
 
 
 class CrossEntropy(Loss):
-    """E = log sum_j exp(y_j) - y_t for logits y and the target class t, the mean over positions.
+    """E = log sum_j exp(y_j) - y_t for logits y and the target class t; a mean over positions.
 
     The derivative of log-sum-exp is the softmax, p_j = exp(y_j) / sum_k exp(y_k), so
     dE/dy_j = p_j - [j = t] (Bridle 1990, https://doi.org/10.1007/978-3-642-76153-9_28). The
     Hessian is diag(p) - p p^T = sum_c p_c (e_c - p)(e_c - p)^T, the covariance of e_c - p for a
     class c drawn from p.
 
-    y is (N, C) or (N, T, C), floating; target (N,) or (N, T), integers in [0, C). A target of -1
-    (or less) is padding: it weighs nothing, and the mean of an example is over its other positions
-    (an example that is all padding has value 0 and still counts in N). A target that is C or more
-    makes the value NaN.
+    y is (N, C) or (N, T, C), floating, and target is (N,) or (N, T), integers in [0, C). A target
+    of -1 (or less) is padding: it weighs nothing, and the mean is over an example's other
+    positions. An example that is all padding has value 0 and still counts in N. A target of C or
+    more makes the value NaN.
+
+    Raises:
+        TypeError: for y that is not floating, and a target that is not an array of integers.
+        ValueError: for a target of another shape than y without its last axis.
     """
 
     def forward(
-        self, y: Float[Array, "n ... c"], target: Int[Array, "n ..."]
-    ) -> tuple[Float[Array, " n"], Any]:
+        self, y: Logits, target: Int[Array, "n ..."]
+    ) -> tuple[Float[Array, " n"], OfClasses]:
         _check(self, y, target, y.shape[:-1], jnp.integer)
         logits = wide(y)
         shift = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
@@ -83,21 +92,21 @@ class CrossEntropy(Loss):
         values = jnp.sum(each * weight, axis=_positions(valid))
         return values, (powers / total, chosen, weight)
 
-    def backward(self, residuals: Any) -> Float[Array, "n ... c"]:
+    def backward(self, residuals: OfClasses) -> Logits:
         p, chosen, weight = residuals
         return (p - jax.nn.one_hot(chosen, p.shape[-1], dtype=p.dtype)) * weight[..., None]
 
-    def hessian_columns(self, residuals: Any) -> int:
+    def hessian_columns(self, residuals: OfClasses) -> int:
         return _outputs(residuals[0])
 
-    def hessian_column(self, residuals: Any, c: Any) -> Float[Array, "n ... c"]:
-        """sqrt(p_c) (e_c - p) at one position: for y (N, T, C) the positions come outermost."""
+    def hessian_column(self, residuals: OfClasses, c: int | Array) -> Logits:
+        """Return sqrt(w p_k) (e_k - p) at position t of weight w, for c = t C + k."""
         p, _, weight = residuals
         root = _only(c, jnp.sqrt(p * weight[..., None]))
         at = root.sum(axis=-1, keepdims=True)
         return root - at * p
 
-    def sample(self, key: chex.PRNGKey, residuals: Any) -> Float[Array, "n ... c"]:
+    def sample(self, key: Array, residuals: OfClasses) -> Logits:
         p, _, weight = residuals
         drawn = jax.random.categorical(key, jnp.log(p))
         one_hot = jax.nn.one_hot(drawn, p.shape[-1], dtype=p.dtype)
@@ -105,43 +114,46 @@ class CrossEntropy(Loss):
 
 
 class BinaryCrossEntropy(Loss):
-    """E = log(1 + exp(y)) - t y for logits y, the mean over an example's outputs.
+    """E = log(1 + exp(y)) - t y for logits y and targets t; a mean over an example's M outputs.
 
     This is -t log s - (1 - t) log(1 - s) with s = sigmoid(y), without its overflow. The derivative
-    of log(1 + exp(y)) is s, so dE/dy = (s - t) / (outputs of an example). The Hessian is diagonal,
-    s (1 - s) / (outputs of an example), the variance of a target drawn with probability s.
+    of log(1 + exp(y)) is s, so dE/dy = (s - t) / M. The Hessian is diagonal, s (1 - s) / M: the
+    variance of a target that is 1 with probability s, over M.
 
-    y is floating, target has its shape (N, ...), with values in [0, 1] of any real dtype or bool.
+    y is (N, ...), floating. target has the same shape, with values in [0, 1] of any real dtype or
+    bool.
+
+    Raises:
+        TypeError: for y that is not floating, and a target that is not a real or a bool array.
+        ValueError: for a target of another shape than y.
     """
 
-    def forward(
-        self, y: Float[Array, "n ..."], target: Array
-    ) -> tuple[Float[Array, " n"], tuple[Float[Array, "n ..."], Float[Array, "n ..."]]]:
+    def forward(self, y: Y, target: Array) -> tuple[Float[Array, " n"], tuple[Y, Y]]:
         _check(self, y, target, y.shape, jnp.floating, jnp.integer, jnp.bool_)
         logits = wide(y)
         t = target.astype(logits.dtype)
         values = jnp.sum(jax.nn.softplus(logits) - t * logits, axis=_positions(y)) / _outputs(y)
         return values, (jax.nn.sigmoid(logits), t)
 
-    def backward(self, residuals: Any) -> Float[Array, "n ..."]:
+    def backward(self, residuals: tuple[Y, Y]) -> Y:
         s, t = residuals
         return (s - t) / _outputs(s)
 
-    def hessian_columns(self, residuals: Any) -> int:
+    def hessian_columns(self, residuals: tuple[Y, Y]) -> int:
         return _outputs(residuals[0])
 
-    def hessian_column(self, residuals: Any, c: Any) -> Float[Array, "n ..."]:
+    def hessian_column(self, residuals: tuple[Y, Y], c: int | Array) -> Y:
         s, _ = residuals
         return _only(c, jnp.sqrt(s * (1 - s) / _outputs(s)))
 
-    def sample(self, key: chex.PRNGKey, residuals: Any) -> Float[Array, "n ..."]:
+    def sample(self, key: Array, residuals: tuple[Y, Y]) -> Y:
         s, _ = residuals
         drawn = jax.random.bernoulli(key, s).astype(s.dtype)
         return (s - drawn) / math.sqrt(_outputs(s))
 
 
-def _only(c: Any, root: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-    """root with zeros for all of an example's outputs but the one numbered c."""
+def _only(c: int | Array, root: Y) -> Y:
+    """Return root with zeros for all of an example's outputs but the one numbered c."""
     one = jnp.arange(_outputs(root)) == c
     return jnp.where(one.reshape(root.shape[1:]), root, 0)
 
@@ -154,7 +166,7 @@ def _positions(y: Array) -> tuple[int, ...]:
     return tuple(range(1, y.ndim))
 
 
-def _check(loss: Loss, y: Array, target: Array, shape: tuple[int, ...], *kinds: Any) -> None:
+def _check(loss: Loss, y: Array, target: Array, shape: tuple[int, ...], *kinds: type) -> None:
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(f"{loss} takes floating y, not {y.dtype}")
     if not hasattr(target, "dtype"):

@@ -1,7 +1,7 @@
-"""Pictures of training: one function each, returning the matplotlib ``Figure``.
+"""Pictures of training: each function returns a matplotlib ``Figure``.
 
-They need the ``plot`` extra: ``pip install 'jaxprop-vjp[plot]'``. A figure belongs to nobody's
-window: ``figure.savefig("name.png")`` writes it, and a notebook shows it.
+They need the ``plot`` extra: ``pip install 'jaxprop-vjp[plot]'``. A figure opens no window:
+``figure.savefig("name.png")`` writes it to a file, and a notebook shows it.
 
     from jaxprop import plot
 
@@ -11,16 +11,18 @@ window: ``figure.savefig("name.png")`` writes it, and a notebook shows it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxprop.core.types import PyTree
 from jaxprop.explanation.summary import Summary
 from jaxprop.explanation.terms import Explanation
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["gram", "norms", "scales"]
@@ -29,12 +31,18 @@ __all__ = ["gram", "norms", "scales"]
 def scales(
     explanations: Sequence[Explanation], steps: Sequence[float] | None = None, unit: str = "step"
 ) -> Figure:
-    """The rms of the cotangent at each layer, and of its gradient, over training.
+    """Draw the rms of each layer's cotangent, and of its gradient, over training.
 
     Args:
-        explanations: what ``jp.explain`` gave at points of the training (``keep=0`` suffices).
-        steps: when that was; 0, 1, 2, … if left out.
-        unit: of what steps counts.
+        explanations: results of ``jp.explain`` at points of the training; ``keep=0`` suffices.
+        steps: the step of each explanation; 0, 1, 2, … by default.
+        unit: the label of the steps, such as "epoch".
+
+    Returns:
+        A figure with two axes, the cotangents on the left and the gradients on the right.
+
+    Raises:
+        ValueError: for no explanations, or another number of steps than of explanations.
     """
     explanations = [jax.device_get(one) for one in explanations]
     if not explanations:
@@ -63,11 +71,17 @@ def scales(
 
 
 def norms(sq_norms: ArrayLike, max_norm: float | None = None) -> Figure:
-    """The histogram of per-example gradient norms.
+    """Draw a histogram of the per-example gradient norms.
 
     Args:
-        sq_norms: the squared norms (N,), as ``jp.per_example_sq_norms`` gives them.
-        max_norm: a bound on the norm to draw in, as ``jp.clipped_grad`` takes it.
+        sq_norms: the squared norms (N,), as ``jp.per_example_sq_norms`` returns them.
+        max_norm: a bound on the norm, as ``jp.clipped_grad`` takes it, to mark in the histogram.
+
+    Returns:
+        A figure with one axes.
+
+    Raises:
+        ValueError: for another shape of sq_norms, or if none of them is finite.
     """
     values = np.sqrt(np.asarray(sq_norms, np.float64))
     if values.ndim != 1 or not values.size:
@@ -91,11 +105,17 @@ def norms(sq_norms: ArrayLike, max_norm: float | None = None) -> Figure:
 
 
 def gram(inner: ArrayLike, labels: ArrayLike | None = None) -> Figure:
-    """The Gram matrix of a batch's gradients, as cosines: which examples pull the same way.
+    """Draw the cosines between the gradients of all pairs of examples.
 
     Args:
-        inner: all inner products (N, N), as ``jp.gram`` gives them.
-        labels: a label for each example (N,); examples of one label are drawn side by side.
+        inner: the inner products (N, N), as ``jp.gram`` returns them.
+        labels: a label for each example (N,). Examples with the same label are drawn side by side.
+
+    Returns:
+        A figure with one axes and a colour bar.
+
+    Raises:
+        ValueError: for another shape of inner, or of labels.
     """
     products = np.asarray(inner, np.float64)
     if products.ndim != 2 or products.shape[0] != products.shape[1]:
@@ -127,7 +147,7 @@ def gram(inner: ArrayLike, labels: ArrayLike | None = None) -> Figure:
     return figure
 
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito, told apart by the colour-blind
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of the colour-blind safe palette of Okabe and Ito
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -136,14 +156,14 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
-def _colours(count: int) -> Any:
+def _colours(count: int) -> np.ndarray:
     from matplotlib import colormaps
 
     return colormaps["viridis"](np.linspace(0, 0.9, count))
 
 
-def _depth_bar(figure: Figure, axes: Any, names: Sequence[str]) -> None:
-    """For more layers than a legend holds: the first is dark, the last bright."""
+def _depth_bar(figure: Figure, axes: list[Axes], names: Sequence[str]) -> None:
+    """Add a colour bar in place of a legend: the first layer is dark, the last bright."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
@@ -152,8 +172,8 @@ def _depth_bar(figure: Figure, axes: Any, names: Sequence[str]) -> None:
     bar.ax.set_yticklabels([names[0], names[-1]])
 
 
-def _rms(summaries: Any) -> float:
-    """Of all the summaries together."""
+def _rms(summaries: PyTree) -> float:
+    """Return the rms over all arrays that the summaries are of."""
     each = jax.tree.leaves(summaries, is_leaf=lambda node: isinstance(node, Summary))
     sizes = [np.prod(one.shape) for one in each]
     if not sum(sizes):

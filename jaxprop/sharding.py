@@ -1,8 +1,8 @@
-"""Where params and optimizer state lie on a mesh. JAX's own ``jit`` does the rest.
+"""Shardings of params and optimizer state over a mesh of devices; ``jax.jit`` does the rest.
 
-Each rule gives a tree of ``NamedSharding`` like the tree it is asked about, for ``jax.device_put``
-or for ``in_shardings`` and ``out_shardings``. It looks at shapes alone: params, gradients, any
-optax state, and the ``ShapeDtypeStruct`` of them will do.
+Each rule takes a tree and returns a tree of ``NamedSharding`` like it, for ``jax.device_put`` or
+for ``in_shardings`` and ``out_shardings``. A rule looks at shapes alone, so that the tree may be
+params, gradients, any optax state, or the ``jax.ShapeDtypeStruct`` of these.
 
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     NamedSharding(mesh, PartitionSpec("data"))          # x and target, under every rule
@@ -10,42 +10,60 @@ optax state, and the ``ShapeDtypeStruct`` of them will do.
     jp.sharding.fully_sharded(params, mesh, "data")     # FSDP, for the net gathered(net, mesh)
     jp.sharding.tensor_parallel(params, mesh, "model")
 
+The rules and the quantities are for meshes of Auto axes; for others the rules raise ``ValueError``.
 On meshes of Explicit axes (the default of newer JAX) losses, gradients and updates work with the
-batch split and params whole; the rules here (which raise ``ValueError`` for others) and the
-quantities are for Auto axes.
+batch split and params replicated.
 
-Every quantity is right under each of them. Those that take one example after the other (squared
-norms and second moments along positions, clipping) are quick under ``jax.shard_map`` alone, where
-each device takes its own; under ``jit`` XLA sends all examples to all devices.
+Every quantity is correct under every rule. Squared norms and second moments along positions, and
+clipping, go through the examples one after the other. They are fast only under ``jax.shard_map``,
+where each device has its own examples: under ``jax.jit`` XLA sends all examples to all devices.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprop.core.checks import require
 from jaxprop.core.combinator import Wrapper, map_layers
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.layers import AffineParams
 
+_Axes = list[str | tuple[str, ...] | None]
+"""The mesh axes that split each axis of an array, as ``PartitionSpec`` takes them."""
 
-def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> Any:
-    """Each leaf split over the mesh, or its ``axes`` alone, on the largest axis that they divide.
 
-    Params, gradients and optimizer state then take a device's share of memory each (ZeRO-3,
-    Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). Use it with ``gathered(net, mesh)``
-    and the batch split over the same mesh axes.
+def fully_sharded(tree: PyTree, mesh: Mesh, *axes: str, smallest: int = 2**12) -> PyTree:
+    """Return shardings that split each leaf over the mesh, on the largest axis that allows it.
 
-    Several mesh axes go one after the other, on the same array axis if they can: a mesh of (64, 8)
-    divides (1600, 6400), where one of 512 divides neither. Axis 0 is split only where no other can
-    be: inside ``repeat`` it is the layers', and a scan takes its params from it one by one. A leaf
-    is whole along a mesh axis that divides none of its own, and everywhere if it has fewer than
-    ``smallest`` elements, whose gathering would take longer than their memory is worth.
+    Each device then holds its share of params, gradients and optimizer state (ZeRO-3, Rajbhandari
+    et al. 2020, https://arxiv.org/abs/1910.02054). Use it with ``gathered(net, mesh)``, and with
+    the batch split over the same mesh axes.
+
+    The mesh axes are placed one after the other, on the same axis of the leaf if they divide it: a
+    mesh of (64, 8) splits (1600, 6400), where a mesh of 512 divides neither axis. A leaf is not
+    split over a mesh axis that divides none of its own. Axis 0 is split only if no other can be: in
+    a ``repeat`` it is the axis of layers, from which a scan takes params one by one.
+
+    Args:
+        tree: a tree of arrays or ``jax.ShapeDtypeStruct``.
+        mesh: a mesh of Auto axes.
+        axes: the names of the mesh axes to split over; all of them by default.
+        smallest: the number of elements below which a leaf is replicated, because gathering it
+            would cost more time than its memory is worth.
+
+    Returns:
+        A tree of ``NamedSharding`` like ``tree``.
+
+    Raises:
+        TypeError: for a net in place of its params, or for a mesh that is not one.
+        ValueError: for a mesh whose axes are not Auto, or an axis that it does not have.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -56,9 +74,9 @@ def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> A
     _check_tree(tree)
     sizes = _sizes(mesh, *axes) or dict(mesh.shape)
 
-    def place(leaf: Any) -> NamedSharding:
+    def place(leaf: Array) -> NamedSharding:
         shape = jnp.shape(leaf)
-        names: list[Any] = [None] * len(shape)
+        names: _Axes = [None] * len(shape)
         if math.prod(shape) >= smallest:
             for among in range(1, len(names)), range(min(1, len(names))):
                 if not any(names):
@@ -68,17 +86,31 @@ def fully_sharded(tree: Any, mesh: Mesh, *axes: str, smallest: int = 2**12) -> A
     return jax.tree.map(place, tree)
 
 
-def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = None) -> Any:
-    """Dense layers split over the mesh axis ``axis``: those that widen by columns, others by rows.
+def tensor_parallel(tree: PyTree, mesh: Mesh, axis: str, *, vocab: int | None = None) -> PyTree:
+    """Return shardings that split dense layers by columns if they widen, else by rows.
 
-    Of a pair that widens and narrows, each device has a part of the features between, which nobody
-    else needs; one all-reduce adds up what the rows make of them, and one the d_x of the columns
-    (Megatron-LM, Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). In GPT-2 the columns are
-    ``attn.c_attn`` and ``mlp.c_fc``, the rows ``attn.c_proj`` and ``mlp.c_proj``. (The columns of
-    ``c_attn``, q, k and v one after the other, do not fall on heads: XLA gathers its activations.)
+    Of a pair that widens and then narrows, each device computes its own part of the features in
+    between. One all-reduce sums the outputs of the rows, and another the d_x of the columns
+    (Megatron-LM, Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). In GPT-2 ``attn.c_attn``
+    and ``mlp.c_fc`` are split by columns, ``attn.c_proj`` and ``mlp.c_proj`` by rows. The columns
+    of ``c_attn`` are q, k and v one after the other, so that a split does not fall between heads,
+    and XLA gathers its activations.
 
-    An array of ``vocab`` rows is a table, and split by them. All else is on every device, and so
-    is what ``axis`` does not divide: pad a vocabulary of 50257 to 50304.
+    All other arrays are replicated, and so are those that the mesh axis does not divide: pad a
+    vocabulary of 50257 to 50304.
+
+    Args:
+        tree: a tree of arrays or ``jax.ShapeDtypeStruct``.
+        mesh: a mesh of Auto axes.
+        axis: the name of the mesh axis to split over.
+        vocab: the number of rows of an embedding's table; an array with so many is split by rows.
+
+    Returns:
+        A tree of ``NamedSharding`` like ``tree``.
+
+    Raises:
+        TypeError: for a net in place of its params, or for a mesh that is not one.
+        ValueError: for a mesh whose axes are not Auto, or an axis that it does not have.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -90,14 +122,14 @@ def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = Non
     _check_tree(tree)
     size = _sizes(mesh, axis)[axis]
 
-    def is_dense(node: Any) -> bool:
-        """Not so where an optimizer's state has something else in the place of w."""
+    def is_dense(node: object) -> bool:
+        """Return whether a node has a matrix for w; in some optimizer states it does not."""
         if not isinstance(node, AffineParams):
             return False
         w = jax.tree.leaves(node.w)
         return len(w) == 1 and getattr(w[0], "ndim", 0) >= 2
 
-    def place(node: Any) -> Any:
+    def place(node: PyTree) -> PyTree:
         if not is_dense(node):
             table = vocab is not None and jnp.shape(node)[:1] == (vocab,)
             return split(node, 0 if table else None)
@@ -108,8 +140,8 @@ def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = Non
             jax.tree.map(lambda b: split(b, -1 if columns else None), node.b),
         )
 
-    def split(leaf: Any, on: int | None) -> NamedSharding:
-        names: list[str | None] = [None] * jnp.ndim(leaf)
+    def split(leaf: Array, on: int | None) -> NamedSharding:
+        names: _Axes = [None] * jnp.ndim(leaf)
         if on is not None and leaf.shape[on] % size == 0:
             names[on] = axis
         return NamedSharding(mesh, PartitionSpec(*names))
@@ -118,38 +150,52 @@ def tensor_parallel(tree: Any, mesh: Mesh, axis: str, *, vocab: int | None = Non
 
 
 class Gathered(Wrapper):
-    """y = f(x), f's params gathered from all devices where they are used."""
+    """y = f(x), with f's params gathered from all devices where f uses them.
+
+    Attributes:
+        layer: f.
+        mesh: the mesh that the params are split over.
+    """
 
     mesh: Mesh
     transparent: ClassVar[bool] = True
 
-    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         return self.layer.forward(self._gathered(params), x)
 
-    def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
+    def backward(
+        self, params: Params, residuals: Residuals, ct: Cotangent
+    ) -> tuple[Cotangent, Cotangent]:
         return self.layer.backward(self._gathered(params), residuals, ct)
 
-    def _gathered(self, params: Any) -> Any:
+    def _gathered(self, params: Params) -> Params:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.lax.with_sharding_constraint(params, everywhere)
 
 
 def gathered(net: Layer, mesh: Mesh) -> Layer:
-    """The same net for params that are split over the mesh: each layer gathers its own.
+    """Return the same net, in which each layer gathers its params from the devices.
 
-    Without it XLA may as well move the activations, and for ``fully_sharded`` params it does. With
-    it a layer's params are whole where the layer uses them, forward and again on the way back, and
-    nowhere else: inside ``repeat``, those of one block at a time. ``jp.cast(gathered(net, mesh),
-    dtype)`` rounds them first. Raises ``ValueError`` for a mesh whose axes are not Auto, as those
-    of ``jax.make_mesh`` are by default in newer JAX.
+    A layer's params are whole while the layer uses them, forward and again on the way back; in a
+    ``repeat``, those of one block at a time. Without ``gathered`` XLA is free to move the
+    activations instead, and for ``fully_sharded`` params it does. ``jp.cast(gathered(net, mesh),
+    dtype)`` rounds the params before it gathers them.
+
+    Args:
+        net: the network, with params split over the mesh.
+        mesh: a mesh of Auto axes.
+
+    Raises:
+        TypeError: if net is not a layer, or mesh is not a mesh.
+        ValueError: for a mesh whose axes are not Auto; newer JAX makes Explicit ones by default.
     """
     require(net, Layer, "gathered")
     _sizes(mesh)
     return map_layers(net, lambda layer: Gathered(layer, mesh))
 
 
-def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> list[Any]:
-    """For each axis of shape the mesh axes that split it: one for all, or the longest for each."""
+def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> _Axes:
+    """Return the mesh axes that split each axis of shape; they share one if its size allows it."""
     left = list(shape)
     names: list[tuple[str, ...]] = [()] * len(shape)
     for name, size in sizes.items():
@@ -161,12 +207,13 @@ def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> list[
     return [each[0] if len(each) == 1 else each or None for each in names]
 
 
-def _check_tree(tree: Any) -> None:
+def _check_tree(tree: PyTree) -> None:
     if isinstance(tree, Layer):
         raise TypeError(f"params have a place, a net has none: got {tree}")
 
 
 def _sizes(mesh: Mesh, *axes: str) -> dict[str, int]:
+    """Return the sizes of these mesh axes, after a check of the mesh."""
     require(mesh, Mesh, "the mesh")
     if set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""The quantities of `jaxprop bench` as BackPACK computes them: the same network, on this machine.
+"""Time BackPACK on the quantities and the network of `jaxprop bench`.
 
     python3 -m venv peers && peers/bin/pip install torch==2.13.0 backpack-for-pytorch
     peers/bin/python examples/peers/backpack_quantities.py
 
-Each figure is the median over runs that alternate with the plain gradient, and its ratio to that.
+Runs of a quantity alternate with runs of the plain gradient. The script prints the medians of both
+times and of their ratio.
 """
 
 import statistics

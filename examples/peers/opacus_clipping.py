@@ -1,9 +1,10 @@
-"""The step of the `clipped` row of `jaxprop bench` as Opacus does it, with ghost clipping.
+"""Time Opacus's ghost clipping on the network of the `clipped` row of `jaxprop bench`.
 
     python3 -m venv peers && peers/bin/pip install opacus
     peers/bin/python examples/peers/opacus_clipping.py
 
-Medians of a private step (no noise) in turn with a plain step of SGD, on the same network.
+A clipped step without noise alternates with a plain step of SGD on the same network. The script
+prints the medians of both times and of their ratio.
 """
 
 import statistics

@@ -1,10 +1,10 @@
-"""The step of the `3c3d` row of `jaxprop bench` in PyTorch: forward and backward, on this machine.
+"""Time a PyTorch version of the `3c3d` row of `jaxprop bench`, forward and backward.
 
     python3 -m venv peers && peers/bin/pip install torch==2.13.0
     peers/bin/python examples/peers/torch_3c3d.py
 
-Medians of the loss and its gradient, eagerly and by `torch.compile` where that works, with images
-channels first and channels last, in turn.
+The runs alternate between eager mode and `torch.compile`, where that works, and between images with
+channels first and channels last. The script prints the median time of each.
 """
 
 import statistics
@@ -19,7 +19,7 @@ BATCH, ROUNDS = 64, 15
 def network():
     torch.manual_seed(0)
 
-    def same_pool(low, high):  # "SAME" padding as TensorFlow has it: the odd element goes high
+    def same_pool(low, high):  # TensorFlow's "SAME" padding, with an odd element at the end
         return nn.ConstantPad2d((low, high, low, high), -torch.inf), nn.MaxPool2d(3, 2)
 
     return nn.Sequential(
@@ -62,7 +62,7 @@ def main():
         steps[f"eager, {words}"] = stepper(layout, compiled=False)
         try:
             steps[f"compiled, {words}"] = stepper(layout, compiled=True)
-        except Exception as error:  # no C++ compiler, say
+        except Exception as error:  # for example, there is no C++ compiler
             print(f"torch.compile, {words}: {type(error).__name__}")
     times = {name: [] for name in steps}
     for _ in range(ROUNDS):

@@ -1,9 +1,10 @@
-"""``examples/gpt.py`` in PyTorch: the same network, windows, optimizer and number of steps.
+"""Train the GPT of `examples/gpt.py` in PyTorch, with the same windows, optimizer and steps.
 
+    python3 -m venv peers && peers/bin/pip install torch==2.13.0 numpy
     peers/bin/python examples/peers/torch_gpt_train.py --steps 2000
 
-Weights are drawn from the same distributions (with another generator), and the text is read in the
-same windows, so that the two runs end within what a seed makes of it.
+Initial weights come from the same distributions, but from another random generator. The two runs
+should end as close to each other as two seeds of one of them.
 """
 
 import argparse
@@ -23,9 +24,11 @@ WARMUP, RATE, REPORTS = 100, 2e-3, 10
 
 
 def initialize(net):
+    """Draw the weights from the distributions of the `init` of jaxprop's layers."""
     for module in net.modules():
         if isinstance(module, nn.Linear):
-            std = module.in_features**-0.5 / 0.87962566  # of a normal cut off at two deviations
+            # The standard deviation before the normal is truncated at two of them.
+            std = module.in_features**-0.5 / 0.87962566
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
             nn.init.zeros_(module.bias)
     nn.init.normal_(net.embedding.weight, std=WIDTH**-0.5)
@@ -33,15 +36,21 @@ def initialize(net):
 
 
 def windows(text, starts):
+    """Return the bytes of each window, and the byte after each of them."""
     cut = text[torch.as_tensor(starts)[:, None] + torch.arange(LENGTH + 1)]
     return cut[:, :-1], cut[:, 1:]
 
 
 def main():
     parser = argparse.ArgumentParser(description="Train a GPT to write Python, in PyTorch.")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    for name, default, meaning in (
+        ("steps", 2000, "training steps"),
+        ("batch", 16, "windows per step"),
+        ("seed", 0, "seed of the run"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
+        )
     args = parser.parse_args()
     text, held_out = load(args.seed)
     order = starts(args.seed, args.steps, args.batch, LENGTH, text)

@@ -1,4 +1,4 @@
-"""Measure a function A against a function B, in one process and in turn, on JAX's device."""
+"""The comparison of two functions, in one process and in turn, on JAX's default device."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.stages import Compiled, Traced
+
+from jaxprop.core.types import PyTree
 
 TRACES = 9
 
+Function = Callable[..., PyTree]
+Make = Callable[[], Function]
+"""A function that returns a new function of arrays at each call."""
+
 
 class Spread(NamedTuple):
-    """Median and quartiles."""
+    """The median and the quartiles of some samples.
+
+    Attributes:
+        median: the median.
+        low: the first quartile.
+        high: the third quartile.
+    """
 
     median: float
     low: float
@@ -23,6 +36,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, samples: list[float]) -> Spread:
+        """Return the spread of at least one sample."""
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0])
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -30,9 +44,15 @@ class Spread(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What one compiled function costs. Times in seconds, memory in bytes.
+    """The cost of one compiled function.
 
-    ``flops`` are those of one call, None where a loop hides how often its body runs.
+    Attributes:
+        run: the time of a call, in seconds.
+        trace: the time to trace it, in seconds.
+        compile: the time to lower and compile it, in seconds.
+        temp_bytes: its temporary memory.
+        flops: the floating-point operations of a call; None if it has a loop, whose iterations XLA
+            does not count.
     """
 
     run: Spread
@@ -43,7 +63,16 @@ class Program(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A beside B; each ratio is that of the pair's two neighbouring samples, A over B."""
+    """The costs of two functions, and their ratios A / B, each of two neighbouring samples.
+
+    Attributes:
+        a: the costs of A.
+        b: the costs of B.
+        run: the ratios of the times of a call.
+        trace: the ratios of the times to trace.
+        compile: the ratios of the times to compile.
+        temp: the ratio of the temporary memories; None if B takes none.
+    """
 
     a: Program
     b: Program
@@ -54,19 +83,27 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    make_a: Callable[[], Callable[..., Any]],
-    make_b: Callable[[], Callable[..., Any]],
-    args: tuple[Any, ...],
+    make_a: Make,
+    make_b: Make,
+    args: tuple[PyTree, ...],
     *,
     carried: int = 0,
     seconds: float,
     builds: int,
 ) -> Comparison:
-    """Trace both in turn, compile both ``builds`` times in turn, then run both in turn.
+    """Measure two functions A and B: trace them in turn, compile them in turn, run them in turn.
 
-    ``make_a`` and ``make_b`` return a new function each time, so that nothing is traced from a
-    cache. Running goes on for about ``seconds``, and for at least three pairs. The first
-    ``carried`` args are donated, and the first results stand for them in the next call.
+    Args:
+        make_a: a maker of A. It returns a new function at each call, which JAX cannot have cached.
+        make_b: a maker of B, likewise.
+        args: the arguments of both functions.
+        carried: the number of leading args that are donated. The leading results take their places
+            in the next call.
+        seconds: how long to run, about; at least three pairs of samples are taken.
+        builds: how often to compile each.
+
+    Returns:
+        The costs of both, and their ratios.
     """
     makers = (make_a, make_b)
     traces = [[_trace(make, args, carried)[0] for make in makers] for _ in range(TRACES + 1)][1:]
@@ -106,43 +143,47 @@ def compare(
 
 
 def matmul_rate(size: int = 2048) -> float:
-    """FLOP/s of one large float32 matmul on this device: the best of five."""
+    """Return the FLOP/s of one large float32 matmul on this device, the best of five.
+
+    Args:
+        size: the rows and columns of both factors.
+    """
     x = jnp.ones((size, size), jnp.float32)
     multiply = _Calls(jax.jit(jnp.matmul).lower(x, x).compile(), (x, x), 0)
     _time(multiply, 1)
     return 2 * size**3 / min(_time(multiply, 1) for _ in range(5))
 
 
-def _flops(compiled: Any) -> float | None:
-    return None if " while(" in compiled.as_text() else compiled.cost_analysis().get("flops")
+def _flops(compiled: Compiled) -> float | None:
+    if " while(" in (compiled.as_text() or ""):
+        return None
+    return (compiled.cost_analysis() or {}).get("flops")
 
 
 class _Calls:
-    """Calls of a compiled function, each with the first results of the one before."""
+    """Calls of a compiled function, each given the leading results of the call before."""
 
-    def __init__(self, compiled: Callable[..., Any], args: tuple[Any, ...], carried: int) -> None:
+    def __init__(self, compiled: Compiled, args: tuple[PyTree, ...], carried: int) -> None:
         self._compiled, self._carried = compiled, carried
         self._args = *jax.tree.map(jnp.copy, args[:carried]), *args[carried:]
 
-    def __call__(self) -> Any:
+    def __call__(self) -> PyTree:
         result = self._compiled(*self._args)
         if self._carried:
             self._args = *result[: self._carried], *self._args[self._carried :]
         return result
 
 
-def _trace(
-    make: Callable[[], Callable[..., Any]], args: tuple[Any, ...], carried: int
-) -> tuple[float, Any]:
+def _trace(make: Make, args: tuple[PyTree, ...], carried: int) -> tuple[float, Traced]:
+    """Return the time to trace a new function, and the traced function."""
     function = jax.jit(make(), donate_argnums=tuple(range(carried)))
     start = time.perf_counter()
     traced = function.trace(*args)
     return time.perf_counter() - start, traced
 
 
-def _compile(
-    make: Callable[[], Callable[..., Any]], args: tuple[Any, ...], carried: int
-) -> tuple[float, Any]:
+def _compile(make: Make, args: tuple[PyTree, ...], carried: int) -> tuple[float, Compiled]:
+    """Return the time to lower and compile a new function, and the compiled function."""
     _, traced = _trace(make, args, carried)
     start = time.perf_counter()
     compiled = traced.lower().compile()
@@ -150,6 +191,7 @@ def _compile(
 
 
 def _time(run: _Calls, calls: int) -> float:
+    """Return the time of a call, the mean of several in a row."""
     start = time.perf_counter()
     for _ in range(calls):
         result = run()

@@ -1,8 +1,6 @@
-"""The networks that are measured: each ``(net, loss, (params, x, target))``."""
+"""The networks that are measured, each with a loss and random data."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +8,23 @@ import jax.numpy as jnp
 from jaxprop.combinators.chain import chain
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
+from jaxprop.core.types import Params, PyTree
 from jaxprop.layers import Dense, Lstm
 from jaxprop.losses import CrossEntropy
 from jaxprop.models import Gpt2Config, gpt2, images
 
-Network = tuple[Layer, Loss, tuple[Any, Any, Any]]
+Network = tuple[Layer, Loss, tuple[Params, PyTree, PyTree]]
+"""A net, a loss, and (params, x, target)."""
 
 
 def gpt(*, scan: bool, recomputing: bool = False, batch: int = 8) -> Network:
-    """Six blocks of 256 features and 4 heads on 128 tokens of a vocabulary of 128."""
+    """Return a GPT of six blocks, 256 features and 4 heads, on 128 tokens of a vocabulary of 128.
+
+    Args:
+        scan: whether the blocks are one ``repeat``.
+        recomputing: whether a block saves its input alone and recomputes the rest on the way back.
+        batch: the number of examples.
+    """
     config = Gpt2Config(vocab=128, length=128, features=256, heads=4, layers=6)
     net, keys = (
         gpt2(config, scan=scan, recomputing=recomputing),
@@ -30,7 +36,13 @@ def gpt(*, scan: bool, recomputing: bool = False, batch: int = 8) -> Network:
 
 
 def lstm(*, batch: int, length: int, features: int) -> Network:
-    """An LSTM and ten classes at every step."""
+    """Return an LSTM with ten classes at every step.
+
+    Args:
+        batch: the number of examples.
+        length: the number of steps.
+        features: the width of the inputs and of the state.
+    """
     net, keys = chain(Lstm(features), Dense(10)), jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, length, features), jnp.float32)
     target = jax.random.randint(keys[1], (batch, length), 0, 10)
@@ -38,12 +50,12 @@ def lstm(*, batch: int, length: int, features: int) -> Network:
 
 
 def three_c3d(batch: int) -> Network:
-    """3C3D on random images of CIFAR-10's size."""
+    """Return 3C3D on random images of CIFAR-10's size."""
     return _on_random_images(images.three_c3d(), batch, classes=10)
 
 
 def all_cnn_c(batch: int) -> Network:
-    """All-CNN-C on random images of CIFAR-100's size."""
+    """Return All-CNN-C on random images of CIFAR-100's size."""
     return _on_random_images(images.all_cnn_c(), batch, classes=100)
 
 

@@ -1,4 +1,4 @@
-"""Run the rows, print the table, hold the figures against earlier ones."""
+"""The report of ``jaxprop bench``: a table of the rows, and a comparison with earlier figures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jaxprop.bench.measure import Comparison, compare, matmul_rate
 from jaxprop.bench.rows import ROWS
 
 RATIOS = ("run", "trace", "compile", "temp")
-WORSE = 1.1
-QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds of runs a row, and how often it is compiled
+WORSE = 1.1  # a ratio above this many times the baseline's is a regression
+QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds to run each row, and how often to compile it
 EXPLANATION = """\
 hand: jaxprop; auto: jax.value_and_grad of the same loss, in a row /vmap the same quantity by
 jax.vmap, for a network's norms jaxprop's own value_and_grad, in a row fused- jax.value_and_grad and
@@ -24,11 +24,22 @@ the same optimizer. run, trace, compile, temp: ratios hand/auto, medians of neig
 
 
 class BenchError(Exception):
-    """What was asked wrongly, in one line."""
+    """A mistake on the command line, in one line."""
 
 
 def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
-    """Measure the rows (whose name contains ``only``), print a table, return the figures."""
+    """Measure the rows, print a table, and return the figures.
+
+    Args:
+        only: measure only the rows whose name contains this.
+        quick: whether to take fewer samples.
+
+    Returns:
+        The figures, ready for JSON: the device, the version of JAX, and the costs of each row.
+
+    Raises:
+        BenchError: if no row's name contains ``only``.
+    """
     names = [name for name in ROWS if only is None or only in name]
     if not names:
         raise BenchError(f"--only {only}: no such row; there are {', '.join(ROWS)}")
@@ -68,7 +79,12 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
 
 
 def regressions(figures: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
-    """A line for each ratio that is worse than the baseline's by more than a tenth."""
+    """Return a line for each ratio that is worse than the baseline's by more than a tenth.
+
+    Args:
+        figures: the figures, as ``bench`` returns them.
+        baseline: earlier figures. Rows that they do not have are not compared.
+    """
     worse = []
     for name, row in figures["rows"].items():
         for ratio in RATIOS:
@@ -80,6 +96,7 @@ def regressions(figures: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
 
 
 def _figures(measured: Comparison, rate: float) -> dict[str, Any]:
+    """Return the figures of one row; rate is the FLOP/s of a large matmul."""
     sides = {}
     for side, program in (("hand", measured.a), ("auto", measured.b)):
         sides[side] = {
@@ -120,6 +137,7 @@ def _table() -> Table:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
+    """Return a row's figures as the cells of the table."""
     ratio, (low, high) = row["ratio"], row["run_ratio_quartiles"]
     return [
         f"{1e3 * row['hand']['run_s']['median']:.2f}",

@@ -1,20 +1,23 @@
-"""What is measured: a row is two programs for the same numbers, jaxprop's and plain autodiff's."""
+"""The rows of ``jaxprop bench``: each compares two functions, by jaxprop and by plain JAX."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
+from jaxprop.bench.measure import Function, Make
 from jaxprop.bench.networks import Network, all_cnn_c, gpt, lstm, three_c3d
 from jaxprop.combinators.chain import chain
 from jaxprop.combinators.repeat import repeat
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
+from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import loss_fn
 from jaxprop.layers import AffineParams, Dense, Relu, Sigmoid, Tanh
 from jaxprop.losses import CrossEntropy, HalfSquaredError
@@ -33,30 +36,35 @@ from jaxprop.training.update import make_update
 
 
 class Case(NamedTuple):
-    """Makers of the two functions (new ones at each call, so that nothing is cached), and args.
+    """Two functions to compare, and their arguments.
 
-    The first ``carried`` args are donated; the first results take their places.
+    Attributes:
+        hand: a maker of the function by the hand-written chain.
+        auto: a maker of the function that it is compared with.
+        args: the arguments of both.
+        carried: the number of leading args that are donated. The leading results take their places
+            in the next call.
     """
 
-    hand: Callable[[], Callable[..., Any]]
-    auto: Callable[[], Callable[..., Any]]
-    args: tuple[Any, ...]
+    hand: Make
+    auto: Make
+    args: tuple[PyTree, ...]
     carried: int = 0
 
 
-def vmap_of_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
-    """Per-example gradients as one writes them in plain JAX."""
+def vmap_of_grad(net: Layer, loss: Loss) -> Function:
+    """Return ``f(params, x, target)``, the per-example gradients in plain JAX."""
 
-    def own(params: Any, x: Any, target: Any) -> Any:
+    def own(params: Params, x: Array, target: Array) -> Array:
         return loss_fn(net, loss)(params, x[None], target[None])
 
     return jax.vmap(jax.grad(own), (None, 0, 0))
 
 
-def vmap_clipped(net: Layer, loss: Loss, max_norm: float) -> Callable[..., Any]:
-    """Clipping as one writes it in plain JAX."""
+def vmap_clipped(net: Layer, loss: Loss, max_norm: float) -> Function:
+    """Return ``f(params, x, target)``, the mean of the clipped gradients in plain JAX."""
 
-    def clipped(params: Any, x: Any, target: Any) -> Any:
+    def clipped(params: Params, x: Array, target: Array) -> Params:
         grads = vmap_of_grad(net, loss)(params, x, target)
         norms = jax.vmap(optax.tree.norm)(grads)
         weights = jnp.minimum(1, max_norm / norms) / len(norms)
@@ -68,13 +76,18 @@ def vmap_clipped(net: Layer, loss: Loss, max_norm: float) -> Callable[..., Any]:
 def mlp(
     *widths: int,
     batch: int,
-    hand: Callable[[Layer, Loss], Any] = value_and_grad,
-    auto: Callable[[Layer, Loss], Any] = autodiff,
+    hand: Callable[[Layer, Loss], Function] = value_and_grad,
+    auto: Callable[[Layer, Loss], Function] = autodiff,
     key: bool = False,
 ) -> Case:
-    """Dense layers with relu between, cross-entropy on top, and random data.
+    """Return a case of dense layers with ReLU between, cross-entropy, and random data.
 
-    ``hand`` and ``auto`` make the two functions of (params, x, target), and with ``key`` of a key.
+    Args:
+        widths: the number of features of x and of each layer.
+        batch: the number of examples.
+        hand: a maker of the function to measure, of (params, x, target).
+        auto: a maker of the function that it is compared with.
+        key: whether the function of ``hand`` also takes a key.
     """
     layers: list[Layer] = []
     for width in widths[1:-1]:
@@ -83,11 +96,11 @@ def mlp(
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (batch, widths[0]), jnp.float32)
     target = jax.random.randint(keys[1], (batch,), 0, widths[-1])
-    args: tuple[Any, ...] = net.init(keys[2], x), x, target
+    args: tuple[PyTree, ...] = net.init(keys[2], x), x, target
     if not key:
         return Case(lambda: hand(net, loss), lambda: auto(net, loss), args)
 
-    def without_key() -> Callable[..., Any]:
+    def without_key() -> Function:
         plain = auto(net, loss)
         return lambda params, x, target, key: plain(params, x, target)
 
@@ -95,19 +108,19 @@ def mlp(
 
 
 def trained(network: Network) -> Case:
-    """The network's value and gradient, by hand and by autodiff."""
+    """Return the case of the network's value and gradient, by hand and by autodiff."""
     net, loss, args = network
     return Case(lambda: value_and_grad(net, loss), lambda: autodiff(net, loss), args)
 
 
 def norms(network: Network) -> Case:
-    """The network's per-example squared norms, beside its gradient by hand."""
+    """Return the case of the network's per-example squared norms, beside its gradient by hand."""
     net, loss, args = network
     return Case(lambda: per_example_sq_norms(net, loss), lambda: value_and_grad(net, loss), args)
 
 
 def worked_example(steps: int) -> Case:
-    """The classic 2-2-2 network, trained in one scan."""
+    """Return the case of the classic 2-2-2 network, trained in one scan of so many steps."""
     net, loss = (
         chain(Dense(2, bias=False), Sigmoid(), Dense(2, bias=False), Sigmoid()),
         HalfSquaredError(),
@@ -120,11 +133,11 @@ def worked_example(steps: int) -> Case:
         (),
     )
 
-    def train(differentiate: Callable[[Layer, Loss], ValueAndGrad]) -> Callable[..., Any]:
+    def train(differentiate: Callable[[Layer, Loss], ValueAndGrad]) -> Function:
         update = make_update(net, loss, optimizer, value_and_grad=differentiate)
 
-        def trained(params: Any, x: Any, target: Any) -> Any:
-            def step(carry: Any, _: None) -> Any:
+        def trained(params: Params, x: Array, target: Array) -> tuple[PyTree, Array]:
+            def step(carry: tuple[Params, PyTree], _: None) -> tuple[tuple[Params, PyTree], Array]:
                 params, state, value = update(carry[0], carry[1], x, target)
                 return (params, state), value
 
@@ -137,7 +150,7 @@ def worked_example(steps: int) -> Case:
 
 
 def fused(optimizer: optax.GradientTransformation) -> Case:
-    """The fused update of 16 tanh layers in a repeat, beside autodiff and the same optimizer."""
+    """Return the case of a fused update, beside autodiff and the same optimizer."""
     net, loss = repeat(chain(Dense(1024), Tanh()), 16), HalfSquaredError()
     keys = jax.random.split(jax.random.key(0), 3)
     x, target = (jax.random.normal(key, (64, 1024), jnp.float32) for key in keys[:2])

@@ -1,1 +1,1 @@
-"""Hold a layer's ``backward`` against what it must be."""
+"""The check of a layer's ``backward`` against independent oracles: ``jp.check_layer``."""

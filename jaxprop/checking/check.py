@@ -1,9 +1,8 @@
-"""The check: what a layer answers, beside what each oracle says it should."""
+"""``jp.check_layer``: a layer's cotangents compared with those of each oracle."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,48 +16,54 @@ from jaxprop.checking.points import float64, is_floating, normal, tenth, with_no
 from jaxprop.core.checks import require
 from jaxprop.core.combinator import Combinator
 from jaxprop.core.forms import is_factored
-from jaxprop.core.tree import learned_cotangents
 from jaxprop.core.layer import Layer
+from jaxprop.core.tree import learned_cotangents
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 DIRECTIONS = 3
 OF_CT = "the sum of squares (of_squares looks at the form's own ct)"
 
+Pair = tuple[dict[str, Array], dict[str, Array]]
+"""Results of a layer's forms and the expected ones, each by the name of the leaf."""
+
 
 def check_layer(
-    layer: Layer, x: Any, params: Any = None, *, seed: int = 0, rtol: float = 1e-12
+    layer: Layer, x: PyTree, params: Params = None, *, seed: int = 0, rtol: float = 1e-12
 ) -> None:
-    """Check ``layer.backward`` in float64: return nothing, or raise and say what is wrong.
+    """Check ``layer.backward`` against ``layer.forward`` in float64; raise if they disagree.
 
-    In several random directions of the output's cotangent ct, every leaf of d_params and d_x
+    y and residuals must be arrays with the example on axis 0. For several random cotangents ct of
+    y, every leaf of d_params and d_x must
 
-    - has the structure, shape and dtype of what it is the cotangent of,
-    - equals ``jax.vjp`` of ``forward``,
-    - is linear in ct,
-    - is, for a batch, the sum over its examples taken one by one (for d_x: their stack), and each
-      example's share of it, where it is factored, that of the example alone (a layer that is
-      ``batch_coupled`` says that this does not hold, and is spared it),
-    - where it is factored, has in its first factor nothing of ct (``Factored.of_squares``),
-    - is the same under ``jit``,
-    - is the same when forward and backward are scanned, with the residuals stacked in between,
-    - agrees with central differences of ``forward`` in a random direction near the point; a param
-      that forward holds constant by ``jax.lax.stop_gradient`` is spared that.
+    - have the structure, shape and dtype of its primal,
+    - equal ``jax.vjp`` of ``forward``,
+    - be linear in ct,
+    - be the sum over the examples of a batch taken one by one; for d_x, their stack,
+    - if it is a form, give each example's share as the example alone does,
+    - if it is a form, give the second moment from another form's ``squares`` (``of_squares`` must
+      not look at the form's own ct),
+    - be the same under ``jax.jit``,
+    - be the same in a ``jax.lax.scan``, with the residuals stacked between forward and backward,
+    - agree with central differences of ``forward`` in a random direction near the point.
 
-    y and residuals must be arrays with the example on axis 0.
+    A layer that is ``batch_coupled`` is not asked about single examples, and a param that
+    ``forward`` holds constant by ``jax.lax.stop_gradient`` is not compared with differences.
 
     Args:
-        layer: the layer, the user's own or the library's.
-        x: an input of at least one example (axis 0); floats are taken to float64.
-        params: the point to check at. By default that of ``init`` with noise added, so that no
+        layer: the layer.
+        x: an input of at least one example, on axis 0. Floats are converted to float64.
+        params: the params to check at. By default those of ``init`` with noise added, so that no
             zero or one there hides an error.
-        seed: of init, noise and directions.
-        rtol: the largest difference allowed in a leaf, relative to the leaf's largest element (in
-            d_x: to the example's). It does not grow with the size of the array. Central differences
+        seed: the seed of init, noise and directions.
+        rtol: the largest difference allowed in a leaf, relative to the leaf's largest element; for
+            d_x, to the example's. It does not grow with the size of the array. Central differences
             are held to 1e-6.
 
     Raises:
-        AssertionError: one, that names the layer, the leaf (``d_params.w``), the index of the
-            worst element, both values and the relative error.
-        TypeError, ValueError: for what cannot be checked, such as x and params without floats.
+        AssertionError: for the first disagreement. The message names the layer, the leaf
+            (``d_params.w``), the index of the worst element, both values and the relative error.
+        TypeError: for a layer, x or params that cannot be checked, such as complex numbers.
+        ValueError: if neither params nor x hold floats.
 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
@@ -94,7 +99,8 @@ def check_layer(
             differences(params, x, ct, key)
 
 
-def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
+def _check_forward(layer: Layer, y: PyTree, residuals: Residuals, examples: int) -> None:
+    """Raise unless y and residuals are arrays with the example on axis 0."""
     for name, tree in (("y", y), ("residuals", residuals)):
         for path, leaf in jax.tree.leaves_with_path(tree):
             at = f"{layer}: {name}{keystr(path)}"
@@ -103,7 +109,8 @@ def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
                     f"{at} is the {type(leaf).__name__} {leaf!r}, which would not survive jit or "
                     "scan; a fact that is known beforehand is a field of the layer"
                 )
-            inner = name == "residuals" and isinstance(layer, Combinator)  # a stack of layers', say
+            # The residuals of a combinator may have other axes in front, such as one of layers.
+            inner = name == "residuals" and isinstance(layer, Combinator)
             if not inner and leaf.shape[:1] != (examples,):
                 raise AssertionError(
                     f"{at} has shape {leaf.shape}, but axis 0 is the example and x has {examples}"
@@ -113,11 +120,16 @@ def _check_forward(layer: Layer, y: Any, residuals: Any, examples: int) -> None:
 
 
 def _shares(
-    layer: Layer, params: Any, x: Any, residuals: Any, ct: Any, other_ct: Any
-) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """What factored leaves say beside what is so: of each example, and of the sum of squares.
+    layer: Layer,
+    params: Params,
+    x: PyTree,
+    residuals: Residuals,
+    ct: Cotangent,
+    other_ct: Cotangent,
+) -> tuple[Pair, Pair]:
+    """Return the examples' shares and the second moments, by the layer's forms and as expected.
 
-    The latter is asked of the form of ct, with the squares of another's.
+    The second moment is taken by the form of ct, from the squares of the form of another ct.
     """
     forms, others = (
         jax.tree.leaves_with_path(
@@ -127,8 +139,8 @@ def _shares(
         for ct in (ct, other_ct)
     )
     alone = jax.tree.leaves(each_alone(layer, params, x, ct)["params"])
-    each: tuple[Any, Any] = ({}, {})
-    squares: tuple[Any, Any] = ({}, {})
+    each: Pair = ({}, {})
+    squares: Pair = ({}, {})
     for (path, form), (_, other), share in zip(forms, others, alone, strict=True):
         if is_factored(form):
             name = f"params{keystr(path)}"
@@ -140,16 +152,17 @@ def _shares(
 
 def _compare(
     layer: Layer,
-    got: Any,
-    expected: Any,
+    got: PyTree,
+    expected: PyTree,
     oracle: str,
     rtol: float,
-    ct: Any,
+    ct: Cotangent,
     by_example: bool = False,
 ) -> None:
-    """Leaf by leaf, relative to the leaf's largest element; for d_x, to the example's.
+    """Raise unless each leaf of got is within rtol of the expected one.
 
-    A hundredth of that again, of the largest ct, is allowed to a leaf that should be zero.
+    The difference is relative to the leaf's largest element; for d_x, to the example's. A leaf that
+    should be zero may differ by rtol / 100 of the largest element of ct.
     """
     floor = rtol / 100 * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(ct))
     pairs = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True)

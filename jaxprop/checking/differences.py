@@ -1,14 +1,13 @@
-"""Central differences: the oracle that knows nothing of autodiff."""
+"""Central differences of ``forward``: the oracle that does not use autodiff."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import KeyPath
 
 from jaxprop.checking.oracles import answer, d_name
 from jaxprop.checking.points import (
@@ -22,23 +21,27 @@ from jaxprop.checking.points import (
     with_noise,
 )
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import Cotangent, Params, PyTree
 
-STEP = 1e-6  # rounding and truncation are then near 1e-10 of the slope
+STEP = 1e-6  # for which rounding and truncation are near 1e-10 of the slope
 RTOL = 1e-6
 
 
-def differences_of(layer: Layer) -> Callable[[Any, Any, Any, chex.PRNGKey], None]:
-    """``check(params, x, ct, key)``: raise unless backward agrees with differences of forward.
+def differences_of(layer: Layer) -> Callable[[Params, PyTree, Cotangent, Array], None]:
+    """Return ``check(params, x, ct, key)``, which raises unless backward agrees with differences.
 
-    One leaf after the other: for a direction v of the leaf, <d, v> against <ct, s> with
-    s = (f(p + h v) - f(p - h v)) / 2h, at a point moved off whatever kinks it sat on. Noise and v
-    are in proportion to each element, so that a positive number stays positive. The error is
-    measured against |ct| |s|, which bounds both sides and, unlike them, does not cancel to nothing;
-    what the rounding of f hides, near eps |ct| (|f| + |p|) / h, is allowed.
+    Each leaf is moved along a random direction v. With d the leaf's cotangent by backward, <d, v>
+    must be <ct, s> with s = (f(p + h v) - f(p - h v)) / 2h. First noise moves the point p off any
+    kinks. Noise and v are proportional to each element, so that a positive number stays positive.
+
+    The error is relative to |ct| |s|: it bounds both sides and, unlike them, cannot cancel. An
+    error near eps |ct| (|f| + |p|) / h, which the rounding of f may cause, is allowed.
     """
 
     @jax.jit
-    def prepare(params: Any, x: Any, ct: Any, key: chex.PRNGKey) -> tuple[Any, ...]:
+    def prepare(
+        params: Params, x: PyTree, ct: Cotangent, key: Array
+    ) -> tuple[PyTree, PyTree, Cotangent]:
         for_noise, for_directions = jax.random.split(key)
         point = with_noise(for_noise, {"params": params, "x": x}, hundredth)
         directions = jax.tree.map(
@@ -49,14 +52,14 @@ def differences_of(layer: Layer) -> Callable[[Any, Any, Any, chex.PRNGKey], None
         return point, directions, answer(layer, **point, ct=ct)
 
     @jax.jit
-    def forward(point: Any, directions: Any, steps: Any) -> Any:
+    def forward(point: PyTree, directions: PyTree, steps: PyTree) -> PyTree:
         def move(leaf: Array, v: Array, h: Array) -> Array:
             return leaf + h * v if is_floating(leaf) else leaf
 
         moved = jax.tree.map(move, point, directions, steps)
         return layer.forward(moved["params"], moved["x"])[0]
 
-    def check(params: Any, x: Any, ct: Any, key: chex.PRNGKey) -> None:
+    def check(params: Params, x: PyTree, ct: Cotangent, key: Array) -> None:
         point, directions, cotangents = prepare(params, x, ct, key)
         still = jax.tree.map(lambda leaf: 0.0, point)
         y = forward(point, directions, still)
@@ -66,9 +69,9 @@ def differences_of(layer: Layer) -> Callable[[Any, Any, Any, chex.PRNGKey], None
         hidden = 16 * eps * float(norm(ct)) * float(norm(y) + norm_of_floats(point)) / STEP
         for path, d_leaf in jax.tree.leaves_with_path(cotangents):
             if path[0].key == "params" and not jnp.any(d_leaf):
-                continue  # no derivative by choice: jax.vjp, which found none either, compared it
+                continue  # held constant by forward: jax.vjp, compared before, gave zeros
 
-            def along(h: float, path: Any = path) -> Any:
+            def along(h: float, path: KeyPath = path) -> PyTree:
                 steps = jax.tree.map_with_path(lambda at, _: h if at == path else 0.0, point)
                 return forward(point, directions, steps)
 

@@ -1,33 +1,38 @@
-"""Points to check at and directions to check in: trees of numbers, and what lies between them."""
+"""Points to check at and directions to check in, and the norms and products of such trees."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.tree_util import keystr
+from jax.tree_util import KeyPath, keystr
 
 from jaxprop.core.arrays import rounded
 from jaxprop.core.describe import shapes
 from jaxprop.core.tree import is_not_learned
+from jaxprop.core.types import PyTree
 
 
-def is_floating(leaf: Any) -> bool:
+def is_floating(leaf: Array) -> bool:
+    """Return whether an array is of real floats."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def float64(name: str, tree: Any) -> Any:
+def float64(name: str, tree: PyTree) -> PyTree:
     """Return the tree with its floats in float64.
 
+    Args:
+        name: "params" or "x", for messages.
+        tree: the tree.
+
     Raises:
-        TypeError: for a learned array, or an input, that has no cotangent and is not a bool.
+        TypeError: for a leaf that is not an array, for complex numbers, and in params for a number
+            that is neither a float nor marked as not learned.
     """
 
-    def widen(path: Any, leaf: Any) -> Any:
+    def widen(path: KeyPath, leaf: PyTree) -> PyTree:
         if is_not_learned(leaf):
             return jax.tree.map(lambda leaf: rounded(leaf, jnp.float64), leaf)
         if not hasattr(leaf, "dtype"):
@@ -44,8 +49,8 @@ def float64(name: str, tree: Any) -> Any:
     return jax.tree.map_with_path(widen, tree, is_leaf=is_not_learned)
 
 
-def normal(key: chex.PRNGKey, tree: Any) -> Any:
-    """Normal numbers in the place of floats."""
+def normal(key: Array, tree: PyTree) -> PyTree:
+    """Return the tree with standard normal numbers in the place of floats."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(len(leaves), 1))
     drawn = [
@@ -55,7 +60,9 @@ def normal(key: chex.PRNGKey, tree: Any) -> Any:
     return jax.tree.unflatten(structure, drawn)
 
 
-def with_noise(key: chex.PRNGKey, tree: Any, size: Callable[[Array], Any]) -> Any:
+def with_noise(key: Array, tree: PyTree, size: Callable[[Array], Array]) -> PyTree:
+    """Return the tree with normal noise of standard deviation ``size(leaf)`` added to floats."""
+
     def add(leaf: Array, noise: Array) -> Array:
         return leaf + size(leaf) * noise if is_floating(leaf) else leaf
 
@@ -63,28 +70,32 @@ def with_noise(key: chex.PRNGKey, tree: Any, size: Callable[[Array], Any]) -> An
 
 
 def size_of(leaf: Array) -> Array:
-    """The size of each element; for a zero, that of the leaf, and for a leaf of zeros 1."""
+    """Return the size of each element: for a zero the leaf's rms, and in a leaf of zeros 1."""
     typical = jnp.sqrt(jnp.mean(leaf**2))
     return jnp.where(leaf == 0, jnp.where(typical == 0, 1, typical), jnp.abs(leaf))
 
 
 def tenth(leaf: Array) -> Array:
+    """Return a tenth of the size of each element."""
     return 0.1 * size_of(leaf)
 
 
 def hundredth(leaf: Array) -> Array:
+    """Return a hundredth of the size of each element."""
     return 0.01 * size_of(leaf)
 
 
-def inner(a: Any, b: Any) -> Array:
+def inner(a: PyTree, b: PyTree) -> Array:
+    """Return the inner product of two trees."""
     return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), a, b)), jnp.zeros(()))
 
 
-def norm_of_floats(tree: Any) -> Array:
-    """The norm of the tree's floats."""
+def norm_of_floats(tree: PyTree) -> Array:
+    """Return the norm of the tree's floats."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
     return norm(floats)
 
 
-def norm(a: Any) -> Array:
+def norm(a: PyTree) -> Array:
+    """Return the norm of a tree, all of floats."""
     return jnp.sqrt(inner(a, a))

@@ -31,7 +31,7 @@ class Combinator(Layer):
             return (jp.Child(self.gate, "gate"), jp.Child(self.block, "block", times=self.times))
     """
 
-    _arrays = staticmethod(lambda params: params)
+    _hands_down_types = True
 
     def children(self) -> tuple[Child, ...]:
         layers = tuple(layers_in_fields(self))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked, is_factored
 from jaxprop.core.mesh import like
 from jaxprop.core.step import Step
-from jaxprop.core.tree import axes_of_examples, learned_cotangents, of_one_example
+from jaxprop.core.tree import (
+    axes_of_examples,
+    learned_cotangents,
+    of_one_example,
+    without_unmarked,
+)
 from jaxprop.core.types import Cotangent, Params, PyTree
 
 
@@ -38,9 +42,9 @@ def gradient(step: Step, scale: float | Array = 1.0) -> Params:
         TypeError: for a learned param that is not floating.
         ValueError: for a cotangent whose structure or shape is not its param's.
     """
-    params, totals = step.learned, summed(step.d_params)
-    _hold(params, totals)
-    if not _is_one(scale):
+    totals = summed(step.d_params)
+    params = held(step, totals)
+    if not isinstance(scale, int | float) or scale != 1:
         totals = jax.tree.map(lambda total: total / scale, totals)
     return jax.tree.map(like, params, totals)
 
@@ -60,8 +64,7 @@ def factored(step: Step) -> Cotangent:
             f"{step.layer} couples the examples of a batch: an example has no gradient of its own, "
             "and no per-example quantity exists"
         )
-    params = step.learned
-    _hold(params, jax.eval_shape(summed, step.d_params))
+    params = held(step, jax.eval_shape(summed, step.d_params))
     leaves = jax.tree.leaves(step.d_params, is_leaf=is_factored)
     if all(map(is_factored, leaves)):
         return step.d_params
@@ -83,28 +86,31 @@ def _each(step: Step) -> Cotangent:
     return each(step.params, step.residuals, step.ct)
 
 
-def _hold(params: Params, totals: Cotangent) -> None:
-    """Raise unless totals has the structure and the shapes of params, which are floating."""
+def held(step: Step, totals: Cotangent) -> Params:
+    """Return the step's learned params, once totals are found to be cotangents of them.
 
-    def fit(path: Any, param: Array, d_param: Any) -> None:
+    Args:
+        step: a layer's step.
+        totals: its d_params, summed, or their shapes.
+    """
+    params, structure = step.learned, jax.tree.structure(totals)
+    if jax.tree.structure(params) != structure:
+        params = without_unmarked(params, totals)
+    if jax.tree.structure(params) != structure:
+        raise ValueError(
+            f"d_params has another structure than params: {shapes(totals)}, for {shapes(params)}"
+        )
+    names = jax.tree.leaves_with_path(params)
+    for (path, param), d_param in zip(names, jax.tree.leaves(totals), strict=True):
         name = jax.tree_util.keystr(path)
         if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
             raise TypeError(
                 f"params{name} is {jnp.result_type(param)}: no gradient by it exists; an array "
                 "that is not learned is marked in init, by jp.Unlearned(array)"
             )
-        shape = getattr(d_param, "shape", type(d_param).__name__)
-        if shape != jnp.shape(param):
+        if jnp.shape(d_param) != jnp.shape(param):
             raise ValueError(
-                f"d_params{name} has shape {shape}, but params{name} has {jnp.shape(param)}"
+                f"d_params{name} has shape {jnp.shape(d_param)}, but params{name} has "
+                f"{jnp.shape(param)}"
             )
-
-    try:
-        jax.tree.map(lambda param, d_param: None, params, totals)
-    except ValueError as error:
-        raise ValueError(f"d_params has another structure than params: {error}") from None
-    jax.tree.map_with_path(fit, params, totals)
-
-
-def _is_one(scale: float | Array) -> bool:
-    return isinstance(scale, int | float) and scale == 1
+    return params

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -14,7 +16,7 @@ def shapes(tree: PyTree) -> str:
     class Shape(str):
         __repr__ = str.__str__
 
-    def short(leaf: object) -> Shape:
+    def short(leaf: Any) -> Shape:
         if not hasattr(leaf, "dtype"):
             return Shape(f"{type(leaf).__name__} {leaf!r}")
         return Shape(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]")
@@ -29,7 +31,7 @@ def structs(x: PyTree) -> PyTree:
         TypeError: for a leaf that is not an array.
     """
 
-    def struct(leaf: object) -> jax.ShapeDtypeStruct:
+    def struct(leaf: Any) -> jax.ShapeDtypeStruct:
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"x must be an array, not {shapes(x)}")
         numpy = isinstance(leaf, np.ndarray)

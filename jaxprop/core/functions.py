@@ -1,24 +1,43 @@
-"""Plain functions with names of their own, as makers return them."""
+"""The functions of a batch that makers such as ``jp.value_and_grad`` return."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+from jax import Array
+
+from jaxprop.core.layer import Layer
+from jaxprop.core.types import OfBatch, Params, PyTree
+
+T = TypeVar("T")
 
 
-def named(name: str, doc: str | None = None) -> Callable[[F], F]:
-    """Return a decorator that gives a function a name, for ``help``, ``repr`` and error messages.
+def of_batch(
+    name: str,
+    doc: str | None,
+    net: Layer,
+    f: Callable[[Params, PyTree, PyTree, Array | None], T],
+) -> OfBatch[T]:
+    """Return f as a plain function of params and a batch, under the name of its maker.
 
     Args:
-        name: the name of the maker that the user called.
-        doc: the function's docstring, if it has none of its own.
+        name: the maker's name, for ``help``, ``repr`` and error messages.
+        doc: the function's docstring.
+        net: the network.
+        f: a function of (params, x, target, key), whose params hold the side inputs.
     """
 
-    def rename(f: F) -> F:
-        f.__name__ = f.__qualname__ = name
-        f.__doc__ = doc or f.__doc__
-        return f
+    def function(
+        params: Params,
+        x: PyTree,
+        target: PyTree = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> T:
+        return f(net.bind(params, key=key, mask=mask), x, target, key)
 
-    return rename
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = doc
+    return function

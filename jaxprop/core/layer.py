@@ -23,7 +23,7 @@ from jaxprop.core.arrays import rounded
 from jaxprop.core.describe import shapes, structs
 from jaxprop.core.static import Static
 from jaxprop.core.step import Step, Visit, params_of
-from jaxprop.core.tree import Key, Mask, SideInput, arrays, bare
+from jaxprop.core.tree import Key, Mask, SideInput, arrays, bare, typed
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -60,7 +60,7 @@ class Layer(Static):
     """
 
     takes: ClassVar[type[SideInput] | None] = None
-    _arrays = staticmethod(arrays)
+    _hands_down_types: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -294,7 +294,9 @@ def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
     def held(self: Layer, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         self.check_params(params, x)
         x = x if isinstance(x, Array) else jax.tree.map(_on_device, x)
-        result = forward(self, self._arrays(params), x)
+        if not self._hands_down_types and typed(jax.tree.structure(params)):
+            params = arrays(params)
+        result = forward(self, params, x)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(f"{self}: forward returns {shapes(result)}, not (y, residuals)")
         return result
@@ -305,7 +307,9 @@ def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _of_arrays(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def of(self: Layer, params: Params, residuals: Residuals, ct: Cotangent) -> Any:
-        return backward(self, self._arrays(params), residuals, ct)
+        if not self._hands_down_types and typed(jax.tree.structure(params)):
+            params = arrays(params)
+        return backward(self, params, residuals, ct)
 
     return of
 

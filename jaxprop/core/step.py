@@ -6,6 +6,8 @@ import abc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import jax
+
 from jaxprop.core import tree
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
@@ -48,13 +50,16 @@ class Step(NamedTuple):
         place: PyTree,
     ) -> Step:
         """Return the step, with nothing for what the types in params say is not learned."""
-        d_params = tree.learned_cotangents(params, d_params)
+        if tree.typed(jax.tree.structure(params)):
+            d_params = tree.learned_cotangents(params, d_params)
         return cls(layer, params, residuals, ct, d_params, d_x, place)
 
     @property
     def learned(self) -> Params:
-        """The params that are learned, with ``()`` where d_params has ``()``."""
-        return tree.with_cotangents(tree.learned(self.params), self.d_params)
+        """The params that are learned, with ``()`` for whatever is not."""
+        if tree.typed(jax.tree.structure(self.params)):
+            return tree.learned(self.params)
+        return self.params
 
 
 Visit: TypeAlias = Callable[[Step], Any]

@@ -4,21 +4,20 @@ A plain array in a net's params is learned. One that is not learned has a type o
 ``Unlearned`` array belongs to the params (running statistics, a fixed matrix, a frozen weight), and
 a ``Key`` or a ``Mask`` is a side input, which ``net.bind`` puts there for one step.
 
-Which is which is read off a tree's structure alone, and remembered for each structure.
+Most trees hold learned arrays alone, and whether one does is remembered for its structure.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxprop.core.types import Cotangent, Params, PyTree
-
-Structure = Any
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -79,13 +78,18 @@ def is_not_learned(node: object) -> bool:
     return isinstance(node, NotLearned)
 
 
-def has_types(tree: PyTree) -> bool:
-    """Return whether anything in the tree has a type that says that it is not learned."""
-    return any(_seen(jax.tree.structure(tree)).kinds)
+@functools.lru_cache(maxsize=4096)
+def typed(structure: Any) -> bool:
+    """Return whether a tree of this structure (``jax.tree.structure``) holds such a node."""
+    tree = jax.tree.unflatten(structure, [0] * structure.num_leaves)
+    return any(map(is_not_learned, jax.tree.leaves(tree, is_leaf=is_not_learned)))
 
 
 def freeze(params: Params) -> Params:
     """Return params with every array marked as ``Unlearned``, so that training leaves it alone.
+
+    Args:
+        params: the params of a layer or of a whole net.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -102,12 +106,7 @@ def freeze(params: Params) -> Params:
 
 def learned(tree: PyTree) -> PyTree:
     """Return the tree with ``()`` where something is not learned."""
-    return _without(tree, NotLearned)
-
-
-def without_side_inputs(tree: PyTree) -> PyTree:
-    """Return the tree with ``()`` where a side input stands."""
-    return _without(tree, SideInput)
+    return _replaced(tree, lambda node: ())
 
 
 def arrays(params: Params) -> Params:
@@ -115,21 +114,20 @@ def arrays(params: Params) -> Params:
 
     They are held constant, so that autodiff of ``forward`` gives them a gradient of zero.
     """
-    leaves, structure = jax.tree.flatten(params)
-    seen = _seen(structure)
-    if Unlearned not in seen.kinds:
-        return params
-    held = [
-        jax.lax.stop_gradient(leaf) if kind is Unlearned else leaf
-        for kind, leaf in zip(seen.kinds, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(seen.arrays, held)
+    return _replaced(
+        params,
+        lambda node: jax.lax.stop_gradient(node.value) if isinstance(node, Unlearned) else node,
+    )
 
 
 def bare(params: Params) -> Params:
-    """Return params without types: their learned and unlearned arrays, as ``init`` shapes them."""
-    leaves, structure = jax.tree.flatten(without_side_inputs(params))
-    return jax.tree.unflatten(_seen(structure).arrays, leaves)
+    """Return params without types: the arrays that ``init`` makes, and no side inputs."""
+    return _replaced(params, lambda node: node.value if isinstance(node, Unlearned) else ())
+
+
+def merged(params: Params, tree: PyTree) -> Params:
+    """Return params with what is learned taken from ``tree``, which is like ``learned(params)``."""
+    return _beside(params, tree, lambda node: node)
 
 
 def learned_cotangents(params: Params, d_params: Cotangent) -> Cotangent:
@@ -137,24 +135,34 @@ def learned_cotangents(params: Params, d_params: Cotangent) -> Cotangent:
 
     Where the structures differ d_params comes back as it is; whoever takes it says so.
     """
-    if not has_types(params):
-        return d_params
     try:
-        return jax.tree.map(
-            lambda node, d: () if is_not_learned(node) else d,
-            params,
-            d_params,
-            is_leaf=is_not_learned,
-        )
+        return _beside(params, d_params, lambda node: ())
     except ValueError:
         return d_params
 
 
-def with_cotangents(params: Params, d_params: Cotangent) -> Params:
-    """Return params with ``()`` for a plain array that d_params has ``()`` for, and is not floating.
+def like_params(params: Params, tree: PyTree, *, shape: tuple[int, ...] = ()) -> PyTree:
+    """Return the tree with zeros where params have an unlearned array, so that it is like params.
 
-    A bool or an integer that no type marks is not learned if ``backward`` says so. Where the
-    structures differ params come back as they are; whoever takes the cotangents says so.
+    Args:
+        params: a tree of params, side inputs among them or not.
+        tree: a result like ``learned(params)``.
+        shape: that of the zeros. A scalar is enough for an update: p + 0 has the shape of p.
+    """
+
+    def zeros(node: NotLearned) -> Any:
+        if isinstance(node, SideInput):
+            return ()
+        return Unlearned(jnp.zeros(shape, jnp.result_type(node.value)))
+
+    return _beside(params, tree, zeros)
+
+
+def without_unmarked(params: Params, d_params: Cotangent) -> Params:
+    """Return params with ``()`` for an unmarked bool or integer that d_params has ``()`` for.
+
+    It is not learned if ``backward`` says so. Where the structures differ params come back as they
+    are; whoever takes the cotangents says so.
     """
     leaves, structure = jax.tree.flatten(params)
     try:
@@ -181,91 +189,27 @@ def axes_of_examples(params: Params) -> PyTree:
 
 def of_one_example(params: Params) -> Params:
     """Return params for a batch of one, where a mask is that of the example, without its axis."""
-    return jax.tree.map(
-        lambda node: Mask(node.value[None]) if isinstance(node, Mask) else node,
-        params,
-        is_leaf=is_not_learned,
+    return _replaced(
+        params, lambda node: Mask(node.value[None]) if isinstance(node, Mask) else node
     )
 
 
-def merged(params: Params, tree: PyTree) -> Params:
-    """Return params with what is learned taken from ``tree``, which is like ``learned(params)``."""
-    if not has_types(params):
+def _replaced(tree: PyTree, by: Callable[[NotLearned], Any]) -> PyTree:
+    """Return the tree with ``by(node)`` for every node that is not learned."""
+    if not typed(jax.tree.structure(tree)):
         return tree
     return jax.tree.map(
-        lambda node, new: node if is_not_learned(node) else new,
+        lambda node: by(node) if is_not_learned(node) else node, tree, is_leaf=is_not_learned
+    )
+
+
+def _beside(params: Params, tree: PyTree, by: Callable[[NotLearned], Any]) -> PyTree:
+    """Return the tree with ``by(node)`` where params have a node that is not learned."""
+    if not typed(jax.tree.structure(params)):
+        return tree
+    return jax.tree.map(
+        lambda node, here: by(node) if is_not_learned(node) else here,
         params,
         tree,
         is_leaf=is_not_learned,
     )
-
-
-def like_params(params: Params, tree: PyTree, *, shape: tuple[int, ...] = ()) -> PyTree:
-    """Return the tree with zeros where params have an unlearned array, so that it is like params.
-
-    Args:
-        params: a tree of params, side inputs among them or not.
-        tree: a result like ``learned(params)``.
-        shape: that of the zeros. A scalar is enough for an update: p + 0 has the shape of p.
-    """
-    if not has_types(params):
-        return tree
-
-    def fill(node: Any, here: Any) -> Any:
-        if not isinstance(node, Unlearned):
-            return here
-        return Unlearned(jnp.zeros(shape, jnp.result_type(node.value)))
-
-    return jax.tree.map(fill, params, tree, is_leaf=is_not_learned)
-
-
-class _Seen(NamedTuple):
-    """What a structure tells of its leaves.
-
-    Attributes:
-        kinds: for each leaf the class that says that it is not learned, or None.
-        arrays: the structure of the tree without the type of its unlearned arrays.
-        without: for each class, the structure of the tree with ``()`` in the place of its nodes.
-    """
-
-    kinds: tuple[type[NotLearned] | None, ...]
-    arrays: Structure
-    without: dict[type, Structure]
-
-
-@functools.lru_cache(maxsize=4096)
-def _seen(structure: Structure) -> _Seen:
-    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
-    kinds: list[type[NotLearned] | None] = [None] * structure.num_leaves
-    for node in jax.tree.leaves(tree, is_leaf=is_not_learned):
-        if is_not_learned(node):
-            for place in jax.tree.leaves(node):
-                kinds[place] = type(node)
-
-    def replaced(kind: type, by: Any) -> Structure:
-        return jax.tree.structure(
-            jax.tree.map(
-                lambda node: by(node) if isinstance(node, kind) else node,
-                tree,
-                is_leaf=is_not_learned,
-            )
-        )
-
-    return _Seen(
-        tuple(kinds),
-        replaced(Unlearned, lambda node: node.value),
-        {kind: replaced(kind, lambda node: ()) for kind in (NotLearned, SideInput)},
-    )
-
-
-def _without(tree: PyTree, kind: type) -> PyTree:
-    leaves, structure = jax.tree.flatten(tree)
-    seen = _seen(structure)
-    if not any(seen.kinds):
-        return tree
-    kept = [
-        leaf
-        for of, leaf in zip(seen.kinds, leaves, strict=True)
-        if of is None or not issubclass(of, kind)
-    ]
-    return jax.tree.unflatten(seen.without[kind], kept)

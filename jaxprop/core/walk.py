@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.checks import require
+from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Visit
@@ -36,20 +37,12 @@ def loss_fn(net: Layer, loss: Loss) -> OfBatch[Float[Array, ""]]:
     """
     check_net_and_loss(net, loss)
 
-    def mean_loss(
-        params: Params,
-        x: PyTree,
-        target: PyTree = None,
-        *,
-        key: Array | None = None,
-        mask: Array | None = None,
-    ) -> Float[Array, ""]:
-        """Return the mean over examples of the loss."""
-        y, _ = net.forward(net.bind(params, key=key, mask=mask), x)
+    def mean_loss(params: Params, x: PyTree, target: PyTree, key: Array | None) -> Float[Array, ""]:
+        y, _ = net.forward(params, x)
         values, _ = loss.forward(y, target)
         return _mean(loss, values, y)
 
-    return mean_loss
+    return of_batch("loss_fn", "Return the mean over examples of the loss.", net, mean_loss)
 
 
 def walk(net: Layer, loss: Loss, visit: Visit) -> OfBatch[tuple[Array, Visited, Cotangent]]:
@@ -70,18 +63,12 @@ def walk(net: Layer, loss: Loss, visit: Visit) -> OfBatch[tuple[Array, Visited, 
     check_net_and_loss(net, loss)
 
     def walked(
-        params: Params,
-        x: PyTree,
-        target: PyTree = None,
-        *,
-        key: Array | None = None,
-        mask: Array | None = None,
+        params: Params, x: PyTree, target: PyTree, key: Array | None
     ) -> tuple[Array, Visited, Cotangent]:
-        """Walk forward and back; return the loss, what was visited, and the cotangent of x."""
-        ahead = forward(net, loss, net.bind(params, key=key, mask=mask), x, target)
+        ahead = forward(net, loss, params, x, target)
         return ahead.value, *ahead.back(ahead.mean_gradient(), visit)
 
-    return walked
+    return of_batch("walk", "Return the loss, what was visited, and d_x.", net, walked)
 
 
 class Forward(NamedTuple):

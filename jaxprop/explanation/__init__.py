@@ -1,1 +1,1 @@
-"""The backward pass of any network as values to read: ``jp.explain`` and ``jp.find_nonfinite``."""
+"""Explanations of a backward pass for any network: ``jp.explain`` and ``jp.find_nonfinite``."""

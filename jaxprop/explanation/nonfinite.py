@@ -1,4 +1,4 @@
-"""Where a NaN was born, and what is finite but broken."""
+"""``jp.find_nonfinite``: the first array of a walk that is not finite, and signs of trouble."""
 
 from __future__ import annotations
 
@@ -8,45 +8,57 @@ import math
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal
 
 import jax
 import numpy as np
+from jax import Array
 
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
+from jaxprop.core.types import Cotangent, Params, PyTree
 from jaxprop.explanation.numerals import share, short
 from jaxprop.explanation.record import explain
 from jaxprop.explanation.summary import Summary, element, summary
 from jaxprop.explanation.terms import Explanation, Terms, by_name
 from jaxprop.layers import Relu
 
-ROWS = 16  # below so many, a unit that is 0 for all of them may be so by chance
-DEAD, SATURATED = 0.1, 0.5  # shares
-EXPLODING, VANISHING = 1e3, 1e-4  # of the rms of the loss's own cotangent
+ROWS = 16  # with fewer rows a unit may be 0 for all of them by chance
+DEAD, SATURATED = 0.1, 0.5  # fractions above which a layer is a suspect
+EXPLODING, VANISHING = 1e3, 1e-4  # rms of a cotangent, relative to that of the loss's own
+
+Phase = Literal["input", "forward", "loss", "backward"]
+Place = tuple[Phase, str | None, str, Summary | None]
+"""An array of the walk: the phase, the layer's name, the array's name, and its summary."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What ``jp.find_nonfinite`` found. It prints as sentences, and is true if there is something.
+    """The result of ``jp.find_nonfinite``. It prints as sentences, and is false if all is finite.
 
-    ``phase`` is "input" (x, the target or the params were not finite to begin with), "forward",
-    "loss" or "backward", and None where all is finite. ``layer`` is the layer's name, as
-    ``jp.explain`` names it, and ``array`` which of its arrays: y, d_x, a param or its gradient.
-    ``index`` is the first element of it that is not finite, and ``value`` that element. ``example``
-    is None where the array has no axis of examples. ``x`` and ``ct`` are what that example brought
-    to the layer on the way forward and on the way back, None where the layer is not known.
-    ``suspects`` are sentences on what is finite but broken.
+    Attributes:
+        phase: the part of the walk: "input" if x, the target or the params were not finite to begin
+            with, else "forward", "loss" or "backward". None if all is finite.
+        layer: the layer's name, as in ``jp.explain``; None if the array is not a layer's.
+        array: the name of the array: x, y, ct, d_x, target, a param or its gradient.
+        index: the index of its first element that is not finite.
+        value: that element.
+        example: the example that it belongs to; None for an array without an axis of examples.
+        x: that example's input to the layer, or to the loss. None if ``example`` is None, and
+            before the walk begins.
+        ct: that example's cotangent of the output, likewise.
+        sentence: all this in words.
+        suspects: sentences on layers that are finite but in trouble.
     """
 
-    phase: str | None
+    phase: Phase | None
     layer: str | None
     array: str | None
     index: tuple[int, ...]
     value: float
     example: int | None
-    x: Any = dataclasses.field(repr=False)
-    ct: Any = dataclasses.field(repr=False)
+    x: PyTree = dataclasses.field(repr=False)
+    ct: Cotangent = dataclasses.field(repr=False)
     sentence: str
     suspects: tuple[str, ...]
 
@@ -57,13 +69,27 @@ class Finding:
         return "\n".join(textwrap.fill(s, 88) for s in (self.sentence, *self.suspects))
 
 
-def find_nonfinite(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> Finding:
-    """The first number that is not finite: on the way forward, in the loss, or on the way back.
+def find_nonfinite(net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree) -> Finding:
+    """Find the first element of a walk that is not finite.
 
-    For a batch that failed, after the fact: the layer whose result is not finite while all before
-    it was, the example and the element; besides, what is finite but broken: ReLUs that are dead for
-    the whole batch, saturated activations, cotangents that explode or vanish from layer to layer.
-    It looks at values, so it is called outside of ``jit``.
+    Give it the batch at which training failed. It names the first layer with a result that is not
+    finite, the example and the element. It also names suspects: units that are dead for the whole
+    batch, saturated activations, and cotangents that explode or vanish from layer to layer.
+
+    It looks at values, so that it must be called outside of ``jax.jit``.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        params: the net's params.
+        x: the inputs, with the example on axis 0.
+        target: the targets, likewise.
+
+    Returns:
+        A ``Finding``, which is false if all is finite.
+
+    Raises:
+        TypeError: if net is not a layer, or loss is not a loss.
 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
@@ -82,11 +108,10 @@ def find_nonfinite(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> 
     return Finding(None, None, None, (), 0.0, None, None, None, sentence, suspects)
 
 
-Place = tuple[str, str | None, str, Summary | None]
-
-
-def _in_order(terms: Explanation, of_x: Any, of_target: Any) -> Iterator[Place]:
-    """Every array of the walk, in the order in which they came to be."""
+def _in_order(
+    terms: Explanation, of_x: Summary | None, of_target: Summary | None
+) -> Iterator[Place]:
+    """Yield every array of the walk, in the order in which they were computed."""
     runs = terms.runs()
     yield "input", None, "x", of_x
     yield "input", None, "target", of_target
@@ -108,7 +133,12 @@ def _in_order(terms: Explanation, of_x: Any, of_target: Any) -> Iterator[Place]:
 
 
 def _finding(
-    phase: str, layer: str | None, array: str, found: Summary, suspects: Any, walk: tuple[Any, ...]
+    phase: Phase,
+    layer: str | None,
+    array: str,
+    found: Summary,
+    suspects: tuple[str, ...],
+    walk: tuple[Layer, Loss, Params, PyTree, PyTree],
 ) -> Finding:
     index, value = element(found.shape, int(found.first)), float(found.value)
     has_examples = array in ("x", "y", "ct", "d_x", "target") and bool(index)
@@ -131,7 +161,9 @@ def _finding(
     return Finding(phase, layer, array, index, value, example, x, ct, sentence, suspects)
 
 
-def _sentence(phase: str, title: str, array: str, place: str, value: str, x: Any, ct: Any) -> str:
+def _sentence(
+    phase: Phase, title: str, array: str, place: str, value: str, x: PyTree, ct: Cotangent
+) -> str:
     if phase == "input":
         whose = "" if title == "layer None" else f" of {title}"
         return f"Before the walk began {array}{whose} was not finite: {place} is {value}."
@@ -148,6 +180,7 @@ def _sentence(phase: str, title: str, array: str, place: str, value: str, x: Any
 
 
 def _suspects(terms: Explanation) -> Iterator[str]:
+    """Yield a sentence on each layer that is finite but in trouble."""
     first = terms.loss.summaries.d_x
     sizes: list[tuple[float, str]] = []
     for name, at in terms.runs():
@@ -169,19 +202,23 @@ def _suspects(terms: Explanation) -> Iterator[str]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _walked(net: Layer, loss: Loss, params: Any, x: Any, target: Any) -> tuple[Any, Any, Any]:
+def _walked(
+    net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree
+) -> tuple[Explanation, Summary | None, Summary | None]:
+    """Return an explanation in summaries, and the summaries of x and target."""
     return explain(net, loss, params, x, target, keep=0), summary(x), summary(target)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _whole(
-    at: str, net: Layer, loss: Loss, params: Any, x: Any, target: Any
-) -> tuple[Terms, Any, Any]:
-    """What one layer was given, all else forgotten."""
+    at: str, net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree
+) -> tuple[Terms, PyTree, Cotangent]:
+    """Return the terms of one layer, and its whole x and ct; nothing else is computed."""
     terms = explain(net, loss, params, x, target, keep=sys.maxsize)
     here = terms.loss if at == "loss" else dict(terms.runs())[at]
     return dataclasses.replace(here, kept=None), here.x, here.ct
 
 
-def _leaves(tree: Any) -> list[Any]:
+def _leaves(tree: PyTree) -> list[Array]:
+    """Return the leaves that are not empty."""
     return [leaf for leaf in jax.tree.leaves(tree) if np.size(leaf)]

@@ -1,4 +1,4 @@
-"""The layers in the order in which they run, those in a ``repeat`` once for each turn."""
+"""The layers of a network in the order in which they run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from jaxprop.core.types import PyTree
 
 
 def in_order(net: Layer, layers: dict[str, PyTree]) -> Iterator[tuple[str, PyTree]]:
-    """Yield each layer's name and terms, in the order in which the way forward comes to it.
+    """Yield each layer's name and terms in the order of the forward pass.
+
+    A layer in a ``repeat`` comes once for each turn.
 
     Args:
         net: the network.
-        layers: the terms of each layer by the place of its params, such as "2.0". Those of a layer
-            in a ``repeat`` lie behind an axis of turns.
+        layers: the terms of each layer, by the place of its params, such as "2.0". The terms of a
+            layer in a ``repeat`` have an axis of turns in front.
 
-    Returns:
-        Names such as "2.0", or "2.0[3]" for the layer's turn 3.
+    Yields:
+        A name such as "2.0", or "2.0[3]" for turn 3 of a layer in a ``repeat``, and the terms.
 
     Raises:
-        ValueError: where the walk came to layers that no combinator declares.
+        ValueError: if ``layers`` holds a place that no combinator declares.
     """
     met = set()
     for run in runs(net):

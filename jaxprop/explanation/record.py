@@ -1,13 +1,14 @@
-"""A walk of which all terms are recorded."""
+"""``jp.explain``: one walk through a network, with every term of the chain rule recorded."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jaxprop.core.combinator import Wrapper, map_layers, seen_through
 from jaxprop.core.cotangents import factored, gradient
@@ -15,24 +16,41 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Step
 from jaxprop.core.tree import Unlearned, is_not_learned
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.core.walk import check_net_and_loss, forward
 from jaxprop.explanation.summary import dead, numbers, saturated, summary
 from jaxprop.explanation.terms import Explanation, Kept, Summaries, Terms
 from jaxprop.layers import Elementwise
 
-KEEP = 10_000
+KEEP = 10_000  # numbers in a walk that is kept whole
 
 
 def explain(
-    net: Layer, loss: Loss, params: Any, x: Any, target: Any, *, keep: int = KEEP
+    net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree, *, keep: int = KEEP
 ) -> Explanation:
-    """Every layer's part in the chain rule, as a value that prints, for any net.
+    """Return the chain-rule terms of each layer, as a value that prints.
 
-    For each layer: its input x and output y, the cotangent ct of y, the local derivative where the
-    layer is elementwise, the cotangent d_x of x, and each param's terms. The cotangents are those
-    of each example's *own* loss; ``grad`` of a param is their mean over the examples. A walk with
-    more than ``keep`` numbers in it leaves a summary of each array in their place: mean, rms,
-    largest, zeros, saturated, not finite. It is compiled, and works under ``jit``.
+    The terms of a layer are its input x, its output y, the cotangents ct of y and d_x of x, the
+    local derivative if the layer is elementwise, and for each param the factors of its gradient.
+    Cotangents are of each example's *own* loss; the gradient of a param is the mean over examples.
+    The walk is compiled, and may itself be called under ``jax.jit``.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        params: the net's params.
+        x: the inputs, with the example on axis 0.
+        target: the targets, likewise.
+        keep: the largest number of elements to keep. A walk with more of them leaves only a summary
+            of each array: its mean, rms and largest size, the fraction of zeros and of saturated
+            elements, and the number that are not finite.
+
+    Returns:
+        An ``Explanation``: ``layers["2.0"]`` has the terms of a layer, and ``["2.0.w"][1, 0]`` the
+        chain rule for one weight.
+
+    Raises:
+        TypeError: if net is not a layer, or loss is not a loss.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -48,7 +66,9 @@ def explain(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _explained(net: Layer, loss: Loss, keep: int, params: Any, x: Any, target: Any) -> Explanation:
+def _explained(
+    net: Layer, loss: Loss, keep: int, params: Params, x: PyTree, target: PyTree
+) -> Explanation:
     def walked(kept: bool) -> Explanation:
         ahead = forward(map_layers(net, Recorded), RecordedLoss(loss), params, x, target)
         y, values, _ = ahead.residuals
@@ -62,32 +82,43 @@ def _explained(net: Layer, loss: Loss, keep: int, params: Any, x: Any, target: A
 
 
 class Recorded(Wrapper):
-    """The layer it holds, with x and y kept among the residuals."""
+    """y = f(x), with x and y saved among the residuals.
+
+    Attributes:
+        layer: f.
+    """
 
     transparent: ClassVar[bool] = True
 
-    def forward(self, params: Any, x: Any) -> tuple[Any, Any]:
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         y, residuals = self.layer.forward(params, x)
         return y, (x, y, residuals)
 
-    def backward(self, params: Any, residuals: Any, ct: Any) -> tuple[Any, Any]:
+    def backward(
+        self, params: Params, residuals: Residuals, ct: Cotangent
+    ) -> tuple[Cotangent, Cotangent]:
         return self.layer.backward(params, residuals[2], ct)
 
 
 class RecordedLoss(Loss):
-    """The loss it holds, with y and the values kept among the residuals."""
+    """A loss that saves y and its values among the residuals.
+
+    Attributes:
+        loss: the loss within.
+    """
 
     loss: Loss
 
-    def forward(self, y: Any, target: Any) -> tuple[Any, Any]:
+    def forward(self, y: PyTree, target: PyTree) -> tuple[Float[Array, " n"], Residuals]:
         values, residuals = self.loss.forward(y, target)
         return values, (y, values, residuals)
 
-    def backward(self, residuals: Any) -> Any:
+    def backward(self, residuals: Residuals) -> Cotangent:
         return self.loss.backward(residuals[2])
 
 
 def _read(step: Step, examples: int, kept: bool) -> Terms:
+    """Return the terms of one layer, with its whole arrays if ``kept``."""
     x = y = slope = forms = None
     layer = seen_through(step.layer)
     if isinstance(step.layer, Recorded):
@@ -106,21 +137,21 @@ def _read(step: Step, examples: int, kept: bool) -> Terms:
     return Terms(layer, summaries, whole)
 
 
-def _unlearned(node: Any) -> Array | None:
+def _unlearned(node: PyTree) -> Array | None:
     """Return a floating array that is not learned, and None for anything else."""
     unlearned = isinstance(node, Unlearned) and jnp.issubdtype(node.value.dtype, jnp.floating)
     return node.value if unlearned else None
 
 
 def _summaries(
-    x: Any,
-    y: Any,
-    ct: Any,
-    d_x: Any,
-    params: Any = (),
-    unlearned: Any = (),
-    grads: Any = (),
-    slope: Any = None,
+    x: PyTree,
+    y: PyTree,
+    ct: Cotangent,
+    d_x: Cotangent,
+    params: Params = (),
+    unlearned: Params = (),
+    grads: Params = (),
+    slope: Array | None = None,
 ) -> Summaries:
     return Summaries(
         x=summary(x),

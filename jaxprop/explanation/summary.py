@@ -1,41 +1,53 @@
-"""An array in a few numbers."""
+"""The summary of an array in a few numbers."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.types import PyTree
+
 SATURATED = 0.01
+
+Reduction = Callable[[Array, Array], Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Mean, rms and largest size of an array's finite elements, and what there is besides them.
+    """A summary of an array: statistics of its finite elements, and a count of the others.
 
-    All in at least float32, each a scalar; behind an axis of repetitions in a layer that is
-    repeated. ``first`` is the flat index of the first element that is not finite, and the array's
-    size where there is none; ``value`` is that element.
+    Each number is a scalar array; for a layer in a ``repeat`` an array with an axis of turns. The
+    statistics are in at least float32.
+
+    Attributes:
+        mean: the mean of the finite elements.
+        rms: their root mean square.
+        max: the largest of their absolute values.
+        zeros: the fraction of all elements that are 0.
+        nonfinite: the number of elements that are not finite.
+        first: the flat index of the first of these; the array's size if all are finite.
+        value: the element at ``first``; the last one if all are finite.
+        shape: the shape of the array.
     """
 
     mean: Array
     rms: Array
     max: Array
-    zeros: Array  # the share of elements that are 0
-    nonfinite: Array  # how many
+    zeros: Array
+    nonfinite: Array
     first: Array
     value: Array
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
-def summary(tree: Any) -> Summary | None:
-    """Of all the tree's arrays together; None where there is none."""
+def summary(tree: PyTree) -> Summary | None:
+    """Return the summary of all arrays of the tree together; None for a tree without arrays."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     if not leaves:
         return None
@@ -54,7 +66,7 @@ def summary(tree: Any) -> Summary | None:
         (jnp.where(finite, x.size, jnp.arange(x.size, dtype=jnp.int32)), jnp.minimum),
     )
     count = jnp.maximum(x.size - nonfinite, 1).astype(wide)
-    scale = jnp.where(largest > 0, largest, 1)  # squares of what is large or small would be lost
+    scale = jnp.where(largest > 0, largest, 1)  # squares of large or small numbers leave the dtype
     return Summary(
         mean=total * (x.size / count),
         rms=scale * jnp.sqrt(jnp.sum((kept / scale) ** 2) / count),
@@ -68,17 +80,17 @@ def summary(tree: Any) -> Summary | None:
 
 
 def saturated(slope: Array) -> Array:
-    """The share of elements at which the local derivative is below 0.01 in size."""
+    """Return the fraction of elements whose local derivative is below 0.01 in absolute value."""
     return jnp.mean(jnp.abs(slope) < SATURATED, dtype=jnp.float32)
 
 
 def dead(slope: Array) -> Array:
-    """The share of units, along the last axis, that pass nothing back for any example."""
+    """Return the fraction of units, along the last axis, with slope 0 for every example."""
     return jnp.mean(jnp.all(slope == 0, axis=tuple(range(slope.ndim - 1))), dtype=jnp.float32)
 
 
 def element(shape: tuple[int, ...], at: int) -> tuple[int, ...]:
-    """The index that the flat index is."""
+    """Return the index, in an array of this shape, of the element at a flat index."""
     index = []
     for size in reversed(shape):
         at, rest = divmod(at, size)
@@ -86,20 +98,24 @@ def element(shape: tuple[int, ...], at: int) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def numbers(tree: Any) -> int:
-    """How many numbers the tree's arrays hold, by their shapes alone."""
+def numbers(tree: PyTree) -> int:
+    """Return the number of elements in all arrays of the tree, from their shapes alone."""
     return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def _reduced(*pairs: tuple[Array, Any]) -> Sequence[Array]:
-    """Each array reduced by its function, all in one kernel: there are many small arrays."""
+def _reduced(*pairs: tuple[Array, Reduction]) -> Sequence[Array]:
+    """Reduce each array by its function, all in one kernel: there are many small arrays."""
     arrays, functions = zip(*pairs, strict=True)
-    identities = {jnp.add: 0, jnp.maximum: 0, jnp.minimum: jnp.iinfo(jnp.int32).max}
+    identities: dict[Reduction, int] = {
+        jnp.add: 0,
+        jnp.maximum: 0,
+        jnp.minimum: jnp.iinfo(jnp.int32).max,
+    }
     starts = tuple(
         jnp.asarray(identities[f], array.dtype) for array, f in zip(arrays, functions, strict=True)
     )
 
-    def both(left: Any, right: Any) -> Any:
+    def both(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(f(a, b) for f, a, b in zip(functions, left, right, strict=True))
 
     return jax.lax.reduce(arrays, starts, both, (0,))

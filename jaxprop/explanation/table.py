@@ -1,4 +1,4 @@
-"""An explanation as a table for a terminal of 80 columns, or for a pipe."""
+"""An explanation as text, for a terminal of 80 columns or for a pipe."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import dataclasses
 import io
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from jaxprop.core.types import PyTree
 from jaxprop.explanation.numerals import fixed, share, short
 from jaxprop.explanation.summary import Summary
 from jaxprop.explanation.terms import Explanation, Terms
 
 WIDTH = 80
 NUMBERS = 5  # of an array that are written out
-WEIGHTS = 12  # of a param
+WEIGHTS = 12  # of a param that are written out
 
 
 def plainly(explanation: Explanation) -> str:
-    """The table as a string, without colours."""
+    """Return the explanation as a string, without colours."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(explanation)):
         return f"<explanation of {explanation.net}, being traced>"
     out = io.StringIO()
@@ -33,7 +34,11 @@ def plainly(explanation: Explanation) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def table(explanation: Explanation) -> Any:
+def table(explanation: Explanation) -> Group:
+    """Return the explanation for a rich console.
+
+    If whole arrays were kept it shows the terms of the example in view, else a line a layer.
+    """
     explanation = jax.device_get(explanation)
     examples = f"{explanation.examples} example{'' if explanation.examples == 1 else 's'}"
     if explanation.loss.kept is None:
@@ -45,7 +50,7 @@ def table(explanation: Explanation) -> Any:
 
 
 def _summaries(explanation: Explanation) -> Table:
-    """A line a layer."""
+    """Return a table with a line for each layer."""
     drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     drawn.add_column("layer", no_wrap=True, overflow="ellipsis", max_width=23)
     for name in ("mean y", "rms y", "max |y|", "zeros", "sat.", "rms ct", "rms d_w", "bad"):
@@ -62,7 +67,8 @@ def _summaries(explanation: Explanation) -> Table:
     return drawn
 
 
-def _rms_of_all(summaries: Any) -> str:
+def _rms_of_all(summaries: PyTree) -> str:
+    """Return the rms over all arrays that the summaries are of."""
     each = jax.tree.leaves(summaries, is_leaf=lambda node: isinstance(node, Summary))
     sizes = [math.prod(one.shape) for one in each]
     if not sum(sizes):
@@ -72,7 +78,7 @@ def _rms_of_all(summaries: Any) -> str:
 
 
 def _bad(terms: Terms) -> str:
-    """How many numbers that are not finite the layer made."""
+    """Return the number of elements of y, d_x and the gradients that are not finite."""
     s = terms.summaries
     made = jax.tree.leaves((s.y, s.d_x, s.grads), is_leaf=lambda node: isinstance(node, Summary))
     count = sum(int(one.nonfinite) for one in made)
@@ -80,7 +86,7 @@ def _bad(terms: Terms) -> str:
 
 
 def _lines(explanation: Explanation) -> Iterator[str]:
-    """What passed through each layer for the example in view, and every weight's chain."""
+    """Yield the arrays of each layer for the example in view, and the chain of every weight."""
     n = explanation.shown
     for name, terms in explanation.runs():
         yield ""
@@ -95,6 +101,7 @@ def _lines(explanation: Explanation) -> Iterator[str]:
 
 
 def _weights(alone: Explanation, name: str) -> Iterator[str]:
+    """Yield the lines of one param, in an explanation of its layer alone."""
     param = alone[name]
     indices = list(np.ndindex(*np.shape(param.value)))
     if param.terms.forms is None:
@@ -114,7 +121,7 @@ def _weights(alone: Explanation, name: str) -> Iterator[str]:
         yield f"  … and {len(indices) - WEIGHTS} more of {name}, {np.shape(param.value)}"
 
 
-def _vector(array: Any) -> str:
+def _vector(array: ArrayLike) -> str:
     numbers = np.asarray(array, np.float64).ravel()
     text = " ".join(f"{fixed(number):>11}" for number in numbers[:NUMBERS])
     shape = "×".join(map(str, np.shape(array)))

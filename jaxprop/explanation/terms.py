@@ -1,10 +1,10 @@
-"""The chain-rule terms of one walk, as values."""
+"""The chain-rule terms of one walk through a network, as values."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,30 @@ from jax import Array
 from jaxprop.core.forms import Outer, Repeated, Sum, is_factored
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
-from jaxprop.core.types import Visited
+from jaxprop.core.types import Cotangent, Params, PyTree, Visited
 from jaxprop.explanation.order import in_order
 from jaxprop.explanation.summary import Summary
 
+if TYPE_CHECKING:
+    from rich.console import Group
+
+T = TypeVar("T")
+
 
 class Summaries(NamedTuple):
-    """A layer in a few numbers: a ``Summary`` of each of its arrays, None where there is none.
+    """A ``Summary`` of each array of a layer, None where there is no array.
 
     Attributes:
-        x: its input.
-        y: its output.
-        ct: the cotangent of y.
-        d_x: the cotangent of x.
-        params: like the layer's learned params.
-        unlearned: like the layer's params, of those that are not learned.
-        grads: like the learned params.
-        saturated: of an elementwise layer, the share of elements whose local derivative is below
-            0.01 in size.
-        dead: of an elementwise layer, the share of units, along the last axis, whose local
+        x: of the input.
+        y: of the output.
+        ct: of the cotangent of y.
+        d_x: of the cotangent of x.
+        params: a tree like the learned params, with a summary of each.
+        unlearned: a tree like the params, with a summary of each that is not learned.
+        grads: a tree like the learned params, with a summary of each gradient.
+        saturated: for an elementwise layer, the fraction of elements whose local derivative is
+            below 0.01 in absolute value.
+        dead: for an elementwise layer, the fraction of units, along the last axis, whose local
             derivative is 0 for every example.
     """
 
@@ -39,45 +44,58 @@ class Summaries(NamedTuple):
     y: Summary | None
     ct: Summary | None
     d_x: Summary | None
-    params: Any
-    unlearned: Any
-    grads: Any
+    params: PyTree
+    unlearned: PyTree
+    grads: PyTree
     saturated: Array | None
     dead: Array | None
 
 
 class Kept(NamedTuple):
-    """What passed through one layer, whole.
+    """The whole arrays of one layer.
 
-    ``slope`` is the local derivative dy/dx of an elementwise layer, None for any other. ``forms``
-    holds each example's own cotangent of each param, factored; None where the layer couples the
-    examples of a batch. ``grads`` is the mean over the examples.
+    Attributes:
+        x: the input.
+        y: the output.
+        ct: the cotangent of y, for each example's own loss.
+        slope: the local derivative dy/dx of an elementwise layer, None for any other.
+        d_x: the cotangent of x, for each example's own loss.
+        params: the learned params.
+        forms: each example's own cotangent of each param, factored; None for a layer that couples
+            the examples of a batch.
+        grads: the gradients of the mean over examples.
     """
 
-    x: Any
-    y: Any
-    ct: Any
-    slope: Any
-    d_x: Any
-    params: Any
-    forms: Any
-    grads: Any
+    x: PyTree
+    y: PyTree
+    ct: Cotangent
+    slope: Array | None
+    d_x: Cotangent
+    params: Params
+    forms: Cotangent
+    grads: Params
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """One layer (or the loss): x and y on the way there, ct and d_x on the way back.
+    """The terms of one layer, or of the loss.
 
-    The fields of ``Kept`` are attributes: ``terms.layers["1"].slope``. Inside a layer that is
-    repeated all of it lies behind an axis of repetitions, ``repeats`` of them.
+    The fields of ``kept`` can be read from the terms themselves: ``terms.layers["1"].slope``. For a
+    layer in a ``repeat`` every array has an axis of turns in front.
+
+    Attributes:
+        layer: the layer, or the loss.
+        summaries: a summary of each array.
+        kept: the whole arrays; None if only summaries were kept. Then reading one of its fields
+            raises ``ValueError``.
     """
 
     layer: Layer | Loss = dataclasses.field(metadata={"static": True})
     summaries: Summaries
     kept: Kept | None
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyTree:
         if name not in Kept._fields:
             raise AttributeError(name)
         if self.kept is None:
@@ -89,17 +107,19 @@ class Terms:
 
     @property
     def repeats(self) -> tuple[int, ...]:
-        """The lengths of the axes of repetition, none for a layer that is run once."""
-        first: Any = next(s for s in self.summaries[:4] if s is not None)
+        """The lengths of the axes of turns; ``()`` for a layer outside of any ``repeat``."""
+        first = next(s for s in self.summaries[:4] if s is not None)
         return first.mean.shape
 
 
 class Product(NamedTuple):
-    """The chain rule for one weight and one example: the factors, and what they make.
+    """The chain rule for one weight and one example.
 
-    Along positions (a sequence, an image) a factor is an array, and ``product`` the sum over the
-    positions of the factors' product. ``factors`` is empty where a layer's cotangent is not made
-    of two factors that have names.
+    Attributes:
+        factors: the factors by name, "x" and "ct"; "ct" alone for a bias. In a layer with positions
+            (a sequence, an image) each is an array over positions. Empty for a form without named
+            factors.
+        product: the product of the factors, summed over positions.
     """
 
     factors: dict[str, Array]
@@ -108,23 +128,38 @@ class Product(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One param in an explanation: ``param[0, 1]`` is the chain rule for that weight of it."""
+    """One param in an explanation; ``param[0, 1]`` is the chain rule for that weight.
+
+    Attributes:
+        name: its name, such as "2.0.w".
+        terms: the terms of its layer.
+        position: its index among the layer's params.
+        example: the example that is in view.
+    """
 
     name: str
     terms: Terms
-    position: int  # among the layer's params
+    position: int
     example: int
 
     @property
     def value(self) -> Array:
+        """The param itself."""
         return jax.tree.leaves(self.terms.params)[self.position]
 
     @property
     def grad(self) -> Array:
-        """The mean over the examples, as ``jax.grad`` gives it."""
+        """The gradient of the mean over examples, as ``jax.grad`` gives it."""
         return jax.tree.leaves(self.terms.grads)[self.position]
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Product:
+        """Return the chain rule for the weight at an index.
+
+        Raises:
+            IndexError: for an index that is not one of the param's.
+            ValueError: for a layer that couples the examples of a batch, and where only summaries
+                were kept.
+        """
         forms, repeats = self.terms.forms, self.terms.repeats
         if forms is None:
             raise ValueError(
@@ -157,12 +192,17 @@ class Param:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """What ``jp.explain`` returns: the terms of each layer where its params stand in the net's.
+    """The chain-rule terms of one walk, as ``jp.explain`` returns them.
 
-    ``value`` is the mean over examples of the loss. ``layers`` gives the ``Terms`` by the layer's
-    place in the params tree, such as "2.0", in the order of the way forward; ``loss`` those of the
-    loss, whose x is the net's output and whose y has a value for each example. Indexed with a
-    param's name it gives that param; ``example(n)`` is the same with example n in view.
+    ``explanation["2.0.w"]`` is a param by its name, and ``explanation.example(n)`` the same
+    explanation with example n in view.
+
+    Attributes:
+        net: the network.
+        value: the mean over examples of the loss.
+        collected: the terms of each layer, in the structure of the net's params.
+        loss: the terms of the loss: its x is the net's output, its y the value of each example.
+        shown: the example that is in view.
     """
 
     net: Layer = dataclasses.field(metadata={"static": True})
@@ -173,46 +213,54 @@ class Explanation:
 
     @property
     def layers(self) -> dict[str, Terms]:
+        """The terms of each layer, by the place of its params, such as "2.0"."""
         return by_name(self.collected, Terms)
 
     @property
     def names(self) -> list[str]:
-        """The params' names."""
+        """The names of the params, such as "2.0.w"."""
         return [name for name, _, _ in self._params()]
 
     @property
     def examples(self) -> int:
+        """The number of examples in the batch."""
         assert self.loss.summaries.y is not None
         return self.loss.summaries.y.shape[0]
 
     def example(self, n: int) -> Explanation:
-        """The same explanation, indexed and printed for example n."""
+        """Return the same explanation, indexed and printed for example n.
+
+        Raises:
+            IndexError: for an n that is not an example of the batch.
+        """
         if not -self.examples <= n < self.examples:
             raise IndexError(f"example {n}: there are {self.examples}")
         return dataclasses.replace(self, shown=n % self.examples)
 
     def __getitem__(self, name: str) -> Param:
+        """Return a param by its name; raise ``KeyError`` for a name that no param has."""
         for known, terms, position in self._params():
             if known == name:
                 return Param(name, terms, position, self.shown)
         raise KeyError(f"no param is called {name!r}; there are {', '.join(self.names)}")
 
     def runs(self) -> list[tuple[str, Terms]]:
-        """The layers in the order of the way forward, a repeated one as often as it is run.
+        """Return the name and the terms of each layer, in the order of the forward pass.
 
-        Each is named by its place and, where it is repeated, the repetition: "2.0[3]".
+        A layer in a ``repeat`` comes once for each turn, with the turn in its name: "2.0[3]".
         """
         return list(in_order(self.net, self.layers))
 
     def _params(self) -> list[tuple[str, Terms, int]]:
+        """Return each param's name, the terms of its layer, and its index among that layer's."""
         return [
             (".".join(filter(None, (seat, name))), terms, position)
             for seat, terms in self.layers.items()
             for position, name in enumerate(by_name(terms.summaries.params, Summary))
         ]
 
-    def __rich__(self) -> Any:
-        from jaxprop.explanation import table  # rich is for those who print
+    def __rich__(self) -> Group:
+        from jaxprop.explanation import table  # imports rich, which takes time
 
         return table.table(self)
 
@@ -222,8 +270,8 @@ class Explanation:
         return table.plainly(self)
 
 
-def by_name(tree: Any, kind: type) -> dict[str, Any]:
-    """The tree's nodes of the kind, each under its place in the tree, such as "2.0.w"."""
+def by_name(tree: PyTree, kind: type[T]) -> dict[str, T]:
+    """Return the nodes of a class in the tree, by their place in it, such as "2.0.w"."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, kind))
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf

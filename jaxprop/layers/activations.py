@@ -1,8 +1,7 @@
 """Elementwise activations, each as ``jax.nn`` defines it.
 
-For an elementwise y = f(x) the Jacobian is diagonal, so d_x = ct f'(x). What differs is which of
-x and y is saved and how f' is written from it: y where f' is simplest in y (nothing new is kept,
-y is the next layer's input), else x. All take floating x of any shape and have no params.
+The Jacobian of an elementwise y = f(x) is diagonal, so d_x = ct f'(x). A layer saves y where f' is
+simplest in y, which costs nothing new (y is the next layer's input), and x otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ X = Float[Array, "n ..."]
 
 
 class Elementwise(Layer):
-    """y_i = f(x_i). ``backward`` of a cotangent of ones is then f' itself, the local derivative."""
+    """y_i = f(x_i), with x and y (N, ...), floating; no params.
+
+    ``backward`` of a cotangent of ones is f' itself, the local derivative.
+    """
 
 
 class Sigmoid(Elementwise):
@@ -35,7 +37,7 @@ class Sigmoid(Elementwise):
 
 
 class Tanh(Elementwise):
-    """y = tanh(x), f' = 1 - y^2, written (1 + y) (1 - y): near |y| = 1 it cancels less."""
+    """y = tanh(x), f' = 1 - y^2, written (1 + y) (1 - y), which cancels less near |y| = 1."""
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
         y = jnp.tanh(x)
@@ -46,7 +48,7 @@ class Tanh(Elementwise):
 
 
 class Relu(Elementwise):
-    """y = max(x, 0), f' = 1 where y > 0, else 0; at x = 0 the 0 that ``jax.nn.relu`` chooses."""
+    """y = max(x, 0), f' = 1 where y > 0, else 0; at x = 0 it is 0, as for ``jax.nn.relu``."""
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
         y = jax.nn.relu(x)
@@ -57,12 +59,18 @@ class Relu(Elementwise):
 
 
 class Gelu(Elementwise):
-    """y = x P(X <= x) for a standard normal X, by default in its tanh form.
+    """y = x P(Z <= x) for a standard normal Z, by default in its tanh approximation.
 
     Exact: y = x F(x) with F the normal distribution function and p its density, f' = F + x p.
     Approximate: y = x/2 (1 + t), t = tanh(u), u = c (x + a x^3), c = sqrt(2/pi), a = 0.044715, so
     f' = (1 + t)/2 + x/2 (1 + t)(1 - t) c (1 + 3 a x^2)
     (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415).
+
+    Args:
+        approximate: whether to take the tanh approximation instead of the exact form.
+
+    Raises:
+        TypeError: if ``approximate`` is not a bool.
     """
 
     approximate: bool = True
@@ -75,7 +83,7 @@ class Gelu(Elementwise):
         return jax.nn.gelu(x, approximate=self.approximate), x
 
     def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
-        x = jnp.clip(x, -30, 30)  # f' is 0 or 1 there, and x^3 could overflow: 0 times infinity
+        x = jnp.clip(x, -30, 30)  # beyond, f' is 0 or 1, and x^3 may overflow: 0 times infinity
         if self.approximate:
             c, a = math.sqrt(2 / math.pi), 0.044715
             t = jnp.tanh(c * (x + a * x**3))

@@ -1,4 +1,4 @@
-"""Attention, which keeps its softmax weights or computes them again."""
+"""Attention, with its softmax weights saved for backward or computed again."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -19,10 +18,10 @@ from jaxprop.core.checks import check_counts, check_flags
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask
-from jaxprop.core.types import Params
+from jaxprop.core.types import Params, PyTree, Residuals
 
 Heads = Float[Array, "n h t d"]
-Padding = Bool[Array, "n t"] | None
+PaddingMask = Bool[Array, "n t"] | None
 Save = Literal["weights", "logsumexp"]
 
 
@@ -38,25 +37,35 @@ class Attention(Layer):
         dE/dq = scale dE/ds k
         dE/dk = scale dE/ds^T q
 
-    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762). What is kept for backward is ``save``:
+    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762). ``save`` names the residuals:
 
-    - ``"weights"``: e = exp(s - max s) and 1 / sum e, which multiplies y and ct in the place of e.
-      Nothing is computed twice. If causal, queries go in up to 8 parts, each with the keys up to
-      its last query only: little more than half of the N heads T^2 numbers, and of the work.
-    - ``"logsumexp"``: log sum exp s, (N, heads, T). p = exp(s - logsumexp) is made again, one more
-      product, for ``block`` queries at a time: memory linear in T (Rabe and Staats 2021,
-      https://arxiv.org/abs/2112.05682; Dao et al. 2022, https://arxiv.org/abs/2205.14135).
+    - ``"weights"``: e = exp(s - max s) and 1 / sum e, which multiplies y and ct instead of e.
+      Nothing is computed twice. Causal queries are split into up to 8 parts, each with the keys up
+      to its last query only. That takes little more than half of the N heads T^2 numbers, and of
+      the work.
+    - ``"logsumexp"``: log sum exp s, (N, heads, T). backward computes p = exp(s - logsumexp) again,
+      at the price of one more product, for ``block`` queries at a time. Memory is linear in T (Rabe
+      and Staats 2021, https://arxiv.org/abs/2112.05682; Dao et al. 2022,
+      https://arxiv.org/abs/2205.14135).
 
     x is (N, T, 3D), floating: the D features of q, then of k, then of v, each with its heads one
-    after the other. y is (N, T, D); scale is 1 / sqrt(D / heads). ``causal``: position t looks at
-    the positions up to t. The softmax is computed in at least float32.
+    after the other. y is (N, T, D), and scale is 1 / sqrt(D / heads). The softmax is computed in at
+    least float32.
 
     There is nothing to learn: params are ``()``, or a ``jp.Mask`` that ``net.bind(params, mask=)``
-    puts in their place. Keys that are padding get no weight; where no key is left, y and the
-    cotangents are 0.
+    puts in their place. Padded keys get no weight. For a query with no key left, y and
+    the cotangents are 0.
 
-    Raises ``ValueError`` for a mask that is not (N, T) and for x that is not (N, T, 3D) with heads
-    dividing D, ``TypeError`` for x not floating.
+    Args:
+        heads: the number of heads, which divides D.
+        causal: whether position t attends only to the positions up to t.
+        save: the residuals, "weights" or "logsumexp".
+        block: the largest number of queries that "logsumexp" handles at a time.
+
+    Raises:
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for a number below 1 or another ``save``, for x that is not (N, T, 3D) with
+            heads dividing D, and for a mask that is not (N, T).
     """
 
     heads: int
@@ -71,7 +80,7 @@ class Attention(Layer):
         if self.save not in ("weights", "logsumexp"):
             raise ValueError(f"Attention: save is 'weights' or 'logsumexp', not {self.save!r}")
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
         if getattr(x, "ndim", None) != 3 or not all(x.shape[1:]) or x.shape[2] % (3 * self.heads):
             raise ValueError(
                 f"{self} takes x of shape (N, T, 3D), q, k and v packed, with {self.heads} heads "
@@ -82,8 +91,8 @@ class Attention(Layer):
         return ()
 
     def forward(
-        self, params: Any, x: Float[Array, "n t c"]
-    ) -> tuple[Float[Array, "n t d"], tuple[Any, ...]]:
+        self, params: Params, x: Float[Array, "n t c"]
+    ) -> tuple[Float[Array, "n t d"], Residuals]:
         mask = self._mask(params, x)
         q, k, v = _split(x, self.heads)
         parts = []
@@ -95,7 +104,7 @@ class Attention(Layer):
         return y, (x, y, kept)
 
     def backward(
-        self, params: Any, residuals: tuple[Any, ...], ct: Float[Array, "n t d"]
+        self, params: Params, residuals: Residuals, ct: Float[Array, "n t d"]
     ) -> tuple[tuple[()], Float[Array, "n t c"]]:
         x, y, kept = residuals
         mask = self._mask(params, x)
@@ -114,7 +123,7 @@ class Attention(Layer):
         d_x = jnp.stack([jnp.concatenate(d_q, 2) * _scale(q), sum(d_k), sum(d_v)], 2)
         return (), d_x.transpose(0, 3, 2, 1, 4).reshape(x.shape).astype(x.dtype)
 
-    def _mask(self, params: Params, x: Float[Array, "n t c"]) -> Padding:
+    def _mask(self, params: Params, x: Float[Array, "n t c"]) -> PaddingMask:
         if not isinstance(params, Mask):
             return None
         if params.value.shape != x.shape[:2]:
@@ -124,8 +133,10 @@ class Attention(Layer):
             )
         return params.value
 
-    def _attend(self, mask: Padding, k: Heads, v: Heads, block: Any) -> tuple[Any, tuple[()]]:
-        """A block of queries forward: ``((y, kept), ())``."""
+    def _attend(
+        self, mask: PaddingMask, k: Heads, v: Heads, block: tuple[Heads, Array]
+    ) -> tuple[tuple[Heads, Residuals], tuple[()]]:
+        """Return ``((y, residuals), ())`` of a block of queries."""
         q, at = block
         s, seen = self._scores(mask, q, k, at)
         top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
@@ -140,8 +151,14 @@ class Attention(Layer):
         y = _product("nhqk,nhkd->nhqd", e, v) * r
         return (y, (e, r) if self.save == "weights" else top + jnp.log(total)), ()
 
-    def _pull(self, mask: Padding, k: Heads, v: Heads, block: Any) -> tuple[Heads, Any]:
-        """A block of queries backward: ``(d_q, (d_k, d_v))``."""
+    def _pull(
+        self,
+        mask: PaddingMask,
+        k: Heads,
+        v: Heads,
+        block: tuple[Heads, Array, Heads, Heads, Residuals],
+    ) -> tuple[Heads, tuple[Heads, Heads]]:
+        """Return ``(d_q, (d_k, d_v))``, pulled back from a block of queries."""
         q, at, ct, mean, saved = block
         if self.save == "weights":
             p, r = saved
@@ -156,8 +173,8 @@ class Attention(Layer):
         d_q = _product("nhqk,nhkd->nhqd", d_s, k)
         return d_q, (_product("nhqk,nhqd->nhkd", d_s, q), d_v)
 
-    def _scores(self, mask: Padding, q: Heads, k: Heads, at: Array) -> tuple[Heads, Any]:
-        """s, at its least where a key is not seen, and where that is."""
+    def _scores(self, mask: PaddingMask, q: Heads, k: Heads, at: Array) -> tuple[Heads, PyTree]:
+        """Return s, and where a query sees a key (None if everywhere); elsewhere s is minimal."""
         s = _product("nhqd,nhkd->nhqk", q, k)
         keys = k.shape[2]
         if not self.causal and mask is None:
@@ -168,13 +185,15 @@ class Attention(Layer):
         return jnp.where(seen, s, jnp.finfo(s.dtype).min), seen
 
     def _parts(self, t: int) -> list[tuple[slice, slice]]:
-        """Queries, and the keys they meet: up to 8 parts of at least 64 queries, or one part."""
+        """Return slices of queries and of their keys: up to 8 parts of at least 64, or one part."""
         parts = min(8, max(1, t // 64)) if self.causal and self.save == "weights" else 1
         ends = [t * i // parts for i in range(parts + 1)]
         return [(slice(a, b), slice(0, b)) for a, b in itertools.pairwise(ends)]
 
-    def _run(self, f: Callable[[Any], Any], zeros: Any, block: Any) -> Any:
-        """f(block), a pair of what belongs to its queries (axis 2) and of sums over them."""
+    def _run(
+        self, f: Callable[..., tuple[PyTree, PyTree]], zeros: PyTree, block: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Return f(block), a pair of values of the queries (axis 2) and of sums over them."""
         if self.save == "weights":
             return f(block)
         t = block[0].shape[2]
@@ -189,7 +208,7 @@ class Attention(Layer):
             z = jnp.moveaxis(z, 0, 2)
             return z.reshape(*z.shape[:2], blocks * size, *z.shape[4:])[:, :, :t]
 
-        def step(sums: Any, block: Any) -> tuple[Any, Any]:
+        def step(sums: PyTree, block: PyTree) -> tuple[PyTree, PyTree]:
             out, more = f(block)
             return jax.tree.map(jnp.add, sums, more), out
 
@@ -198,7 +217,7 @@ class Attention(Layer):
 
 
 def _split(x: Float[Array, "n t c"], heads: int) -> tuple[Heads, Heads, Heads]:
-    """scale q, k and v, each (N, heads, T, d)."""
+    """Return scale q, k and v, each (N, heads, T, d)."""
     n, t, c = x.shape
     q, k, v = x.reshape(n, t, 3, heads, c // (3 * heads)).transpose(2, 0, 3, 1, 4)
     return (wide(q) * _scale(q)).astype(q.dtype), k, v
@@ -209,7 +228,7 @@ def _positions(rows: slice) -> Array:
 
 
 def _until(t: int, z: Heads) -> Heads:
-    """z with zeros up to T = t."""
+    """Return z padded with zeros to T = t."""
     return jnp.pad(z, ((0, 0), (0, 0), (0, t - z.shape[2]), (0, 0)))
 
 
@@ -218,5 +237,5 @@ def _scale(q: Heads) -> float:
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:
-    """einsum that adds up in at least float32."""
+    """Return the einsum of a and b, accumulated in at least float32."""
     return jnp.einsum(spec, a, b, preferred_element_type=wide(a).dtype)

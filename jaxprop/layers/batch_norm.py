@@ -1,29 +1,30 @@
-"""Normalization over the batch: the one layer here that couples its examples."""
+"""Batch normalization, the only layer here that couples the examples of a batch."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxprop.core.arrays import rounded, wide
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Unlearned
+from jaxprop.core.types import PyTree
 from jaxprop.layers.normalization import X, affine, check_eps, moments, scaled
 
 
 class BatchNormParams(NamedTuple):
-    """The params of a BatchNorm, each of shape (C,).
+    """The params of a BatchNorm, or their cotangents.
 
     Attributes:
-        scale: learned, what the normalized x is multiplied by.
-        bias: learned, what is added then.
-        mean: the running mean, ``jp.Unlearned``.
-        var: the running variance, ``jp.Unlearned``.
+        scale: (C,), the factor of the standardized x; learned.
+        bias: (C,), the shift; learned.
+        mean: (C,), the running mean, ``jp.Unlearned``; ``()`` among cotangents.
+        var: (C,), the running variance, ``jp.Unlearned``; ``()`` among cotangents.
     """
 
     scale: Any
@@ -35,33 +36,39 @@ class BatchNormParams(NamedTuple):
 class BatchNorm(Layer):
     """y = n * scale + bias, n = (x - mean) / sqrt(var + eps), for each channel.
 
-    In training, mean and var are the batch's, over examples and positions, M numbers a channel.
-    LayerNorm's derivation holds with them in the place of a row's features, and since scale is the
-    same for all of them, mean(dn) = scale dE/dbias / M and mean(dn n) = scale dE/dscale / M:
+    In training, mean and var are those of the batch, over the M examples and positions of a
+    channel. LayerNorm's derivation holds with these M numbers in the place of a row's features.
+    They all have the same scale, so mean(dn) = scale dE/dbias / M and
+    mean(dn n) = scale dE/dscale / M:
 
         dE/dscale = sum over examples and positions of ct n
         dE/dbias  = sum over examples and positions of ct
         dE/dx     = scale rstd (ct - (dE/dbias + n dE/dscale) / M)
 
     (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167). An example's y then depends on the
-    others, so no per-example quantity exists, and asking for one raises ``ValueError``.
+    other examples: no per-example quantity exists, and asking for one raises ``ValueError``.
 
-    With ``training=False`` (``jp.inference_mode``) mean and var are the running statistics in
-    params, constants: dE/dx = scale rstd ct, and every per-example quantity exists.
+    In inference mode (``training=False``, ``jp.inference_mode``) mean and var are the running
+    statistics in params. They are constants, so dE/dx = scale rstd ct, and every per-example
+    quantity exists.
 
-    The running statistics are ``jp.Unlearned`` arrays: no gradient, noise or weight decay moves
-    them, ``jp.update_batch_stats`` does. They hold the batch's variance as it normalizes, with M
-    below (as Flax and Keras do), not M - 1 (as PyTorch and the paper do), and start from 0 and 1,
-    in at least float32.
+    The running statistics are ``jp.Unlearned`` arrays. No gradient, noise or weight decay moves
+    them; ``jp.update_batch_stats`` does. The running variance divides by M, as the normalization
+    itself, Flax and Keras do, not by M - 1, as PyTorch and the paper do. mean starts as zeros and
+    var as ones, in at least float32.
 
-    x is (N, ..., C), floating; scale starts as ones, bias as zeros. Only x is saved: backward
-    writes down the statistics as forward did, and under ``jit`` XLA computes them once. Raises
-    ``ValueError`` for x without an example axis and ``TypeError`` for x not floating.
+    x is (N, ..., C), floating, and y is like x. scale starts as ones, bias as zeros. Only x is
+    saved: backward computes the statistics by the expressions of forward, and under ``jit`` XLA
+    computes them once.
 
     Args:
-        momentum: what the running statistics keep of themselves at each step, in [0, 1).
-        eps: added to the variance.
-        training: whether the batch's statistics are used, or the running ones.
+        momentum: the share that a running statistic keeps at each update, in [0, 1).
+        eps: the positive number that is added to the variance.
+        training: whether to normalize by the batch's statistics instead of the running ones.
+
+    Raises:
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for an argument out of range, and for x without an example axis or channels.
     """
 
     momentum: float = 0.9
@@ -81,7 +88,7 @@ class BatchNorm(Layer):
     def batch_coupled(self) -> bool:
         return self.training
 
-    def init(self, key: chex.PRNGKey, x: Any) -> BatchNormParams:
+    def init(self, key: Array, x: PyTree) -> BatchNormParams:
         scale, bias = affine(self, x)
         mean, var = wide(jnp.zeros_like(scale)), wide(jnp.ones_like(scale))
         return BatchNormParams(scale, bias, Unlearned(mean), Unlearned(var))
@@ -99,12 +106,19 @@ class BatchNorm(Layer):
         d_x = slope * (wide_ct - (d_bias + n * d_scale) / (x.size // x.shape[-1]))
         return BatchNormParams(d_scale, d_bias, (), ()), d_x.astype(x.dtype)
 
-    def rounded(self, params: BatchNormParams, dtype: Any) -> BatchNormParams:
-        """The running statistics as they are: rounding the mean would move every y."""
+    def rounded(self, params: BatchNormParams, dtype: DTypeLike) -> BatchNormParams:
+        """Return params with scale and bias in dtype; rounding the mean would move every y."""
         return rounded(params, dtype)._replace(mean=params.mean, var=params.var)
 
     def with_batch_stats(self, params: BatchNormParams, x: X) -> BatchNormParams:
-        """Return params with the running statistics moved towards x's, where those are finite."""
+        """Return params with the running statistics moved towards those of x.
+
+        A channel keeps its running statistic where that of x is not finite.
+
+        Args:
+            params: the layer's params.
+            x: the input of a training step, (N, ..., C).
+        """
 
         def moved(running: Array, batch: Array) -> Array:
             kept = float(self.momentum)
@@ -119,7 +133,7 @@ class BatchNorm(Layer):
         )
 
     def _standardized(self, params: BatchNormParams, x: X) -> tuple[X, Array]:
-        """(n, rstd)"""
+        """Return ``(n, rstd)``."""
         if self.training:
             mean, var = moments(x, _all_but_last(x))
         else:

@@ -1,10 +1,9 @@
-"""Convolution over positions, and its transpose."""
+"""Convolution over positions, and transposed convolution."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from jaxprop.core.checks import check_counts, check_flags, check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import PyTree
 from jaxprop.layers.dense import AffineParams
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.windows import (
@@ -27,32 +27,42 @@ from jaxprop.layers.windows import (
 
 X = Float[Array, "n ... c"]
 Y = Float[Array, "n ... o"]
-FEW = 16  # channels: below, XLA's CPU convolution that pulls back to x is slower than a matmul
+FEW = 16  # channels of x: with fewer, a matmul gives d_x faster than XLA's convolution on a CPU
 
 
 class Conv(Layer):
     """y[t] = sum_k x[t s + k d] w[k] + b, over the taps k of the window; a cross-correlation.
 
-    At each tap the layer is dense: y[n, t] takes x[n, t s + k d] times the matrix w[k], s being
-    the stride and d the dilation (t, k, s and d each have an entry for each spatial axis). Dense
-    layers that share their output add up, so
+    s is the stride and d the dilation; t, k, s and d have an entry for each spatial axis. At each
+    tap the layer is dense: y[n, t] takes x[n, t s + k d] times the matrix w[k]. Dense layers that
+    share their output add up, so
 
         dE/dw[k]    = sum_n sum_t x[n, t s + k d] (outer) ct[n, t]        ``Patches``
         dE/db       = sum_n sum_t ct[n, t]
-        dE/dx[n, h] = sum of ct[n, t] w[k]^T over all t and k with t s + k d = h
+        dE/dx[n, h] = sum of ct[n, t] w[k]^T over all t and k with t s + k d = h.
 
-    and the last is again a convolution: of ct with s - 1 zeros between its neighbours, by the
-    flipped window with w's two channel axes swapped (Dumoulin and Visin 2016,
-    https://arxiv.org/abs/1603.07285). For x of few channels a CPU is faster with the sum as it
-    stands: one matmul for all taps, and each tap's part added to where it was read.
+    The last is again a convolution: of ct, with input dilation s, by the flipped window with w's
+    two channel axes swapped (Dumoulin and Visin 2016, https://arxiv.org/abs/1603.07285). For x of
+    few channels a CPU is faster with the sum as written: one matmul for all taps, and each tap's
+    part added where the tap read x.
 
-    x is (N, *spatial, C), floating, with one to three spatial axes, as many as ``window`` has; y is
-    (N, *outputs, features). w is (*window, C / groups, features) and starts as LeCun normal, b as
-    zeros. ``strides`` and ``dilation`` take a whole number for all axes or a tuple, and are 1 where
-    left out; ``padding`` with zeros is "SAME", "VALID" or a (low, high) pair for each axis. With
-    ``groups``, channels and features are cut into that many convolutions side by side.
-    Raises ``ValueError`` for x of another rank, channels that groups do not divide, and an input
-    smaller than the window; ``TypeError`` for x not floating.
+    x is (N, *spatial, C), floating, with one to three spatial axes, as many as ``window`` has. y is
+    (N, *outputs, features). w is (*window, C / groups, features) and starts as LeCun normal, b is
+    (features,) and starts as zeros.
+
+    Args:
+        features: the number of channels of y.
+        window: the size of the window along each spatial axis.
+        strides: s, one number for all axes or a tuple; None for 1.
+        padding: "SAME", "VALID", or how many zeros are added at each axis, as (low, high) pairs.
+        dilation: d, one number for all axes or a tuple; None for 1.
+        groups: the number of convolutions side by side that split the channels of x and of y.
+        bias: whether to add b.
+
+    Raises:
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for an argument out of range, for x of another rank or smaller than the window,
+            and for channels or features that ``groups`` does not divide.
     """
 
     features: int
@@ -72,7 +82,7 @@ class Conv(Layer):
                 f"Conv: groups divides features, {self.features}, but is {self.groups}"
             )
 
-    def init(self, key: chex.PRNGKey, x: Any) -> AffineParams:
+    def init(self, key: Array, x: PyTree) -> AffineParams:
         check_x(self, x, AXES[len(self.window)])
         if x.shape[-1] % self.groups:
             raise ValueError(
@@ -90,7 +100,7 @@ class Conv(Layer):
         d_x = _d_x(params.w, ct, windows, self.groups, x.shape[1:-1]).astype(x.dtype)
         return AffineParams(Patches(x, ct, windows, self.groups), d_b), d_x
 
-    def _windows(self, x: Any) -> Windows:
+    def _windows(self, x: PyTree) -> Windows:
         rank = len(self.window)
         strides = sizes("Conv: strides", self.strides, rank)
         dilation = sizes("Conv: dilation", self.dilation, rank)
@@ -98,17 +108,30 @@ class Conv(Layer):
 
 
 class ConvTranspose(Layer):
-    """The convolution of x with s - 1 zeros between its neighbours, as ``jax.lax.conv_transpose``.
+    """y[t] = sum_k x'[t + k - low] w[k] + b, where x' is x with input dilation s: x'[h s] = x[h].
 
-    y[t] = sum_k x'[t + k - low] w[k] + b, where x'[h s] = x[h] and the rest is zero. It is ``Conv``
-    of x' with strides 1, and so are its derivatives; d_x, which is needed at multiples of s only,
-    is an ordinary convolution of ct with strides s. The window is not flipped and w's channel axes
-    are not swapped (``transpose_kernel=False`` there).
+    The other entries of x' are 0, and low is the padding before them. This is ``Conv`` of x' with
+    strides 1, and has its derivatives. d_x is needed at multiples of s only, where it is an
+    ordinary convolution of ct with strides s. y is that of
+    ``jax.lax.conv_transpose`` with ``transpose_kernel=False``: the window is not flipped, and w's
+    channel axes are not swapped.
 
-    x is (N, *spatial, C), floating; y is (N, *outputs, features), where "SAME" makes outputs
-    spatial * strides and "VALID" spatial * strides + max(window - strides, 0). A (low, high) pair
-    for each axis pads x'. w is (*window, C, features) and starts as LeCun normal, b as zeros.
-    Raises as ``Conv`` does.
+    x is (N, *spatial, C), floating, and y is (N, *outputs, features). w is (*window, C, features)
+    and starts as LeCun normal, b is (features,) and starts as zeros.
+
+    Args:
+        features: the number of channels of y.
+        window: the size of the window along each spatial axis.
+        strides: s, one number for all axes or a tuple; None for 1.
+        padding: "SAME" for outputs of size spatial * strides, "VALID" for
+            spatial * strides + max(window - strides, 0), or how many zeros are added to x' at each
+            axis, as (low, high) pairs.
+        bias: whether to add b.
+
+    Raises:
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for an argument out of range, and for x of another rank or smaller than the
+            window.
     """
 
     features: int
@@ -120,7 +143,7 @@ class ConvTranspose(Layer):
     def __post_init__(self) -> None:
         _check_fields(self)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> AffineParams:
+    def init(self, key: Array, x: PyTree) -> AffineParams:
         check_x(self, x, AXES[len(self.window)])
         return _init(self, key, x, x.shape[-1], self._windows())
 
@@ -145,7 +168,7 @@ class ConvTranspose(Layer):
         return Windows(self.window, ones, padding, ones, strides)
 
 
-def _transposed(padding: str, k: int, s: int) -> tuple[int, int]:
+def _transposed(padding: Literal["SAME", "VALID"], k: int, s: int) -> tuple[int, int]:
     if padding == "VALID":
         return k - 1, max(k, s) - 1
     total = k + s - 2
@@ -206,7 +229,7 @@ def _dimensions(windows: Windows) -> tuple[str, str, str]:
 
 
 def _init(
-    layer: Conv | ConvTranspose, key: chex.PRNGKey, x: Any, channels: int, windows: Windows
+    layer: Conv | ConvTranspose, key: Array, x: PyTree, channels: int, windows: Windows
 ) -> AffineParams:
     if not all(windows.outputs(x.shape[1:-1])):
         raise ValueError(f"{layer}: no window fits into x of shape {x.shape}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,17 +12,23 @@ from jaxtyping import Float
 from jaxprop.core.checks import check_counts, check_flags, check_x
 from jaxprop.core.forms import Outer, Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import PyTree
 
 
 class AffineParams(NamedTuple):
-    """Params w (I, O) and b (O,), or their cotangents. b is None in a layer without bias."""
+    """The params of an affine layer, or their cotangents.
+
+    Attributes:
+        w: the weights, (I, O); in a convolution (*window, C / groups, O).
+        b: the bias, (O,); None in a layer without one.
+    """
 
     w: Any
     b: Any = None
 
 
 class Dense(Layer):
-    """y = x w + b, over the last axis.
+    """y = x w + b, along the last axis.
 
     With y[n, j] = sum_i x[n, i] w[i, j] + b[j], the chain rule gives
 
@@ -31,11 +36,19 @@ class Dense(Layer):
         dE/db[j]    = sum_n ct[n, j]
         dE/dx[n, i] = sum_j ct[n, j] w[i, j]
 
-    and positions between the example axis and the last one are summed like examples
-    (Rumelhart, Hinton and Williams 1986, https://doi.org/10.1038/323533a0).
+    (Rumelhart, Hinton and Williams 1986, https://doi.org/10.1038/323533a0). Positions, on the axes
+    between the first and the last, are summed like examples.
 
-    x is (N, ..., I), floating; y is (N, ..., features). w starts as LeCun normal, b as zeros.
-    Raises ``ValueError`` for x without an example axis and ``TypeError`` for x not floating.
+    x is (N, ..., I), floating; y is (N, ..., features). w is (I, features) and starts as LeCun
+    normal, b is (features,) and starts as zeros.
+
+    Args:
+        features: the size of y's last axis.
+        bias: whether to add b.
+
+    Raises:
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for ``features`` below 1, and for x without an example axis or features.
     """
 
     features: int
@@ -45,7 +58,7 @@ class Dense(Layer):
         check_counts(self, "features")
         check_flags(self, "bias")
 
-    def init(self, key: chex.PRNGKey, x: Any) -> AffineParams:
+    def init(self, key: Array, x: PyTree) -> AffineParams:
         check_x(self, x, "N, ..., I")
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
         w = jax.nn.initializers.lecun_normal()(key, (x.shape[-1], self.features), dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,20 +9,26 @@ from jaxtyping import Bool, Float
 
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Key
+from jaxprop.core.types import Params
+
+Kept = Bool[Array, "n ..."] | tuple[()]
 
 
 class Dropout(Layer):
-    """y = x m / (1 - rate), m = 1 with probability 1 - rate, else 0: so d_x = ct m / (1 - rate).
+    """y = x m / (1 - rate), m = 1 with probability 1 - rate, else 0, so d_x = ct m / (1 - rate).
 
     The mean of y is x (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html).
-    Randomness is an input: with params ``()`` y is x, and with a ``jp.Key`` in their place, put
-    there for each step by ``net.bind(params, key=key)``, x is dropped out. There is nothing to
-    learn.
 
-    x is floating, (N, ...). Raises ``ValueError`` for a rate outside [0, 1).
+    There is nothing to learn, and randomness is an input. With params ``()`` y is x. Entries are
+    dropped when ``net.bind(params, key=key)`` puts a ``jp.Key`` in the place of ``()``, for a step.
+
+    x is (N, ...), floating, and y is like x.
 
     Args:
-        rate: the share of entries that is dropped.
+        rate: the probability with which an entry is dropped, in [0, 1).
+
+    Raises:
+        ValueError: for a rate outside [0, 1).
     """
 
     rate: float
@@ -34,16 +38,20 @@ class Dropout(Layer):
         if not 0 <= self.rate < 1:
             raise ValueError(f"Dropout takes a rate in [0, 1), not {self.rate!r}")
 
-    def forward(self, params: Any, x: Float[Array, "n ..."]) -> tuple[Float[Array, "n ..."], Any]:
+    def forward(
+        self, params: Params, x: Float[Array, "n ..."]
+    ) -> tuple[Float[Array, "n ..."], Kept]:
         if not isinstance(params, Key):
             return x, ()
         kept = jax.random.bernoulli(params.value, 1 - self.rate, x.shape)
         return self._scaled(kept, x), kept
 
     def backward(
-        self, params: Any, kept: Bool[Array, "n ..."] | tuple[()], ct: Float[Array, "n ..."]
+        self, params: Params, kept: Kept, ct: Float[Array, "n ..."]
     ) -> tuple[tuple[()], Float[Array, "n ..."]]:
         return (), ct if isinstance(kept, tuple) else self._scaled(kept, ct)
 
-    def _scaled(self, kept: Bool[Array, "n ..."], x: Float[Array, "n ..."]) -> Array:
+    def _scaled(
+        self, kept: Bool[Array, "n ..."], x: Float[Array, "n ..."]
+    ) -> Float[Array, "n ..."]:
         return jnp.where(kept, x / (1 - self.rate), 0)

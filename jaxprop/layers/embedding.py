@@ -1,11 +1,9 @@
-"""The embedding, a table whose rows are picked, and the form of its cotangent."""
+"""The embedding, which looks up rows of a table, and the form of the table's cotangent."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -17,13 +15,20 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Kronecker, gram, reached, weighted
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import laid_out
+from jaxprop.core.types import PyTree
 
 
 class Rows(Factored):
-    """g_n = the rows ct[n, t] put at ids[n, t] of a table of zeros (V, D), repeated ids added up.
+    """The form of a table (V, D): g_n = sum over positions t of ct[n, t] in the row ids[n, t].
 
-    The table is only formed where it is asked for. Equal ids of one example are added to the first
-    of them; after that an example's rows are all different, and squares need no cross terms.
+    The table is formed only where it is asked for. For squares, the cotangents of equal ids within
+    an example are first added up. The rows left are all different, so that squares need no cross
+    terms.
+
+    Attributes:
+        ids: (N, ...), integers; an id outside [0, V) is in no row.
+        ct: (N, ..., D), the cotangent of the rows that were looked up.
+        vocab: V.
     """
 
     ids: Int[Array, "n ..."]
@@ -48,7 +53,7 @@ class Rows(Factored):
         return jnp.sum(self.squares(), axis=(1, 2))
 
     def inner_products(self) -> Float[Array, "n n"]:
-        """sum_ts [ids_nt = ids_ms] ct_nt . ct_ms, through the tables where those are smaller."""
+        """Return sum_ts [ids_nt = ids_ms] ct_nt . ct_ms, or <g_n, g_m> for a smaller table."""
         ids, ct = self._sequences()
         if self.vocab < ids.shape[1] ** 2:
             return super().inner_products()
@@ -71,7 +76,7 @@ class Rows(Factored):
         return Rows(self.ids, squares, self.vocab).sum()
 
     def kronecker(self, over: str | None = None) -> Kronecker:
-        """a is diagonal, with the number of times that each id occurs: (V, V)."""
+        """Return the factors: a (V, V) is diagonal and counts the occurrences of each id."""
         ids, ct = self._sequences()
         met = reached(ct, over)[..., 0]
         ids = jnp.where(met, _inside(ids, self.vocab), self.vocab)
@@ -90,14 +95,22 @@ class Rows(Factored):
 
 
 class Embedding(Layer):
-    """y = W[x], the rows of the table W that the ids x name.
+    """y = W[x], the rows of the table W at the ids x.
 
-    It is one_hot(x) W, so dE/dW has ct in the rows x, those of equal ids added up; the one_hot is
-    never formed. The ids have no cotangent: d_x is None.
+    y is one_hot(x) W, so dE/dW = one_hot(x)^T ct: ct in the rows x, added up for equal ids. The
+    one_hot is never formed. The ids have no cotangent: d_x is None.
 
-    x is (N, ...), integers in [0, vocab); y is (N, ..., features). params are the table
-    (vocab, features), normal with standard deviation 1 / sqrt(features). An id outside gives a row
-    of NaN. Raises ``TypeError`` for ids that are not integers.
+    x is (N, ...), integers in [0, vocab), and y is (N, ..., features). An id out of range gives a
+    row of NaN. params are the table (vocab, features), of JAX's default float dtype, and start as
+    normal with standard deviation 1 / sqrt(features).
+
+    Args:
+        vocab: the number of rows.
+        features: the size of a row.
+
+    Raises:
+        TypeError: for an argument that is not a whole number, and for ids that are not integers.
+        ValueError: for an argument below 1, and for ids without an example axis.
     """
 
     vocab: int
@@ -106,7 +119,7 @@ class Embedding(Layer):
     def __post_init__(self) -> None:
         check_counts(self, "vocab", "features")
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Float[Array, "v d"]:
+    def init(self, key: Array, x: PyTree) -> Float[Array, "v d"]:
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{self} takes integer ids, not {shapes(x)}")
         if x.ndim < 1:
@@ -128,5 +141,5 @@ class Embedding(Layer):
 
 
 def _inside(ids: Int[Array, "..."], vocab: int) -> Int[Array, "..."]:
-    """Negative ids as ids past the end, which JAX can be told to drop: no wrapping around."""
+    """Return ids with negative ones moved past the end, where JAX does not wrap them around."""
     return jnp.where(ids < 0, vocab, ids)

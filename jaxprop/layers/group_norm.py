@@ -1,12 +1,10 @@
-"""Normalization of an example's groups of channels."""
+"""Group normalization."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,27 +13,36 @@ from jaxprop.core.arrays import wide
 from jaxprop.core.checks import check_counts
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import PyTree
 from jaxprop.layers.normalization import NormParams, X, affine, check_eps, scaled
 
 
 class GroupNorm(Layer):
-    """y = n * scale + bias, n = (x - mean) * rstd, statistics of an example's group of channels.
+    """y = n * scale + bias, n = (x - mean) * rstd, over each group of an example's channels.
 
-    The C channels are split into ``groups`` of neighbours, and mean and var are over all positions
-    and the channels of a group: LayerNorm's derivation holds with that set in the place of a row's
-    features (Wu and He 2018, https://arxiv.org/abs/1803.08494). One group is layer normalization
-    of the whole example; as many groups as channels, instance normalization.
+    The C channels are split into ``groups`` of neighbours. mean and var are over all positions and
+    over the channels of a group, so LayerNorm's derivation holds with these numbers in the place of
+    a row's features (Wu and He 2018, https://arxiv.org/abs/1803.08494). One group is layer
+    normalization of the whole example, and C groups are instance normalization.
 
-    Sums over the positions of an example come first, for they are three things at once: with
-    b = sum_t ct and a = sum_t ct n, both (N, C), over P positions and K channels in a group,
+    Sums over the positions of an example, b = sum_t ct and a = sum_t ct n, both (N, C), serve three
+    times. With P positions and K channels in a group,
 
         each example's share of dE/dbias is b, of dE/dscale a
         mean(dn) = sum_group(scale b) / (P K),  mean(dn n) = sum_group(scale a) / (P K)
         dE/dx = rstd (ct scale - mean(dn) - n mean(dn n))
 
-    x is (N, ..., C), floating; scale starts as ones, bias as zeros. Saved are x and two numbers a
-    channel of an example. Raises ``ValueError`` for x without an example axis or channels that
-    ``groups`` does not divide, and ``TypeError`` for x not floating.
+    x is (N, ..., C), floating, and y is like x. scale is (C,) and starts as ones, bias is (C,) and
+    starts as zeros. The residuals are x and two numbers for each channel of an example.
+
+    Args:
+        groups: the number of groups, which divides C.
+        eps: the positive number that is added to the variance.
+
+    Raises:
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for an argument out of range, for x without an example axis, and for channels
+            that ``groups`` does not divide.
     """
 
     groups: int
@@ -45,7 +52,7 @@ class GroupNorm(Layer):
         check_counts(self, "groups")
         check_eps(self, self.eps)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> NormParams:
+    def init(self, key: Array, x: PyTree) -> NormParams:
         params = affine(self, x)
         if x.shape[-1] % self.groups:
             raise ValueError(
@@ -72,7 +79,7 @@ class GroupNorm(Layer):
         return NormParams(Sum(a), Sum(b)), d_x.astype(x.dtype)
 
     def _mean_of_groups(self, each: Array) -> Array:
-        """The mean over a group's channels, at each of its channels."""
+        """Return the mean over a group's channels, at each of its channels."""
         groups = each.reshape(*each.shape[:-1], self.groups, -1)
         return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(each.shape)
 

@@ -1,15 +1,14 @@
-"""Normalization of each row of features, and what all normalizations have in common.
+"""Normalization of each row of features, and the functions that all normalizations share.
 
-All standardize, n = (x - mean) * rstd with rstd = 1 / sqrt(var + eps), and then scale and shift,
-y = n * scale + bias. Statistics are computed in at least float32, the variance from x - mean (as
-E x^2 - mean^2 it would cancel); y and d_x have the dtype of x.
+Each layer standardizes, n = (x - mean) * rstd with rstd = 1 / sqrt(var + eps), and then scales and
+shifts, y = n * scale + bias. Statistics are computed in at least float32. The variance comes from
+x - mean, since E x^2 - mean^2 would cancel. y and d_x have the dtype of x.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -19,20 +18,26 @@ from jaxprop.core.arrays import wide
 from jaxprop.core.checks import check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import Params, PyTree
 
 X = Float[Array, "n ... c"]
 PerRow = Float[Array, "n ... 1"]
 
 
 class NormParams(NamedTuple):
-    """Params scale (C,) and bias (C,), or their cotangents. bias is None in a layer without."""
+    """The params of a normalization, or their cotangents.
+
+    Attributes:
+        scale: (C,), the factor of the standardized x.
+        bias: (C,), the shift; None in a layer without one.
+    """
 
     scale: Any
     bias: Any = None
 
 
 class LayerNorm(Layer):
-    """y = n * scale + bias, n = (x - mean) * rstd, statistics over the last axis.
+    """y = n * scale + bias, n = (x - mean) * rstd, with mean and var over the last axis.
 
     With dn = ct * scale the cotangent of n, and D features, n reaches x_i in three ways: directly,
     through mean, and through rstd. From n_j = (x_j - mean) * rstd,
@@ -49,13 +54,20 @@ class LayerNorm(Layer):
         dE/dscale_i = sum over examples and positions of ct_i n_i
         dE/dbias_i  = sum over examples and positions of ct_i
 
-    For eps = 0 this takes dn's components along (1, ..., 1) and along n away: to shift or to
-    stretch x changes nothing (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450).
+    For eps = 0 this removes dn's components along (1, ..., 1) and along n, because shifting or
+    stretching x does not change y (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450).
 
-    x is (N, ..., D), floating; scale starts as ones, bias as zeros. Saved are x, which costs
-    nothing where another layer keeps it too, and two numbers a row: n in float32 would be twice
-    the size of a bfloat16 x, and n in bfloat16 is rounded. Raises ``ValueError`` for x without an
-    example axis and ``TypeError`` for x not floating.
+    x is (N, ..., D), floating, and y is like x. scale is (D,) and starts as ones, bias is (D,) and
+    starts as zeros. The residuals are x, which costs nothing where another layer keeps it too, and
+    two numbers a row. n would be a worse residual: for a bfloat16 x it is twice as large in
+    float32, and rounded in bfloat16.
+
+    Args:
+        eps: the positive number that is added to the variance.
+
+    Raises:
+        TypeError: for an eps that is not a number, and for x that is not floating.
+        ValueError: for an eps that is not positive, and for x without an example axis or features.
     """
 
     eps: float = 1e-5
@@ -63,7 +75,7 @@ class LayerNorm(Layer):
     def __post_init__(self) -> None:
         check_eps(self, self.eps)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> NormParams:
+    def init(self, key: Array, x: PyTree) -> NormParams:
         return affine(self, x)
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow, PerRow]]:
@@ -84,7 +96,7 @@ class LayerNorm(Layer):
 class RMSNorm(Layer):
     """y = n * scale, n = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps), over the last axis.
 
-    LayerNorm without the mean: d rstd / d x_i = -rstd^2 n_i / D, so that
+    This is LayerNorm without the mean. d rstd / d x_i = -rstd^2 n_i / D, so that
     d n_j / d x_i = rstd ([i = j] - n_j n_i / D), and with dn = ct * scale
 
         dE/dx_i     = rstd (dn_i - n_i mean_j(dn_j n_j))
@@ -92,8 +104,15 @@ class RMSNorm(Layer):
 
     (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
 
-    x is (N, ..., D), floating; scale starts as ones. Saved are x and one number a row. Raises
-    ``ValueError`` for x without an example axis and ``TypeError`` for x not floating.
+    x is (N, ..., D), floating, and y is like x. scale is (D,) and starts as ones; there is no bias.
+    The residuals are x and one number a row.
+
+    Args:
+        eps: the positive number that is added to the mean square.
+
+    Raises:
+        TypeError: for an eps that is not a number, and for x that is not floating.
+        ValueError: for an eps that is not positive, and for x without an example axis or features.
     """
 
     eps: float = 1e-6
@@ -101,7 +120,7 @@ class RMSNorm(Layer):
     def __post_init__(self) -> None:
         check_eps(self, self.eps)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> NormParams:
+    def init(self, key: Array, x: PyTree) -> NormParams:
         return NormParams(affine(self, x).scale)
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow]]:
@@ -118,10 +137,10 @@ class RMSNorm(Layer):
 
 
 def _mean_along(x: Array, v: Array | None = None) -> Array:
-    """mean_j(x_j v_j) over the last axis, kept with length 1; v is ones where it is not given.
+    """Return mean_j(x_j v_j) over the last axis, kept with length 1; v is ones by default.
 
-    On a CPU it is a matrix-vector product: XLA writes a sum over the last axis out to the full
-    size of x there, and a layer of many rows then takes more than twice as long.
+    On a CPU it is a matrix-vector product. There XLA writes the terms of a sum over the last axis
+    to memory, as many as x has entries, and a layer of many rows takes more than twice as long.
     """
 
     def product(x: Array, v: Array) -> Array:
@@ -135,25 +154,27 @@ def _mean_along(x: Array, v: Array | None = None) -> Array:
 
 
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """(mean, var) over the axes, which are kept with length 1."""
+    """Return ``(mean, var)`` over the axes, which are kept with length 1."""
     x = wide(x)
     mean = x.mean(axes, keepdims=True)
     return mean, jnp.mean((x - mean) ** 2, axes, keepdims=True)
 
 
-def scaled(params: Any, n: Array, x: Array) -> Array:
+def scaled(params: Params, n: Array, x: Array) -> Array:
+    """Return n * scale + bias in the dtype of x."""
     y = n * wide(params.scale)
     return (y if params.bias is None else y + wide(params.bias)).astype(x.dtype)
 
 
-def affine(layer: Layer, x: Any) -> NormParams:
-    """Ones and zeros for the last axis of x, once x is found to be what the layer takes."""
+def affine(layer: Layer, x: PyTree) -> NormParams:
+    """Return ones and zeros for the channels of x, and raise for an x that layer does not take."""
     check_x(layer, x, "N, ..., C")
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     return NormParams(jnp.ones(x.shape[-1], dtype), jnp.zeros(x.shape[-1], dtype))
 
 
-def check_eps(layer: Layer, eps: Any) -> None:
+def check_eps(layer: Layer, eps: object) -> None:
+    """Raise unless eps is a positive number."""
     name = type(layer).__name__
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"{name} takes eps as a number, not {eps!r}")

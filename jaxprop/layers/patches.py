@@ -1,11 +1,10 @@
-"""The factored cotangent of a convolution's weights."""
+"""The form of a convolution's weights."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +16,24 @@ from jaxprop.core.forms import Factored, Kronecker, Outer, Sum, weighted
 from jaxprop.core.mesh import is_explicit
 from jaxprop.layers.windows import Windows
 
-BLOCK_BYTES = {"cpu": 2**22, "default": 2**28}  # of patches at a time; on a CPU they stay in cache
-WIDE = 32  # channels: from here on a matmul for each tap is as fast as one for all
+BLOCK_BYTES = {"cpu": 2**22, "default": 2**28}  # of patches at a time; on a CPU they fit into cache
+WIDE = 32  # channels of x: from here on a matmul for each tap is as fast as one for all
 
 
 class Patches(Factored):
-    """g_n[k] = sum over positions t of x[n, t s + k d] (outer) ct[n, t], for each tap k.
+    """The form of a convolution's weights: g_n[k] = sum over t of x[n, t s + k d] (outer) ct[n, t].
 
-    With a window's inputs, its patch, as one row, that is ``Outer(patches of x, ct)``, and all
-    that holds for a dense layer along positions holds here. The patches of a batch are many times
-    as large as x, so they are made for a block of examples at a time. Groups cut the channels of
-    x and of ct alike, and each is a convolution of its own.
+    The weights are (*window, C / groups, O), with a matrix for each tap k of the window. The inputs
+    of one window are a patch. With a row for each patch the form is ``Outer(patches of x, ct)``,
+    and all that holds for a dense layer along positions holds here. The patches of a batch are many
+    times as large as x, so they are made for a block of examples at a time. Groups split the
+    channels of x and of ct, and each is a convolution of its own.
 
-    x is (N, ..., C), ct (N, ..., O); g_n is (*window, C / groups, O).
+    Attributes:
+        x: (N, ..., C), the input.
+        ct: (N, ..., O), the cotangent of the output.
+        windows: the windows over x, with strides s and dilation d.
+        groups: the number of groups.
     """
 
     x: Float[Array, "n ... c"]
@@ -69,9 +73,15 @@ class Patches(Factored):
         return self._folded(_added(squares, 1, self.x, self.ct)[:, None])[0]
 
     def kronecker(self, over: str | None = None) -> Kronecker:
-        """Of patches and of ct (Grosse and Martens 2016, https://arxiv.org/abs/1602.01407).
+        """Return the Gram matrices of the patches and of ct, summed over examples and positions.
 
-        Raises ``TypeError`` for groups: their weights are not one matrix.
+        They are the factors of Grosse and Martens 2016, https://arxiv.org/abs/1602.01407.
+
+        Args:
+            over: the name of the ``jax.vmap`` axis that several cotangents lie on, or None for one.
+
+        Raises:
+            TypeError: for several groups, whose weights are not one matrix.
         """
         if self.groups > 1:
             raise TypeError(
@@ -87,7 +97,7 @@ class Patches(Factored):
         return Kronecker(a, Sum(self.ct).kronecker(over).b)
 
     def _outers(self, f: Callable[[Outer], Array], x: Array, ct: Array) -> Array:
-        """f of each group's ``Outer``, on a leading axis."""
+        """Return f of each group's ``Outer``, on a leading axis."""
         ct = ct.reshape(len(ct), -1, self.groups, ct.shape[-1] // self.groups)
         outer = Outer(_patches(x, self.windows, self.groups), jnp.moveaxis(ct, 2, 0))
         if self.groups > 1:
@@ -95,20 +105,22 @@ class Patches(Factored):
         return f(Outer(outer.x[0], outer.ct[0]))[None]
 
     def _folded(self, g: Float[Array, "g n i o"]) -> Float[Array, "n ..."]:
-        """The groups' weights, a row for each tap and channel, in the shape of w."""
+        """Return g, with a row for each tap and channel of a group, in the shape of w."""
         groups, n, rows, features = g.shape
         channels = rows // self.windows.taps
         g = g.reshape(groups, n, *self.windows.window, channels, features)
         return jnp.moveaxis(g, 0, -2).reshape(n, *self.windows.window, channels, groups * features)
 
     def _in_one(self) -> Array:
-        """All patches at once, their axes as they are: for a batch that lies on several devices."""
+        """Return the sum from all patches at once, unreshaped, for a batch on several devices."""
         patches = jnp.concatenate(self.windows.shifted(self.x), axis=-1)
         return self._folded(Outer(patches, self.ct).sum()[None, None])[0]
 
     def _block_by_block(self) -> Array:
-        """One matmul for all taps of a block, or where channels are wide one for each: then no
-        copy is made but the taps' slices themselves."""
+        """Return the sum by blocks of examples, with one matmul for all taps of a block.
+
+        For x of many channels it is one matmul for each tap, which copies nothing but its slice.
+        """
 
         def total(x: Array, ct: Array) -> Array:
             x, ct = wide(x), wide(ct).reshape(-1, ct.shape[-1])
@@ -121,7 +133,7 @@ class Patches(Factored):
         return self._folded(rows[None, None])[0]
 
     def _convolved(self) -> Array:
-        """The convolution whose positions are the taps, channels the examples, window ct."""
+        """Return the sum as a convolution of x by ct, with taps as output, examples as channels."""
         config = []
         for h, t, k, s, (low, _), d, e in zip(
             self.x.shape[1:-1], self.ct.shape[1:-1], *self.windows, strict=True
@@ -148,15 +160,17 @@ class Patches(Factored):
         return self._in_blocks(functools.partial(_stacked, of_examples), self.x, self.ct)
 
     def _in_blocks(self, f: Callable[..., Array], *arrays: Array) -> Array:
-        """f of how many examples to take at a time, and the arrays."""
+        """Return f of the platform's block size and the arrays."""
         sizes = {platform: self._block(platform) for platform in BLOCK_BYTES}
         if len(set(sizes.values())) == 1:
             return f(sizes["default"], *arrays)
-        each: Any = {platform: functools.partial(f, size) for platform, size in sizes.items()}
+        each: dict[str, Callable[..., Array]] = {
+            platform: functools.partial(f, size) for platform, size in sizes.items()
+        }
         return jax.lax.platform_dependent(*arrays, **each)
 
     def _block(self, platform: str) -> int:
-        """How many examples' patches are made at a time: a divisor of N."""
+        """Return how many examples' patches are made at a time, a divisor of N."""
         n, *positions, _ = self.ct.shape
         if is_explicit(self.x):
             return n
@@ -175,7 +189,7 @@ def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float
 
 
 def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
-    """Return the sum of f over the blocks of size examples."""
+    """Return the sum of f over blocks of size examples."""
     if size == len(arrays[0]):
         return f(*arrays)
     starts = jnp.arange(0, len(arrays[0]), size)
@@ -183,13 +197,13 @@ def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
 
 
 def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
-    """What f gives for each example, taken by blocks of size examples."""
+    """Return f of each example, by blocks of size examples."""
     if size == len(arrays[0]):
         return f(*arrays)
     starts = jnp.arange(0, len(arrays[0]), size)
     return jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts).reshape(-1)
 
 
-def _block(start: Any, size: int, arrays: tuple[Array, ...]) -> list[Array]:
-    """Sliced, not reshaped: for a reshaped x XLA computes the layer before this one twice."""
+def _block(start: Array, size: int, arrays: tuple[Array, ...]) -> list[Array]:
+    """Return size examples, as slices: for a reshaped x XLA computes the layer before it twice."""
     return [jax.lax.dynamic_slice_in_dim(array, start, size) for array in arrays]

@@ -1,11 +1,10 @@
-"""Pooling over windows of positions, along one to three axes. Layers without params."""
+"""Pooling over windows of positions, along one to three axes, without params."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from jaxprop.core.arrays import empty_like
 from jaxprop.core.checks import check_x
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import PyTree
 from jaxprop.layers.windows import (
     AXES,
     Padding,
@@ -32,17 +32,28 @@ Y = Float[Array, "n ... c"]
 class MaxPool(Layer):
     """y[t] = max over the taps k of the window of x[t s + k].
 
-    With k* the tap at which the maximum stands, the first one among equals, y[t] = x[t s + k*] and
+    s is the stride. With k* the tap of the maximum, the first one among equals, y[t] = x[t s + k*]
+    and
 
         dE/dx[h] = sum of ct[t] over the windows t with t s + k* = h.
 
-    Only the number of that tap is kept. Tap by tap, ct is added where it was read and k* is that
-    tap, which vectorizes, where XLA's select-and-scatter searches one window after the other.
+    The residual is the number of the tap k*. For one tap after the other, backward takes ct where
+    k* is that tap, and adds it where the tap read x. This vectorizes, whereas XLA's
+    select-and-scatter searches one window after the other.
 
-    x is (N, *spatial, C), floating; y is (N, *outputs, C). ``strides`` is the window where left
-    out; ``padding``, with minus infinity, is "SAME", "VALID" or a (low, high) pair for each axis.
-    Raises ``ValueError`` for x of another rank or smaller than the window, and ``TypeError`` for x
-    not floating.
+    x is (N, *spatial, C), floating, with as many spatial axes as ``window`` has, and y is
+    (N, *outputs, C).
+
+    Args:
+        window: the size of the window along each spatial axis.
+        strides: s, one number for all axes or a tuple; None for the window.
+        padding: "SAME", "VALID", or how many entries of minus infinity are added at each axis, as
+            (low, high) pairs, each smaller than the window.
+
+    Raises:
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for an argument out of range, and for x of another rank or smaller than the
+            window.
     """
 
     window: Sizes = (2, 2)
@@ -52,7 +63,7 @@ class MaxPool(Layer):
     def __post_init__(self) -> None:
         _check_fields(self)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
         return _init(self, x)
 
     def forward(self, params: tuple[()], x: X) -> tuple[Y, tuple[Array, Array]]:
@@ -76,12 +87,24 @@ class MaxPool(Layer):
 
 
 class AvgPool(Layer):
-    """y[t] = 1/K sum_k x[t s + k] over the K taps of the window, padding counted as zeros.
+    """y[t] = 1/K sum_k x[t s + k] over the K taps of the window, with zeros for padding.
 
-    dE/dx[h] = 1/K sum of ct[t] over all t and k with t s + k = h. K is the size of the window also
-    where it reaches into the padding, as ``count_include_pad=True`` has it in flax.
+    dE/dx[h] = 1/K sum of ct[t] over all t and k with t s + k = h. K counts the taps in the padding
+    too, as Flax does with ``count_include_pad=True``.
 
-    Shapes, fields and errors are those of ``MaxPool``.
+    x is (N, *spatial, C), floating, with as many spatial axes as ``window`` has, and y is
+    (N, *outputs, C).
+
+    Args:
+        window: the size of the window along each spatial axis.
+        strides: s, one number for all axes or a tuple; None for the window.
+        padding: "SAME", "VALID", or how many zeros are added at each axis, as (low, high) pairs,
+            each smaller than the window.
+
+    Raises:
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for an argument out of range, and for x of another rank or smaller than the
+            window.
     """
 
     window: Sizes = (2, 2)
@@ -91,7 +114,7 @@ class AvgPool(Layer):
     def __post_init__(self) -> None:
         _check_fields(self)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
         return _init(self, x)
 
     def forward(self, params: tuple[()], x: X) -> tuple[Y, Array]:
@@ -105,13 +128,16 @@ class AvgPool(Layer):
 
 
 class GlobalAvgPool(Layer):
-    """y = the mean of x over all its positions, so each position has dE/dx = ct / positions.
+    """y = the mean of x over its P positions, so dE/dx = ct / P at each of them.
 
-    x is (N, ..., C), floating, with at least one axis of positions; y is (N, C).
-    Raises ``ValueError`` for x without positions and ``TypeError`` for x not floating.
+    x is (N, ..., C), floating, with at least one axis of positions, and y is (N, C).
+
+    Raises:
+        TypeError: for x that is not floating.
+        ValueError: for x without positions or channels.
     """
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
         if x.ndim < 3:
             raise ValueError(f"{self} takes x of shape (N, ..., C) with positions, not {x.shape}")
         check_x(self, x, "N, ..., C")
@@ -127,10 +153,10 @@ class GlobalAvgPool(Layer):
 
 
 def _first(x: Float[Array, "... c"], y: Float[Array, "... c"], windows: Windows) -> Array:
-    """The number of the first tap at which one example's x is y.
+    """Return the number of the first tap at which one example's x is y.
 
-    On a CPU this is a loop over the examples, which XLA does not fuse with ``backward``: there it
-    would count again for each tap.
+    On a CPU this runs in a loop over the examples, which XLA does not fuse into ``backward``.
+    Fused, it would run again for each tap.
     """
     dtype = jnp.int8 if windows.taps < 128 else jnp.int32
     first = jnp.full(y.shape, windows.taps - 1, dtype)
@@ -145,7 +171,7 @@ def _windows(layer: MaxPool | AvgPool, spatial: Sizes) -> Windows:
     return Windows.over(spatial, layer.window, strides, layer.padding, (1,) * rank)
 
 
-def _reduced(x: X, start: Any, combine: Any, windows: Windows) -> Y:
+def _reduced(x: X, start: float, combine: Callable[[Array, Array], Array], windows: Windows) -> Y:
     return jax.lax.reduce_window(
         x,
         np.asarray(start, x.dtype),
@@ -156,7 +182,7 @@ def _reduced(x: X, start: Any, combine: Any, windows: Windows) -> Y:
     )
 
 
-def _init(layer: MaxPool | AvgPool, x: Any) -> tuple[()]:
+def _init(layer: MaxPool | AvgPool, x: PyTree) -> tuple[()]:
     check_x(layer, x, AXES[len(layer.window)])
     if not all(_windows(layer, x.shape[1:-1]).outputs(x.shape[1:-1])):
         raise ValueError(f"{layer}: no window fits into x of shape {x.shape}")

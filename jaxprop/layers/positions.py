@@ -1,14 +1,12 @@
-"""Where in the sequence something stands: added to x, or as a rotation of queries and keys.
+"""Position encodings: tables that are added to x, and a rotation of queries and keys.
 
-The last two have no params, and tables of sines that are made in float64 while tracing.
+The tables of sines and cosines are constants, computed in float64 while tracing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +17,18 @@ from jaxprop.core.checks import check_counts, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import PyTree
 
 X = Float[Array, "n t d"]
 
 
 class Leading(Factored):
-    """g_n = ct[n], of shape (T, ...), on a param's first T rows, and zero on its other rows."""
+    """The form of a table (R, ...) whose first T rows are used: g_n = ct[n] there, 0 elsewhere.
+
+    Attributes:
+        ct: (N, T, ...), the cotangent of the first T rows.
+        rows: R.
+    """
 
     ct: Float[Array, "n t ..."]
     rows: int = dataclasses.field(metadata={"static": True})
@@ -52,13 +56,19 @@ class Leading(Factored):
 
 
 class Positions(Layer):
-    """y[n, t] = x[n, t] + table[t], with a learned row for each of the first ``length`` positions.
+    """y[n, t] = x[n, t] + table[t], with a learned row of the table for each position.
 
-    dE/dx = ct, and dE/dtable[t] = sum_n ct[n, t]; rows from T on take no part.
+    dE/dx = ct. dE/dtable[t] = sum_n ct[n, t] for the first T rows, and 0 for the others.
 
-    x is (N, T, D), floating, T at most ``length``; params are the table, (length, D), at first
-    normal with deviation 0.02 (as in GPT-2). Raises ``ValueError`` for a longer or another x,
-    ``TypeError`` for x not floating.
+    x is (N, T, D), floating, with T at most ``length``, and y is like x. params are the table
+    (length, D), and start as normal with standard deviation 0.02 (as in GPT-2).
+
+    Args:
+        length: the number of positions.
+
+    Raises:
+        TypeError: for a length that is not a whole number, and for x that is not floating.
+        ValueError: for a length below 1, and for x that is longer or not (N, T, D).
     """
 
     length: int
@@ -66,7 +76,7 @@ class Positions(Layer):
     def __post_init__(self) -> None:
         check_counts(self, "length")
 
-    def init(self, key: chex.PRNGKey, x: Any) -> Float[Array, "r d"]:
+    def init(self, key: Array, x: PyTree) -> Float[Array, "r d"]:
         check_x(self, x, "N, T, D")
         if x.shape[1] > self.length:
             raise ValueError(f"{self} has {self.length} positions, x {shapes(x)} has {x.shape[1]}")
@@ -86,12 +96,16 @@ class SinusoidalPositions(Layer):
     """y[n, t] = x[n, t] + table[t], with sines and cosines of t at D / 2 frequencies; dE/dx = ct.
 
     table[t, 2i] = sin(t / 10000^(2i/D)) and table[t, 2i + 1] = cos(t / 10000^(2i/D))
-    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5). No params.
+    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5).
 
-    x is (N, T, D), floating. Raises ``ValueError`` for another x, ``TypeError`` for x not floating.
+    x is (N, T, D), floating, and y is like x. There are no params.
+
+    Raises:
+        TypeError: for x that is not floating.
+        ValueError: for x that is not (N, T, D).
     """
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, T, D")
         return ()
 
@@ -106,20 +120,28 @@ class SinusoidalPositions(Layer):
 
 
 class Rotary(Layer):
-    """q and k, in the x that ``Attention(heads)`` takes, turned by angles that grow with t.
+    """y = x with its queries and keys rotated by angles that grow with the position t.
 
-    Features i and i + d/2 of a head of d features are a pair, the halves of the head as in GPT-NeoX
-    and Llama. At position t, with the angle a = t base^(-2i/d),
+    Features i and i + d/2 of a head of d features are a pair: the halves of the head are paired, as
+    in GPT-NeoX and Llama. At position t, with the angle a = t base^(-2i/d),
 
         y[i]       = x[i] cos a - x[i + d/2] sin a
         y[i + d/2] = x[i] sin a + x[i + d/2] cos a
 
-    so that <q_t, k_s> depends on t and s through t - s only. v is left as it is. A rotation's
-    transpose is its inverse: dE/dx is ct turned by -a (Su et al. 2021,
-    https://arxiv.org/abs/2104.09864). No params.
+    so that <q_t, k_s> depends on t and s only through t - s. v is left as it is. A rotation's
+    transpose is its inverse, so dE/dx is ct rotated by -a (Su et al. 2021,
+    https://arxiv.org/abs/2104.09864).
 
-    x and y are (N, T, 3D), floating, q, k and v packed; d = D / heads is even, else ``ValueError``.
-    ``TypeError`` for x not floating.
+    x and y are (N, T, 3D), floating, with q, k and v packed as ``Attention(heads)`` takes them, and
+    d = D / heads. There are no params.
+
+    Args:
+        heads: the number of heads, with an even number of features each.
+        base: the base of the angles, a positive number.
+
+    Raises:
+        TypeError: for heads that are not a whole number, and for x that is not floating.
+        ValueError: for heads below 1 or a base that is not positive, and for x of another shape.
 
     Example:
         >>> import jaxprop as jp
@@ -135,7 +157,7 @@ class Rotary(Layer):
         if not self.base > 0:
             raise ValueError(f"Rotary: base is positive, not {self.base!r}")
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, T, D")
         if not x.shape[2] or x.shape[2] % (6 * self.heads):
             raise ValueError(
@@ -163,6 +185,6 @@ class Rotary(Layer):
         return jnp.concatenate([turned.reshape(qk.shape).astype(x.dtype), v], -1)
 
 
-def _angles(t: int, base: float, powers: Any) -> np.ndarray:
-    """position / base^power, (T, len(powers)), in float64."""
+def _angles(t: int, base: float, powers: np.ndarray) -> np.ndarray:
+    """Return position / base^power, (T, len(powers)), in float64."""
     return np.arange(t)[:, None] * np.float64(base) ** -powers

@@ -1,27 +1,32 @@
-"""Recurrent layers: one step along the sequence, and backpropagation through time as a scan.
+"""Recurrent layers: a scan along the sequence, and backpropagation through time as a reverse scan.
 
-The three share a plan. What the inputs contribute, x w, is one matmul for all steps before the
-scan; only h u stays inside. ``forward`` saves each step's local derivatives, its *slopes*, so that
-the reverse scan only multiplies and adds: it carries the cotangent of the state and leaves that of
-each pre-activation, written over the slopes that it has used. The sums over time are no part of the
-scan: with z_t = x_t w + h_(t-1) u + b they are sum_t x_t (outer) d_z_t for w, sum_t h_(t-1) (outer)
-d_z_t for u and sum_t d_z_t for b, each one matmul or one sum, in the forms that ``Dense`` has along
-a sequence (Werbos 1990, https://doi.org/10.1109/5.58337).
+All three are computed in the same way. The inputs' part of the pre-activations, x w, is one matmul
+for all steps before the scan, and only h u is computed inside. ``forward`` saves each step's local
+derivatives, its *slopes*, so that the reverse scan only multiplies and adds. That scan carries the
+cotangent of the state, and writes the cotangent of each pre-activation over the slopes that it has
+used.
 
-States start as zeros. Of narrow dtypes, all that a scan carries or adds is in float32.
+The sums over time are not part of the scan. With z_t = x_t w + h_(t-1) u + b they are
+
+    dE/dw = sum_t x_t (outer) d_z_t,    dE/du = sum_t h_(t-1) (outer) d_z_t,    dE/db = sum_t d_z_t
+
+each of them one matmul or one sum, in the forms of ``Dense`` along a sequence (Werbos 1990,
+https://doi.org/10.1109/5.58337).
+
+States start as zeros. For x of a narrow dtype, the scans carry and add in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.arrays import wide
 from jaxprop.core.forms import Outer, Sum
+from jaxprop.core.types import PyTree
 from jaxprop.layers.through_time import (
     Recurrence,
     RecurrentParams,
@@ -35,6 +40,7 @@ from jaxprop.layers.through_time import (
     turned,
 )
 
+Arrays = tuple[Array, ...]
 State = tuple[Array]
 States = tuple[Array, Array]
 
@@ -46,9 +52,18 @@ class Rnn(Recurrence):
 
         d_h_t = ct_t + d_z_(t+1) u^T,        d_z_t = d_h_t (1 - h_t^2).
 
-    The slopes are written in y, so nothing new is saved
-    (Elman 1990, https://doi.org/10.1207/s15516709cog1402_1).
-    Shapes, initial params and errors are those of ``Recurrence``.
+    The slopes are a function of y, so nothing new is saved (Elman 1990,
+    https://doi.org/10.1207/s15516709cog1402_1).
+
+    x is (N, T, I), floating, and y is (N, T, F) with F = ``features``. params are
+    ``RecurrentParams``: w (I, F), LeCun normal at first; u (F, F), orthogonal; b (F,), zeros.
+
+    Args:
+        features: the size of the hidden state.
+
+    Raises:
+        TypeError: for ``features`` that are not a whole number, and for x that is not floating.
+        ValueError: for ``features`` below 1, and for x of another rank or with an empty axis.
     """
 
     gates: ClassVar[int] = 1
@@ -62,7 +77,9 @@ class Rnn(Recurrence):
         (y,) = along_time(step, params, x)
         return y, (x, y)
 
-    def backward(self, params: RecurrentParams, residuals: Any, ct: Y) -> tuple[RecurrentParams, X]:
+    def backward(
+        self, params: RecurrentParams, residuals: tuple[X, Y], ct: Y
+    ) -> tuple[RecurrentParams, X]:
         x, y = residuals
         check_ct(self, ct, y)
 
@@ -81,32 +98,41 @@ class Rnn(Recurrence):
 class Lstm(Recurrence):
     """h_t = o_t tanh(c_t) with c_t = f_t c_(t-1) + i_t g_t: long short-term memory.
 
-    The gates are z_t = x_t w + h_(t-1) u + b, cut in four: i, f and o the sigmoids of their parts,
-    g the tanh of its own. c_t reaches the loss through h_t and through c_(t+1), h_t through y_t
-    and z_(t+1):
+    z_t = x_t w + h_(t-1) u + b is cut into four parts. The gates i, f and o are the sigmoids of
+    theirs, and g is the tanh of its own. c_t reaches the loss through h_t and c_(t+1), and h_t
+    through y_t and z_(t+1):
 
         d_h_t = ct_t + d_z_(t+1) u^T,        d_c_t = d_c_(t+1) f_(t+1) + d_h_t o_t (1 - tanh^2 c_t)
 
-    and each part of d_z_t is d_c_t (that of o: d_h_t) times a slope known on the way there,
+    Each part of d_z_t is d_c_t (for o, d_h_t) times a slope that forward computes,
 
         of i: g_t i_t (1 - i_t)              of f: c_(t-1) f_t (1 - f_t)
         of g: i_t (1 - g_t^2)                of o: tanh(c_t) o_t (1 - o_t).
 
-    Saved are these four, f_t and o_t (1 - tanh^2 c_t), not the gates and c.
-    (Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; f is that of Gers,
-    Schmidhuber and Cummins 2000, https://doi.org/10.1162/089976600300015015.)
-    The part of b that f takes starts at 1, so that a new cell remembers; else shapes, initial
-    params and errors are those of ``Recurrence``.
+    The residuals are these four, f_t and o_t (1 - tanh^2 c_t), not the gates and c (Hochreiter and
+    Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735, with the forget gate f of Gers,
+    Schmidhuber and Cummins 2000, https://doi.org/10.1162/089976600300015015).
+
+    x is (N, T, I), floating, and y is (N, T, F) with F = ``features``. params are
+    ``RecurrentParams``: w (I, 4F), LeCun normal at first; u (F, 4F), orthogonal for each gate;
+    b (4F,), zeros but for the part of f, which starts as ones so that a new cell remembers.
+
+    Args:
+        features: the size of the hidden state.
+
+    Raises:
+        TypeError: for ``features`` that are not a whole number, and for x that is not floating.
+        ValueError: for ``features`` below 1, and for x of another rank or with an empty axis.
     """
 
     gates: ClassVar[int] = 4
 
-    def init(self, key: chex.PRNGKey, x: Any) -> RecurrentParams:
+    def init(self, key: Array, x: PyTree) -> RecurrentParams:
         params = super().init(key, x)
         return params._replace(b=params.b.at[self.features : 2 * self.features].set(1))
 
-    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, Any]:
-        def step(carry: States, from_x: Array) -> tuple[States, Any]:
+    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, Arrays]:
+        def step(carry: States, from_x: Array) -> tuple[States, Arrays]:
             h, c0 = carry
             z = wide(from_x) + dot(h, params.u) + wide(params.b)
             i, f, g, o = jnp.split(z, 4, axis=-1)
@@ -122,7 +148,9 @@ class Lstm(Recurrence):
         y, slope, f, of_c = along_time(step, params, x, states=2)
         return y, (x, y, slope, f, of_c)
 
-    def backward(self, params: RecurrentParams, residuals: Any, ct: Y) -> tuple[RecurrentParams, X]:
+    def backward(
+        self, params: RecurrentParams, residuals: Arrays, ct: Y
+    ) -> tuple[RecurrentParams, X]:
         x, y, slope, f, of_c = residuals
         check_ct(self, ct, y)
 
@@ -145,30 +173,42 @@ class Lstm(Recurrence):
 class Gru(Recurrence):
     """h_t = (1 - z_t) n_t + z_t h_(t-1): the gated recurrent unit.
 
-    With a_t = x_t w + b and s_t = h_(t-1) u, each cut in three parts r, z and n,
+    With a_t = x_t w + b and s_t = h_(t-1) u, each cut into three parts r, z and n,
 
         r_t = sigmoid(a_r + s_r),   z_t = sigmoid(a_z + s_z),   n_t = tanh(a_n + r_t q_t),
 
-    where q_t = s_n + b_u: the reset gate scales the recurrent product, not the state, as cuDNN and
-    PyTorch have it. (A recurrent bias of the other gates would only repeat b.) All that hangs on
-    d_h_t = ct_t + d_h_(t+1) z_(t+1) + d_s_(t+1) u^T is d_h_t times a slope known on the way there,
+    where q_t = s_n + b_u. The reset gate r scales the recurrent product, not the state, as in cuDNN
+    and PyTorch. (A recurrent bias of the other gates would only repeat b.) The chain rule starts
+    from d_h_t = ct_t + d_h_(t+1) z_(t+1) + d_s_(t+1) u^T, and each part of the cotangents of a and
+    s is d_h_t times a slope that forward computes,
 
         of a_n: p_t = (1 - z_t) (1 - n_t^2)         of a_r: p_t q_t r_t (1 - r_t)
         of q:   p_t r_t                             of a_z: (h_(t-1) - n_t) z_t (1 - z_t).
 
-    x meets (d_a_r, d_a_z, d_a_n), and h_(t-1) meets d_s = (d_a_r, d_a_z, d_q). Saved are the slopes
-    and z_t (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
-    Shapes, initial params and errors are those of ``Recurrence``.
+    dE/dw is the product of x and d_a = (d_a_r, d_a_z, d_a_n), and dE/du that of h_(t-1) and
+    d_s = (d_a_r, d_a_z, d_q). The residuals are the slopes and z_t (Cho et al. 2014,
+    https://arxiv.org/abs/1406.1078).
+
+    x is (N, T, I), floating, and y is (N, T, F) with F = ``features``. params are
+    ``RecurrentParams``: w (I, 3F), LeCun normal at first; u (F, 3F), orthogonal for each gate;
+    b (3F,) and b_u (F,), zeros.
+
+    Args:
+        features: the size of the hidden state.
+
+    Raises:
+        TypeError: for ``features`` that are not a whole number, and for x that is not floating.
+        ValueError: for ``features`` below 1, and for x of another rank or with an empty axis.
     """
 
     gates: ClassVar[int] = 3
 
-    def init(self, key: chex.PRNGKey, x: Any) -> RecurrentParams:
+    def init(self, key: Array, x: PyTree) -> RecurrentParams:
         params = super().init(key, x)
         return params._replace(b_u=jnp.zeros(self.features, params.b.dtype))
 
-    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, Any]:
-        def step(carry: State, from_x: Array) -> tuple[State, Any]:
+    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, Arrays]:
+        def step(carry: State, from_x: Array) -> tuple[State, Arrays]:
             (h0,) = carry
             a_r, a_z, a_n = jnp.split(wide(from_x) + wide(params.b), 3, axis=-1)
             s_r, s_z, s_n = jnp.split(dot(h0, params.u), 3, axis=-1)
@@ -183,13 +223,17 @@ class Gru(Recurrence):
         y, slope, p, z = along_time(step, params, x)
         return y, (x, y, slope, p, z)
 
-    def backward(self, params: RecurrentParams, residuals: Any, ct: Y) -> tuple[RecurrentParams, X]:
+    def backward(
+        self, params: RecurrentParams, residuals: Arrays, ct: Y
+    ) -> tuple[RecurrentParams, X]:
         x, y, slope, p, z = residuals
         check_ct(self, ct, y)
 
         u_t = turned(params.u)
 
-        def step(carry: State, ct: Array, slopes: Any, z: Array) -> tuple[State, Any]:
+        def step(
+            carry: State, ct: Array, slopes: States, z: Array
+        ) -> tuple[State, tuple[Array, Array]]:
             (pulled,), (slope, p) = carry, slopes
             d_h = ct + pulled
             d_s = jnp.concatenate([d_h, d_h, d_h], axis=-1) * slope

@@ -1,11 +1,9 @@
-"""Layers that only move numbers: each is a linear map whose transpose moves them back."""
+"""Layers that only move the entries of x: the transpose of each moves those of ct back."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,17 +12,22 @@ from jaxtyping import Float
 from jaxprop.core.arrays import empty_like
 from jaxprop.core.checks import check_x, is_whole
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import PyTree
 
 X = Float[Array, "n ..."]
 
 
 class Flatten(Layer):
-    """y[n] = the elements of x[n] in a row, last axis fastest; d_x is ct in the shape of x.
+    """y[n] = the entries of x[n] in a row, with the last axis fastest; d_x is ct in x's shape.
 
-    x is (N, ...), floating; y is (N, D). Raises ``ValueError`` for x without an example axis.
+    x is (N, ...), floating, and y is (N, D).
+
+    Raises:
+        TypeError: for x that is not floating.
+        ValueError: for x without an example axis.
     """
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, ...")
         return ()
 
@@ -36,10 +39,16 @@ class Flatten(Layer):
 
 
 class Reshape(Layer):
-    """y[n] = x[n] in another shape, which leaves the example axis out; d_x is ct in x's shape.
+    """y[n] = x[n] in another shape; d_x is ct in x's shape.
 
-    x is (N, ...), floating; y is (N, *shape). Raises ``ValueError`` where x[n] has another number
-    of elements than shape.
+    x is (N, ...), floating, and y is (N, *shape).
+
+    Args:
+        shape: the shape of y[n], without the example axis.
+
+    Raises:
+        TypeError: for a shape that is not a tuple of whole numbers, and for x that is not floating.
+        ValueError: for x[n] with another number of entries.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +60,7 @@ class Reshape(Layer):
                 f"not {self.shape!r}"
             )
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, ...")
         if math.prod(x.shape[1:]) != math.prod(self.shape):
             raise ValueError(
@@ -67,10 +76,17 @@ class Reshape(Layer):
 
 
 class Pad(Layer):
-    """y = x with a constant around it, so d_x is what of ct lies where x was.
+    """y = x with a constant around it, so d_x is the part of ct that lies over x.
 
-    ``widths`` has a (low, high) pair for each axis of x between the example axis and the last one.
-    x is (N, ..., C), floating. Raises ``ValueError`` for another number of axes.
+    x is (N, ..., C), floating. y has its axes between the first and the last widened.
+
+    Args:
+        widths: how many entries are added, as a (low, high) pair for each of these axes.
+        value: the constant.
+
+    Raises:
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for x with another number of axes.
     """
 
     widths: tuple[tuple[int, int], ...]
@@ -84,7 +100,7 @@ class Pad(Layer):
         if isinstance(self.value, bool) or not isinstance(self.value, int | float):
             raise TypeError(f"Pad: value is a number, not {self.value!r}")
 
-    def init(self, key: chex.PRNGKey, x: Any) -> tuple[()]:
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, ...")
         if x.ndim != len(self.widths) + 2:
             raise ValueError(
@@ -103,9 +119,9 @@ class Pad(Layer):
         return (), jax.lax.slice(ct, starts, limits)
 
 
-def _natural(value: Any) -> bool:
-    return is_whole(value) and int(value) >= 0
+def _natural(value: object) -> bool:
+    return is_whole(value) and int(value) >= 0  # pyright: ignore[reportArgumentType]
 
 
-def _pair(value: Any) -> bool:
+def _pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(map(_natural, value))

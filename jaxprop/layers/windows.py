@@ -1,8 +1,8 @@
-"""Windows over positions: where convolution and pooling read, and where what they read goes back.
+"""Windows over positions: the entries that a convolution or a pooling reads, and the transpose.
 
-Along an axis, output t reads at tap k the padded input's element t s + k d, for stride s and
-dilation d. Read tap by tap that is one strided slice of the whole input, ``shifted``; its
-transpose, ``put_back``, adds each tap's part where the slice came from.
+Along an axis with stride s and dilation d, output t reads at tap k the entry t s + k d of the
+padded input. All outputs together read one strided slice of the input at each tap (``shifted``).
+The transpose adds a part for each tap where the slice came from (``put_back``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,18 @@ from jaxprop.core.checks import is_whole
 
 AXES = {1: "N, T, C", 2: "N, H, W, C", 3: "N, H, W, D, C"}
 Sizes = tuple[int, ...]
-Padding = str | tuple[tuple[int, int], ...]
+Padding = Literal["SAME", "VALID"] | tuple[tuple[int, int], ...]
 
 
 class Windows(NamedTuple):
-    """Window, strides, (low, high) padding and dilation of each spatial axis.
+    """The windows over an input, with an entry of each field for each spatial axis.
 
-    ``spread`` is the distance between x's neighbours, with zeros between them where it is above 1:
-    a transposed convolution.
+    Attributes:
+        window: the size of the window.
+        strides: the distance between neighbouring windows.
+        padding: how many entries are added at the (low, high) end.
+        dilation: the distance between neighbouring taps.
+        spread: the input dilation, which is above 1 in a transposed convolution.
     """
 
     window: Sizes
@@ -41,7 +45,7 @@ class Windows(NamedTuple):
     def over(
         cls, spatial: Sizes, window: Sizes, strides: Sizes, padding: Padding, dilation: Sizes
     ) -> Windows:
-        """Those over an input of these spatial sizes, with "SAME" and "VALID" worked out."""
+        """Return the windows over an input of these spatial sizes, with padding in numbers."""
         if isinstance(padding, str):
             reach = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
             padding = tuple(
@@ -51,7 +55,7 @@ class Windows(NamedTuple):
         return cls(window, strides, padding, dilation, (1,) * len(window))
 
     def outputs(self, spatial: Sizes) -> Sizes:
-        """How many windows there are along each axis; 0 where not one fits."""
+        """Return the number of windows along each axis, 0 where none fits."""
         return tuple(
             max(0, ((h - 1) * e + 1 + low + high - (k - 1) * d - 1) // s + 1)
             for h, k, s, (low, high), d, e in zip(spatial, *self, strict=True)
@@ -59,10 +63,11 @@ class Windows(NamedTuple):
 
     @property
     def taps(self) -> int:
+        """The number of taps of a window."""
         return math.prod(self.window)
 
-    def shifted(self, x: Float[Array, "n ... c"], fill: Any = 0) -> list[Float[Array, "n ... c"]]:
-        """For each tap of the window, in row-major order, what all windows read at it."""
+    def shifted(self, x: Float[Array, "n ... c"], fill: float = 0) -> list[Float[Array, "n ... c"]]:
+        """Return the slice of x that all windows read, for each tap in row-major order."""
         lows_and_highs = [
             (low, high, e - 1) for (low, high), e in zip(self.padding, self.spread, strict=True)
         ]
@@ -87,7 +92,7 @@ class Windows(NamedTuple):
     def put_back(
         self, parts: Sequence[Float[Array, "n ... c"]], spatial: Sizes
     ) -> Float[Array, "n ... c"]:
-        """The transpose of ``shifted``: a part for each tap, summed where that tap read x."""
+        """Return the transpose of ``shifted``: the parts of the taps, added where each read x."""
         total = None
         for tap, part in zip(itertools.product(*map(range, self.window)), parts, strict=True):
             config = []
@@ -103,10 +108,17 @@ class Windows(NamedTuple):
         return total
 
 
-def sizes(name: str, value: Any, rank: int) -> Sizes:
-    """value as a positive whole number for each spatial axis; one int stands for all, None for 1.
+def sizes(name: str, value: object, rank: int) -> Sizes:
+    """Return value as a positive whole number for each spatial axis.
 
-    Raises ``TypeError`` and ``ValueError``, which begin with name.
+    Args:
+        name: the argument's name, with which an error message begins.
+        value: a tuple of rank numbers, one number for all axes, or None for 1.
+        rank: the number of spatial axes.
+
+    Raises:
+        TypeError: for a value of the wrong type.
+        ValueError: for another number of entries, or one below 1.
     """
     if value is None:
         return (1,) * rank
@@ -120,7 +132,7 @@ def sizes(name: str, value: Any, rank: int) -> Sizes:
     return each
 
 
-def check_window(name: str, window: Any) -> None:
+def check_window(name: str, window: object) -> None:
     """Raise unless window is a tuple of one to three positive whole numbers."""
     if not isinstance(window, tuple) or not window or not all(map(is_whole, window)):
         raise TypeError(f"{name}: window is a tuple with a size for each axis, not {window!r}")
@@ -130,8 +142,8 @@ def check_window(name: str, window: Any) -> None:
         raise ValueError(f"{name}: window must be at least 1 along each axis, not {window}")
 
 
-def check_padding(name: str, padding: Any, rank: int) -> None:
-    """Raise unless padding is "SAME", "VALID" or a (low, high) pair for each spatial axis."""
+def check_padding(name: str, padding: Padding, rank: int) -> None:
+    """Raise unless padding is "SAME", "VALID" or rank (low, high) pairs, none of them negative."""
     if padding in ("SAME", "VALID"):
         return
     pairs = isinstance(padding, tuple) and all(

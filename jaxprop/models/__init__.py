@@ -1,4 +1,4 @@
-"""Networks that people know, built of this library's layers."""
+"""Well-known networks, built of this library's layers."""
 
 from jaxprop.models.images import all_cnn_c, three_c3d
 from jaxprop.models.language import Gpt2Config, gpt2, gpt2_params, gpt2_tensors, load_gpt2

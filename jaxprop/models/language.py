@@ -1,13 +1,15 @@
-"""GPT-2, and the way from its published tensors to params and back."""
+"""GPT-2, and the conversion between its published tensors and params."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 from jaxprop.combinators.chain import chain
 from jaxprop.combinators.recompute import recompute
@@ -15,6 +17,7 @@ from jaxprop.combinators.repeat import repeat
 from jaxprop.combinators.skip import skip
 from jaxprop.combinators.tied import tied
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import Params
 from jaxprop.layers import (
     AffineParams,
     Attention,
@@ -29,7 +32,16 @@ from jaxprop.layers import (
 
 
 class Gpt2Config(NamedTuple):
-    """The sizes of a GPT-2; by default those of the smallest one, 124 M params."""
+    """The sizes of a GPT-2, by default those of the smallest one, with 124 M params.
+
+    Args:
+        vocab: the number of tokens.
+        length: the number of positions.
+        features: the width of the network.
+        heads: the number of attention heads.
+        layers: the number of blocks.
+        dropout: the rate after the embedding and at the end of each branch.
+    """
 
     vocab: int = 50257
     length: int = 1024
@@ -40,18 +52,24 @@ class Gpt2Config(NamedTuple):
 
 
 def gpt2(config: Gpt2Config, *, scan: bool = True, recomputing: bool = False) -> Layer:
-    """GPT-2: token ids (N, T) to logits (N, T, vocab), T at most ``config.length``.
+    """Return GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners").
 
-    Learned positions, pre-norm blocks of causal attention and of a dense layer four times as wide,
-    the tanh form of gelu, a last LayerNorm, and the embedding's own table for the logits (Radford
-    et al. 2019, "Language models are unsupervised multitask learners").
+    It has learned positions, pre-norm blocks of causal attention and of a dense layer four times as
+    wide, the tanh form of gelu, and a last LayerNorm. The embedding's own table gives the logits.
+
+    Dropout takes effect where a key is given (``net.bind(params, key=key)``). Attention weights are
+    not dropped.
 
     Args:
-        config: the sizes. ``dropout`` is that after the embedding and at the end of each branch
-            (none on attention weights); it takes effect where a key is given
-            (``net.bind(params, key=key)``).
-        scan: the blocks as one ``repeat``, whose params are stacked; else one after the other.
-        recomputing: whether a block keeps its input alone, and the way back computes the rest anew.
+        config: the sizes.
+        scan: whether the blocks are one ``repeat``, whose params are stacked, instead of a layer
+            each.
+        recomputing: whether a block saves only its input, and the walk back recomputes the rest
+            (remat).
+
+    Returns:
+        A net from token ids (N, T), integers, to logits (N, T, vocab), with T at most
+        ``config.length``.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -72,12 +90,16 @@ def gpt2(config: Gpt2Config, *, scan: bool = True, recomputing: bool = False) ->
     return tied(Embedding(config.vocab, d), body)
 
 
-def gpt2_params(tensors: Mapping[str, Any]) -> Any:
-    """The params of ``gpt2`` (with ``scan`` and without dropout) from GPT-2's published tensors.
+def gpt2_params(tensors: Mapping[str, ArrayLike]) -> Params:
+    """Return the params of ``gpt2``, with ``scan`` and without dropout, from published tensors.
 
-    ``tensors`` has the names of the published safetensors file, with or without ``transformer.``
-    before them; the masks and the copy of the table that some files hold are left out. Raises
-    ``KeyError`` for a tensor that is missing.
+    Args:
+        tensors: the tensors by their names in the published safetensors file, with or without
+            ``transformer.`` before them. The masks and the copy of the table that some files hold
+            are ignored.
+
+    Raises:
+        KeyError: for a tensor that is missing.
     """
     named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     layers = len({name.split(".")[1] for name in named if name.startswith("h.")})
@@ -88,7 +110,7 @@ def gpt2_params(tensors: Mapping[str, Any]) -> Any:
     def norm(name: str) -> NormParams:
         return NormParams(stack(f"{name}.weight"), stack(f"{name}.bias"))
 
-    def stack(name: str) -> Any:
+    def stack(name: str) -> Array:
         return jnp.stack([jnp.asarray(named[f"h.{layer}.{name}"]) for layer in range(layers)])
 
     attend = norm("ln_1"), affine("attn.c_attn"), (), affine("attn.c_proj")
@@ -100,8 +122,12 @@ def gpt2_params(tensors: Mapping[str, Any]) -> Any:
     return table, (positions, (attend, widen), NormParams(scale, bias))
 
 
-def gpt2_tensors(params: Any) -> dict[str, Any]:
-    """The reverse of ``gpt2_params``: the published names, also for gradients."""
+def gpt2_tensors(params: Params) -> dict[str, Array]:
+    """Return the tensors by their published names, the inverse of ``gpt2_params``.
+
+    Args:
+        params: the params of ``gpt2`` with ``scan`` and without dropout, or a gradient like them.
+    """
     table, (positions, (attend, widen), last) = params
     tensors = {"wte.weight": table, "wpe.weight": positions}
     tensors |= {"ln_f.weight": last.scale, "ln_f.bias": last.bias}
@@ -117,11 +143,18 @@ def gpt2_tensors(params: Any) -> dict[str, Any]:
     return tensors
 
 
-def load_gpt2(path: str | PathLike[str], *, heads: int | None = None) -> tuple[Layer, Any]:
-    """``(net, params)`` from a safetensors file of a GPT-2; needs the extra ``[models]``.
+def load_gpt2(path: str | PathLike[str], *, heads: int | None = None) -> tuple[Layer, Params]:
+    """Return ``(net, params)`` from a safetensors file of a GPT-2; needs the extra ``[models]``.
 
-    The sizes are read off the tensors. ``heads`` is not among them: by default the published
-    models' 64 features a head.
+    The sizes, all but ``heads``, are read off the tensors.
+
+    Args:
+        path: the file.
+        heads: the number of attention heads; by default one for every 64 features, as in the
+            published models.
+
+    Raises:
+        KeyError: for a tensor that is missing.
     """
     from safetensors.numpy import load_file
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from jaxprop.core.combinator import layers_with_params
 from jaxprop.core.mesh import like
 from jaxprop.core.step import Total
-from jaxprop.core.tree import with_cotangents
+from jaxprop.core.tree import without_unmarked
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import Batch, PerExample, Quantity, everything, total, unmarked
 
@@ -70,14 +70,14 @@ class Clipped(Quantity):
         if self.two_pass:
             return _mean(params, forms, self._weights(before))
         if self.per_layer and jax.tree.leaves(params):
-            sq_norms = total(lambda form: form.bounding_sq_norms(), forms)
+            sq_norms = everything(total(lambda form: form.bounding_sq_norms(), forms))
             return _mean(params, forms, self._weights(sq_norms))
         return forms
 
     def gather(self, params: Params, taken: PyTree, examples: int) -> PyTree:
         if not self.two_pass and not self.per_layer:
             sq_norms = everything(total(lambda form: form.bounding_sq_norms(), taken))
-            taken = _mean(with_cotangents(params, taken), taken, self._weights(sq_norms))
+            taken = _mean(without_unmarked(params, taken), taken, self._weights(sq_norms))
         if not jax.tree.leaves(taken):
             everything(taken)
         return taken

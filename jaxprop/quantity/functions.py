@@ -16,7 +16,7 @@ from typing import Any
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.functions import named
+from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import OfBatch, Params, PyTree
@@ -31,7 +31,7 @@ from jaxprop.quantity.per_example import (
     SqNorms,
     Variance,
 )
-from jaxprop.quantity.together import quantities
+from jaxprop.quantity.together import together
 
 
 def per_example_grads(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
@@ -156,22 +156,16 @@ def clipped_grad(
         TypeError: ``f`` raises it for noise on params narrower than float32.
     """
     clipped = Clipped(max_norm, noise_multiplier, per_layer, two_pass)
-    together = quantities(net, loss, grads=clipped, micro_batches=micro_batches)
+    f = together(net, loss, {"grads": clipped}, micro_batches)
 
-    @named("clipped_grad")
-    def f(
-        params: Params,
-        x: PyTree,
-        target: PyTree = None,
-        *,
-        key: Array | None = None,
-        mask: Array | None = None,
+    def value_and_clipped(
+        params: Params, x: PyTree, target: PyTree, key: Array | None
     ) -> tuple[Float[Array, ""], Params]:
-        """Return the loss, and the mean of the clipped gradients."""
-        result = together(params, x, target, key=key, mask=mask)
+        result = f(params, x, target, key)
         return result["value"], result["grads"]
 
-    return f
+    doc = "Return the loss, and the mean of the clipped gradients."
+    return of_batch("clipped_grad", doc, net, value_and_clipped)
 
 
 def diag_ggn(
@@ -230,41 +224,21 @@ def _alone(
     name: str, net: Layer, loss: Loss, quantity: Quantity, micro_batches: int
 ) -> OfBatch[Any]:
     """Return the function of a batch that returns one quantity, under the name of its maker."""
-    together = quantities(net, loss, it=quantity, micro_batches=micro_batches)
-
-    @named(name, type(quantity).__doc__)
-    def f(
-        params: Params,
-        x: PyTree,
-        target: PyTree = None,
-        *,
-        key: Array | None = None,
-        mask: Array | None = None,
-    ) -> Any:
-        return together(params, x, target, key=key, mask=mask)["it"]
-
-    return f
+    f = together(net, loss, {"it": quantity}, micro_batches)
+    return of_batch(name, type(quantity).__doc__, net, lambda *args: f(*args)["it"])
 
 
 def _exact_or_sampled(
     name: str, net: Layer, loss: Loss, exact: Quantity, sampled: Any, micro_batches: int
 ) -> OfBatch[Any]:
-    without_key = _alone(name, net, loss, exact, micro_batches)
-    with_key = _alone(name, net, loss, sampled, micro_batches)
+    """Return the function of a batch that samples with a key, and is exact without."""
+    without_key, with_key = (
+        together(net, loss, {"it": quantity}, micro_batches) for quantity in (exact, sampled)
+    )
 
-    @named(name, type(exact).__doc__)
-    def f(
-        params: Params,
-        x: PyTree,
-        target: PyTree = None,
-        *,
-        key: Array | None = None,
-        mask: Array | None = None,
-    ) -> Any:
-        if key is not None:
-            return with_key(params, x, target, key=key, mask=mask)
-        if sampled.samples != 1:
+    def either(params: Params, x: PyTree, target: PyTree, key: Array | None) -> Any:
+        if key is None and sampled.samples != 1:
             raise TypeError("to sample takes a key; without one the whole root is used")
-        return without_key(params, x, target, mask=mask)
+        return (without_key if key is None else with_key)(params, x, target, key)["it"]
 
-    return f
+    return of_batch(name, type(exact).__doc__, net, either)

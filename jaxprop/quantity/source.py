@@ -21,16 +21,16 @@ class Columns(NamedTuple):
     """Cotangents of the net's output, made one at a time.
 
     Attributes:
-        count: how many.
+        number: how many.
         column: ``column(c)`` is the one numbered c.
     """
 
-    count: int
+    number: int
     column: Callable[[int | Array], Cotangent]
 
     def all(self) -> Cotangent:
         """Return all of them, on a leading axis."""
-        return jax.vmap(self.column)(jnp.arange(self.count))
+        return jax.vmap(self.column)(jnp.arange(self.number))
 
 
 class Source(Static):

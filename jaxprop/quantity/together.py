@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxprop.core.arrays import sum_over
 from jaxprop.core.cotangents import factored
-from jaxprop.core.functions import named
+from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Step
@@ -57,22 +57,22 @@ def quantities(
         ...  for name, result in f(params, x, jnp.ones((3, 2))).items()}
         {'value': (), 'grads': (AffineParams(w=(4, 2), b=(2,)),), 'norms': (3,)}
     """
+    doc = 'Return a dict of the quantities asked for, and the loss as "value".'
+    return of_batch("quantities", doc, net, together(net, loss, asked, micro_batches))
+
+
+def together(
+    net: Layer, loss: Loss, asked: Mapping[str, Quantity], micro_batches: int
+) -> Callable[[Params, PyTree, PyTree, Array | None], dict[str, Any]]:
+    """Return the quantities asked for as a function of (params, x, target, key)."""
     check_net_and_loss(net, loss)
     _check_asked(asked, micro_batches)
     settle_early = micro_batches == 1
     parts = in_micro_batches(net, _parts(net, loss, asked, settle_early), micro_batches)
 
-    @named("quantities")
-    def f(
-        params: Params,
-        x: PyTree,
-        target: PyTree = None,
-        *,
-        key: Array | None = None,
-        mask: Array | None = None,
+    def taken_together(
+        params: Params, x: PyTree, target: PyTree, key: Array | None
     ) -> dict[str, Any]:
-        """Return a dict of the quantities asked for, and the loss as "value"."""
-        params = net.bind(params, key=key, mask=mask)
         for_samples = None if key is None else jax.random.fold_in(key, SAMPLES)
         value, taken = parts(params, x, target, for_samples)
         batch = Batch(net, params, jax.tree.leaves(x)[0].shape[0], key)
@@ -82,7 +82,7 @@ def quantities(
             result[name] = quantity.end(settled, batch)
         return result
 
-    return f
+    return taken_together
 
 
 def _parts(
@@ -124,14 +124,14 @@ class _Walks:
     def of(self, source: Source, key: Array | None) -> dict[str, PyTree]:
         """Return what was taken, by name."""
         columns = source.columns(self.ahead, key)
-        if columns.count == 1:
+        if columns.number == 1:
             taken = self._walk(columns.column(0))
             for name, quantity in self.asked.items():
                 if quantity.stacked:
                     taken[name] = jax.tree.map(lambda leaf: leaf[None], taken[name])
             return taken
         if all(isinstance(quantity, AddedUp) for quantity in self.asked.values()):
-            return self._one_by_one(columns.column, columns.count)
+            return self._one_by_one(columns.column, columns.number)
         axes = {name: 0 if quantity.stacked else None for name, quantity in self.asked.items()}
         walk = jax.vmap(lambda ct: self._walk(ct, COLUMNS), axis_name=COLUMNS, out_axes=axes)
         return walk(columns.all())
@@ -168,7 +168,7 @@ class _Walks:
             for name, quantity in first.items()
         }
 
-    def _one_by_one(self, column: Callable[[Any], Cotangent], count: int) -> dict[str, PyTree]:
+    def _one_by_one(self, column: Callable[[Any], Cotangent], number: int) -> dict[str, PyTree]:
         """Return what is taken where only a sum over the columns is kept."""
         asked: dict[str, AddedUp] = self.asked  # pyright: ignore[reportAssignmentType]
 
@@ -180,7 +180,7 @@ class _Walks:
             visited, _ = self.ahead.back(column(c), visit)
             return {name: _picked(visited, name) for name in asked}
 
-        totals = sum_over(parts, jnp.arange(count))
+        totals = sum_over(parts, jnp.arange(number))
         forms, _ = self.ahead.back(column(0), factored)
         return {
             name: quantity.whole(forms, totals[name], self.ahead.examples)

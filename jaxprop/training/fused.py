@@ -34,7 +34,7 @@ class Attached:
 
     param: Array
     state: tuple[Array, ...]
-    grad: Array | tuple[()]
+    grad: Any
     index: int = dataclasses.field(metadata={"static": True})
 
 

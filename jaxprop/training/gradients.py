@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.cotangents import gradient
-from jaxprop.core.functions import named
+from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Step
@@ -65,7 +65,7 @@ def value_and_grad(
         grads, _ = ahead.back(ct, visit)
         return ahead.value, grads
 
-    return _of_batch("value_and_grad", net, parts, micro_batches)
+    return _in_form("value_and_grad", net, in_micro_batches(net, parts, micro_batches))
 
 
 def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1) -> ValueAndGrad:
@@ -95,24 +95,16 @@ def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1) -> ValueAndGrad:
 
         return jax.value_and_grad(of_learned)(learned(params))
 
-    return _of_batch("autodiff", net, parts, micro_batches)
+    return _in_form("autodiff", net, in_micro_batches(net, parts, micro_batches))
 
 
-def _of_batch(name: str, net: Layer, parts: Parts, micro_batches: int) -> ValueAndGrad:
-    of_parts = in_micro_batches(net, parts, micro_batches)
+def _in_form(name: str, net: Layer, differentiate: Parts) -> ValueAndGrad:
+    """Return the function of a batch whose gradients have the structure of params."""
 
-    @named(name)
-    def f(
-        params: Params,
-        x: PyTree,
-        target: PyTree = None,
-        *,
-        key: Array | None = None,
-        mask: Array | None = None,
+    def in_form(
+        params: Params, x: PyTree, target: PyTree, key: Array | None
     ) -> tuple[Value, Params]:
-        """Return the mean of the loss, and its gradient."""
-        params = net.bind(params, key=key, mask=mask)
-        value, grads = of_parts(params, x, target, key)
+        value, grads = differentiate(params, x, target, key)
         return value, like_params(params, grads)
 
-    return f
+    return of_batch(name, "Return the mean of the loss, and its gradient.", net, in_form)

@@ -1,1 +1,1 @@
-"""The worked example, as text for the terminal, as JSON, and as a page to step through."""
+"""The worked example: as text for the terminal, as JSON, and as an HTML page."""

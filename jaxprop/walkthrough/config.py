@@ -1,12 +1,13 @@
-"""The network of a walkthrough, as a TOML file and as values."""
+"""The network of a walkthrough: read from a TOML file, and written to one."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from jax import Array
 
 from jaxprop.combinators.chain import Chain, chain
 from jaxprop.core.layer import Layer
+from jaxprop.core.types import Params
 from jaxprop.layers import AffineParams, Dense, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
 
-ACTIVATIONS: dict[str, Layer | None] = {
+Activation = Literal["sigmoid", "tanh", "relu", "gelu", "silu", "softplus", "none"]
+
+ACTIVATIONS: dict[Activation, Layer | None] = {
     "sigmoid": Sigmoid(),
     "tanh": Tanh(),
     "relu": Relu(),
@@ -28,18 +32,33 @@ ACTIVATIONS: dict[str, Layer | None] = {
 
 
 class ConfigError(Exception):
-    """What is wrong with a network file, in one line that names the key."""
+    """An error in a network file or on the command line, in one line that names the key."""
 
 
 class Units(NamedTuple):
-    """One layer: a row of weights for each unit, and a bias for each unit or none at all."""
+    """One layer of units.
 
-    activation: str
+    Attributes:
+        activation: the name of the activation; "none" for a layer without one.
+        weights: a row for each unit, with a number for each unit (or input) below.
+        biases: a number for each unit; None for a layer without biases.
+    """
+
+    activation: Activation
     weights: tuple[tuple[float, ...], ...]
     biases: tuple[float, ...] | None = None
 
 
 class Config(NamedTuple):
+    """A network, one example, and a learning rate.
+
+    Attributes:
+        inputs: the values of the inputs.
+        targets: the target of each output.
+        learning_rate: the step size of gradient descent.
+        layers: the layers, the one nearest the inputs first.
+    """
+
     inputs: tuple[float, ...]
     targets: tuple[float, ...]
     learning_rate: float
@@ -58,7 +77,7 @@ WORKED_EXAMPLE = Config(
 
 
 def network(config: Config) -> Chain:
-    """Dense layers, each with its activation behind it."""
+    """Return the config's network: dense layers, each with its activation behind it."""
     layers: list[Layer] = []
     for units in config.layers:
         layers.append(Dense(len(units.weights), bias=units.biases is not None))
@@ -68,13 +87,13 @@ def network(config: Config) -> Chain:
     return chain(*layers)
 
 
-def params(config: Config) -> tuple[Any, ...]:
-    """The config's weights where the net wants them.
+def params(config: Config) -> Params:
+    """Return the config's weights as the params of its network.
 
-    A file has one *row* for each unit, the way a network is drawn: z1 = w1 x1 + w2 x2. The
-    library computes x @ w, which has one *column* for each unit, hence the transpose.
+    A file has one *row* for each unit, as networks are drawn: z1 = w1 x1 + w2 x2. The library
+    computes x @ w, where w has one *column* for each unit, hence the transpose.
     """
-    placed: list[Any] = []
+    placed: list[AffineParams | tuple[()]] = []
     for units in config.layers:
         biases = None if units.biases is None else _array(units.biases)
         placed.append(AffineParams(_array(units.weights).T, biases))
@@ -84,12 +103,19 @@ def params(config: Config) -> tuple[Any, ...]:
 
 
 def example(config: Config) -> tuple[Array, Array]:
-    """x and target, a batch of one."""
+    """Return x and target, as a batch of one."""
     return _array([config.inputs]), _array([config.targets])
 
 
 def load(path: str) -> Config:
-    """The network in a TOML file. Raises ``ConfigError``."""
+    """Return the config in a TOML file.
+
+    Args:
+        path: the path of the file.
+
+    Raises:
+        ConfigError: for a file that cannot be read, is not TOML, or does not describe a network.
+    """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -103,7 +129,14 @@ def load(path: str) -> Config:
 
 
 def parse(table: dict[str, Any]) -> Config:
-    """The network in a table as ``dump`` writes it. Raises ``ConfigError`` naming the key."""
+    """Return the config in a table of a TOML file.
+
+    Args:
+        table: the table, with the keys that ``dump`` writes.
+
+    Raises:
+        ConfigError: for a key that is unknown, missing, or has a value that does not fit.
+    """
     _known(table, "", {"inputs", "targets", "learning_rate", "layers", "seed"})
     inputs = _numbers(_get(table, "inputs"), "inputs")
     targets = _numbers(_get(table, "targets"), "targets")
@@ -127,7 +160,7 @@ def parse(table: dict[str, Any]) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The config as TOML, which ``load`` reads back to the same numbers."""
+    """Return the config as TOML, which ``load`` reads back to the same numbers."""
     lines = [
         "# A network for: jaxprop walkthrough --config FILE",
         "# A layer is a table of its own, the first nearest the inputs. activation is one of",
@@ -148,7 +181,8 @@ def dump(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _units(entry: Any, key: str, width: int, seed: Array, index: int) -> Units:
+def _units(entry: object, key: str, width: int, seed: Array, index: int) -> Units:
+    """Return a layer from its table, which key names; width is the number of units below."""
     if not isinstance(entry, dict):
         raise ConfigError(f"{key} must be a table, not {entry!r}")
     _known(entry, f"{key}.", {"activation", "weights", "biases", "units", "bias"})
@@ -184,13 +218,14 @@ def _units(entry: Any, key: str, width: int, seed: Array, index: int) -> Units:
     return Units(activation, weights, biases)
 
 
-def _drawn(activation: str, units: int, bias: bool, width: int, key: Array) -> Units:
+def _drawn(activation: Activation, units: int, bias: bool, width: int, key: Array) -> Units:
+    """Return a layer with random weights."""
     drawn = Dense(units, bias).init(key, jax.ShapeDtypeStruct((1, width), jnp.float32))
     biases = tuple(drawn.b.tolist()) if bias else None
     return Units(activation, tuple(map(tuple, drawn.w.T.tolist())), biases)
 
 
-def _get(table: dict[str, Any], key: str, where: str = "") -> Any:
+def _get(table: dict[str, Any], key: str, where: str = "") -> object:
     if key not in table:
         raise ConfigError(f"{where}{key} is missing")
     return table[key]
@@ -204,7 +239,7 @@ def _known(table: dict[str, Any], where: str, keys: set[str]) -> None:
             raise ConfigError(f"{where}{key} is not a key; {hint}")
 
 
-def _number(value: Any, key: str) -> float:
+def _number(value: object, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key} must be a number, not {value!r}")
     try:
@@ -216,19 +251,19 @@ def _number(value: Any, key: str) -> float:
     return number
 
 
-def _numbers(value: Any, key: str) -> tuple[float, ...]:
+def _numbers(value: object, key: str) -> tuple[float, ...]:
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{key} must be a list of numbers, not {value!r}")
     return tuple(_number(item, f"{key}[{i}]") for i, item in enumerate(value))
 
 
-def _whole(value: Any, key: str, least: int, most: int = 2**31 - 1) -> int:
+def _whole(value: object, key: str, least: int, most: int = 2**31 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ConfigError(f"{key} must be a whole number from {least} to {most}, not {value!r}")
     return value
 
 
-def _array(numbers: Any) -> Array:
+def _array(numbers: Sequence[float] | Sequence[Sequence[float]]) -> Array:
     return jnp.asarray(numbers, jnp.float64)
 
 

@@ -1,4 +1,4 @@
-"""Gradient descent on a small network with every number of the chain rule, as data.
+"""Gradient descent on a small network, with every number of the chain rule.
 
 For a weight w from a source s into a unit with weighted sum z and value a, the chain rule is
 dE/dw = dE/da * da/dz * dz/dw with dz/dw = s (for a bias, 1); for a unit below, dE/ds is the sum
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import loss_fn
 from jaxprop.explanation.record import explain
 from jaxprop.explanation.terms import Explanation
@@ -26,16 +27,27 @@ from jaxprop.walkthrough import config as configs
 from jaxprop.walkthrough.config import Config
 from jaxprop.walkthrough.document import Final, Path, Stage, Unit, Walkthrough, Weight
 
-CURVE = 1000
+CURVE = 1000  # intervals of the error curve, at most
 
 
 def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
-    """Walk through the first step for the config's network and descend ``steps``; in float64."""
+    """Return the first step of gradient descent, and the state after the last, in float64.
+
+    Args:
+        config: the network.
+        steps: the number of steps to descend.
+    """
     return descent(config, steps, 1)[0][0]
 
 
 def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, Explanation]]:
-    """The walkthroughs of the first ``shown`` of the steps, each with what it was read from."""
+    """Return each of the first steps of gradient descent, with the explanation it is read from.
+
+    Args:
+        config: the network.
+        steps: the number of steps to descend.
+        shown: the number of steps to return, from the first.
+    """
     with jax.enable_x64(True):
         net, loss = configs.network(config), HalfSquaredError()
         optimizer = optax.sgd(config.learning_rate)
@@ -43,12 +55,14 @@ def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, E
         x, target = configs.example(config)
 
         @jax.jit
-        def descend(params: Any, gaps: Array) -> tuple[Any, Array]:
-            def step(_: Any, carry: Any) -> Any:
+        def descend(params: Params, gaps: Array) -> tuple[Params, Array]:
+            def step(_: Array, carry: tuple[Params, PyTree]) -> tuple[Params, PyTree]:
                 params, state, _ = update(carry[0], carry[1], x, target)
                 return params, state
 
-            def stretch(carry: Any, gap: Array) -> tuple[Any, Array]:
+            def stretch(
+                carry: tuple[Params, PyTree], gap: Array
+            ) -> tuple[tuple[Params, PyTree], Array]:
                 return jax.lax.fori_loop(0, gap, step, carry), scalar(carry[0], x, target)
 
             (params, _), errors = jax.lax.scan(stretch, (params, optimizer.init(params)), gaps)
@@ -99,7 +113,11 @@ def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, E
 
 
 class _Names:
-    """x, h and o for values, z for weighted sums, w for weights unit by unit, b for biases."""
+    """The names of a network's numbers.
+
+    Values are x in the inputs, h in hidden units and o in outputs. Weighted sums are z, biases b,
+    and weights w, numbered unit by unit.
+    """
 
     def __init__(self, config: Config) -> None:
         self.inputs = [_numbered("x", 0, len(config.inputs))]
@@ -119,8 +137,8 @@ class _Names:
             self.inputs.append(self.units[-1])
             units, weights = units + width, weights + width * fan_in
 
-    def by_name(self, params: Any) -> dict[str, float]:
-        """The numbers in params (or cotangents), each under its weight's name."""
+    def by_name(self, params: Params) -> dict[str, float]:
+        """Return the numbers in params, or in their gradients, by the names of the weights."""
         affines = [affine for affine in params if isinstance(affine, AffineParams)]
         named: dict[str, float] = {}
         for rows, biases, affine in zip(self.weights, self.biases, affines, strict=True):
@@ -132,6 +150,8 @@ class _Names:
 
 
 class _Numbers(NamedTuple):
+    """Numbers of each weight, by its name: both gradients, and the weight before and after."""
+
     products: dict[str, float]
     grads: dict[str, float]
     old: dict[str, float]
@@ -139,7 +159,7 @@ class _Numbers(NamedTuple):
 
 
 class _Recorded(NamedTuple):
-    """What passed through a dense layer and the activation behind it, unit by unit."""
+    """The terms of a dense layer and the activation behind it, unit by unit."""
 
     below: list[float]
     z: list[float]
@@ -151,6 +171,7 @@ class _Recorded(NamedTuple):
 
 
 def _recorded(config: Config, terms: Explanation) -> list[_Recorded]:
+    """Return the terms of each layer of the config."""
     ahead = iter(terms.layers.values())
     recorded = []
     for units in config.layers:
@@ -170,6 +191,7 @@ def _stage(
     after: list[_Recorded],
     index: int,
 ) -> Stage:
+    """Return one layer of the drawing, before and after the step."""
     here, here_after = before[index], after[index]
     is_output = index == len(config.layers) - 1
 
@@ -235,4 +257,5 @@ def _stage(
 
 
 def _numbered(letter: str, start: int, count: int) -> list[str]:
+    """Return names such as h3, h4, h5, for start 2 and count 3."""
     return [f"{letter}{start + i + 1}" for i in range(count)]

@@ -1,23 +1,37 @@
-"""The walkthrough as plain data, for text, for JSON, and for whatever else draws it."""
+"""The walkthrough as plain data, from which the text, the JSON and the page are made."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, NamedTuple
 
-from jaxprop.walkthrough.config import Config
+from jaxprop.walkthrough.config import Activation, Config
 
 
 class Weight(NamedTuple):
-    """One chain: ``product`` is what the hand-written backward gives, d_value * slope * d_z."""
+    """The chain rule for one weight: dE/dw = dE/dvalue * dvalue/dz * dz/dw.
+
+    Attributes:
+        name: the weight's name.
+        source: the unit or the input that it comes from; "1" for a bias.
+        unit: the unit that it leads to.
+        z_name: the name of that unit's weighted sum z.
+        d_value: dE/dvalue, with value that of the unit.
+        slope: dvalue/dz.
+        d_z: dz/dw.
+        product: dE/dw by the hand-written backward.
+        jax_grad: dE/dw by ``jax.grad``.
+        old: the weight before the step.
+        new: the weight after the step.
+    """
 
     name: str
-    source: str  # the unit or input it comes from; "1" for a bias
+    source: str
     unit: str
     z_name: str
-    d_value: float  # dE/d(value of the unit)
-    slope: float  # d(value)/dz
-    d_z: float  # dz/dw
+    d_value: float
+    slope: float
+    d_z: float
     product: float
     jax_grad: float
     old: float
@@ -25,7 +39,14 @@ class Weight(NamedTuple):
 
 
 class Path(NamedTuple):
-    """One way by which the error comes back: dE/dz of a unit that is fed, times the weight."""
+    """One path by which the error comes back to a unit: dE/dz of a unit above, times the weight.
+
+    Attributes:
+        z_name: the name of the weighted sum z of the unit above.
+        weight_name: the name of the weight that leads to it.
+        d_z: dE/dz.
+        weight: the weight.
+    """
 
     z_name: str
     weight_name: str
@@ -34,10 +55,20 @@ class Path(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """z is the weighted sum and value what the activation makes of it, before and after the step.
+    """One unit, before and after the step.
 
-    ``paths`` are what dE/dvalue is the sum of; an output has none, but a ``target`` and its own
-    share of the error, ``error``.
+    Attributes:
+        name: the unit's name.
+        z_name: the name of its weighted sum.
+        z: the weighted sum.
+        value: the activation of z.
+        d_value: dE/dvalue.
+        paths: the paths that sum to ``d_value``; none for an output.
+        target: the target of an output; None for a hidden unit.
+        error: an output's share of the error; None for a hidden unit.
+        z_after: z after the step.
+        value_after: the value after the step.
+        error_after: the share of the error after the step; None for a hidden unit.
     """
 
     name: str
@@ -54,21 +85,38 @@ class Unit(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One layer of the drawing: a row of weights for each unit, a bias for each unit or none."""
+    """One layer of the network.
+
+    Attributes:
+        name: "output", "hidden", or "hidden-1" where there are several hidden layers.
+        activation: the name of the activation.
+        inputs: the names of the units, or inputs, below.
+        units: the units.
+        weights: a row for each unit, with a weight for each of the inputs.
+        biases: a bias for each unit; empty for a layer without biases.
+    """
 
     name: str
-    activation: str
+    activation: Activation
     inputs: tuple[str, ...]
     units: tuple[Unit, ...]
     weights: tuple[tuple[Weight, ...], ...]
     biases: tuple[Weight, ...]
 
     def chains(self) -> list[Weight]:
+        """Return the chain of each weight and of each bias."""
         return [weight for row in self.weights for weight in row] + list(self.biases)
 
 
 class Final(NamedTuple):
-    """The state after the last step."""
+    """The state after the last step.
+
+    Attributes:
+        steps: the number of steps taken.
+        error: the error.
+        outputs: the value of each output, by name.
+        weights: each weight and each bias, by name.
+    """
 
     steps: int
     error: float
@@ -77,28 +125,45 @@ class Final(NamedTuple):
 
 
 class Walkthrough(NamedTuple):
+    """One step of gradient descent, the error curve of the whole descent, and its end.
+
+    Attributes:
+        config: the network.
+        stages: the layers, the one nearest the inputs first.
+        error: the error E before the step.
+        error_after: the error after it.
+        largest_difference: the largest difference of a weight's derivative by hand from that by
+            ``jax.grad``.
+        curve: pairs (steps taken, E), evenly spaced over the whole descent.
+        final: the state after the last step.
+    """
+
     config: Config
     stages: tuple[Stage, ...]
     error: float
     error_after: float
-    largest_difference: float  # between the hand-written chain and jax.grad, over all weights
-    curve: tuple[tuple[int, float], ...]  # (steps taken, E), at most CURVE + 1 of them, evenly
+    largest_difference: float
+    curve: tuple[tuple[int, float], ...]
     final: Final
 
     def chains(self) -> list[Weight]:
+        """Return the chain of each weight and of each bias, in all layers."""
         return [weight for stage in self.stages for weight in stage.chains()]
 
     def document(self, weight: str | None = None) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, of everything or of one weight's chain.
+        """Return the walkthrough as dicts, lists, strings and numbers, ready for JSON.
 
         JSON has no NaN and no infinity: None stands in their place.
+
+        Args:
+            weight: the name of the only weight to return the chain of; None for everything.
         """
         if weight is None:
             return _plain(self)
         return next(_plain(chain) for chain in self.chains() if chain.name == weight)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {key: _plain(field) for key, field in value._asdict().items()}  # pyright: ignore
     if isinstance(value, dict):

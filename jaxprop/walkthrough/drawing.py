@@ -1,53 +1,93 @@
-"""Where the page draws what."""
+"""The geometry of the page's drawing of a network."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxprop.walkthrough.document import Walkthrough
 
-UNITS = 8  # in a layer; where there are more, layers are drawn as boxes
-LABELLED = 4  # units that an edge's weight is always written on the way to
+UNITS = 8  # in a layer; a network with more in one is drawn as a box for each layer
+LABELLED = 4  # units in a layer whose incoming edges always show their weights
 RADIUS = 28
-LINE = 13  # of text
+LINE = 13  # height of a line of text
 MARGIN = 14
+
+Box = dict[str, str | float | None]
+"""A layer as a box: its name, activation, count of units, and its x and width."""
 
 
 class Node(NamedTuple):
+    """A unit, an input or the error, drawn as a circle.
+
+    Attributes:
+        name: its name; "E" for the error.
+        x: the x of the centre.
+        y: the y of the centre.
+        below: the number of lines of text below the circle.
+        aside: the shift of that text along x, which keeps it clear of the weights.
+    """
+
     name: str
     x: float
     y: float
-    below: int  # lines of text under it
-    aside: float  # by how much that text gives way to the weights on the right
+    below: int
+    aside: float
 
 
 class Edge(NamedTuple):
-    weight: str  # "" on the way to the error
+    """A weight, drawn as a line.
+
+    Attributes:
+        weight: the weight's name; "" for an edge to the error.
+        source: the name of the node that it starts at.
+        unit: the name of the node that it leads to.
+        x1: the x of its start.
+        y1: the y of its start.
+        x2: the x of its end.
+        y2: the y of its end.
+        x: the x of its label.
+        y: the y of its label.
+        dense: whether there are too many edges to show all labels at once.
+    """
+
+    weight: str
     source: str
     unit: str
     x1: float
     y1: float
     x2: float
     y2: float
-    x: float  # of its label
+    x: float
     y: float
     dense: bool
 
 
 class Drawing(NamedTuple):
+    """A network as a drawing: of nodes and edges, or of boxes.
+
+    Attributes:
+        width: the width of the drawing.
+        height: the height of the drawing.
+        nodes: the nodes.
+        edges: the edges.
+        boxes: the boxes.
+        scale: the largest scale to show it at.
+        radius: the radius of a node.
+    """
+
     width: float
     height: float
     nodes: list[Node]
     edges: list[Edge]
-    boxes: list[dict[str, Any]]
-    scale: float  # at most
+    boxes: list[Box]
+    scale: float
     radius: int = RADIUS
 
 
 def units(walk: Walkthrough) -> Drawing:
-    """A circle for each unit and a line for each weight.
+    """Return a drawing with a circle for each unit and a line for each weight.
 
-    A weight is written 1/(k + 1) of the way to the next layer's k units: there no two lines meet.
+    On the way to k units a weight is written 1/(k + 1) along its line: no two lines meet there.
     """
     columns = [list(walk.stages[0].inputs), *([u.name for u in s.units] for s in walk.stages)]
     tallest = max(map(len, columns))
@@ -80,11 +120,11 @@ def units(walk: Walkthrough) -> Drawing:
 
 
 def layers(walk: Walkthrough) -> Drawing:
-    """A box for each layer."""
+    """Return a drawing with a box for each layer."""
     names = ["x", *(stage.name for stage in walk.stages), "E"]
     counts = [len(walk.stages[0].inputs), *(len(stage.units) for stage in walk.stages), None]
     activations = ["", *(stage.activation for stage in walk.stages), ""]
-    boxes: list[dict[str, Any]] = []
+    boxes: list[Box] = []
     x = float(MARGIN)
     for name, count, activation in zip(names, counts, activations, strict=True):
         width = 116 if activation else 72
@@ -98,5 +138,6 @@ def layers(walk: Walkthrough) -> Drawing:
 def _edge(
     weight: str, source: str, unit: str, at: dict[str, tuple[float, float]], t: float, dense: bool
 ) -> Edge:
+    """Return an edge, with its label at a fraction t of its length."""
     (x1, y1), (x2, y2) = at[source], at[unit]
     return Edge(weight, source, unit, x1, y1, x2, y2, x1 + t * (x2 - x1), y1 + t * (y2 - y1), dense)

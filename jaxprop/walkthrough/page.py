@@ -1,4 +1,4 @@
-"""The walkthrough as one page to step through, which needs nothing from the network."""
+"""The walkthrough as an HTML page to step through, in one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ from jaxprop.walkthrough import drawing
 from jaxprop.walkthrough.config import ACTIVATIONS, Config
 from jaxprop.walkthrough.descent import descent
 from jaxprop.walkthrough.document import Stage, Walkthrough
-from jaxprop.walkthrough.words import KOREAN, LANGUAGES
+from jaxprop.walkthrough.words import KOREAN, LANGUAGES, Language
 
-BUDGET = 500_000  # bytes of numbers in a page
-FRAMES = 200  # steps of descent to leaf through
+BUDGET = 500_000  # bytes of numbers in a page, at most
+FRAMES = 200  # steps of descent in a page, at most
 
 
-def page(config: Config, steps: int = 1, language: str = "en") -> str:
-    """The page as HTML: as many steps of the descent as 500 kB hold, and the curve of them all."""
+def page(config: Config, steps: int = 1, language: Language = "en") -> str:
+    """Return the page as HTML.
+
+    It has the first steps of the descent, as many as fit into about 500 kB, and the error curve of
+    them all. A network with many units in a layer is shown layer by layer.
+
+    Args:
+        config: the network.
+        steps: the number of steps to descend.
+        language: the language that the page opens in.
+    """
     import jinja2
 
     widths = [len(config.inputs), *(len(units.weights) for units in config.layers)]
@@ -62,7 +71,7 @@ def page(config: Config, steps: int = 1, language: str = "en") -> str:
 
 
 def _names(stage: Stage) -> dict[str, Any]:
-    """What is the same in every frame."""
+    """Return the names in a stage, which are the same in every frame."""
     return {
         "name": stage.name,
         "activation": stage.activation,
@@ -76,7 +85,7 @@ def _names(stage: Stage) -> dict[str, Any]:
 
 
 def _units(walk: Walkthrough, _: Explanation) -> dict[str, Any]:
-    """The numbers of one step of descent, by the names of units and weights."""
+    """Return the numbers of one step of descent, by the names of units and weights."""
     d_z = {path.z_name: path.d_z for s in walk.stages for unit in s.units for path in unit.paths}
     units = {}
     for stage in walk.stages:
@@ -101,7 +110,7 @@ def _units(walk: Walkthrough, _: Explanation) -> dict[str, Any]:
 
 
 def _layers(walk: Walkthrough, terms: Explanation) -> dict[str, Any]:
-    """A few numbers of each layer, where there are too many units to draw."""
+    """Return a few numbers of each layer, for a network with too many units to draw."""
     ahead = iter(terms.layers.values())
     stages = []
     for stage in walk.stages:
@@ -124,7 +133,7 @@ def _layers(walk: Walkthrough, terms: Explanation) -> dict[str, Any]:
 
 
 def _row(summary: Summary | None, terms: Terms | None = None) -> list[float | None] | None:
-    """mean, rms, largest, zeros, and saturated of an activation."""
+    """Return mean, rms, largest, zeros, and for an activation the fraction that is saturated."""
     if summary is None:
         return None
     row = [float(n) for n in (summary.mean, summary.rms, summary.max, summary.zeros)]
@@ -132,8 +141,8 @@ def _row(summary: Summary | None, terms: Terms | None = None) -> list[float | No
     return [*row, None if share is None else float(share)]
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None stands in their place."""
+def _finite(value: object) -> Any:
+    """Return the value with None in the place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

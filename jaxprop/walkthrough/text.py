@@ -12,17 +12,23 @@ from rich.text import Text
 from jaxprop.explanation.numerals import fixed, plain
 from jaxprop.walkthrough.config import WORKED_EXAMPLE
 from jaxprop.walkthrough.document import Stage, Unit, Walkthrough, Weight
-from jaxprop.walkthrough.words import Say, words
+from jaxprop.walkthrough.words import Language, Say, words
 
 WIDTH = 80
 TERMS = 4  # of a sum that are written out
 LISTED = 64  # numbers of a list that are written out
-CURVE_ROWS = 10
-CURVE_WIDTH = 40
+CURVE_ROWS = 10  # intervals of the error curve, at most
+CURVE_WIDTH = 40  # columns of its longest bar
 
 
-def show(walk: Walkthrough, console: Console, language: str = "en") -> None:
-    """The five sections: the network, forward, a step back for each layer, the check."""
+def show(walk: Walkthrough, console: Console, language: Language = "en") -> None:
+    """Print the network, the forward pass, a step back for each layer, and the check.
+
+    Args:
+        walk: the walkthrough. With more than one step the state after the last is printed too.
+        console: the console to print to.
+        language: the language of the text.
+    """
     say = words(language)
     sections = [(say("The network"), network(walk, say)), (say("Forward"), forward(walk))]
     for number, stage in enumerate(reversed(walk.stages), 1):
@@ -35,8 +41,15 @@ def show(walk: Walkthrough, console: Console, language: str = "en") -> None:
     _print(console, sections)
 
 
-def show_weight(walk: Walkthrough, name: str, console: Console, language: str = "en") -> None:
-    """One weight's chain, and nothing else."""
+def show_weight(walk: Walkthrough, name: str, console: Console, language: Language = "en") -> None:
+    """Print the chain rule for one weight, and nothing else.
+
+    Args:
+        walk: the walkthrough.
+        name: the weight's name.
+        console: the console to print to.
+        language: the language of the text.
+    """
     stage, chain = next((s, w) for s in walk.stages for w in s.chains() if w.name == name)
     unit = next(unit for unit in stage.units if unit.name == chain.unit)
     say = words(language)
@@ -64,6 +77,7 @@ def show_weight(walk: Walkthrough, name: str, console: Console, language: str = 
 
 
 def network(walk: Walkthrough, say: Say) -> Iterator[str]:
+    """Yield the lines on the network: its layers, its values and its weights."""
     config = walk.config
     inputs = len(config.inputs)
     parts = [say("{count} input" if inputs == 1 else "{count} inputs", count=inputs)]
@@ -102,6 +116,7 @@ def network(walk: Walkthrough, say: Say) -> Iterator[str]:
 
 
 def forward(walk: Walkthrough) -> Iterator[str]:
+    """Yield the lines of the forward pass, up to the error."""
     for stage in walk.stages:
         for index, unit in enumerate(stage.units):
             products = [_product(plain(w.old), plain(w.d_z)) for w in stage.weights[index]]
@@ -118,6 +133,7 @@ def forward(walk: Walkthrough) -> Iterator[str]:
 
 
 def step(stage: Stage, say: Say) -> Iterator[str]:
+    """Yield the lines of the step back through one layer: the chain of each of its weights."""
     first = stage.chains()[0]
     yield f"∂E/∂{first.name} = {_chain_rule(first)}"
     if stage.units[0].paths:
@@ -141,6 +157,7 @@ def step(stage: Stage, say: Say) -> Iterator[str]:
 
 
 def check(walk: Walkthrough, say: Say) -> Iterator[str]:
+    """Yield the lines of the check: forward with the new weights, and the two errors."""
     yield say("Forward again, with the new weights:")
     yield ""
     for stage in walk.stages:
@@ -170,6 +187,7 @@ def check(walk: Walkthrough, say: Say) -> Iterator[str]:
 
 
 def final(walk: Walkthrough, say: Say) -> Iterator[str]:
+    """Yield the lines of the error curve, and of the state after the last step."""
     last = len(walk.curve) - 1
     shown = sorted({round(last * i / CURVE_ROWS) for i in range(CURVE_ROWS + 1)})
     rows = [walk.curve[i] for i in shown]
@@ -195,7 +213,7 @@ def _print(console: Console, sections: Sequence[tuple[str, Iterable[str]]]) -> N
 
 
 def _arrival(unit: Unit) -> Iterator[str]:
-    """dE/dh as the sum over the paths by which the error comes back."""
+    """Yield dE/dh as the sum over the paths by which the error comes back."""
     start = f"∂E/∂{unit.name} = "
     yield start + _sum([f"∂E/∂{path.z_name}·{path.weight_name}" for path in unit.paths])
     numbers = [_product(fixed(path.d_z), plain(path.weight)) for path in unit.paths]
@@ -226,7 +244,7 @@ def _values(names: Iterable[str], numbers: Iterable[float]) -> Iterator[str]:
 
 
 def _flow(cells: Iterable[str], between: str) -> Iterator[str]:
-    """The cells one after the other, in lines that fit."""
+    """Yield the cells one after the other, in lines that fit the terminal."""
     line = ""
     for cell in cells:
         if line and cell_len(line + between + cell) > WIDTH - 6:
@@ -241,7 +259,7 @@ def _sum(parts: Sequence[str], most: int = TERMS) -> str:
 
 
 def _product(*factors: str) -> str:
-    """a·b, with a negative factor behind the first in brackets."""
+    """Return a·b, with brackets around a negative factor that is not the first."""
     return "·".join([factors[0], *map(_bracketed, factors[1:])])
 
 
@@ -254,6 +272,7 @@ def _listed(parts: Sequence[str], most: int = TERMS) -> str:
 
 
 def _elided(parts: Sequence[str], most: int = TERMS) -> list[str]:
+    """Return the parts; of more than ``most`` the first ones, an ellipsis and the last."""
     return list(parts) if len(parts) <= most else [*parts[: max(1, most - 2)], "…", parts[-1]]
 
 

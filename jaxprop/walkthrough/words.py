@@ -1,13 +1,16 @@
-"""The walkthrough's words in the languages that it speaks; English is the key to all others."""
+"""The walkthrough's words in each of its languages, by the English ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
-LANGUAGES = {"en": "English", "ko": "한국어"}
+Language = Literal["en", "ko"]
+
+LANGUAGES: dict[Language, str] = {"en": "English", "ko": "한국어"}
 
 Say = Callable[..., str]
+"""A function ``say(english, **values)`` that returns the words with the values put in."""
 
 KOREAN = {
     # the terminal
@@ -124,11 +127,18 @@ KOREAN = {
 }
 
 
-def words(language: str) -> Say:
-    """``say(english, **values)`` in the language of that code; KeyError where it is not known."""
+def words(language: Language) -> Say:
+    """Return ``say(english, **values)``, which translates into the language.
+
+    Args:
+        language: the code of the language.
+
+    Raises:
+        KeyError: for a language without a catalogue; from ``say``, for words that are not in it.
+    """
     catalogue: dict[str, str] = {"en": {}, "ko": KOREAN}[language]
 
-    def say(english: str, **values: Any) -> str:
+    def say(english: str, **values: object) -> str:
         known = catalogue[english] if catalogue else english
         return known.format(**values) if values else known
 
