@@ -1,12 +1,14 @@
 """Strict settings for every test: float64 on, no implicit promotion, eight virtual CPU devices."""
 
+import importlib.metadata
 import os
 
-# The tests compile far more than they run: LLVM is told not to optimize.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0"
-)
+# The tests compile far more than they run: LLVM is told not to optimize, and where XLA has another
+# emitter of kernels that compiles faster, it is told to take that one, on one thread.
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax
 import pytest
