@@ -4,22 +4,44 @@ import importlib.metadata
 import os
 
 # The tests compile far more than they run: LLVM is told not to optimize, and where XLA has another
-# emitter of kernels that compiles faster, it is told to take that one, on one thread.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+# emitter of kernels that compiles faster, it is told to take that one, on one thread. Eight devices
+# share few cores, so that a collective may wait for long.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+]
 if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
-import jax
-import pytest
-from hypothesis import settings
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Shapes compile; a deadline would only time the compiler. The same examples every time.
-settings.register_profile("shapes", deadline=None, derandomize=True, max_examples=20)
-settings.load_profile("shapes")
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=8)
+settings.register_profile("full", deadline=None, derandomize=True, max_examples=40)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run what is marked as exhaustive too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: exhaustive, and run with --full alone")
+    settings.load_profile("full" if config.getoption("--full") else "quick")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        exhaustive = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=exhaustive)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 @pytest.fixture

@@ -172,6 +172,7 @@ def failed(run, at):
     return time.perf_counter() - start, cause
 
 
+@pytest.mark.full
 @unix
 def test_killed_in_a_save_and_gone_on_with_by_two_and_by_one(launch, tmp_path, whole):
     seconds, _ = failed(launch(tmp_path / "two", 2, *TIMEOUT, fault=KILL + AT_SAVE), at=1)
@@ -190,6 +191,7 @@ def test_killed_in_a_save_and_gone_on_with_by_two_and_by_one(launch, tmp_path, w
             assert all(leaf.tobytes() == whole[1][name].tobytes() for name, leaf in state.items())
 
 
+@pytest.mark.full
 @unix
 def test_one_process_killed_and_the_run_gone_on_with_by_two(launch, tmp_path, whole):
     (run,) = launch(tmp_path / "run", 1, fault=KILL)
@@ -199,6 +201,7 @@ def test_one_process_killed_and_the_run_gone_on_with_by_two(launch, tmp_path, wh
     assert_same_to_rounding(final_state(tmp_path / "run")[1], whole[1])
 
 
+@pytest.mark.full
 @unix
 @pytest.mark.parametrize(
     ("fault", "at", "said"),
@@ -215,6 +218,7 @@ def test_one_fails_and_both_end(launch, tmp_path, fault, at, said):
     assert final_state(tmp_path / "run")[0] in (2, 4)
 
 
+@pytest.mark.full
 @unix
 def test_one_hangs_and_the_other_ends(launch, tmp_path):
     run = launch(tmp_path / "run", 2, "--timeout", 5, fault=STOP)
@@ -224,6 +228,7 @@ def test_one_hangs_and_the_other_ends(launch, tmp_path):
     assert final_state(tmp_path / "run")[0] in (2, 4)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on memory as Linux has them")
 def test_out_of_memory_is_said_and_leaves_the_last_checkpoint(launch, tmp_path):
     (run,) = launch(tmp_path / "run", 1, "--batch", 2048, fault=EXHAUST)

@@ -13,6 +13,7 @@ def bits(out):
     return [float(number) for number in re.findall(r"held out (\S+) bits", out)]
 
 
+@pytest.mark.full
 def test_by_hand_by_autodiff_fused_and_in_bfloat16():
     ends = {}
     for how in (("--hand",), ("--auto",), ("--fused",), ("--dtype", "bfloat16", "--recompute")):
@@ -26,6 +27,7 @@ def test_by_hand_by_autodiff_fused_and_in_bfloat16():
     assert ends["--hand"] == pytest.approx(ends["--recompute"], abs=0.05)
 
 
+@pytest.mark.full
 def test_resumed_is_the_same_run(tmp_path):
     whole = run("gpt.py", *TINY, "--checkpoints", tmp_path / "a")
     again = run("gpt.py", *TINY, "--checkpoints", tmp_path / "a", "--resume")

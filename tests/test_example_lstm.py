@@ -6,6 +6,7 @@ import pytest
 from test_examples import run
 
 
+@pytest.mark.full
 def test_lstm_by_hand_and_by_autodiff():
     argv = ("--steps", 20, "--features", 16, "--batch", 4)
     ends = []

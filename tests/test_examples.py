@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+GPT = ("--layers", 1, "--features", 8, "--heads", 2, "--length", 8, "--batch", 2)
+GPT += ("--steps", 2, "--reports", 1, "--sample", 5, "--fused")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
@@ -21,10 +24,21 @@ def command(script, *argv):
     return [sys.executable, str(EXAMPLES / script), *map(str, argv)]
 
 
-def run(script, *argv):
-    done = subprocess.run(command(script, *argv), env=ENVIRONMENT, capture_output=True, text=True)
+def run(script, *argv, environment=ENVIRONMENT):
+    done = subprocess.run(command(script, *argv), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def refused(script, argv, monkeypatch, capsys):
+    """Run a script in this process, to where it refuses its arguments; return what it says."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    code = stopped.value.code
+    assert code not in (0, None)
+    return capsys.readouterr().err if isinstance(code, int) else code
 
 
 def final_state(directory):
@@ -41,12 +55,35 @@ def test_two_layer():
     assert "E 0.02397190 -> 0.02323634" in out
 
 
+SMALL = {
+    "digits.py": (("--epochs", 2), r"accuracy \S+%"),
+    "private_sgd.py": (("--epochs", 1), r"epsilon \S+ at delta"),
+    "kfac.py": (("--steps", 60, "--threshold", 0.5), r"KFAC +\d+ steps, SGD +\d+ steps"),
+    "gpt.py": (GPT, r"held out \S+ bits"),
+    "lstm.py": (("--steps", 10, "--features", 8, "--batch", 2), r"held out \S+ bits"),
+    "resnet.py": (
+        ("--features", 4, "--stages", 1, "--examples", 50, "--batch", 8, "--epochs", 1),
+        r"on 10 images held out of training",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_runs_to_its_end_in_a_small_configuration(script):
+    argv, printed = SMALL[script]
+    quick_to_compile = ENVIRONMENT | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    out = run(script, *argv, environment=quick_to_compile)
+    assert re.search(printed, out)
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_two_layer_needs_no_library_but_jax():
     text = (EXAMPLES / "two_layer.py").read_text()
     assert set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) == {"jax"}
     assert len(text.splitlines()) <= 65
 
 
+@pytest.mark.full
 def test_digits_by_hand_and_by_autodiff(tmp_path):
     ends = []
     for grad in ("hand", "auto"):
@@ -62,6 +99,7 @@ def test_digits_by_hand_and_by_autodiff(tmp_path):
         np.testing.assert_allclose(hand, auto, rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_digits_killed_at_any_moment_ends_bitwise_the_same(tmp_path):
     epochs = 20
@@ -90,6 +128,7 @@ def test_digits_killed_at_any_moment_ends_bitwise_the_same(tmp_path):
         assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.full
 def test_digits_refuses_what_would_lose_a_run(tmp_path):
     directory = tmp_path / "run"
     run("digits.py", "--epochs", 1, "--checkpoints", directory)
@@ -116,20 +155,20 @@ def test_digits_refuses_what_would_lose_a_run(tmp_path):
         (("--checkpoints", __file__), "is not a directory"),
     ],
 )
-def test_digits_says_what_is_wrong_before_training(argv, message):
-    asked = command("digits.py", *argv)
-    done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_digits_says_what_is_wrong_before_training(argv, message, monkeypatch, capsys):
+    said = refused("digits.py", argv, monkeypatch, capsys)
+    assert message in said
+    assert "Traceback" not in said
 
 
+@pytest.mark.full
 def test_private_sgd_prints_its_epsilon():
     out = run("private_sgd.py", "--epochs", 20)
     assert float(re.search(r"epsilon (\S+)", out).group(1)) == pytest.approx(4.6, abs=0.3)
     assert float(re.search(r"accuracy (\S+)%", out).group(1)) >= 85
 
 
+@pytest.mark.full
 def test_kfac_takes_fewer_steps_than_tuned_sgd(tmp_path):
     out = run("kfac.py", "--steps", 130, "--plot", tmp_path / "kfac.png")
     kfac, sgd = map(int, re.search(r"KFAC (\d+) steps, SGD (\d+) steps", out).groups())
@@ -137,6 +176,7 @@ def test_kfac_takes_fewer_steps_than_tuned_sgd(tmp_path):
     assert (tmp_path / "kfac.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
 def test_digits_on_a_terminal_shows_what_goes_on():
     here, there = os.openpty()

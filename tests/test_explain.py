@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from table import MLP, TABLE, at, normal, relative_error, row_id
 
 import jaxprop as jp
+from jaxprop.core.tree import learned
 from jaxprop.explanation.summary import summary
-from tests.table import MLP, TABLE, at, normal, relative_error, row_id
 
 LOSS = jp.HalfSquaredError()
 CLOSE = 1e-11
@@ -75,10 +76,10 @@ def test_a_layer_s_terms_are_those_of_autodiff(row):
         (alone,) = terms.layers.values()
         got = (alone.x, alone.y, alone.ct, alone.d_x)
         assert relative_error(got, (np.asarray(x), y, y, d_x)) <= CLOSE
-    leaves = jax.tree.leaves(grads)
+    leaves = jax.tree.leaves(learned(grads))
     assert relative_error([terms[name].grad for name in terms.names], leaves) <= CLOSE
     last = terms.example(len(x) - 1)
-    for name, share in zip(last.names, jax.tree.leaves(shares), strict=not coupled):
+    for name, share in zip(last.names, jax.tree.leaves(learned(shares)), strict=not coupled):
         for index in {(0,) * (share.ndim - 1), tuple(size - 1 for size in share.shape[1:])}:
             factors, product = last[name][index]
             assert float(product) == pytest.approx(share[-1][index], rel=1e-9, abs=1e-13)

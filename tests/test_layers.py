@@ -39,6 +39,12 @@ def ct_for(layer, params, x, seed=3):
 
 @rows
 def test_check_layer(row):
+    jp.check_layer(row.layer, row.x, at(row)[0])
+
+
+@pytest.mark.full
+@rows
+def test_check_layer_near_the_initial_params(row):
     jp.check_layer(row.layer, row.x)
 
 
@@ -50,42 +56,40 @@ def test_activations_at_their_edges(layer):
     assert relative_error(by_hand(layer, params, x, ct), by_vjp(layer, params, x, ct)) <= 1e-12
 
 
-@pytest.mark.parametrize("dtype", RTOL, ids=["float32", "bfloat16"])
 @rows
-def test_narrow_dtypes(row, dtype):
-    params, x = at(row, dtype)
-    ct = ct_for(row.layer, params, x)
-    got = by_hand(row.layer, params, x, ct)
-    chex.assert_trees_all_equal_dtypes(got, (learned(params), x if got[1] is not None else None))
-    wide = jax.tree.map(
-        lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(jnp.float64),
-        (params, x, ct),
-    )
-    assert relative_error(got, by_hand(row.layer, *wide)) <= RTOL[dtype]
+def test_vmap_custom_vjp_and_narrow_dtypes(row):
+    """By hand under vmap, as a function of ordinary JAX, and in float32 and bfloat16.
 
-
-@rows
-def test_under_vmap(row):
-    """jit and scan are among what check_layer asks for."""
+    What check_layer asks of the layer itself (jit and scan among it) is not asked again.
+    """
+    floating = np.issubdtype(row.x.dtype, np.floating)
     params, x = at(row)
     ct = ct_for(row.layer, params, x)
-    once = by_hand(row.layer, params, x, ct)
-    twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (params, x, ct))
-    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), once)
-    mapped = jax.vmap(lambda *args: by_hand(row.layer, *args))(*twice)
-    assert relative_error(mapped, both) <= 1e-12
+    narrow = [(*at(row, dtype), ct.astype(dtype)) for dtype in RTOL]
 
+    def widened(leaf):
+        return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-@rows
-def test_custom_vjp(row):
-    params, x = at(row)
-    ct = ct_for(row.layer, params, x)
-    f = jp.custom_vjp(row.layer)
-    assert relative_error(f(params, x), row.layer.forward(params, x)[0]) == 0
-    _, pull = jax.vjp(f, params, x)
-    d_params, d_x = pull(ct)
-    got = learned(d_params), d_x if jnp.issubdtype(x.dtype, jnp.floating) else None
-    assert relative_error(got, by_hand(row.layer, params, x, ct)) <= 1e-12
+    @jax.jit
+    def computed(exact, narrow):
+        wide = [jax.tree.map(widened, args) for args in narrow]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), exact, *wide)
+        mapped = jax.vmap(lambda *args: by_hand(row.layer, *args))(*stacked)
+        params, x, ct = exact
+        y, pull = jax.vjp(jp.custom_vjp(row.layer), params, x)
+        d_params, d_x = pull(ct)
+        custom = learned(d_params), d_x if floating else None
+        ys = y, row.layer.forward(params, x)[0]
+        return mapped, ys, custom, [by_hand(row.layer, *args) for args in narrow]
+
+    mapped, ys, custom, got = computed((params, x, ct), narrow)
+    once, *wide = (jax.tree.map(lambda leaf, i=i: leaf[i], mapped) for i in range(1 + len(RTOL)))
+    assert relative_error(custom, once) <= 1e-12
+    assert relative_error(*ys) == 0
+    for dtype, args, here, there in zip(RTOL, narrow, got, wide, strict=True):
+        primals = learned(args[0]), args[1] if floating else None
+        chex.assert_trees_all_equal_dtypes(here, primals)
+        assert relative_error(here, there) <= RTOL[dtype], dtype
 
 
 @rows

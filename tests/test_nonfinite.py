@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from table import normal
 
 import jaxprop as jp
-from tests.table import normal
 
 LOSS = jp.HalfSquaredError()
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from table import normal
 
 import jaxprop as jp
 from jaxprop import plot
-from tests.table import normal
 
 LOSS = jp.HalfSquaredError()
 

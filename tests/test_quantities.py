@@ -15,6 +15,7 @@ from table import LOSSES, TABLE, Row, at, relative_error, row_id
 
 import jaxprop as jp
 from jaxprop.core.describe import structs
+from jaxprop.core.tree import learned
 
 
 class Plain(jp.Layer):
@@ -102,44 +103,146 @@ QUANTITIES = [
 EACH_LOSS = (jp.HalfSquaredError(), jp.CrossEntropy(), jp.BinaryCrossEntropy())
 rows_and_losses = pytest.mark.parametrize(  # the losses in turn: compiling is what takes the time
     ("row", "loss"),
-    list(zip(ROWS, itertools.cycle(EACH_LOSS), strict=False)),
+    [
+        pytest.param(row, loss, marks=() if loss == in_turn else pytest.mark.full)
+        for row, in_turn in zip(ROWS, itertools.cycle(EACH_LOSS), strict=False)
+        for loss in EACH_LOSS
+    ],
     ids=lambda value: str(value) if isinstance(value, jp.Loss) else row_id(value),
 )
+SMALL, MIDDLE, LARGE = 0.01, 0.3, 1e6
+
+
+def asked(examples):
+    """Every quantity, at bounds that clip all examples, some of them, and none."""
+    all_of = {
+        "grads": jp.Gradient(),
+        "each": jp.PerExampleGrads(),
+        "norms": jp.SqNorms(),
+        "gram": jp.Gram(),
+        "moment": jp.SecondMoment(),
+        "variance": jp.Variance(),
+        "noise": jp.NoiseScale(),
+        "by layer": jp.SqNorms(per_layer=True),
+        "clipped": jp.Clipped(MIDDLE),
+        "all clipped": jp.Clipped(SMALL),
+        "none clipped": jp.Clipped(LARGE),
+        "clipped by layer": jp.Clipped(MIDDLE, per_layer=True),
+        "in two passes": jp.Clipped(MIDDLE, two_pass=True),
+        "diagonal": jp.DiagGGN(),
+        "root": jp.quantity.GGNRoot(),
+    }
+    return all_of if examples > 1 else {k: v for k, v in all_of.items() if k != "noise"}
+
+
+def expected_of(net, loss, args):
+    """Oracles of them, one for each way of computing."""
+    each = oracles.per_example_grads(net, loss)(*args)
+    blocks = oracles.ggn_blocks(net, loss)(*args)
+    oracle = {
+        "grads": jp.autodiff(net, loss)(*args)[1],
+        "each": each,
+        "norms": oracles.per_example_sq_norms(net, loss)(*args),
+        "gram": oracles.gram(net, loss)(*args),
+        "moment": oracles.second_moment(net, loss)(*args),
+        "variance": oracles.variance(net, loss)(*args),
+        "clipped": oracles.clipped_grad(net, loss, MIDDLE)(*args)[1],
+        "all clipped": oracles.clipped_grad(net, loss, SMALL)(*args)[1],
+        "none clipped": jp.autodiff(net, loss)(*args)[1],
+        "diagonal": oracles.diagonal(args[0], blocks),
+        "root": blocks,
+    }
+    if len(jax.tree.leaves(args[1])[0]) > 1:
+        oracle["noise"] = oracles.noise_scale(net, loss)(*args)
+    oracle["in two passes"] = oracle["clipped"]
+    return oracle
+
+
+def clipped_by_layer(by_layer, grads):
+    """Each layer's part of each gradient clipped by itself; in a repeat norms are (layers, N)."""
+    weights = jax.tree.map(
+        lambda sq: jnp.minimum(1, MIDDLE / jnp.sqrt(sq)) / sq.shape[-1], by_layer
+    )
+
+    def of_layer(weights, grads):
+        def sum_of(g):
+            layers = weights.reshape(-1, len(g))
+            shares = jnp.moveaxis(g.reshape(len(g), len(layers), -1), 0, 1)
+            return jnp.einsum("ln,lni->li", layers, shares).reshape(g.shape[1:])
+
+        return jax.tree.map(sum_of, grads)
+
+    return jax.tree.map(of_layer, weights, learned(grads))
 
 
 @rows_and_losses
-def test_against_the_oracle(row, loss):
+def test_every_quantity_against_its_oracle(row, loss):
+    """All together, from one program; what one gives alone is compared on one net below."""
     net, loss, *args = problem(row, loss)
-    names = QUANTITIES
-    if len(args[1]) < 2:
-        names = QUANTITIES[:-1]
-        with pytest.raises(ValueError, match="from at least 2 examples, not 1"):
-            jp.noise_scale(net, loss)(*args)
+
+    def block(v):
+        v = v.reshape(*v.shape[:2], -1)
+        return jnp.einsum("cni,cnj->nij", v, v)
 
     @jax.jit
     def both(*args):
-        return [
-            {name: getattr(module, name)(net, loss)(*args) for name in names}
-            for module in (jp, oracles)
-        ]
+        got = jp.quantities(net, loss, **asked(len(args[1])))(*args)
+        expected = expected_of(net, loss, args)
+        got["root"] = jax.tree.map(block, learned(got["root"]))
+        expected["clipped by layer"] = clipped_by_layer(got["by layer"], expected["each"])
+        return got, expected
 
     got, expected = both(*args)
     for side in (got, expected):  # a difference of moments: hold the error against those
-        side["variance"] = jax.tree.map(jnp.add, side["variance"], expected["second_moment"])
-    for name in names:
-        assert relative_error(got[name], expected[name]) <= 1e-10, name
+        variance = learned(side["variance"])
+        side["variance"] = jax.tree.map(jnp.add, variance, expected["moment"])
+    for name, want in expected.items():
+        assert relative_error(got[name], want) <= 1e-10, name
+    parts = [
+        leaf.reshape(-1, len(got["norms"])).sum(0) for leaf in jax.tree.leaves(got["by layer"])
+    ]
+    assert relative_error(sum(parts), got["norms"]) <= 1e-12
+    each = jax.tree.map(lambda g: g.mean(0), got["each"])
+    assert relative_error(each, got["grads"]) <= 1e-10
 
 
+@pytest.mark.full
 @rows
-def test_clipped(row):
+def test_together_is_the_same_as_alone(row):
     net, loss, *args = problem(row)
-    norms = jnp.sqrt(run(oracles.per_example_sq_norms(net, loss), *args))
-    for max_norm in (float(jnp.median(norms)), 2 * float(norms.max())):
-        expected = run(oracles.clipped_grad(net, loss, max_norm), *args)
-        for two_pass in (False, True):
-            got = jax.jit(jp.clipped_grad(net, loss, max_norm, two_pass=two_pass))(*args)
-            assert relative_error(got, expected) <= 1e-10
-    assert relative_error(got, run(jp.value_and_grad(net, loss), *args)) <= 1e-10
+    together = run(jp.quantities(net, loss, **asked(len(args[1]))), *args)
+    for name, quantity in asked(len(args[1])).items():
+        alone = run(jp.quantities(net, loss, it=quantity), *args)["it"]
+        assert relative_error(together[name], alone) <= 1e-12, name
+
+
+def test_each_function_is_its_quantity():
+    net, loss, *args = problem(Row(KFAC_NET, normal(4, 2, 5)), jp.CrossEntropy())
+    together = run(jp.quantities(net, loss, **asked(4)), *args)
+    functions = {
+        "each": jp.per_example_grads(net, loss),
+        "norms": jp.per_example_sq_norms(net, loss),
+        "by layer": jp.per_example_sq_norms(net, loss, per_layer=True),
+        "gram": jp.gram(net, loss),
+        "moment": jp.second_moment(net, loss),
+        "variance": jp.variance(net, loss),
+        "noise": jp.noise_scale(net, loss),
+        "diagonal": jp.diag_ggn(net, loss),
+        "root": jp.ggn_root(net, loss),
+    }
+    for name, f in functions.items():
+        assert relative_error(run(f, *args), together[name]) <= 1e-12, name
+    value_and_gradient = run(jp.value_and_grad(net, loss), *args)
+    assert relative_error(value_and_gradient, (together["value"], together["grads"])) <= 1e-12
+    for name, options in (
+        ("clipped", {}),
+        ("in two passes", {"two_pass": True}),
+        ("clipped by layer", {"per_layer": True}),
+    ):
+        value, clipped = run(jp.clipped_grad(net, loss, MIDDLE, **options), *args)
+        assert relative_error((value, clipped), (together["value"], together[name])) <= 1e-12, name
+    with pytest.raises(ValueError, match="from at least 2 examples, not 1"):
+        jp.noise_scale(net, loss)(args[0], args[1][:1], args[2][:1])
 
 
 def test_clipped_with_a_key_and_a_mask_in_the_seats():
@@ -186,29 +289,6 @@ def test_a_loss_without_parentheses_is_named_where_it_is_written():
             jp.clipped_grad(net, jp.CrossEntropy, 1.0, two_pass=two_pass)
 
 
-@rows
-def test_per_layer_norms_and_clipping(row):
-    net, loss, *args = problem(row)
-    each = run(jp.per_example_sq_norms(net, loss, per_layer=True), *args)
-    whole = run(jp.per_example_sq_norms(net, loss), *args)
-    parts = [leaf.reshape(-1, len(whole)).sum(0) for leaf in jax.tree.leaves(each)]
-    assert relative_error(sum(parts), whole) <= 1e-12
-    max_norm = float(jnp.sqrt(whole).mean()) / 3
-    _, got = run(jp.clipped_grad(net, loss, max_norm, per_layer=True), *args)
-    grads = run(oracles.per_example_grads(net, loss), *args)
-    weights = jax.tree.map(lambda sq: jnp.minimum(1, max_norm / jnp.sqrt(sq)) / sq.shape[-1], each)
-
-    def clipped(weights, grads):  # inside a repeat weights are (layers, N)
-        def sum_of(g):
-            layers = weights.reshape(-1, len(g))
-            shares = jnp.moveaxis(g.reshape(len(g), len(layers), -1), 0, 1)
-            return jnp.einsum("ln,lni->li", layers, shares).reshape(g.shape[1:])
-
-        return jax.tree.map(sum_of, grads)
-
-    assert relative_error(got, jax.tree.map(clipped, weights, grads)) <= 1e-10
-
-
 LOSSES_OF_Y = [(loss, jnp.asarray(y), jnp.asarray(target)) for loss, y, target in LOSSES]
 losses = pytest.mark.parametrize(("loss", "y", "target"), LOSSES_OF_Y, ids=lambda v: str(v)[:24])
 
@@ -242,26 +322,6 @@ def test_samples_have_the_hessian_for_covariance(loss, y, target):
     assert (
         float(error(jax.random.key(0))) <= 6 * float(jnp.linalg.norm(hessian)) / 4000**0.5 + 1e-12
     )
-
-
-@rows_and_losses
-def test_the_gauss_newton_matrix(row, loss):
-    """Its blocks from the root, and its diagonal."""
-    net, loss, *args = problem(row, loss)
-
-    def block(v):
-        v = v.reshape(*v.shape[:2], -1)
-        return jnp.einsum("cni,cnj->nij", v, v)
-
-    @jax.jit
-    def both(*args):
-        blocks = oracles.ggn_blocks(net, loss)(*args)
-        expected = blocks, oracles.diagonal(args[0], blocks)
-        return (jax.tree.map(block, jp.ggn_root(net, loss)(*args)),), expected
-
-    (blocks,), expected = both(*args)
-    got = blocks, jax.jit(jp.diag_ggn(net, loss))(*args)
-    assert relative_error(got, expected) <= 1e-10
 
 
 KFAC_NET = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3))
@@ -336,30 +396,6 @@ def test_several_share_one_walk():
     assert dots(variance=jp.Variance(), grads=jp.Gradient()) == alone + 2
     clip = jax.jit(jp.clipped_grad(net, loss, 1.0)).lower(*args).compile().as_text()
     assert clip.count(" dot(") == alone
-
-
-@rows
-def test_together_is_the_same_as_alone(row):
-    net, loss, *args = problem(row)
-    asked = {
-        "grads": jp.Gradient(),
-        "each": jp.PerExampleGrads(),
-        "norms": jp.SqNorms(),
-        "gram": jp.Gram(),
-        "moment": jp.SecondMoment(),
-    }
-    got = jax.jit(jp.quantities(net, loss, **asked))(*args)
-    value, grads = run(jp.value_and_grad(net, loss), *args)
-    alone = {
-        "value": value,
-        "grads": grads,
-        "each": run(jp.per_example_grads(net, loss), *args),
-        "norms": run(jp.per_example_sq_norms(net, loss), *args),
-        "gram": run(jp.gram(net, loss), *args),
-        "moment": run(jp.second_moment(net, loss), *args),
-    }
-    assert relative_error(got, alone) <= 1e-12
-    assert relative_error(jax.tree.map(lambda g: g.mean(0), got["each"]), grads) <= 1e-10
 
 
 SHAPES = {

@@ -268,7 +268,7 @@ def tells(tell, looks_at):
         (optax.lbfgs(), "loss as a function"),
         (optax.lamb(1e-3), r"params\[1\]\[0\].\w, which repeat stacks, .* more than one entry"),
         (optax.adafactor(1e-3), "more than one entry"),
-        (optax.sm3(1e-3), r"one state \(4,\) for the whole stack params\[0\]\.w, not"),
+        (optax.sm3(1e-3), r"one state \(4,\) for the whole stack params\[1\]\[0\]\.w, not"),
         (optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1)), "more than one entry"),
         (keeps_float32_only(), r"params\[1\]\[0\].\w, which repeat .* makes float32.* of float64"),
         (tells(print, jax.tree.leaves), r"\(debug_callback\)"),

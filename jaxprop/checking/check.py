@@ -5,26 +5,20 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.tree_util import keystr
 
 from jaxprop.checking.differences import differences_of
-from jaxprop.checking.oracles import backward_of, d_name, each_alone, oracles_for
-from jaxprop.checking.points import float64, is_floating, normal, tenth, with_noise
+from jaxprop.checking.oracles import ORACLES, Drawn, backward_of, by_oracles, d_name
+from jaxprop.checking.points import float64, is_floating, normal, with_noise
 from jaxprop.core.checks import require
 from jaxprop.core.combinator import Combinator
-from jaxprop.core.forms import is_factored
 from jaxprop.core.layer import Layer
-from jaxprop.core.tree import learned_cotangents
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 DIRECTIONS = 3
 OF_CT = "the sum of squares (of_squares looks at the form's own ct)"
-
-Pair = tuple[dict[str, Array], dict[str, Array]]
-"""Results of a layer's forms and the expected ones, each by the name of the leaf."""
 
 
 def check_layer(
@@ -71,32 +65,30 @@ def check_layer(
     """
     require(layer, Layer, "check_layer: layer")
     with jax.enable_x64(True):
-        keys = jax.random.split(jax.random.key(seed), 4)
+        rng = np.random.default_rng(seed)
         x = float64("x", x)
         if params is None:
-            params = float64("params", jax.jit(layer.init)(keys[1], x))
-            params = jax.jit(lambda key, tree: with_noise(key, tree, tenth))(keys[0], params)
+            params = float64("params", jax.jit(layer.init)(jax.random.key(seed), x))
+            params = with_noise(rng, params, 0.1)
         params = float64("params", params)
         if not any(leaf.size and is_floating(leaf) for leaf in jax.tree.leaves((params, x))):
             raise ValueError(f"{layer}: nothing to check, neither params nor x hold floats")
         y, residuals = layer.forward(params, x)
         _check_forward(layer, y, residuals, len(jax.tree.leaves(x)[0]))
-        cts = jax.jit(lambda key, y: (normal(key, y), normal(jax.random.fold_in(key, 1), y)))
-        oracles = {
-            words: jax.jit(functools.partial(oracle, layer))
-            for words, oracle in oracles_for(layer).items()
-        }
-        shares, differences = jax.jit(functools.partial(_shares, layer)), differences_of(layer)
-        for key in jax.random.split(keys[2], DIRECTIONS):
-            ct, other = cts(key, y)
+        expected_of = jax.jit(functools.partial(by_oracles, layer))
+        differences = differences_of(layer, expected_of)
+        for _ in range(DIRECTIONS):
+            ct, other = normal(rng, y), normal(rng, y)
+            drawn = Drawn(other, with_noise(rng, (x, ct), 0.1))
             got = backward_of(layer, params, x, residuals, ct)
-            for words, oracle in oracles.items():
-                _compare(layer, got, oracle(params, x, ct, key), words, rtol, ct)
-            if not layer.batch_coupled:
-                (each, alone), (squares, moments) = shares(params, x, residuals, ct, other)
-                _compare(layer, each, alone, "each example alone", rtol, ct, by_example=True)
-                _compare(layer, squares, moments, OF_CT, rtol, other)
-            differences(params, x, ct, key)
+            expected = expected_of(params, x, ct, drawn)
+            for words in ORACLES:
+                if words in expected.answers:
+                    _compare(layer, got, expected.answers[words], words, rtol, ct)
+            if expected.shares is not None and expected.squares is not None:
+                _compare(layer, *expected.shares, "each example alone", rtol, ct, by_example=True)
+                _compare(layer, *expected.squares, OF_CT, rtol, other)
+            differences(rng, params, x, ct, drawn)
 
 
 def _check_forward(layer: Layer, y: PyTree, residuals: Residuals, examples: int) -> None:
@@ -119,37 +111,6 @@ def _check_forward(layer: Layer, y: PyTree, residuals: Residuals, examples: int)
                 raise AssertionError(f"{at} is {leaf.dtype}, which has no cotangent")
 
 
-def _shares(
-    layer: Layer,
-    params: Params,
-    x: PyTree,
-    residuals: Residuals,
-    ct: Cotangent,
-    other_ct: Cotangent,
-) -> tuple[Pair, Pair]:
-    """Return the examples' shares and the second moments, by the layer's forms and as expected.
-
-    The second moment is taken by the form of ct, from the squares of the form of another ct.
-    """
-    forms, others = (
-        jax.tree.leaves_with_path(
-            learned_cotangents(params, layer.backward(params, residuals, ct)[0]),
-            is_leaf=is_factored,
-        )
-        for ct in (ct, other_ct)
-    )
-    alone = jax.tree.leaves(each_alone(layer, params, x, ct)["params"])
-    each: Pair = ({}, {})
-    squares: Pair = ({}, {})
-    for (path, form), (_, other), share in zip(forms, others, alone, strict=True):
-        if is_factored(form):
-            name = f"params{keystr(path)}"
-            each[0][name], each[1][name] = form.per_example(), share
-            squares[0][name] = form.of_squares(other.squares())
-            squares[1][name] = other.second_moment()
-    return each, squares
-
-
 def _compare(
     layer: Layer,
     got: PyTree,
@@ -164,7 +125,7 @@ def _compare(
     The difference is relative to the leaf's largest element; for d_x, to the example's. A leaf that
     should be zero may differ by rtol / 100 of the largest element of ct.
     """
-    floor = rtol / 100 * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(ct))
+    floor = rtol / 100 * max(np.abs(np.asarray(leaf)).max() for leaf in jax.tree.leaves(ct))
     pairs = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True)
     for (path, leaf), want in pairs:
         a, b = np.asarray(leaf), np.asarray(want).reshape(np.shape(leaf))

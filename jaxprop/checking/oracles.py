@@ -1,8 +1,12 @@
-"""Oracles: independent ways to compute the cotangents that a layer's ``backward`` should give."""
+"""The oracles: independent ways to compute the cotangents that ``backward`` should give.
+
+All of them, and the layer's own cotangents under ``jit``, are one program: XLA compiles it in much
+less time than a program for each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +14,10 @@ import numpy as np
 from jax import Array
 from jax.tree_util import KeyPath, keystr
 
-from jaxprop.checking.points import is_floating, normal, tenth, with_noise
+from jaxprop.checking.points import is_floating
 from jaxprop.core.cotangents import summed
 from jaxprop.core.describe import shapes
+from jaxprop.core.forms import is_factored
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import (
     axes_of_examples,
@@ -23,11 +28,74 @@ from jaxprop.core.tree import (
 )
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
-Answer = dict[str, Cotangent]
-"""The cotangents of "params" and of "x"."""
+Answer = dict[str, PyTree]
+"""The cotangents of "params" and "x"."""
 
-Oracle = Callable[[Layer, Params, PyTree, Cotangent, Array], Answer]
-"""A function of a layer, params, x, ct and a key."""
+Pair = tuple[dict[str, Array], dict[str, Array]]
+"""Results of a layer's forms and the expected ones, each by the name of the leaf."""
+
+
+class Drawn(NamedTuple):
+    """What is drawn at random for the oracles of one direction.
+
+    Attributes:
+        other: another cotangent of y.
+        noisy: x and ct with noise.
+    """
+
+    other: Cotangent
+    noisy: tuple[PyTree, Cotangent]
+
+
+class Expected(NamedTuple):
+    """What the oracles say that backward gives for one direction.
+
+    Attributes:
+        answers: the cotangents by each oracle, by its name.
+        shares: each example's share of the factored leaves; None for a batch-coupled layer.
+        squares: the second moments of the factored leaves; None for a batch-coupled layer.
+    """
+
+    answers: dict[str, Answer]
+    shares: Pair | None
+    squares: Pair | None
+
+
+JIT = "itself under jit"
+ORACLES = (
+    "jax.vjp of forward",
+    "linearity in ct",
+    "its examples one by one",
+    JIT,
+    "itself under lax.scan",
+)
+
+
+def by_oracles(layer: Layer, params: Params, x: PyTree, ct: Cotangent, drawn: Drawn) -> Expected:
+    """Return what the oracles say, in the order of ``ORACLES`` where they apply."""
+    y, pull = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, x)
+    del y
+    d_params, d_x = pull(ct)
+    _, residuals = layer.forward(params, x)
+    forms, own = _cotangents(layer, params, x, residuals, ct)
+    other_forms, of_other = _cotangents(layer, params, x, residuals, drawn.other)
+    both = jax.tree.map(lambda a, b: 2 * a + b, ct, drawn.other)
+    _, of_both = _cotangents(layer, params, x, residuals, both)
+    of_params = without_unmarked(learned(d_params), learned_cotangents(params, forms))
+    answers = {
+        "jax.vjp of forward": in_form(layer, params, x, of_params, d_x),
+        "linearity in ct": jax.tree.map(lambda a, b: (a - b) / 2, of_both, of_other),
+        JIT: own,
+        "itself under lax.scan": _by_scan(layer, params, x, ct, drawn),
+    }
+    if layer.batch_coupled:
+        return Expected(answers, None, None)
+    each = _each_alone(layer, params, x, ct)
+    answers["its examples one by one"] = {
+        "params": jax.tree.map(lambda d: d.sum(0), each["params"]),
+        "x": jax.tree.map(lambda d: d[:, 0], each["x"]),
+    }
+    return Expected(answers, *_of_forms(forms, other_forms, each["params"]))
 
 
 def backward_of(
@@ -38,96 +106,10 @@ def backward_of(
     Raises:
         AssertionError: for cotangents that do not have the structure and shapes of their primals.
     """
-    result = layer.backward(params, residuals, ct)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise AssertionError(f"{layer}: backward returns {shapes(result)}, not (d_params, d_x)")
-    d_params, d_x = result
-    d_params = summed(learned_cotangents(params, d_params))
-    return in_form(layer, {"params": params, "x": x}, {"params": d_params, "x": d_x})
+    return _cotangents(layer, params, x, residuals, ct)[1]
 
 
-def answer(layer: Layer, params: Params, x: PyTree, ct: Cotangent) -> Answer:
-    """Return the layer's own cotangents, after a forward pass."""
-    _, residuals = layer.forward(params, x)
-    return backward_of(layer, params, x, residuals, ct)
-
-
-def _by_vjp(layer: Layer, params: Params, x: PyTree, ct: Cotangent, key: Array) -> Answer:
-    _, pull = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, x)
-    d_params, d_x = pull(ct)
-    _, residuals = layer.forward(params, x)
-    own, _ = layer.backward(params, residuals, ct)
-    d_params = without_unmarked(learned(d_params), learned_cotangents(params, own))
-    return in_form(layer, {"params": params, "x": x}, {"params": d_params, "x": d_x})
-
-
-def _by_linearity(layer: Layer, params: Params, x: PyTree, ct: Cotangent, key: Array) -> Answer:
-    other = normal(key, ct)
-    both = jax.tree.map(lambda a, b: 2 * a + b, ct, other)
-    return jax.tree.map(
-        lambda of_both, of_other: (of_both - of_other) / 2,
-        answer(layer, params, x, both),
-        answer(layer, params, x, other),
-    )
-
-
-def each_alone(layer: Layer, params: Params, x: PyTree, ct: Cotangent) -> Answer:
-    """Return the layer's cotangents for every example alone, stacked."""
-
-    def alone(params: Params, x: PyTree, ct: Cotangent) -> Answer:
-        x, ct = jax.tree.map(lambda leaf: leaf[None], (x, ct))
-        return answer(layer, of_one_example(params), x, ct)
-
-    return jax.vmap(alone, (axes_of_examples(params), 0, 0))(params, x, ct)
-
-
-def _by_examples(layer: Layer, params: Params, x: PyTree, ct: Cotangent, key: Array) -> Answer:
-    each = each_alone(layer, params, x, ct)
-    return {
-        "params": jax.tree.map(lambda d: d.sum(0), each["params"]),
-        "x": jax.tree.map(lambda d: d[:, 0], each["x"]),
-    }
-
-
-def _by_jit(layer: Layer, params: Params, x: PyTree, ct: Cotangent, key: Array) -> Answer:
-    return answer(layer, params, x, ct)
-
-
-def _by_scan(layer: Layer, params: Params, x: PyTree, ct: Cotangent, key: Array) -> Answer:
-    """Run as the middle step of a scan, as in a ``repeat``, where residuals are stacked."""
-    xs, cts = jax.tree.map(
-        lambda leaf, noisy: jnp.stack([noisy, leaf, noisy]),
-        (x, ct),
-        with_noise(key, (x, ct), tenth),
-    )
-
-    def there(carry: None, x: PyTree) -> tuple[None, Residuals]:
-        return carry, layer.forward(params, x)[1]
-
-    def back(carry: None, step: tuple[PyTree, Residuals, Cotangent]) -> tuple[None, Answer]:
-        return carry, backward_of(layer, params, *step)
-
-    _, residuals = jax.lax.scan(there, None, xs)
-    _, answers = jax.lax.scan(back, None, (xs, residuals, cts), reverse=True)
-    return jax.tree.map(lambda leaf: leaf[1], answers)
-
-
-ORACLES: dict[str, Oracle] = {
-    "jax.vjp of forward": _by_vjp,
-    "linearity in ct": _by_linearity,
-    "its examples one by one": _by_examples,
-    "itself under jit": _by_jit,
-    "itself under lax.scan": _by_scan,
-}
-
-
-def oracles_for(layer: Layer) -> dict[str, Oracle]:
-    """Return the oracles by name; for a batch-coupled layer not the one by single examples."""
-    apart = _by_examples if layer.batch_coupled else None
-    return {words: oracle for words, oracle in ORACLES.items() if oracle is not apart}
-
-
-def in_form(layer: Layer, primals: dict[str, PyTree], cotangents: Answer) -> Answer:
+def in_form(layer: Layer, params: Params, x: PyTree, d_params: Cotangent, d_x: Cotangent) -> Answer:
     """Return the cotangents, with None for that of an integer.
 
     Raises:
@@ -144,10 +126,8 @@ def in_form(layer: Layer, primals: dict[str, PyTree], cotangents: Answer) -> Ans
             )
         return d_leaf
 
-    primals = {
-        "params": without_unmarked(learned(primals["params"]), cotangents["params"]),
-        "x": primals["x"],
-    }
+    primals = {"params": without_unmarked(learned(params), d_params), "x": x}
+    cotangents = {"params": d_params, "x": d_x}
     for name, primal in primals.items():
         try:
             jax.tree.map(lambda leaf, d_leaf: None, primal, cotangents[name])
@@ -159,5 +139,65 @@ def in_form(layer: Layer, primals: dict[str, PyTree], cotangents: Answer) -> Ans
 
 
 def d_name(path: KeyPath) -> str:
-    """Return the name of the cotangent at a path of an answer, such as "d_params.w"."""
+    """Return the name of a cotangent, such as ``d_params.w``."""
     return f"d_{path[0].key}{keystr(path[1:])}"
+
+
+def _cotangents(
+    layer: Layer, params: Params, x: PyTree, residuals: Residuals, ct: Cotangent
+) -> tuple[Cotangent, Answer]:
+    """Return d_params with its forms, and the cotangents with forms summed."""
+    result = layer.backward(params, residuals, ct)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise AssertionError(f"{layer}: backward returns {shapes(result)}, not (d_params, d_x)")
+    d_params, d_x = result
+    d_params = learned_cotangents(params, d_params)
+    return d_params, in_form(layer, params, x, summed(d_params), d_x)
+
+
+def _each_alone(layer: Layer, params: Params, x: PyTree, ct: Cotangent) -> Answer:
+    """Return the layer's cotangents for every example alone, stacked."""
+
+    def alone(params: Params, x: PyTree, ct: Cotangent) -> Answer:
+        x, ct = jax.tree.map(lambda leaf: leaf[None], (x, ct))
+        params = of_one_example(params)
+        _, residuals = layer.forward(params, x)
+        return backward_of(layer, params, x, residuals, ct)
+
+    return jax.vmap(alone, (axes_of_examples(params), 0, 0))(params, x, ct)
+
+
+def _by_scan(layer: Layer, params: Params, x: PyTree, ct: Cotangent, drawn: Drawn) -> Answer:
+    """Run as the middle step of a scan, as in a ``repeat``, where residuals are stacked."""
+    xs, cts = jax.tree.map(
+        lambda leaf, noisy: jnp.stack([noisy, leaf, noisy]), (x, ct), drawn.noisy
+    )
+
+    def there(carry: None, x: PyTree) -> tuple[None, Residuals]:
+        return carry, layer.forward(params, x)[1]
+
+    def back(carry: None, step: tuple[PyTree, Residuals, Cotangent]) -> tuple[None, Answer]:
+        return carry, backward_of(layer, params, *step)
+
+    _, residuals = jax.lax.scan(there, None, xs)
+    _, answers = jax.lax.scan(back, None, (xs, residuals, cts), reverse=True)
+    return jax.tree.map(lambda leaf: leaf[1], answers)
+
+
+def _of_forms(forms: Cotangent, other_forms: Cotangent, each: Params) -> tuple[Pair, Pair]:
+    """Return the examples' shares and the second moments, by the layer's forms and as expected.
+
+    The second moment is taken by the form of ct, from the squares of the form of another ct.
+    """
+    shares: Pair = ({}, {})
+    squares: Pair = ({}, {})
+    named, others = (
+        jax.tree.leaves_with_path(tree, is_leaf=is_factored) for tree in (forms, other_forms)
+    )
+    for (path, form), (_, other), share in zip(named, others, jax.tree.leaves(each), strict=True):
+        if is_factored(form):
+            name = f"params{keystr(path)}"
+            shares[0][name], shares[1][name] = form.per_example(), share
+            squares[0][name] = form.of_squares(other.squares())
+            squares[1][name] = other.second_moment()
+    return shares, squares

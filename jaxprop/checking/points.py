@@ -1,4 +1,7 @@
-"""Points to check at and directions to check in, and the norms and products of such trees."""
+"""Points to check at and directions to check in, and the norms and products of such trees.
+
+All is drawn and computed by NumPy, so that nothing has to be compiled for it.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,23 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 from jax.tree_util import KeyPath, keystr
 
-from jaxprop.core.arrays import rounded
 from jaxprop.core.describe import shapes
 from jaxprop.core.tree import is_not_learned
 from jaxprop.core.types import PyTree
 
+Size = Callable[[np.ndarray], np.ndarray]
 
-def is_floating(leaf: Array) -> bool:
+
+def is_floating(leaf: object) -> bool:
     """Return whether an array is of real floats."""
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating)
 
 
 def float64(name: str, tree: PyTree) -> PyTree:
-    """Return the tree with its floats in float64.
+    """Return the tree as arrays of JAX, with its floats in float64.
 
     Args:
         name: "params" or "x", for messages.
@@ -34,68 +38,54 @@ def float64(name: str, tree: PyTree) -> PyTree:
 
     def widen(path: KeyPath, leaf: PyTree) -> PyTree:
         if is_not_learned(leaf):
-            return jax.tree.map(lambda leaf: rounded(leaf, jnp.float64), leaf)
+            return jax.tree.map(_widened, leaf)
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"{name}{keystr(path)} must be an array, not {shapes(leaf)}")
-        leaf = jnp.asarray(leaf)
-        if is_floating(leaf):
-            return leaf.astype(jnp.float64)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or (
-            name == "params" and jnp.issubdtype(leaf.dtype, jnp.number)
+            name == "params" and jnp.issubdtype(leaf.dtype, jnp.number) and not is_floating(leaf)
         ):
             raise TypeError(f"{name}{keystr(path)} is {leaf.dtype}; check_layer takes real floats")
-        return leaf
+        return _widened(leaf)
 
     return jax.tree.map_with_path(widen, tree, is_leaf=is_not_learned)
 
 
-def normal(key: Array, tree: PyTree) -> PyTree:
+def _widened(leaf: PyTree) -> PyTree:
+    return jnp.asarray(np.asarray(leaf, np.float64)) if is_floating(leaf) else jnp.asarray(leaf)
+
+
+def normal(rng: np.random.Generator, tree: PyTree) -> PyTree:
     """Return the tree with standard normal numbers in the place of floats."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    drawn = [
-        jax.random.normal(key, leaf.shape, leaf.dtype) if is_floating(leaf) else leaf
-        for leaf, key in zip(leaves, keys, strict=False)
-    ]
-    return jax.tree.unflatten(structure, drawn)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)) if is_floating(leaf) else leaf, tree
+    )
 
 
-def with_noise(key: Array, tree: PyTree, size: Callable[[Array], Array]) -> PyTree:
-    """Return the tree with normal noise of standard deviation ``size(leaf)`` added to floats."""
+def with_noise(rng: np.random.Generator, tree: PyTree, share: float) -> PyTree:
+    """Return the tree with normal noise added to floats, in proportion to each one's size."""
 
-    def add(leaf: Array, noise: Array) -> Array:
-        return leaf + size(leaf) * noise if is_floating(leaf) else leaf
+    def add(leaf: PyTree, noise: PyTree) -> PyTree:
+        if not is_floating(leaf):
+            return leaf
+        return jnp.asarray(np.asarray(leaf) + share * size_of(leaf) * np.asarray(noise))
 
-    return jax.tree.map(add, tree, normal(key, tree))
+    return jax.tree.map(add, tree, normal(rng, tree))
 
 
-def size_of(leaf: Array) -> Array:
+def size_of(leaf: PyTree) -> np.ndarray:
     """Return the size of each element: for a zero the leaf's rms, and in a leaf of zeros 1."""
-    typical = jnp.sqrt(jnp.mean(leaf**2))
-    return jnp.where(leaf == 0, jnp.where(typical == 0, 1, typical), jnp.abs(leaf))
+    array = np.abs(np.asarray(leaf))
+    typical = np.sqrt(np.mean(array**2)) if array.size else 1.0
+    return np.where(array == 0, typical or 1.0, array)
 
 
-def tenth(leaf: Array) -> Array:
-    """Return a tenth of the size of each element."""
-    return 0.1 * size_of(leaf)
-
-
-def hundredth(leaf: Array) -> Array:
-    """Return a hundredth of the size of each element."""
-    return 0.01 * size_of(leaf)
-
-
-def inner(a: PyTree, b: PyTree) -> Array:
+def inner(a: PyTree, b: PyTree) -> float:
     """Return the inner product of two trees."""
-    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), a, b)), jnp.zeros(()))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return float(sum(np.sum(np.asarray(x) * np.asarray(y)) for x, y in pairs))
 
 
-def norm_of_floats(tree: PyTree) -> Array:
-    """Return the norm of the tree's floats."""
+def norm(tree: PyTree) -> float:
+    """Return the norm of a tree's floats."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
-    return norm(floats)
-
-
-def norm(a: PyTree) -> Array:
-    """Return the norm of a tree, all of floats."""
-    return jnp.sqrt(inner(a, a))
+    return float(np.sqrt(inner(floats, floats)))

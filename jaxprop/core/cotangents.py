@@ -10,12 +10,7 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked, is_factored
 from jaxprop.core.mesh import like
 from jaxprop.core.step import Step
-from jaxprop.core.tree import (
-    axes_of_examples,
-    learned_cotangents,
-    of_one_example,
-    without_unmarked,
-)
+from jaxprop.core.tree import axes_of_examples, learned_cotangents, of_one_example
 from jaxprop.core.types import Cotangent, Params, PyTree
 
 
@@ -93,10 +88,8 @@ def held(step: Step, totals: Cotangent) -> Params:
         step: a layer's step.
         totals: its d_params, summed, or their shapes.
     """
-    params, structure = step.learned, jax.tree.structure(totals)
-    if jax.tree.structure(params) != structure:
-        params = without_unmarked(params, totals)
-    if jax.tree.structure(params) != structure:
+    params = step.learned
+    if jax.tree.structure(params) != jax.tree.structure(totals):
         raise ValueError(
             f"d_params has another structure than params: {shapes(totals)}, for {shapes(params)}"
         )

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 
 from jaxprop.core import tree
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 if TYPE_CHECKING:
     from jaxprop.core.layer import Layer
+
+
+FLOAT = np.dtype(float)
 
 
 class Step(NamedTuple):
@@ -57,9 +61,12 @@ class Step(NamedTuple):
     @property
     def learned(self) -> Params:
         """The params that are learned, with ``()`` for whatever is not."""
-        if tree.typed(jax.tree.structure(self.params)):
-            return tree.learned(self.params)
-        return self.params
+        params = self.params
+        if tree.typed(jax.tree.structure(params)):
+            params = tree.learned(params)
+        if any(getattr(leaf, "dtype", FLOAT).kind in "biu" for leaf in jax.tree.leaves(params)):
+            params = tree.without_unmarked(params, self.d_params)
+        return params
 
 
 Visit: TypeAlias = Callable[[Step], Any]

@@ -17,6 +17,7 @@ from jax import Array
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Cotangent, Params, PyTree
+from jaxprop.core.walk import check_net_and_loss
 from jaxprop.explanation.numerals import share, short
 from jaxprop.explanation.record import explain
 from jaxprop.explanation.summary import Summary, element, summary
@@ -69,7 +70,16 @@ class Finding:
         return "\n".join(textwrap.fill(s, 88) for s in (self.sentence, *self.suspects))
 
 
-def find_nonfinite(net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree) -> Finding:
+def find_nonfinite(
+    net: Layer,
+    loss: Loss,
+    params: Params,
+    x: PyTree,
+    target: PyTree = None,
+    *,
+    key: Array | None = None,
+    mask: Array | None = None,
+) -> Finding:
     """Find the first element of a walk that is not finite.
 
     Give it the batch at which training failed. It names the first layer with a result that is not
@@ -83,7 +93,9 @@ def find_nonfinite(net: Layer, loss: Loss, params: Params, x: PyTree, target: Py
         loss: the loss.
         params: the net's params.
         x: the inputs, with the example on axis 0.
-        target: the targets, likewise.
+        target: the targets, likewise; left out for a loss that takes none.
+        key: a key of ``jax.random.key``, for the layers that draw.
+        mask: bool (N, T), True where a position is real, for the layers that take a mask.
 
     Returns:
         A ``Finding``, which is false if all is finite.
@@ -99,6 +111,8 @@ def find_nonfinite(net: Layer, loss: Loss, params: Params, x: PyTree, target: Py
         On the way forward layer 1 Dense(1) gave inf: y[0, 0], of example 0. All before it was
         finite; the largest |x| of that example was 7.6e-01. Not finite in y: 2 of 2.
     """
+    check_net_and_loss(net, loss)
+    params = net.bind(params, key=key, mask=mask)
     terms, of_x, of_target = jax.device_get(_walked(net, loss, params, x, target))
     suspects = tuple(_suspects(terms))
     for phase, layer, array, found in _in_order(terms, of_x, of_target):

@@ -26,7 +26,15 @@ KEEP = 10_000  # numbers in a walk that is kept whole
 
 
 def explain(
-    net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree, *, keep: int = KEEP
+    net: Layer,
+    loss: Loss,
+    params: Params,
+    x: PyTree,
+    target: PyTree = None,
+    *,
+    key: Array | None = None,
+    mask: Array | None = None,
+    keep: int = KEEP,
 ) -> Explanation:
     """Return the chain-rule terms of each layer, as a value that prints.
 
@@ -40,7 +48,9 @@ def explain(
         loss: the loss.
         params: the net's params.
         x: the inputs, with the example on axis 0.
-        target: the targets, likewise.
+        target: the targets, likewise; left out for a loss that takes none.
+        key: a key of ``jax.random.key``, for the layers that draw.
+        mask: bool (N, T), True where a position is real, for the layers that take a mask.
         keep: the largest number of elements to keep. A walk with more of them leaves only a summary
             of each array: its mean, rms and largest size, the fraction of zeros and of saturated
             elements, and the number that are not finite.
@@ -62,7 +72,7 @@ def explain(
         (True, (1, 2))
     """
     check_net_and_loss(net, loss)
-    return _explained(net, loss, keep, params, x, target)
+    return _explained(net, loss, keep, net.bind(params, key=key, mask=mask), x, target)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

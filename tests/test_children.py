@@ -1,0 +1,295 @@
+"""Layers made of layers declare them once; side inputs, order and names follow from it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from table import TABLE, at, normal, relative_error, row_id
+
+import jaxprop as jp
+from jaxprop.core.combinator import layers_with_params, map_layers, runs, stack_depths
+from jaxprop.core.step import Step
+from jaxprop.core.tree import learned
+
+LOSS = jp.HalfSquaredError()
+
+
+class Times(jp.Layer):
+    """y = x times a static factor, with a name."""
+
+    factor: float
+    name: str = ""
+
+    def forward(self, params, x):
+        return x * self.factor, jnp.zeros((len(x), 0))
+
+    def backward(self, params, residuals, ct):
+        return (), ct * self.factor
+
+
+class Two(jp.Combinator):
+    """A user's: y = second(first(x)), with params in a dict, and the default children's names."""
+
+    first: jp.Layer
+    second: jp.Layer
+
+    def children(self):
+        return (jp.Child(self.first, "a"), jp.Child(self.second, "b"))
+
+    def init(self, key, x):
+        a = self.first.init(key, x)
+        y, _ = jax.eval_shape(self.first.forward, a, x)
+        return {"b": self.second.init(jax.random.fold_in(key, 1), y), "a": a}
+
+    def forward(self, params, x):
+        h, first = self.first.forward(params["a"], x)
+        y, second = self.second.forward(params["b"], h)
+        return y, (first, second)
+
+    def walk(self, place, residuals, ct, visit):
+        b, ct = self.second.walk(place["b"], residuals[1], ct, visit)
+        a, d_x = self.first.walk(place["a"], residuals[0], ct, visit)
+        return {"a": a, "b": b}, d_x
+
+
+class Pair(jp.Combinator):
+    """The same with a tuple of params, which is what children are by default."""
+
+    first: jp.Layer
+    second: jp.Layer
+
+    def init(self, key, x):
+        params = Two(self.first, self.second).init(key, x)
+        return params["a"], params["b"]
+
+    def forward(self, params, x):
+        h, first = self.first.forward(params[0], x)
+        y, second = self.second.forward(params[1], h)
+        return y, (first, second)
+
+    def walk(self, place, residuals, ct, visit):
+        second, ct = self.second.walk(place[1], residuals[1], ct, visit)
+        first, d_x = self.first.walk(place[0], residuals[0], ct, visit)
+        return (first, second), d_x
+
+
+A, B = jp.chain(jp.Tanh(), jp.Dense(3)), Times(0.5)
+
+
+def turns(place, layers, count):
+    return [
+        f"{place}.{i}[{t}]" if layers > 1 else f"{place}[{t}]"
+        for t in range(count)
+        for i in range(layers)
+    ]
+
+
+ORDERS = {
+    "branch, more below": (
+        jp.branch(jp.repeat(A, 2), jp.repeat(B, 4)),
+        turns(0, 2, 2) + turns(1, 1, 4),
+    ),
+    "branch, more above": (
+        jp.branch(jp.repeat(A, 4), jp.repeat(B, 2)),
+        turns(0, 2, 4) + turns(1, 1, 2),
+    ),
+    "a user's, by name": (
+        Two(jp.repeat(A, 2), jp.repeat(B, 3)),
+        turns("a", 2, 2) + turns("b", 1, 3),
+    ),
+    "a user's, by place": (
+        jp.chain(jp.Tanh(), Pair(jp.repeat(B, 3), jp.repeat(A, 2))),
+        ["0", *turns("1.0", 1, 3), *turns("1.1", 2, 2)],
+    ),
+    "around one another": (
+        jp.repeat(jp.branch(jp.repeat(B, 2), jp.chain(B, jp.repeat(B, 3))), 2),
+        [
+            name
+            for i in range(2)
+            for name in (
+                *(f"0[{i}, {j}]" for j in range(2)),
+                f"1.0[{i}]",
+                *(f"1.1[{i}, {j}]" for j in range(3)),
+            )
+        ],
+    ),
+    "one layer, repeated once": (jp.repeat(B, 1), ["[0]"]),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_layers_are_explained_in_the_order_in_which_they_run(name):
+    net, expected = ORDERS[name]
+    x = jnp.asarray(normal(2, 3))
+    params = net.init(jax.random.key(0), x)
+    terms = jp.explain(net, LOSS, params, x, jnp.zeros_like(x))
+    assert [place for place, _ in terms.runs()] == expected
+    assert len(str(terms).splitlines()) > len(expected)
+
+
+def test_a_nan_is_blamed_on_the_layer_and_the_turn_that_made_it():
+    x = jnp.full((2, 3), 1e250)
+    for net, where in (
+        (jp.branch(jp.repeat(Times(1.0), 2), jp.repeat(Times(1e20), 4)), "1[2]"),
+        (jp.branch(jp.repeat(Times(1e20), 4), jp.repeat(Times(1.0), 2)), "0[2]"),
+        (Two(jp.repeat(Times(1e10), 2), jp.repeat(Times(1e20), 3)), "b[1]"),
+    ):
+        found = jp.find_nonfinite(net, LOSS, net.init(jax.random.key(0), x), x, x)
+        assert (found.phase, found.layer, found.array) == ("forward", where, "y")
+
+
+def test_a_layer_that_no_combinator_declares_is_named():
+    class Undeclared(jp.Combinator):
+        first: jp.Layer
+        second: jp.Layer
+        init, forward, walk = Pair.init, Pair.forward, Pair.walk
+
+        def children(self):
+            return (jp.Child(self.first, 0),)
+
+    x = jnp.ones((2, 3))
+    net = Undeclared(B, B)
+    terms = jp.explain(net, LOSS, net.init(jax.random.key(0), x), x, x)
+    with pytest.raises(ValueError, match=r"came to layers at 1, which the children\(\)"):
+        terms.runs()
+
+
+rows = pytest.mark.parametrize("row", TABLE, ids=row_id)
+
+
+@rows
+def test_runs_are_what_the_way_forward_comes_to(row):
+    """The layers in the order in which forward calls them, and the walk in reverse."""
+    met = []
+
+    class Noted(jp.Wrapper):
+        def forward(self, params, x):
+            met.append(self.layer)
+            return self.layer.forward(params, x)
+
+        def backward(self, params, residuals, ct):
+            return self.layer.backward(params, residuals, ct)
+
+    params, x = at(row)
+    jax.eval_shape(map_layers(row.layer, Noted).forward, params, x)
+    order = [run.layer for run in runs(row.layer) if not any(run.turn)]
+    assert [layer for i, layer in enumerate(met) if layer is not met[i - 1] or i == 0] == [
+        layer for i, layer in enumerate(order) if layer is not order[i - 1] or i == 0
+    ]
+
+
+@rows
+def test_what_follows_from_the_children(row):
+    params, x = at(row)
+    depths = stack_depths(row.layer, params)
+    assert jax.tree.structure(depths) == jax.tree.structure(learned(params))
+    names = {".".join(map(str, run.names)) for run in runs(row.layer)}
+    terms = jax.eval_shape(
+        lambda params, x: jp.explain(row.layer, LOSS, params, x, row.layer.forward(params, x)[0]),
+        params,
+        x,
+    )
+    assert names == set(terms.layers)
+    bound = row.layer.bind(params, key=jax.random.key(0), mask=None)
+    assert jax.tree.structure(learned(bound)) == jax.tree.structure(learned(params))
+    assert layers_with_params(row.layer, params) >= (1 if jax.tree.leaves(learned(params)) else 0)
+
+
+def test_side_inputs_reach_every_layer():
+    block = jp.skip(jp.chain(jp.Dense(6), jp.Attention(1), jp.Dense(2), jp.Dropout(0.5)))
+    net = Two(
+        jp.chain(jp.Dropout(0.5), jp.repeat(jp.repeat(block, 2), 3)),
+        jp.branch(
+            jp.recompute(jp.Dropout(0.5)), jp.shared(jp.chain(jp.Dense(2), jp.Dropout(0.5)), 2)
+        ),
+    )
+    x = jnp.asarray(normal(4, 5, 2))
+    mask = jnp.arange(5) < jnp.array([5, 3, 2, 1])[:, None]
+    params = net.init(jax.random.key(0), x)
+    bound = net.bind(params, key=jax.random.key(1), mask=mask)
+    keys = [
+        node.value.reshape(-1)
+        for node in jax.tree.leaves(bound, is_leaf=lambda node: isinstance(node, jp.Key))
+        if isinstance(node, jp.Key)
+    ]
+    assert [len(each) for each in keys] == [1, 6, 1, 1]
+    every = np.concatenate([np.asarray(jax.random.key_data(each)) for each in keys])
+    assert len(np.unique(every, axis=0)) == 9
+    masks = jax.tree.leaves(bound, is_leaf=lambda node: isinstance(node, jp.Mask))
+    (mask_of_stack,) = [node.value for node in masks if isinstance(node, jp.Mask)]
+    assert mask_of_stack.shape == (3, 2, 4, 5)
+    args = params, x, jnp.zeros_like(x)
+    given = {"key": jax.random.key(1), "mask": mask}
+    got = jp.value_and_grad(net, LOSS)(*args, **given)
+    assert relative_error(got, jp.autodiff(net, LOSS)(*args, **given)) <= 1e-12
+    assert relative_error(got, jp.value_and_grad(net, LOSS)(bound, *args[1:])) == 0
+    by_jax = jax.value_and_grad(jp.loss_fn(net, LOSS))(*args, **given)
+    assert relative_error(got, by_jax) <= 1e-12
+
+
+class Around(jp.Layer):
+    """A user's: it holds a layer, and is neither a Wrapper nor a Combinator."""
+
+    inner: jp.Layer
+
+    def init(self, key, x):
+        return self.inner.init(key, x)
+
+    def forward(self, params, x):
+        return self.inner.forward(params, x)
+
+    def backward(self, params, residuals, ct):
+        return self.inner.backward(params, residuals, ct)
+
+
+def test_a_side_input_that_cannot_be_placed_is_refused():
+    x = jnp.asarray(normal(4, 3))
+    plain = Around(jp.Dense(2))
+    params = plain.init(jax.random.key(0), x)
+    assert plain.bind(params, key=jax.random.key(0)) == params
+    net = jp.chain(Around(jp.chain(jp.Dense(2), jp.Dropout(0.5))))
+    params = net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"takes a key, but where its params stand is not known"):
+        net.bind(params, key=jax.random.key(0))
+    for wrong in (0, jax.random.PRNGKey(0), jnp.zeros(2)):
+        with pytest.raises(TypeError, match=r"key is a key of jax\.random\.key, not"):
+            net.bind(params, key=wrong)
+    missing = Two(jp.Dense(2), jp.Dense(2))
+    with pytest.raises(ValueError, match=r"where Dense\(2\) has no place 'b'"):
+        missing.forward({"a": jp.Dense(2).init(jax.random.key(0), x)}, x)
+
+
+def test_init_goes_through_nested_chains_once():
+    """A chain in a chain in a chain: every layer is traced once, whatever the depth."""
+    counted = []
+
+    class Counts(jp.Layer):
+        def forward(self, params, x):
+            counted.append(1)
+            return x, x
+
+        def backward(self, params, x, ct):
+            return (), ct
+
+    net = Counts()
+    for _ in range(60):
+        net = jp.chain(net, jp.skip(jp.chain(Counts())))
+    net.init(jax.random.key(0), jnp.ones((2, 3)))
+    assert len(counted) == 61
+
+
+def test_params_are_replaced_in_named_tuples_and_dataclasses():
+    params = jp.AffineParams(jnp.ones(2), None)
+    child = jp.Child(jp.Tanh(), "b")
+    assert child.put(params, 3) == jp.AffineParams(params.w, 3)
+    assert child.of(params) is None
+
+    @dataclasses.dataclass(frozen=True)
+    class Held:
+        a: int
+        b: int
+
+    assert child.put(Held(1, 2), 5) == Held(1, 5)
+    assert isinstance(Step._fields, tuple)
