@@ -21,61 +21,57 @@ def per_example_grads(net, loss):
     return f
 
 
+def of_grads(f):
+    """The oracle that f makes of the per-example gradients; ``oracle.of(grads)`` is f itself."""
+
+    def oracle(net, loss, *options):
+        return lambda *args: f(per_example_grads(net, loss)(*args), *options)
+
+    oracle.of = f
+    return oracle
+
+
 def _leaves(grads):
     return [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(grads)]
 
 
-def per_example_sq_norms(net, loss):
-    def f(params, x, target):
-        return sum(
-            (leaf**2).sum(1) for leaf in _leaves(per_example_grads(net, loss)(params, x, target))
-        )
-
-    return f
+@of_grads
+def per_example_sq_norms(grads):
+    return sum((leaf**2).sum(1) for leaf in _leaves(grads))
 
 
-def gram(net, loss):
-    def f(params, x, target):
-        return sum(
-            leaf @ leaf.T for leaf in _leaves(per_example_grads(net, loss)(params, x, target))
-        )
-
-    return f
+@of_grads
+def gram(grads):
+    return sum(leaf @ leaf.T for leaf in _leaves(grads))
 
 
-def second_moment(net, loss):
-    def f(params, x, target):
-        grads = per_example_grads(net, loss)(params, x, target)
-        return jax.tree.map(lambda g: (g**2).mean(0), grads)
-
-    return f
+@of_grads
+def second_moment(grads):
+    return jax.tree.map(lambda g: (g**2).mean(0), grads)
 
 
-def variance(net, loss):
-    def f(params, x, target):
-        grads = per_example_grads(net, loss)(params, x, target)
-        return jax.tree.map(lambda g: ((g - g.mean(0)) ** 2).mean(0), grads)
-
-    return f
+@of_grads
+def variance(grads):
+    return jax.tree.map(lambda g: ((g - g.mean(0)) ** 2).mean(0), grads)
 
 
-def noise_scale(net, loss):
-    def f(params, x, target):
-        flat = jnp.concatenate(_leaves(per_example_grads(net, loss)(params, x, target)), 1)
-        n = len(flat)
-        trace = flat.var(0, ddof=1).sum()
-        return trace / ((flat.mean(0) ** 2).sum() - trace / n)
+@of_grads
+def noise_scale(grads):
+    flat = jnp.concatenate(_leaves(grads), 1)
+    trace = flat.var(0, ddof=1).sum()
+    return trace / ((flat.mean(0) ** 2).sum() - trace / len(flat))
 
-    return f
+
+@of_grads
+def clipped(grads, max_norm):
+    norms = jnp.sqrt(per_example_sq_norms.of(grads))
+    weights = jnp.where(norms > max_norm, max_norm / norms, 1)
+    return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1) / len(weights), grads)
 
 
 def clipped_grad(net, loss, max_norm):
-    def f(params, x, target):
-        grads = per_example_grads(net, loss)(params, x, target)
-        norms = jnp.sqrt(per_example_sq_norms(net, loss)(params, x, target))
-        weights = jnp.where(norms > max_norm, max_norm / norms, 1)
-        value = jp.loss_fn(net, loss)(params, x, target)
-        return value, jax.tree.map(lambda g: jnp.tensordot(weights, g, 1) / len(weights), grads)
+    def f(*args):
+        return jp.loss_fn(net, loss)(*args), clipped(net, loss, max_norm)(*args)
 
     return f
 

@@ -166,8 +166,9 @@ def test_a_mask_inside_a_shared_layer_without_forms():
     x, target = jax.random.normal(jax.random.key(1), (2, 3, 5, 4))
     mask = jnp.arange(5) < jnp.array([[5], [3], [2]])
     params = net.bind(net.init(jax.random.key(0), x), mask=mask)
-    each = jp.per_example_grads(net, jp.HalfSquaredError())(params, x, target)
-    _, grads = jp.value_and_grad(net, jp.HalfSquaredError())(params, x, target)
+    together = jp.quantities(net, jp.HalfSquaredError(), each=jp.PerExampleGrads())
+    each = jax.jit(together)(params, x, target)["each"]
+    _, grads = jax.jit(jp.value_and_grad(net, jp.HalfSquaredError()))(params, x, target)
     assert relative_error(jax.tree.map(lambda g: g.mean(0), each), grads) <= 1e-12
 
 
@@ -206,13 +207,13 @@ def test_cast_computes_narrow_and_accumulates_wide(dtype):
     value, grads = jax.jit(jp.value_and_grad(narrow, loss, loss_scale=2.0**8))(*args)
     assert value.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
-    expected = jp.value_and_grad(net, loss)(*args)
+    expected = jax.jit(jp.value_and_grad(net, loss))(*args)
     by_autodiff = jax.jit(jax.value_and_grad(jp.loss_fn(narrow, loss)))(*args)
     assert relative_error((value, grads), expected) <= relative_error(by_autodiff, expected)
     rounded = jax.tree.map(lambda g: g.astype(dtype).astype(jnp.float32), grads)
     assert relative_error(grads, rounded) > 1e-4  # more than a narrow sum would have held
-    norms = jp.per_example_sq_norms(narrow, loss)(*args)
-    assert relative_error(norms, jp.per_example_sq_norms(net, loss)(*args)) <= 0.05
+    norms, wide = (jax.jit(jp.per_example_sq_norms(n, loss))(*args) for n in (narrow, net))
+    assert relative_error(norms, wide) <= 0.05
 
 
 def test_cast_takes_ids_without_positions():
@@ -230,9 +231,11 @@ def test_loss_scale_keeps_what_float16_loses():
     )
     params, x = at(Row(net, 1e-6 * normal(64, 3)), jnp.float32)
     args = params, x, jnp.zeros(64, jnp.int32)
-    wide = jp.value_and_grad(jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(2)), loss)(*args)[1]
+    plain = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(2))
+    wide = jax.jit(jp.value_and_grad(plain, loss))(*args)[1]
     lost, kept = (
-        jp.value_and_grad(net, loss, loss_scale=scale)(*args)[1][0].b for scale in (1e-4, 2.0**10)
+        jax.jit(jp.value_and_grad(net, loss, loss_scale=scale))(*args)[1][0].b
+        for scale in (1e-4, 2.0**10)
     )
     assert relative_error(kept, wide[0].b) < 0.01 < relative_error(lost, wide[0].b)
 
@@ -300,12 +303,14 @@ def test_errors():
     raises(ValueError, "repeat inside is not supported", jp.shared, net, 2)
     tied = jp.tied(jp.Embedding(7, 4), jp.Dense(3))
     tokens = jnp.zeros((2, 3), int)
-    raises(ValueError, "scores 4 features", tied.forward, tied.init(key, tokens), tokens)
+    raises(ValueError, "scores 4 features", tied.init, key, tokens)
+    apart = tied.embedding.init(key, tokens), tied.body.init(key, jnp.ones((2, 3, 4)))
+    raises(ValueError, "scores 4 features", tied.forward, apart, tokens)
     raises(ValueError, "takes the params", tied.forward, (), tokens)
     plain = jp.tied(Lookup(7), jp.Dense(4))
     raises(
         TypeError,
-        "must be a form, such as jp.Rows",
+        "must be a form, such as jp.forms.Rows",
         jp.value_and_grad(plain, jp.CrossEntropy()),
         plain.init(key, tokens),
         tokens,

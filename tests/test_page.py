@@ -179,7 +179,9 @@ def check_drawing(seen, walk):
 
 
 @in_a_browser
-@pytest.mark.parametrize("text", [configs.dump(configs.WORKED_EXAMPLE), DEEP])
+@pytest.mark.parametrize(
+    "text", [configs.dump(configs.WORKED_EXAMPLE), pytest.param(DEEP, marks=pytest.mark.full)]
+)
 def test_every_number_at_every_stage_of_every_step(show, text):
     config = config_of(text)
     tab = show(page(config, steps=3))
@@ -243,7 +245,14 @@ def test_keys_sliders_and_languages(show):
 
 
 @in_a_browser
-@pytest.mark.parametrize("text", [configs.dump(configs.WORKED_EXAMPLE), DEEP, WIDE])
+@pytest.mark.parametrize(
+    "text",
+    [
+        configs.dump(configs.WORKED_EXAMPLE),
+        pytest.param(DEEP, marks=pytest.mark.full),
+        pytest.param(WIDE, marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("width", [340, 1200])
 def test_it_fits_the_screen(show, text, width):
     tab = show(page(config_of(text), steps=3), viewport={"width": width, "height": 800})

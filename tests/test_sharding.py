@@ -93,7 +93,7 @@ def everything(net, curvature):
     return jax.jit(f)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.full), "mlp"])
 def test_every_quantity_is_that_of_one_device(name):
     net, params, x, target = problem(name)
     expected = everything(net, name == "mlp")(params, x, target)
@@ -111,7 +111,7 @@ def test_every_quantity_is_that_of_one_device(name):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.full), True])
 def test_updates_are_those_of_one_device_and_stay_in_place(fused):
     net, start, x, target = problem("gpt2")
     start = jax.tree.map(np.asarray, start)  # update takes the memory of what it is given
@@ -294,7 +294,7 @@ def test_custom_vjp_under_shard_map():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_data_parallel_on_an_explicit_mesh(name, fused):
     """Where every array's type says how it lies; so do the meshes that JAX makes by default."""
@@ -375,6 +375,7 @@ def test_rules_for_what_an_optimizer_keeps():
     assert jax.tree.structure(split) == jax.tree.structure(tree)
 
 
+@pytest.mark.full
 def test_plan_prints_what_a_step_needs():
     sizes = ("--layers", 8, "--features", 512, "--heads", 4, "--vocab", 5000, "--length", 256)
     out = run("plan.py", *sizes, "--devices", 8)

@@ -27,8 +27,8 @@ def test_value_and_grad_is_that_of_autodiff(loss, y, target):
             jp.Dense(5), jp.skip(jp.chain(jp.Dense(5), jp.Silu())), jp.Dense(y.shape[-1])
         )
     params, x = at(Row(net, y))
-    hand = jp.value_and_grad(net, loss)(params, x, jnp.asarray(target))
-    auto = jax.value_and_grad(jp.loss_fn(net, loss))(params, x, jnp.asarray(target))
+    hand = jax.jit(jp.value_and_grad(net, loss))(params, x, jnp.asarray(target))
+    auto = jax.jit(jax.value_and_grad(jp.loss_fn(net, loss)))(params, x, jnp.asarray(target))
     assert relative_error(hand, auto) <= 1e-12
     chex.assert_trees_all_equal_shapes_and_dtypes(hand[1], params)
 
@@ -46,8 +46,8 @@ def test_mixed_dtypes_differentiate_as_autodiff_does():
     """bfloat16 inputs with float32 params."""
     params, _, target = problem(jnp.float32)
     x = problem(jnp.bfloat16)[1]
-    hand = jp.value_and_grad(MLP, LOSS)(params, x, target)
-    auto = jax.value_and_grad(jp.loss_fn(MLP, LOSS))(params, x, target)
+    hand = jax.jit(jp.value_and_grad(MLP, LOSS))(params, x, target)
+    auto = jax.jit(jax.value_and_grad(jp.loss_fn(MLP, LOSS)))(params, x, target)
     _, residuals = MLP.forward(params, x)
     _, d_x = MLP.backward(params, residuals, jnp.ones((4, 3), jnp.float32))
     chex.assert_trees_all_equal_dtypes(hand, auto)

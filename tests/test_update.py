@@ -35,8 +35,14 @@ OPTIMIZERS = {
 }
 
 
+QUICK = ("adamw", "lbfgs", "plateau", "multi-steps")
+
+
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in OPTIMIZERS],
+)
 def test_update_with_any_optimizer(name):
     """Five updates by hand and five by autodiff end at the same params, with a lower loss."""
     optimizer = OPTIMIZERS[name]

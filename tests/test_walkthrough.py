@@ -310,6 +310,7 @@ def test_the_command_in_float64_within_ten_seconds():
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.mark.full
 def test_a_terminal_that_is_not_utf8():
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=True)
@@ -317,6 +318,7 @@ def test_a_terminal_that_is_not_utf8():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk to write to")
+@pytest.mark.full
 def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run(

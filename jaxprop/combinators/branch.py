@@ -64,7 +64,7 @@ class Branch(Several):
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:
-        self.check_length(place)
+        self.check_places(place)
         residuals, widths = residuals
         ends = [sum(w.shape[-1] for w in widths[: i + 1]) for i in range(len(widths))]
         cts = jnp.split(ct, ends[:-1], axis=-1) if widths else [ct] * len(self.layers)

@@ -42,7 +42,7 @@ class Chain(Several):
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:
-        self.check_length(place)
+        self.check_places(place)
         visited = []
         steps = list(enumerate(zip(self.layers, place, residuals, strict=True)))
         for index, (layer, p, r) in reversed(steps):

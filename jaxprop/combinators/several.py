@@ -33,11 +33,8 @@ class Several(Combinator):
     def init(self, key: Array, x: PyTree) -> Params:
         return self.init_with_output(key, x)[0]
 
-    def check_params(self, params: Params, x: PyTree) -> None:
+    def check_places(self, params: Params) -> None:
         """Raise ``ValueError`` unless params are a tuple of the right length."""
-        self.check_length(params)
-
-    def check_length(self, params: Params) -> None:
         if type(params) is not tuple or len(params) != len(self.layers):
             got = len(params) if type(params) is tuple else shapes(params)
             raise ValueError(

@@ -49,7 +49,7 @@ class Tied(Combinator):
         of_body, h = self.body.init_with_output(jax.random.fold_in(key, 1), rows)
         return (table, of_body), jax.eval_shape(self._scores, table, h)
 
-    def check_params(self, params: Params, x: PyTree) -> None:
+    def check_places(self, params: Params) -> None:
         """Raise ``ValueError`` unless params are a pair."""
         if type(params) is not tuple or len(params) != 2:
             raise ValueError(

@@ -50,10 +50,10 @@ class Combinator(Layer):
     ) -> tuple[Visited, Cotangent]: ...
 
     def check_params(self, params: Params, x: PyTree) -> None:
-        """Raise ``ValueError`` unless every child has a place in params.
+        """Check the places; the children hold their own params to their own ``init``."""
+        self.check_places(params)
 
-        The children hold their own params to their own ``init``.
-        """
+    def check_places(self, params: Params) -> None:
         for child in self.children():
             try:
                 child.of(params)

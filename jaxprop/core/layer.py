@@ -162,9 +162,11 @@ class Layer(Static):
             return Key(key)
         if self.takes is Mask and mask is not None:
             return Mask(mask)
+        if key is None and mask is None:
+            return params
+        self.check_places(params)
         for index, child in enumerate(self.children()):
-            if key is not None or mask is not None:
-                params = _bind_child(self, params, index, child, key, mask)
+            params = _bind_child(self, params, index, child, key, mask)
         return params
 
     def rounded(self, params: Params, dtype: Any) -> Params:
@@ -189,6 +191,10 @@ class Layer(Static):
                     f"{self}: params{jax.tree_util.keystr(path)} has shape {jnp.shape(got)}, "
                     f"but an input {shapes(x)} takes {want}"
                 )
+
+
+    def check_places(self, params: Params) -> None:
+        """Raise ``ValueError`` unless every child whose place is known has one in params."""
 
 
 class Child(NamedTuple):

@@ -27,7 +27,7 @@ def learned_only(
         >>> import jax, jax.numpy as jnp, optax, jaxprop as jp
         >>> net, x = jp.chain(jp.frozen(jp.Dense(3)), jp.Dense(2)), jnp.ones((4, 5))
         >>> params = net.init(jax.random.key(0), x)
-        >>> optimizer = jp.learned_only(optax.adamw(1e-3))
+        >>> optimizer = jp.learned_only(optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)))
         >>> state = optimizer.init(params)
         >>> _, grads = jp.value_and_grad(net, jp.HalfSquaredError())(params, x, jnp.ones((4, 2)))
         >>> updates, state = optimizer.update(grads, state, params)
