@@ -1,5 +1,6 @@
 """Strict settings for every test: float64 on, no implicit promotion, eight virtual CPU devices."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -22,6 +23,8 @@ from hypothesis import settings  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+gc.set_threshold(200_000, 50, 100)  # tracing makes many objects, and leaves few of them
 
 # Shapes compile; a deadline would only time the compiler. The same examples every time.
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=8)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxprop as jp
 from jaxprop.core.tree import learned
@@ -154,20 +155,34 @@ def row_id(row: Any) -> str:
     return repr(row)
 
 
+def first_of_their_kind(rows: list[Row]) -> list[Any]:
+    """The rows, those marked as exhaustive whose kind of layer has come before."""
+    seen: set[type] = set()
+
+    def marked(row: Row) -> Any:
+        kind = jp.Elementwise if isinstance(row.layer, jp.Elementwise) else type(row.layer)
+        new = kind not in seen
+        seen.add(kind)
+        return row if new else pytest.param(row, marks=pytest.mark.full)
+
+    return list(map(marked, rows))
+
+
 def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
     """(params, x) of the dtype; params as init shapes them, of numbers that hide no mistake.
 
     They are drawn by NumPy, since to compile each row's init takes longer than most tests.
     """
     floating = np.issubdtype(row.x.dtype, np.floating)
-    x = jnp.asarray(row.x, dtype if floating else None)
+    x = jax.device_put(row.x.astype(dtype) if floating else row.x)
     rng = np.random.default_rng(2)
 
     def drawn(node: Any) -> Any:
         if isinstance(node, jp.Unlearned):  # running statistics: a variance is positive
             drawn = rng.uniform(0.5, 1.5, node.value.shape)
-            return jp.Unlearned(jnp.asarray(drawn, node.value.dtype))
-        return jnp.asarray(rng.normal(size=node.shape) / max(len(node.shape), 1), dtype)
+            return jp.Unlearned(jax.device_put(drawn.astype(node.value.dtype)))
+        drawn = rng.normal(size=node.shape) / max(len(node.shape), 1)
+        return jax.device_put(np.asarray(drawn).astype(dtype))
 
     shapes = jax.eval_shape(row.layer.init, jax.random.key(0), x)
     return jax.tree.map(drawn, shapes, is_leaf=lambda node: isinstance(node, jp.Unlearned)), x

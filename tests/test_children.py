@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table import TABLE, at, normal, relative_error, row_id
+from table import TABLE, at, first_of_their_kind, normal, relative_error, row_id
 
 import jaxprop as jp
 from jaxprop.core.combinator import layers_with_params, map_layers, runs, stack_depths
@@ -181,7 +181,7 @@ def test_runs_are_what_the_way_forward_comes_to(row):
     ]
 
 
-@rows
+@pytest.mark.parametrize("row", first_of_their_kind(MADE_OF_LAYERS), ids=row_id)
 def test_what_follows_from_the_children(row):
     params, x = at(row)
     depths = stack_depths(row.layer, params)

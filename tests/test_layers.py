@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
-from table import ACTIVATIONS, TABLE, Row, at, edge, relative_error, row_id
+from table import ACTIVATIONS, TABLE, Row, at, edge, first_of_their_kind, relative_error, row_id
 
 import jaxprop as jp
 from jaxprop.core.cotangents import gradient
@@ -56,7 +56,7 @@ def test_activations_at_their_edges(layer):
     assert relative_error(by_hand(layer, params, x, ct), by_vjp(layer, params, x, ct)) <= 1e-12
 
 
-@rows
+@pytest.mark.parametrize("row", first_of_their_kind(TABLE), ids=row_id)
 def test_vmap_custom_vjp_and_narrow_dtypes(row):
     """By hand under vmap, as a function of ordinary JAX, and in float32 and bfloat16.
 

@@ -314,7 +314,7 @@ def test_a_large_net_is_drawn_as_layers(show):
                 tab.click("#next")
 
 
-@pytest.mark.parametrize("text", [configs.dump(configs.WORKED_EXAMPLE), DEEP, WIDE])
+@pytest.mark.parametrize("text", [DEEP, pytest.param(WIDE, marks=pytest.mark.full)])
 def test_it_is_one_file_under_a_megabyte(text):
     made = page(config_of(text), steps=500)
     assert len(made.encode()) < 1_000_000

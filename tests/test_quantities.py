@@ -10,7 +10,7 @@ import oracles
 import pytest
 import scipy.stats
 from hypothesis import given
-from table import LOSSES, TABLE, Row, at, relative_error, row_id
+from table import LOSSES, TABLE, Row, at, first_of_their_kind, relative_error, row_id
 
 import jaxprop as jp
 from jaxprop.core.describe import structs
@@ -100,6 +100,7 @@ QUANTITIES = [
 
 
 EACH_LOSS = (jp.HalfSquaredError(), jp.CrossEntropy(), jp.BinaryCrossEntropy())
+CURVATURE = [row for row in first_of_their_kind(ROWS) if isinstance(row, Row)]
 rows_and_losses = pytest.mark.parametrize(  # the losses in turn: compiling is what takes the time
     ("row", "loss"),
     [
@@ -112,7 +113,7 @@ rows_and_losses = pytest.mark.parametrize(  # the losses in turn: compiling is w
 SMALL, MIDDLE, LARGE = 0.01, 0.3, 1e6
 
 
-def asked(examples):
+def asked(examples, curvature=True):
     """Every quantity, at bounds that clip all examples, some of them, and none."""
     all_of = {
         "grads": jp.Gradient(),
@@ -128,16 +129,15 @@ def asked(examples):
         "none clipped": jp.Clipped(LARGE),
         "clipped by layer": jp.Clipped(MIDDLE, per_layer=True),
         "in two passes": jp.Clipped(MIDDLE, two_pass=True),
-        "diagonal": jp.DiagGGN(),
-        "root": jp.quantity.GGNRoot(),
     }
+    if curvature:
+        all_of |= {"diagonal": jp.DiagGGN(), "root": jp.quantity.GGNRoot()}
     return all_of if examples > 1 else {k: v for k, v in all_of.items() if k != "noise"}
 
 
-def expected_of(net, loss, args):
+def expected_of(net, loss, args, curvature):
     """Oracles of them, from each example's gradient and each example's Gauss-Newton blocks."""
     each = oracles.per_example_grads(net, loss)(*args)
-    blocks = oracles.ggn_blocks(net, loss)(*args)
     mean = jax.tree.map(lambda g: g.mean(0), each)
     oracle = {
         "grads": mean,
@@ -149,9 +149,10 @@ def expected_of(net, loss, args):
         "clipped": oracles.clipped.of(each, MIDDLE),
         "all clipped": oracles.clipped.of(each, SMALL),
         "none clipped": mean,
-        "diagonal": oracles.diagonal(args[0], blocks),
-        "root": blocks,
     }
+    if curvature:
+        blocks = oracles.ggn_blocks(net, loss)(*args)
+        oracle |= {"diagonal": oracles.diagonal(args[0], blocks), "root": blocks}
     if len(jax.tree.leaves(args[1])[0]) > 1:
         oracle["noise"] = oracles.noise_scale.of(each)
     oracle["in two passes"] = oracle["clipped"]
@@ -176,9 +177,13 @@ def clipped_by_layer(by_layer, grads):
 
 
 @rows_and_losses
-def test_every_quantity_against_its_oracle(row, loss):
-    """All together, from one program; what one gives alone is compared on one net below."""
+def test_every_quantity_against_its_oracle(row, loss, request):
+    """All together, from one program; what one gives alone is compared on one net below.
+
+    Curvature, whose oracle takes long to compile, is asked of the first layer of each kind.
+    """
     net, loss, *args = problem(row, loss)
+    curvature = any(row is each for each in CURVATURE) or request.config.getoption("--full")
 
     def block(v):
         v = v.reshape(*v.shape[:2], -1)
@@ -186,9 +191,10 @@ def test_every_quantity_against_its_oracle(row, loss):
 
     @jax.jit
     def both(*args):
-        got = jp.quantities(net, loss, **asked(len(args[1])))(*args)
-        expected = expected_of(net, loss, args)
-        got["root"] = jax.tree.map(block, learned(got["root"]))
+        got = jp.quantities(net, loss, **asked(len(args[1]), curvature))(*args)
+        expected = expected_of(net, loss, args, curvature)
+        if curvature:
+            got["root"] = jax.tree.map(block, learned(got["root"]))
         expected["clipped by layer"] = clipped_by_layer(got["by layer"], expected["each"])
         return got, expected
 

@@ -65,12 +65,13 @@ def test_loss_fn_is_plain_jax():
     f = jp.loss_fn(MLP, LOSS)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
     values = jax.jit(jax.vmap(f, (0, None, None)))(stacked, x, target)
-    np.testing.assert_allclose(values[0], f(params, x, target), rtol=1e-12)
-    hessian = jax.hessian(lambda w: f(((params[0]._replace(w=w)), *params[1:]), x, target))(
-        params[0].w
-    )
-    assert hessian.shape == (6, 7, 6, 7)
-    d_x = jax.grad(f, 1)(params, x, target)
+    np.testing.assert_allclose(values[0], jax.jit(f)(params, x, target), rtol=1e-12)
+
+    def of_w(w):
+        return f(((params[0]._replace(w=w)), *params[1:]), x, target)
+
+    assert jax.jit(jax.hessian(of_w))(params[0].w).shape == (6, 7, 6, 7)
+    d_x = jax.jit(jax.grad(f, 1))(params, x, target)
     assert d_x.shape == x.shape
 
 

@@ -51,7 +51,16 @@ NETS = {
         jp.recompute(jp.Dense(2)),
     ),
 }
+QUICK = ("running statistics", "frozen layers in a repeat")
 nets = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+quick_nets = pytest.mark.parametrize(
+    "net",
+    [
+        pytest.param(net, marks=() if name in QUICK else pytest.mark.full)
+        for name, net in NETS.items()
+    ],
+    ids=NETS,
+)
 
 
 def problem(net, examples=4):
@@ -163,7 +172,7 @@ def test_every_quantity(net):
     assert relative_error(squares, learned(got["diagonal"])) <= 1e-12
 
 
-@nets
+@quick_nets
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_noise_is_for_what_is_learned(net, per_layer):
     params, *batch = problem(net)
@@ -198,7 +207,7 @@ UPDATES = [
     ("adamw", {}),
     ("adam", {"fused": True}),
     ("adamw", {"fused": True, "max_norm": 0.1, "micro_batches": 2}),
-    ("decay and noise", {"micro_batches": 2}),
+    pytest.param("decay and noise", {"micro_batches": 2}, marks=pytest.mark.full),
     pytest.param("adam", {"max_norm": 0.1}, marks=pytest.mark.full),
     pytest.param("adamw", {"fused": True}, marks=pytest.mark.full),
     pytest.param("adamw", {"fused": True, "max_norm": 0.1}, marks=pytest.mark.full),
@@ -320,7 +329,7 @@ def test_params_that_were_made_elsewhere_are_frozen_by_hand():
         jp.frozen(jp.Dense)
 
 
-@nets
+@quick_nets
 def test_checked_explained_and_in_ordinary_jax(net):
     params, x, target = problem(net)
     jp.check_layer(net, x, params)

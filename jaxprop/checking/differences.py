@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import KeyPath
 
@@ -60,7 +59,7 @@ def differences_of(
                 def moved(at: KeyPath, leaf: PyTree) -> PyTree:
                     if at != path:
                         return leaf
-                    return jnp.asarray(np.asarray(leaf) + h * by_path[path])
+                    return jax.device_put(np.asarray(leaf) + h * by_path[path])
 
                 return output(**jax.tree.map_with_path(moved, point))
 

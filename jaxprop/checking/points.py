@@ -51,13 +51,14 @@ def float64(name: str, tree: PyTree) -> PyTree:
 
 
 def _widened(leaf: PyTree) -> PyTree:
-    return jnp.asarray(np.asarray(leaf, np.float64)) if is_floating(leaf) else jnp.asarray(leaf)
+    return jax.device_put(np.asarray(leaf, np.float64) if is_floating(leaf) else leaf)
 
 
 def normal(rng: np.random.Generator, tree: PyTree) -> PyTree:
     """Return the tree with standard normal numbers in the place of floats."""
     return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)) if is_floating(leaf) else leaf, tree
+        lambda leaf: jax.device_put(rng.normal(size=leaf.shape)) if is_floating(leaf) else leaf,
+        tree,
     )
 
 
@@ -67,7 +68,7 @@ def with_noise(rng: np.random.Generator, tree: PyTree, share: float) -> PyTree:
     def add(leaf: PyTree, noise: PyTree) -> PyTree:
         if not is_floating(leaf):
             return leaf
-        return jnp.asarray(np.asarray(leaf) + share * size_of(leaf) * np.asarray(noise))
+        return jax.device_put(np.asarray(leaf) + share * size_of(leaf) * np.asarray(noise))
 
     return jax.tree.map(add, tree, normal(rng, tree))
 

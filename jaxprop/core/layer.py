@@ -192,7 +192,6 @@ class Layer(Static):
                     f"but an input {shapes(x)} takes {want}"
                 )
 
-
     def check_places(self, params: Params) -> None:
         """Raise ``ValueError`` unless every child whose place is known has one in params."""
 
