@@ -89,7 +89,7 @@ def train(args: argparse.Namespace) -> float:
     params = NET.init(for_init, train_x[:1])
     run = {
         "params": params,
-        "state": optimizer.init(params),
+        "state": update.init(params),
         "done": jnp.zeros((), jnp.int32),
         "losses": jnp.zeros(args.epochs, jnp.float32),
     }

@@ -49,15 +49,16 @@ def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
         sys.exit(f"--batch {args.batch} is not a multiple of the {mesh.size} devices")
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["devices"], []))
     net = jp.sharding.gathered(make_net(args), mesh)
-    optimizer = optax.adam(optax.cosine_decay_schedule(args.rate, args.steps))
+    update = jp.make_update(
+        net, LOSS, optax.adam(optax.cosine_decay_schedule(args.rate, args.steps))
+    )
 
     def begin(key: Any) -> Any:
         params = net.init(key, jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32))
-        return {"params": params, "state": optimizer.init(params), "done": jnp.int32(0)}
+        return {"params": params, "state": update.init(params), "done": jnp.int32(0)}
 
     key = jax.random.key(args.seed)
     shardings = jp.sharding.fully_sharded(jax.eval_shape(begin, key), mesh)
-    update = jp.make_update(net, LOSS, optimizer)
 
     def one(run: Any, cut: Any) -> tuple[Any, Any]:
         params, state, value = update(run["params"], run["state"], cut[:, :-1], cut[:, 1:])

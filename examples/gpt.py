@@ -93,7 +93,7 @@ def train(args: argparse.Namespace) -> float:
 
     for_init, for_sample = jax.random.split(jax.random.key(args.seed))
     params = net.init(for_init, windows(text, order[0], args.length)[0])
-    run = {"params": params, "state": optimizer.init(params), "done": jnp.zeros((), jnp.int32)}
+    run = {"params": params, "state": update.init(params), "done": jnp.zeros((), jnp.int32)}
     checkpoints = None
     if args.checkpoints is not None:
         names = ("steps", "batch", "length", "layers", "features", "heads", "rate", "seed", "dtype")

@@ -31,102 +31,45 @@ as ``jp.SqNorms`` and ``jp.Sum``.
 """
 
 import jaxprop._command  # noqa: F401
-from jaxprop import (
-    forms,
-    models,
-    plot,
-    quantity,
-    sharding,
-)
+from jaxprop import forms, models, plot, quantity, sharding
 from jaxprop.checking.check import check_layer
 from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
-from jaxprop.combinators.chain import (
-    Chain,
-    chain,
-)
+from jaxprop.combinators.chain import Chain, chain
 from jaxprop.combinators.frozen import frozen
 from jaxprop.combinators.recompute import recompute
 from jaxprop.combinators.repeat import repeat
 from jaxprop.combinators.shared import shared
 from jaxprop.combinators.skip import skip
 from jaxprop.combinators.tied import tied
-from jaxprop.core.combinator import (
-    Combinator,
-    Wrapper,
-)
-from jaxprop.core.layer import (
-    Child as Child,
-)
-from jaxprop.core.layer import (
-    Layer,
-)
+from jaxprop.core.child import Child as Child
+from jaxprop.core.combinator import Combinator, Wrapper
+from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
-from jaxprop.core.step import (
-    Step,
-)
-from jaxprop.core.step import (
-    Total as Total,
-)
-from jaxprop.core.tree import (
-    Key as Key,
-)
-from jaxprop.core.tree import (
-    Mask as Mask,
-)
-from jaxprop.core.tree import (
-    Unlearned,
-    freeze,
-)
-from jaxprop.core.walk import (
-    loss_fn,
-    walk,
-)
-from jaxprop.explanation.nonfinite import (
-    Finding as Finding,
-)
-from jaxprop.explanation.nonfinite import (
-    find_nonfinite,
-)
+from jaxprop.core.step import Step, Total as Total
+from jaxprop.core.tree import Key as Key, Mask as Mask, Unlearned, freeze
+from jaxprop.core.walk import loss_fn, walk
+from jaxprop.explanation.nonfinite import Finding as Finding, find_nonfinite
 from jaxprop.explanation.record import explain
 from jaxprop.explanation.terms import Explanation as Explanation
 from jaxprop.forms import (
     Factored as Factored,
-)
-from jaxprop.forms import (
     Joint as Joint,
-)
-from jaxprop.forms import (
     Kronecker as Kronecker,
-)
-from jaxprop.forms import (
     Leading as Leading,
-)
-from jaxprop.forms import (
     Outer as Outer,
-)
-from jaxprop.forms import (
     Patches as Patches,
-)
-from jaxprop.forms import (
     Repeated as Repeated,
-)
-from jaxprop.forms import (
     Rows as Rows,
-)
-from jaxprop.forms import (
     Stacked as Stacked,
-)
-from jaxprop.forms import (
     Sum as Sum,
 )
 from jaxprop.layers import (
     AffineParams as AffineParams,
-)
-from jaxprop.layers import (
     Attention,
     AvgPool,
     BatchNorm,
+    BatchNormParams as BatchNormParams,
     Conv,
     ConvTranspose,
     Dense,
@@ -141,8 +84,10 @@ from jaxprop.layers import (
     LayerNorm,
     Lstm,
     MaxPool,
+    NormParams as NormParams,
     Pad,
     Positions,
+    RecurrentParams as RecurrentParams,
     Relu,
     Reshape,
     RMSNorm,
@@ -154,57 +99,20 @@ from jaxprop.layers import (
     Softplus,
     Tanh,
 )
-from jaxprop.layers import (
-    BatchNormParams as BatchNormParams,
-)
-from jaxprop.layers import (
-    NormParams as NormParams,
-)
-from jaxprop.layers import (
-    RecurrentParams as RecurrentParams,
-)
-from jaxprop.losses import (
-    BinaryCrossEntropy,
-    CrossEntropy,
-    HalfSquaredError,
-)
+from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError
 from jaxprop.quantity import (
     Clipped as Clipped,
-)
-from jaxprop.quantity import (
     DiagGGN as DiagGGN,
-)
-from jaxprop.quantity import (
     GGNRoot as GGNRoot,
-)
-from jaxprop.quantity import (
     Gradient as Gradient,
-)
-from jaxprop.quantity import (
     Gram as Gram,
-)
-from jaxprop.quantity import (
     KroneckerFactors as KroneckerFactors,
-)
-from jaxprop.quantity import (
     NoiseScale as NoiseScale,
-)
-from jaxprop.quantity import (
     PerExample as PerExample,
-)
-from jaxprop.quantity import (
     PerExampleGrads as PerExampleGrads,
-)
-from jaxprop.quantity import (
     Quantity as Quantity,
-)
-from jaxprop.quantity import (
     SecondMoment as SecondMoment,
-)
-from jaxprop.quantity import (
     SqNorms as SqNorms,
-)
-from jaxprop.quantity import (
     Variance as Variance,
 )
 from jaxprop.quantity.functions import (
@@ -221,24 +129,11 @@ from jaxprop.quantity.functions import (
 )
 from jaxprop.quantity.together import quantities
 from jaxprop.training.custom import custom_vjp
-from jaxprop.training.gradients import (
-    autodiff,
-    value_and_grad,
-)
+from jaxprop.training.gradients import autodiff, value_and_grad
 from jaxprop.training.optimizer import learned_only
-from jaxprop.training.statistics import (
-    inference_mode,
-    update_batch_stats,
-)
-from jaxprop.training.update import (
-    Skipping as Skipping,
-)
-from jaxprop.training.update import (
-    Update as Update,
-)
-from jaxprop.training.update import (
-    make_update,
-)
+from jaxprop.training.statistics import inference_mode, update_batch_stats
+from jaxprop.training.steps import Skipping as Skipping
+from jaxprop.training.update import Update as Update, make_update
 
 __all__ = [
     # layers

@@ -411,6 +411,22 @@ def test_several_share_one_walk():
     assert clip.count(" dot(") == alone
 
 
+def test_each_source_is_walked_once():
+    """The dots of the compiled program: a source costs its d_x once, whoever asks for it."""
+    net, loss, *args = problem(Row(jp.chain(jp.Dense(7), jp.Tanh(), jp.Dense(6)), normal(4, 5)))
+
+    def dots(**asked):
+        f = jax.jit(lambda *args: jp.quantities(net, loss, **asked)(*args, key=jax.random.key(0)))
+        return f.lower(*args).compile().as_text().count(" dot(")
+
+    grads, clipped, kfac = jp.Gradient(), jp.Clipped(1.0), jp.KroneckerFactors(samples=1)
+    assert dots(grads=grads) == dots(clipped=clipped) == 5
+    assert dots(grads=grads, clipped=clipped) == 7  # the two weights once more
+    assert dots(kfac=kfac) == 7  # two forward, one d_x, two Gram matrices for each weight
+    assert dots(kfac=kfac, diagonal=jp.DiagGGN(samples=1)) == 9  # (x^2)^T (ct^2), twice
+    assert dots(grads=grads, clipped=clipped, kfac=kfac) == 7 + 1 + 4
+
+
 SHAPES = {
     "batch": st.integers(1, 5),
     "positions": st.lists(st.integers(1, 3), max_size=2),

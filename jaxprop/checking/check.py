@@ -86,8 +86,9 @@ def check_layer(
                 if words in expected.answers:
                     _compare(layer, got, expected.answers[words], words, rtol, ct)
             if expected.shares is not None and expected.squares is not None:
-                _compare(layer, *expected.shares, "each example alone", rtol, ct, by_example=True)
-                _compare(layer, *expected.squares, OF_CT, rtol, other)
+                (shares, alone), (squares, moments) = expected.shares, expected.squares
+                _compare(layer, shares, alone, "each example alone", rtol, ct, by_example=True)
+                _compare(layer, squares, moments, OF_CT, rtol, other)
             differences(rng, params, x, ct, drawn)
 
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.checks import check_count, require
+from jaxprop.core.child import Child
 from jaxprop.core.combinator import Combinator, in_layer
 from jaxprop.core.describe import shapes, structs
 from jaxprop.core.forms import over_layers
-from jaxprop.core.layer import Child, Layer
+from jaxprop.core.layer import Layer
 from jaxprop.core.step import Replacing, Total, Visit
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 

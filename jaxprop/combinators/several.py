@@ -5,9 +5,10 @@ from __future__ import annotations
 from jax import Array
 
 from jaxprop.core.checks import require
+from jaxprop.core.child import Child
 from jaxprop.core.combinator import Combinator
 from jaxprop.core.describe import shapes
-from jaxprop.core.layer import Child, Layer
+from jaxprop.core.layer import Layer
 from jaxprop.core.types import Params, PyTree
 
 

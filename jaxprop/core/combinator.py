@@ -11,8 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax import Array
 
+from jaxprop.core.child import Child
 from jaxprop.core.describe import shapes
-from jaxprop.core.layer import Child, Layer, layers_in_fields
+from jaxprop.core.layer import Layer, layers_in_fields
 from jaxprop.core.step import Visit
 from jaxprop.core.tree import learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
@@ -31,7 +32,7 @@ class Combinator(Layer):
             return (jp.Child(self.gate, "gate"), jp.Child(self.block, "block", times=self.times))
     """
 
-    _hands_down_types = True
+    hands_down_types = True
 
     def children(self) -> tuple[Child, ...]:
         layers = tuple(layers_in_fields(self))

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from types import EllipsisType
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jaxprop.core.arrays import rounded
-from jaxprop.core.describe import shapes, structs
+from jaxprop.core.child import Child
+from jaxprop.core.contract import check_params, held_to_init, of_arrays
+from jaxprop.core.describe import structs
+from jaxprop.core.side_inputs import bind_child, check_side_inputs
 from jaxprop.core.static import Static
 from jaxprop.core.step import Step, Visit, params_of
-from jaxprop.core.tree import Key, Mask, SideInput, arrays, bare, typed
+from jaxprop.core.tree import Key, Mask, SideInput
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -57,18 +56,20 @@ class Layer(Static):
     Attributes:
         takes: the side input, ``jp.Key`` or ``jp.Mask``, that a step may put in the place of the
             layer's params ``()``. ``forward`` and ``backward`` find it there.
+        hands_down_types: whether ``forward`` and ``backward`` are given params with their types, as
+            a layer made of layers must be.
     """
 
     takes: ClassVar[type[SideInput] | None] = None
-    _hands_down_types: ClassVar[bool] = False
+    hands_down_types: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         forward, backward = vars(cls).get("forward"), vars(cls).get("backward")
         if forward is not None and not getattr(forward, "__isabstractmethod__", False):
-            cls.forward = _held_to_init(forward)
+            cls.forward = held_to_init(forward)
         if backward is not None and not getattr(backward, "__isabstractmethod__", False):
-            cls.backward = _of_arrays(backward)
+            cls.backward = of_arrays(backward)
 
     def init(self, key: Array, x: PyTree) -> Params:
         """Return params for inputs like x.
@@ -157,7 +158,7 @@ class Layer(Static):
             ValueError: if a layer that takes one of them lies in a layer that does not say where
                 its params stand.
         """
-        _check_side_inputs(key, mask)
+        check_side_inputs(key, mask)
         if self.takes is Key and key is not None:
             return Key(key)
         if self.takes is Mask and mask is not None:
@@ -166,7 +167,7 @@ class Layer(Static):
             return params
         self.check_places(params)
         for index, child in enumerate(self.children()):
-            params = _bind_child(self, params, index, child, key, mask)
+            params = bind_child(self, params, index, child, key, mask)
         return params
 
     def rounded(self, params: Params, dtype: Any) -> Params:
@@ -175,63 +176,10 @@ class Layer(Static):
 
     def check_params(self, params: Params, x: PyTree) -> None:
         """Raise ``ValueError`` unless params are of the structure and shapes that init makes."""
-        expected = _expected(self, x)
-        leaves, structure = jax.tree.flatten(params)
-        if structure != expected.structure:
-            leaves, structure = jax.tree.flatten(bare(params))
-        if structure != expected.structure:
-            hint = " (does it define init?)" if expected.params == () else ""
-            raise ValueError(
-                f"{self}: params are {shapes(params)}, "
-                f"but an input {shapes(x)} takes {shapes(expected.params)}{hint}"
-            )
-        for (path, want), got in zip(expected.leaves, leaves, strict=True):
-            if getattr(got, "shape", None) != want and jnp.shape(got) != want:
-                raise ValueError(
-                    f"{self}: params{jax.tree_util.keystr(path)} has shape {jnp.shape(got)}, "
-                    f"but an input {shapes(x)} takes {want}"
-                )
+        check_params(self, params, x)
 
     def check_places(self, params: Params) -> None:
         """Raise ``ValueError`` unless every child whose place is known has one in params."""
-
-
-class Child(NamedTuple):
-    """A layer within a layer.
-
-    Attributes:
-        layer: the layer.
-        name: where its params stand among those of the layer around it: the index in a tuple, the
-            key of a dict, or the name of a field; None where they are the same, and ``...`` where
-            only the layer around it knows.
-        times: how often it runs, with its params stacked along axis 0; None for a layer that runs
-            once.
-    """
-
-    layer: Layer
-    name: int | str | EllipsisType | None
-    times: int | None = None
-
-    def of(self, params: Params) -> Params:
-        """Return the child's part of the params of the layer around it."""
-        if self.name is None:
-            return params
-        if isinstance(self.name, str) and not isinstance(params, dict):
-            return getattr(params, self.name)
-        return params[self.name]
-
-    def put(self, params: Params, new: Params) -> Params:
-        """Return the params of the layer around it with ``new`` in the child's place."""
-        if self.name is None:
-            return new
-        if isinstance(params, dict):
-            return {**params, self.name: new}
-        if isinstance(self.name, str):
-            replace = getattr(params, "_replace", None) or functools.partial(
-                dataclasses.replace, params
-            )
-            return replace(**{self.name: new})
-        return (*params[: self.name], new, *params[self.name + 1 :])  # pyright: ignore
 
 
 def layers_in_fields(layer: Layer) -> Iterator[Layer]:
@@ -246,122 +194,3 @@ def layers_in_fields(layer: Layer) -> Iterator[Layer]:
 
     for field in dataclasses.fields(layer):  # pyright: ignore[reportArgumentType]
         yield from within(getattr(layer, field.name))
-
-
-def takes_side_input(layer: Layer, kind: type[SideInput]) -> bool:
-    """Return whether the layer, or one that it is made of, takes this side input."""
-    return layer.takes is kind or any(
-        takes_side_input(child.layer, kind) for child in layer.children()
-    )
-
-
-def _check_side_inputs(key: Array | None, mask: Array | None) -> None:
-    dtype = getattr(key, "dtype", None)
-    if key is not None and (dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"key is a key of jax.random.key, not {shapes(key)}")
-    if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
-        raise TypeError(f"mask is bool (N, T), True where a position is real, not {shapes(mask)}")
-
-
-def _bind_child(
-    layer: Layer, params: Params, index: int, child: Child, key: Array | None, mask: Array | None
-) -> Params:
-    if child.name is ...:
-        given = {Key: key, Mask: mask}
-        for kind, value in given.items():
-            if value is not None and takes_side_input(child.layer, kind):
-                raise ValueError(
-                    f"{layer}: {child.layer} takes a {kind.__name__.lower()}, but where its params "
-                    "stand is not known; make the layer a jp.Wrapper or a jp.Combinator"
-                )
-        return params
-    if key is not None and child.name is not None:
-        key = _each(lambda key: jax.random.fold_in(key, index), key)
-    times = child.times
-    if times is not None:
-        if key is not None:
-            key = _each(lambda key: jax.random.split(key, times), key)
-        if mask is not None:
-            *layers, n, t = mask.shape
-            mask = jnp.broadcast_to(jnp.expand_dims(mask, -3), (*layers, times, n, t))
-    return child.put(params, child.layer.bind(child.of(params), key=key, mask=mask))
-
-
-def _each(f: Callable[[Array], Array], keys: Array) -> Array:
-    """Return f of each of the keys, in their shape."""
-    for _ in keys.shape:
-        f = jax.vmap(f)
-    return f(keys)
-
-
-def _held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def held(self: Layer, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
-        self.check_params(params, x)
-        x = x if isinstance(x, Array) else jax.tree.map(_on_device, x)
-        if not self._hands_down_types and typed(jax.tree.structure(params)):
-            params = arrays(params)
-        result = forward(self, params, x)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(f"{self}: forward returns {shapes(result)}, not (y, residuals)")
-        return result
-
-    return held
-
-
-def _of_arrays(backward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(backward)
-    def of(self: Layer, params: Params, residuals: Residuals, ct: Cotangent) -> Any:
-        if not self._hands_down_types and typed(jax.tree.structure(params)):
-            params = arrays(params)
-        return backward(self, params, residuals, ct)
-
-    return of
-
-
-def _on_device(leaf: Any) -> Any:
-    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
-
-
-class _Expected(NamedTuple):
-    """The params that ``init`` makes, without types: as structs, and what a check compares."""
-
-    params: Params
-    structure: Any
-    leaves: tuple[tuple[Any, tuple[int, ...]], ...]
-
-
-def _expected(layer: Layer, x: PyTree) -> _Expected:
-    try:
-        leaves, structure = jax.tree.flatten(structs(x))
-    except TypeError as error:
-        raise TypeError(f"{layer}: {error}") from None
-    try:
-        hash(layer)
-    except TypeError:
-        _refuse_fields(layer)
-    return _init_shapes(layer, structure, tuple(leaves))
-
-
-@functools.lru_cache(maxsize=1024)
-def _init_shapes(layer: Layer, structure: Any, leaves: tuple[Any, ...]) -> _Expected:
-    params = bare(
-        jax.eval_shape(
-            lambda *leaves: layer.init(jax.random.key(0), jax.tree.unflatten(structure, leaves)),
-            *leaves,
-        )
-    )
-    shaped = tuple((path, leaf.shape) for path, leaf in jax.tree.leaves_with_path(params))
-    return _Expected(params, jax.tree.structure(params), shaped)
-
-
-def _refuse_fields(layer: Layer) -> None:
-    for field in dataclasses.fields(layer):  # pyright: ignore[reportArgumentType]
-        value = getattr(layer, field.name)
-        try:
-            hash(value)
-        except TypeError:
-            raise TypeError(
-                f"{type(layer).__name__}.{field.name} = {value!r} cannot be hashed; arrays live in "
-                "params, and a list is written as a tuple"
-            ) from None

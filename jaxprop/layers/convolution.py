@@ -15,15 +15,7 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
 from jaxprop.layers.dense import AffineParams
 from jaxprop.layers.patches import Patches
-from jaxprop.layers.windows import (
-    AXES,
-    Padding,
-    Sizes,
-    Windows,
-    check_padding,
-    check_window,
-    sizes,
-)
+from jaxprop.layers.windows import AXES, Padding, Sizes, Windows, check_padding, check_window, sizes
 
 X = Float[Array, "n ... c"]
 Y = Float[Array, "n ... o"]

@@ -1,0 +1,51 @@
+"""The place of a layer within a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import EllipsisType
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxprop.core.types import Params
+
+if TYPE_CHECKING:
+    from jaxprop.core.layer import Layer
+
+
+class Child(NamedTuple):
+    """A layer within a layer.
+
+    Attributes:
+        layer: the layer.
+        name: where its params stand among those of the layer around it: the index in a tuple, the
+            key of a dict, or the name of a field; None where they are the same, and ``...`` where
+            only the layer around it knows.
+        times: how often it runs, with its params stacked along axis 0; None for a layer that runs
+            once.
+    """
+
+    layer: Layer
+    name: int | str | EllipsisType | None
+    times: int | None = None
+
+    def of(self, params: Params) -> Params:
+        """Return the child's part of the params of the layer around it."""
+        if self.name is None:
+            return params
+        if isinstance(self.name, str) and not isinstance(params, dict):
+            return getattr(params, self.name)
+        return params[self.name]
+
+    def put(self, params: Params, new: Params) -> Params:
+        """Return the params of the layer around it with ``new`` in the child's place."""
+        if self.name is None:
+            return new
+        if isinstance(params, dict):
+            return {**params, self.name: new}
+        if isinstance(self.name, str):
+            replace = getattr(params, "_replace", None) or functools.partial(
+                dataclasses.replace, params
+            )
+            return replace(**{self.name: new})
+        return (*params[: self.name], new, *params[self.name + 1 :])  # pyright: ignore

@@ -1,0 +1,64 @@
+"""Side inputs: the key and the mask of a step, on their way to the layers that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.child import Child
+from jaxprop.core.describe import shapes
+from jaxprop.core.tree import Key, Mask, SideInput
+from jaxprop.core.types import Params
+
+if TYPE_CHECKING:
+    from jaxprop.core.layer import Layer
+
+
+def takes_side_input(layer: Layer, kind: type[SideInput]) -> bool:
+    """Return whether the layer, or one that it is made of, takes this side input."""
+    return layer.takes is kind or any(
+        takes_side_input(child.layer, kind) for child in layer.children()
+    )
+
+
+def check_side_inputs(key: Array | None, mask: Array | None) -> None:
+    dtype = getattr(key, "dtype", None)
+    if key is not None and (dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key is a key of jax.random.key, not {shapes(key)}")
+    if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
+        raise TypeError(f"mask is bool (N, T), True where a position is real, not {shapes(mask)}")
+
+
+def bind_child(
+    layer: Layer, params: Params, index: int, child: Child, key: Array | None, mask: Array | None
+) -> Params:
+    if child.name is ...:
+        given = {Key: key, Mask: mask}
+        for kind, value in given.items():
+            if value is not None and takes_side_input(child.layer, kind):
+                raise ValueError(
+                    f"{layer}: {child.layer} takes a {kind.__name__.lower()}, but where its params "
+                    "stand is not known; make the layer a jp.Wrapper or a jp.Combinator"
+                )
+        return params
+    if key is not None and child.name is not None:
+        key = _each(lambda key: jax.random.fold_in(key, index), key)
+    times = child.times
+    if times is not None:
+        if key is not None:
+            key = _each(lambda key: jax.random.split(key, times), key)
+        if mask is not None:
+            *layers, n, t = mask.shape
+            mask = jnp.broadcast_to(jnp.expand_dims(mask, -3), (*layers, times, n, t))
+    return child.put(params, child.layer.bind(child.of(params), key=key, mask=mask))
+
+
+def _each(f: Callable[[Array], Array], keys: Array) -> Array:
+    """Return f of each of the keys, in their shape."""
+    for _ in keys.shape:
+        f = jax.vmap(f)
+    return f(keys)

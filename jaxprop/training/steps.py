@@ -1,0 +1,224 @@
+"""One step of training, two ways: all gradients and then all updates, or fused with the walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.arrays import sum_over, wide
+from jaxprop.core.combinator import stack_depths
+from jaxprop.core.cotangents import gradient
+from jaxprop.core.describe import shapes
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.mesh import shard_map_axes
+from jaxprop.core.tree import learned, merged
+from jaxprop.core.types import Params, PyTree
+from jaxprop.core.walk import forward, loss_fn
+from jaxprop.quantity.micro_batches import check_examples, part
+from jaxprop.training.attached import attached
+from jaxprop.training.fused import FusedUpdate, SumOfSquares, mean_with, sum_of_squares
+from jaxprop.training.gradients import ValueAndGrad
+
+
+class Skipping(NamedTuple):
+    """An optimizer's state, and how many steps were skipped because they were not finite.
+
+    Attributes:
+        state: the optimizer's state.
+        skipped: int32, a scalar.
+    """
+
+    state: PyTree
+    skipped: Array
+
+
+class Seen(NamedTuple):
+    """What an update knows of the whole batch.
+
+    Attributes:
+        value: the loss.
+        norm: the norm of the gradient, where it is needed.
+        finite: whether both are finite.
+    """
+
+    value: Float[Array, ""]
+    norm: Any = None
+    finite: Any = None
+
+    @classmethod
+    def with_norm(cls, value: Array, norm: Array) -> Seen:
+        """Return what is seen; in ``jax.shard_map`` finite is what is so on all devices."""
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        axes = shard_map_axes()
+        if axes:
+            finite &= jax.lax.axis_index(axes) >= 0  # always so, but on each device its own answer
+            finite = jax.lax.pmin(finite.astype(jnp.int32), axes) > 0
+        return cls(value, norm, finite)
+
+
+Apply = Callable[..., tuple[Params, PyTree]]
+Run = Callable[..., tuple[Params, PyTree, Array]]
+
+
+def make_apply(
+    optimizer: optax.GradientTransformationExtraArgs, max_norm: float | None, skip_nonfinite: bool
+) -> Apply:
+    """Return ``apply(grads, state, params, seen, value_fn) -> (params, state)``."""
+
+    def apply(
+        grads: Params,
+        state: PyTree,
+        params: Params,
+        seen: Seen,
+        value_fn: Callable[[Params], Array],
+    ) -> tuple[Params, PyTree]:
+        if max_norm is not None:
+            scale = jnp.where(seen.norm < max_norm, 1, max_norm / seen.norm)
+            grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        updates, state = optimizer.update(
+            grads, state, params, value=seen.value, grad=grads, value_fn=value_fn
+        )
+        return optax.apply_updates(params, updates), state
+
+    def apply_if_finite(
+        grads: Params,
+        state: PyTree,
+        params: Params,
+        seen: Seen,
+        value_fn: Callable[[Params], Array],
+    ) -> tuple[Params, PyTree]:
+        if not isinstance(state, Skipping):
+            raise TypeError("with skip_nonfinite start from state = update.init(params)")
+        old = params, state.state
+        params, inner = jax.tree.map(
+            lambda new, old: jax.lax.select(seen.finite, new, old),
+            apply(grads, state.state, params, seen, value_fn),
+            old,
+        )
+        return params, Skipping(inner, state.skipped + (~seen.finite).astype(jnp.int32))
+
+    return apply_if_finite if skip_nonfinite else apply
+
+
+def whole_step(
+    net: Layer, loss: Loss, apply: Apply, need_norm: bool, differentiate: ValueAndGrad
+) -> Run:
+    """Return a step that finds all gradients, and then updates all params."""
+    mean_loss = loss_fn(net, loss)
+
+    def step(
+        params: Params,
+        state: PyTree,
+        x: PyTree,
+        target: PyTree,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> tuple[Params, PyTree, Array]:
+        check_learned(params)
+        given = {name: value for name, value in (("key", key), ("mask", mask)) if value is not None}
+
+        def value_fn(arrays: Params) -> Array:
+            return mean_loss(merged(params, arrays), x, target, **given)
+
+        value, grads = differentiate(params, x, target, **given)
+        grads, arrays = learned(grads), learned(params)
+        _check_grads(grads, arrays)
+        seen = Seen(value)
+        if need_norm:
+            seen = Seen.with_norm(value, optax.tree.norm(jax.tree.map(wide, grads)))
+        arrays, state = apply(grads, state, arrays, seen, value_fn)
+        return merged(params, arrays), state, value
+
+    return step
+
+
+def fused_step(net: Layer, loss: Loss, apply: Apply, need_norm: bool, micro_batches: int) -> Run:
+    """Return a step that updates each layer's params as what the walk back collects."""
+
+    def step(
+        params: Params,
+        state: PyTree,
+        x: PyTree,
+        target: PyTree,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> tuple[Params, PyTree, Array]:
+        check_learned(params)
+        bound, depths = net.bind(params, key=key, mask=mask), stack_depths(net, params)
+        of_last, before = (bound, x, target), None
+        if micro_batches > 1:
+            before, of_last = _all_but_last(net, loss, bound, x, target, micro_batches)
+        ahead = forward(net, loss, *of_last)
+        ct, value = ahead.mean_gradient(), ahead.value
+        if before is not None:
+            value = mean_with(before.value, value, micro_batches)
+        seen = Seen(value)
+        if need_norm:
+            if before is None:
+                squares, _ = ahead.back(ct, sum_of_squares)
+            else:
+                visit = SumOfSquares(micro_batches)
+                squares, _ = ahead.back(ct, visit, attached(of_last[0], before.grads))
+            seen = Seen.with_norm(value, jnp.sqrt(sum(jax.tree.leaves(squares))))
+        grads = None if before is None else before.grads
+        visit = FusedUpdate(apply, of_last[0], state, seen, depths, grads, micro_batches)
+        places, _ = ahead.back(ct, visit, visit.places())
+        arrays, state = visit.results(places)
+        return merged(params, arrays), state, value
+
+    return step
+
+
+class Before(NamedTuple):
+    """The sums over all micro-batches but the last.
+
+    Attributes:
+        value: of the loss.
+        grads: of the gradients, like the learned params, in at least float32.
+    """
+
+    value: Array
+    grads: Params
+
+
+def _all_but_last(
+    net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree, micro_batches: int
+) -> tuple[Before, tuple[Params, PyTree, PyTree]]:
+    """Return the sums over all micro-batches but the last, and the arguments of that one."""
+    check_examples((x, target), micro_batches)
+
+    def args(i: Any) -> tuple[Params, PyTree, PyTree]:
+        return part(params, x, target, None, i, micro_batches)[:3]
+
+    def of_part(i: Array) -> Before:
+        ahead = forward(net, loss, *args(i))
+        grads, _ = ahead.back(ahead.mean_gradient(), gradient)
+        return Before(ahead.value, jax.tree.map(wide, grads))
+
+    return sum_over(of_part, jnp.arange(micro_batches - 1)), args(micro_batches - 1)
+
+
+def check_learned(params: Params) -> None:
+    """Raise ``TypeError`` for an array that no gradient can move, and that is not marked so."""
+    for path, leaf in jax.tree.leaves_with_path(learned(params)):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} is {shapes(leaf)}, which no gradient moves: "
+                "mark it in init, by jp.Unlearned(array)"
+            )
+
+
+def _check_grads(grads: Params, params: Params) -> None:
+    """Raise ``ValueError`` unless there is a gradient for every param that is learned."""
+    if jax.tree.structure(grads) != jax.tree.structure(params):
+        raise ValueError(
+            f"the gradients are {shapes(grads)}, but the learned params {shapes(params)}: an array "
+            "without a gradient is marked in init, by jp.Unlearned(array)"
+        )
