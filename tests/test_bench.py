@@ -33,6 +33,20 @@ def test_rows_compute_the_same_by_hand_and_by_autodiff():
         assert relative_error(hand, auto) <= 1e-5
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_every_row_traces():
+    """With arrays of the rows' own shapes, that nothing is computed for."""
+
+    def shapes(row):
+        case = row()
+        return [jax.eval_shape(make(), *case.args) for make in (case.hand, case.auto)]
+
+    for name, row in rows.ROWS.items():
+        hand, auto = jax.eval_shape(lambda row=row: shapes(row))
+        assert jax.tree.leaves(hand), name
+        assert jax.tree.leaves(auto), name
+
+
 def test_the_rows_that_are_promised():
     assert list(rows.ROWS)[:5] == [
         "mlp-2x256",

@@ -100,11 +100,15 @@ def mlp(
     if not key:
         return Case(lambda: hand(net, loss), lambda: auto(net, loss), args)
 
+    def with_key() -> Function:
+        sampled = hand(net, loss)
+        return lambda params, x, target, key: sampled(params, x, target, key=key)
+
     def without_key() -> Function:
         plain = auto(net, loss)
         return lambda params, x, target, key: plain(params, x, target)
 
-    return Case(lambda: hand(net, loss), without_key, (*args, keys[3]))
+    return Case(with_key, without_key, (*args, keys[3]))
 
 
 def trained(network: Network) -> Case:
