@@ -68,10 +68,11 @@ class Repeat(Combinator):
         def ahead(x: PyTree, params: Params) -> tuple[PyTree, Distinct]:
             y, residuals = self.layer.forward(params, x)
             self._check_output(x, y)
-            return y, Distinct.of(residuals)
+            return y, Distinct.of(residuals, x, y)
 
         with in_layer(0, self.layer):
-            return jax.lax.scan(ahead, x, params, length=self.times)
+            y, kept = jax.lax.scan(ahead, x, params, length=self.times)
+        return y, (kept, () if kept.y is None else x)
 
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
@@ -79,13 +80,16 @@ class Repeat(Combinator):
         if isinstance(visit, Replacing):
             return self._walk_in_place(place, residuals, ct, visit)
 
-        def back(ct: Cotangent, step: tuple[Params, Distinct]) -> tuple[Cotangent, Visited]:
-            params, here = step
-            visited, d_x = self.layer.walk(params, here.tree(), ct, visit)
+        kept, first = residuals
+
+        def back(ct: Cotangent, step: tuple[Array, Params, Distinct]) -> tuple[Cotangent, Visited]:
+            index, params, here = step
+            visited, d_x = self.layer.walk(params, here.tree(kept.before(index, first)), ct, visit)
             return d_x, visited
 
+        steps = jnp.arange(self.times), place, kept
         with in_layer(0, self.layer):
-            d_x, visited = jax.lax.scan(back, ct, (place, residuals), self.times, reverse=True)
+            d_x, visited = jax.lax.scan(back, ct, steps, reverse=True)
         return over_layers(_added_up(visited)), d_x
 
     def _walk_in_place(
@@ -110,17 +114,19 @@ class Repeat(Combinator):
                 place,
             )
 
+        kept, first = residuals
+
         def back(carry: Any, step: tuple[Array, Distinct]) -> tuple[Any, None]:
             (stack, late, ct), (index, here) = carry, step
             stack = write(stack, late, jnp.minimum(index + 1, self.times - 1))
-            late, d_x = self.layer.walk(read(stack, index), here.tree(), ct, visit)
+            saved = here.tree(kept.before(index, first))
+            late, d_x = self.layer.walk(read(stack, index), saved, ct, visit)
             return (stack, late, d_x), None
 
         carry = places, read(places, self.times - 1), ct
+        steps = jnp.arange(self.times), kept
         with in_layer(0, self.layer):
-            (stack, late, d_x), _ = jax.lax.scan(
-                back, carry, (jnp.arange(self.times), residuals), reverse=True
-            )
+            (stack, late, d_x), _ = jax.lax.scan(back, carry, steps, reverse=True)
         return write(stack, late, 0), d_x
 
     def _check_output(self, x: PyTree, y: PyTree) -> None:
@@ -138,27 +144,50 @@ class Repeat(Combinator):
 class Distinct:
     """The residuals of a layer, or of a stack of them, each array once.
 
-    Two parts of a layer often save the same array.
+    Two parts of a layer often save the same array. And where it saves its x and its y, its x is the
+    y of the layer before: then only y is kept.
 
     Attributes:
-        leaves: the arrays that differ.
-        places: for each leaf of the residuals, which of them it is.
+        leaves: the arrays that are kept.
+        places: for each leaf of the residuals, which of them it is; -1 for an x that is not kept.
         structure: that of the residuals.
+        y: which of them is y, where x is not kept; else None.
     """
 
     leaves: tuple[Array, ...]
     places: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     structure: Any = dataclasses.field(metadata={"static": True})
+    y: int | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, residuals: Residuals) -> Distinct:
+    def of(cls, residuals: Residuals, x: PyTree, y: PyTree) -> Distinct:
+        """Return the residuals that a layer saved on the way from x to y."""
         leaves, structure = jax.tree.flatten(residuals)
         distinct = {id(leaf): leaf for leaf in leaves}
+        twice = x is not y and id(x) in distinct and id(y) in distinct
+        if twice:
+            del distinct[id(x)]
         place = {key: index for index, key in enumerate(distinct)}
-        return cls(tuple(distinct.values()), tuple(place[id(leaf)] for leaf in leaves), structure)
+        places = tuple(place.get(id(leaf), -1) for leaf in leaves)
+        return cls(tuple(distinct.values()), places, structure, place[id(y)] if twice else None)
 
-    def tree(self) -> Residuals:
-        return jax.tree.unflatten(self.structure, [self.leaves[place] for place in self.places])
+    def before(self, index: Array, first: PyTree) -> PyTree:
+        """Return the x of one layer of a stack, the y of the layer before, where it is not kept.
+
+        Args:
+            index: which layer.
+            first: the x of the first one.
+        """
+        if self.y is None:
+            return ()
+        ys = self.leaves[self.y]
+        y = jax.lax.dynamic_index_in_dim(ys, jnp.maximum(index - 1, 0), keepdims=False)
+        return jnp.where(index == 0, first, y)
+
+    def tree(self, x: PyTree) -> Residuals:
+        """Return the residuals of a layer whose input was x."""
+        leaves = *self.leaves, x
+        return jax.tree.unflatten(self.structure, [leaves[place] for place in self.places])
 
 
 def repeat(layer: Layer, times: int) -> Repeat:

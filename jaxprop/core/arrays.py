@@ -47,7 +47,7 @@ def sum_over(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
     """
 
     def first() -> PyTree:
-        return f(jax.tree.map(lambda leaf: leaf[0], xs))
+        return f(jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, 0, keepdims=False), xs))
 
     def add(total: PyTree, x: Any) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, f(x)), None

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import sum_over
 from jaxprop.core.cotangents import factored
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
@@ -25,6 +24,7 @@ from jaxprop.quantity.micro_batches import in_micro_batches
 from jaxprop.quantity.source import Source
 
 COLUMNS = "jaxprop.columns"
+FORMS = "jaxprop.forms"
 SAMPLES = 0x73616D70  # folded into the key, so that samples are drawn apart from what layers draw
 
 
@@ -172,16 +172,21 @@ class _Walks:
         """Return what is taken where only a sum over the columns is kept."""
         asked: dict[str, AddedUp] = self.asked  # pyright: ignore[reportAssignmentType]
 
-        def parts(c: Array) -> dict[str, PyTree]:
-            def visit(step: Step) -> Taken:
-                forms = factored(step)
-                return Taken({name: quantity.part(forms) for name, quantity in asked.items()})
+        def parts(forms: PyTree) -> dict[str, PyTree]:
+            return {name: quantity.part(forms) for name, quantity in asked.items()}
 
-            visited, _ = self.ahead.back(column(c), visit)
-            return {name: _picked(visited, name) for name in asked}
+        def with_forms(step: Step) -> Taken:
+            forms = factored(step)
+            return Taken(parts(forms) | {FORMS: forms})
 
-        totals = sum_over(parts, jnp.arange(number))
-        forms, _ = self.ahead.back(column(0), factored)
+        def add(totals: dict[str, PyTree], c: Array) -> tuple[dict[str, PyTree], None]:
+            visited, _ = self.ahead.back(column(c), lambda step: Taken(parts(factored(step))))
+            more = {name: _picked(visited, name) for name in asked}
+            return jax.tree.map(jnp.add, totals, more), None
+
+        visited, _ = self.ahead.back(column(0), with_forms)
+        forms, first = _picked(visited, FORMS), {name: _picked(visited, name) for name in asked}
+        totals, _ = jax.lax.scan(add, first, jnp.arange(1, number))
         return {
             name: quantity.whole(forms, totals[name], self.ahead.examples)
             for name, quantity in asked.items()
