@@ -35,6 +35,21 @@ def ids(*shape: int) -> Any:
     return np.random.default_rng(0).integers(0, 7, shape) // 2 * 2
 
 
+class Around(jp.Layer):
+    """A user's: it holds a layer, and is neither a Wrapper nor a Combinator."""
+
+    inner: jp.Layer
+
+    def init(self, key, x):
+        return self.inner.init(key, x)
+
+    def forward(self, params, x):
+        return self.inner.forward(params, x)
+
+    def backward(self, params, residuals, ct):
+        return self.inner.backward(params, residuals, ct)
+
+
 BLOCK = jp.skip(jp.chain(jp.Dense(5), jp.Tanh(), jp.Dense(4)))
 MLP = jp.chain(jp.Dense(7), jp.Gelu(), jp.Dense(5), jp.Tanh(), jp.Dense(3))
 ACTIVATIONS = (

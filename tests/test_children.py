@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table import TABLE, at, first_of_their_kind, normal, relative_error, row_id
+from table import TABLE, Around, at, first_of_their_kind, normal, relative_error, row_id
 
 import jaxprop as jp
 from jaxprop.core.combinator import layers_with_params, map_layers, runs, stack_depths
@@ -228,21 +228,6 @@ def test_side_inputs_reach_every_layer():
     assert relative_error(got, jp.value_and_grad(net, LOSS)(bound, *args[1:])) == 0
     by_jax = jax.value_and_grad(jp.loss_fn(net, LOSS))(*args, **given)
     assert relative_error(got, by_jax) <= 1e-12
-
-
-class Around(jp.Layer):
-    """A user's: it holds a layer, and is neither a Wrapper nor a Combinator."""
-
-    inner: jp.Layer
-
-    def init(self, key, x):
-        return self.inner.init(key, x)
-
-    def forward(self, params, x):
-        return self.inner.forward(params, x)
-
-    def backward(self, params, residuals, ct):
-        return self.inner.backward(params, residuals, ct)
 
 
 def test_a_side_input_that_cannot_be_placed_is_refused():

@@ -61,6 +61,9 @@ def test_a_repeat_keeps_a_tensor_once():
     params, x = at(Row(jp.repeat(jp.chain(jp.Tanh(), jp.Dense(4)), 5), normal(3, 4)))
     _, residuals = jp.repeat(jp.chain(jp.Tanh(), jp.Dense(4)), 5).forward(params, x)
     assert [leaf.shape for leaf in jax.tree.leaves(residuals)] == [(5, 3, 4)]
+    params, x = at(Row(jp.repeat(jp.chain(jp.Dense(4), jp.Tanh()), 5), normal(3, 4)))
+    _, residuals = jp.repeat(jp.chain(jp.Dense(4), jp.Tanh()), 5).forward(params, x)
+    assert [leaf.shape for leaf in jax.tree.leaves(residuals)] == [(5, 3, 4), (3, 4)]
 
 
 def test_uses_of_a_shared_param_are_joined_before_they_are_squared():

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from table import Row, at, relative_error
+from table import Around, Row, at, relative_error
 from test_layers import by_hand, ct_for
 
 import jaxprop as jp
@@ -199,21 +199,6 @@ def test_statistics_are_found_in_layers_around_others():
         assert relative_error(moved, params if frozen else expected) <= 1e-6
     with pytest.raises(ValueError, match=r"shared\(BatchNorm.*each use has statistics of its own"):
         jp.update_batch_stats(jp.shared(layer, 2), params, x)
-
-
-class Around(jp.Layer):
-    """A user's: it holds a layer, and is no Wrapper."""
-
-    inner: jp.Layer
-
-    def init(self, key, x):
-        return self.inner.init(key, x)
-
-    def forward(self, params, x):
-        return self.inner.forward(params, x)
-
-    def backward(self, params, residuals, ct):
-        return self.inner.backward(params, residuals, ct)
 
 
 class Doubled(jp.Wrapper):
