@@ -15,7 +15,7 @@ against the other. The names, by group:
                  LayerNorm RMSNorm GroupNorm BatchNorm
                  Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Flatten Reshape Pad
                  Rnn Lstm Gru
-    combinators  chain skip branch repeat recompute shared tied cast frozen
+    combinators  chain (a Chain) skip branch repeat recompute shared tied cast frozen
     losses       CrossEntropy HalfSquaredError BinaryCrossEntropy
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
     updates      make_update learned_only inference_mode update_batch_stats
@@ -23,11 +23,11 @@ against the other. The names, by group:
                  variance noise_scale diag_ggn kronecker_factors ggn_root
     to see       explain find_nonfinite
     to check     check_layer
-    to extend    Layer Elementwise Combinator Chain Wrapper Loss Step Unlearned freeze
+    to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
     modules      forms models plot quantity sharding
 
-The quantities' classes are in ``jp.quantity`` and the forms in ``jp.forms``; both are also here,
-as ``jp.SqNorms`` and ``jp.Sum``.
+The quantities' classes are in ``jp.quantity``, with the sources that they start from, and the forms
+in ``jp.forms``; quantities and forms are also here, as ``jp.SqNorms`` and ``jp.Sum``.
 """
 
 import jaxprop._command  # noqa: F401
@@ -43,7 +43,7 @@ from jaxprop.combinators.shared import shared
 from jaxprop.combinators.skip import skip
 from jaxprop.combinators.tied import tied
 from jaxprop.core.child import Child as Child
-from jaxprop.core.combinator import Combinator, Wrapper
+from jaxprop.core.combinator import Combinator, Wrapper, over_layers as over_layers
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Step, Total as Total

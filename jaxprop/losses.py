@@ -15,14 +15,15 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import of_indices, on_device, wide
+from jaxprop.core.checks import check_values
 from jaxprop.core.loss import Loss
 
 Y = Float[Array, "n ..."]
 Logits = Float[Array, "n ... c"]
-OfClasses = tuple[Logits, Int[Array, "n ..."], Y]  # the residuals of CrossEntropy
+OfClasses = tuple[Logits, Y, Int[Array, "n ... 1"], Y]  # the residuals of CrossEntropy
 
 
 class HalfSquaredError(Loss):
@@ -61,95 +62,129 @@ class CrossEntropy(Loss):
     """E = log sum_j exp(y_j) - y_t for logits y and the target class t; a mean over positions.
 
     The derivative of log-sum-exp is the softmax, p_j = exp(y_j) / sum_k exp(y_k), so
-    dE/dy_j = p_j - [j = t] (Bridle 1990, https://doi.org/10.1007/978-3-642-76153-9_28). The
+    dE/dy_j = p_j - [j = t] (Bridle 1990, https://doi.org/10.1007/978-3-642-76153-9_28). For a
+    target that is almost certain both would cancel. With r the sum of exp(y_j - max y) over the
+    other classes, E = log(1 + r) for the largest y, and 1 - p_t = r / (r + exp(y_t - max y)). The
     Hessian is diag(p) - p p^T = sum_c p_c (e_c - p)(e_c - p)^T, the covariance of e_c - p for a
     class c drawn from p.
 
     y is (N, C) or (N, T, C), floating, and target is (N,) or (N, T), integers in [0, C). A target
-    of -1 (or less) is padding: it weighs nothing, and the mean is over an example's other
-    positions. An example that is all padding has value 0 and still counts in N. A target of C or
-    more makes the value NaN.
+    of -1 (or less) is padding: it weighs nothing, whatever its logits are, and the mean is over an
+    example's other positions. An example that is all padding has value 0 and still counts in N. In
+    a traced program a target of C or more makes the value and the cotangent NaN.
 
     Raises:
         TypeError: for y that is not floating, and a target that is not an array of integers.
-        ValueError: for a target of another shape than y without its last axis.
+        ValueError: for a target of another shape than y without its last axis, and where its values
+            are known (outside of ``jax.jit``) for one of C or more.
     """
 
     def forward(
         self, y: Logits, target: Int[Array, "n ..."]
     ) -> tuple[Float[Array, " n"], OfClasses]:
         _check(self, y, target, y.shape[:-1], jnp.integer)
-        logits = wide(y)
-        shift = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-        powers = jnp.exp(logits - shift)
-        total = powers.sum(axis=-1, keepdims=True)
+        classes = y.shape[-1]
+        check_values(f"{self} takes a target below {classes}", target, lambda t: t < classes)
+        logits, target = wide(y), of_indices(on_device(target))
+        top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         valid = target >= 0
-        chosen = jnp.where(valid, target, 0)
-        picked = jnp.take_along_axis(logits - shift, chosen[..., None], axis=-1)
-        each = jnp.where(valid, (jnp.log(total) - picked)[..., 0], 0)
+        chosen = jnp.where(valid, target, 0)[..., None]
+        own = jnp.take_along_axis(logits, chosen, axis=-1)  # NaN for a target of C or more
+        own = jnp.where((own == top) & jnp.isinf(own), 0, own - top)
+        powers = jnp.exp(logits - top)
+        others = jnp.sum(powers, axis=-1, keepdims=True, where=~_is(chosen, logits))
+        each = jnp.log1p(others + jnp.expm1(own)) - own
+        total = others + jnp.exp(own)
+        p = jnp.where(_is(chosen, logits), jnp.exp(own), powers) / total
         count = jnp.maximum(valid.sum(_positions(valid), keepdims=True), 1)
         weight = valid.astype(logits.dtype) / count.astype(logits.dtype)
-        values = jnp.sum(each * weight, axis=_positions(valid))
-        return values, (powers / total, chosen, weight)
+        values = jnp.sum(jnp.where(valid, each[..., 0], 0) * weight, axis=_positions(valid))
+        return values, (p, others / total, chosen, weight[..., None])
 
     def backward(self, residuals: OfClasses) -> Logits:
-        p, chosen, weight = residuals
-        return (p - jax.nn.one_hot(chosen, p.shape[-1], dtype=p.dtype)) * weight[..., None]
+        p, others, chosen, weight = residuals
+        ct = jnp.where(_is(chosen, p), -others, p)
+        return jnp.where(weight > 0, ct * weight, 0)
+
+    def real(self, residuals: OfClasses) -> Bool[Array, "n ..."]:
+        return residuals[-1][..., 0] > 0
 
     def hessian_columns(self, residuals: OfClasses) -> int:
         return _outputs(residuals[0])
 
     def hessian_column(self, residuals: OfClasses, c: int | Array) -> Logits:
         """Return sqrt(w p_k) (e_k - p) at position t of weight w, for c = t C + k."""
-        p, _, weight = residuals
-        root = _only(c, jnp.sqrt(p * weight[..., None]))
+        p, _, _, weight = residuals
+        p = jnp.where(weight > 0, p, 0)
+        root = _only(c, jnp.sqrt(p * weight))
         at = root.sum(axis=-1, keepdims=True)
-        return root - at * p
+        return -at * _less_one(p, _only(c, jnp.ones_like(p)) > 0)
 
     def sample(self, key: Array, residuals: OfClasses) -> Logits:
-        p, _, weight = residuals
-        drawn = jax.random.categorical(key, jnp.log(p))
-        one_hot = jax.nn.one_hot(drawn, p.shape[-1], dtype=p.dtype)
-        return (p - one_hot) * jnp.sqrt(weight)[..., None]
+        p, _, _, weight = residuals
+        drawn = jax.random.categorical(key, jnp.log(p))[..., None]
+        return jnp.where(weight > 0, _less_one(p, _is(drawn, p)) * jnp.sqrt(weight), 0)
 
 
 class BinaryCrossEntropy(Loss):
-    """E = log(1 + exp(y)) - t y for logits y and targets t; a mean over an example's M outputs.
+    """E = (1 - t) log(1 + exp(y)) + t log(1 + exp(-y)) for logits y and targets t.
 
-    This is -t log s - (1 - t) log(1 - s) with s = sigmoid(y), without its overflow. The derivative
-    of log(1 + exp(y)) is s, so dE/dy = (s - t) / M. The Hessian is diagonal, s (1 - s) / M: the
-    variance of a target that is 1 with probability s, over M.
+    A mean over an example's M outputs. This is -t log s - (1 - t) log(1 - s) with s = sigmoid(y),
+    without its overflow and without cancellation. The derivative of log(1 + exp(y)) is s, and
+    sigmoid(-y) is 1 - s, so dE/dy = ((1 - t) s - t (1 - s)) / M = (s - t) / M. The Hessian is
+    diagonal, s (1 - s) / M: the variance of a target that is 1 with probability s, over M.
 
     y is (N, ...), floating. target has the same shape, with values in [0, 1] of any real dtype or
-    bool.
+    bool. In a traced program another value makes the loss and the cotangent NaN.
 
     Raises:
         TypeError: for y that is not floating, and a target that is not a real or a bool array.
-        ValueError: for a target of another shape than y.
+        ValueError: for a target of another shape than y, and where its values are known (outside of
+            ``jax.jit``) for one outside [0, 1].
     """
 
     def forward(self, y: Y, target: Array) -> tuple[Float[Array, " n"], tuple[Y, Y]]:
         _check(self, y, target, y.shape, jnp.floating, jnp.integer, jnp.bool_)
+        check_values(f"{self} takes a target in [0, 1]", target, lambda t: (t >= 0) & (t <= 1))
         logits = wide(y)
         t = target.astype(logits.dtype)
-        values = jnp.sum(jax.nn.softplus(logits) - t * logits, axis=_positions(y)) / _outputs(y)
-        return values, (jax.nn.sigmoid(logits), t)
+        t = jnp.where((t >= 0) & (t <= 1), t, jnp.nan)
+        each = _times(1 - t, jax.nn.softplus(logits)) + _times(t, jax.nn.softplus(-logits))
+        return jnp.sum(each, axis=_positions(y)) / _outputs(y), (logits, t)
 
     def backward(self, residuals: tuple[Y, Y]) -> Y:
-        s, t = residuals
-        return (s - t) / _outputs(s)
+        logits, t = residuals
+        return ((1 - t) * jax.nn.sigmoid(logits) - t * jax.nn.sigmoid(-logits)) / _outputs(t)
 
     def hessian_columns(self, residuals: tuple[Y, Y]) -> int:
         return _outputs(residuals[0])
 
     def hessian_column(self, residuals: tuple[Y, Y], c: int | Array) -> Y:
-        s, _ = residuals
-        return _only(c, jnp.sqrt(s * (1 - s) / _outputs(s)))
+        logits, _ = residuals
+        variance = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
+        return _only(c, jnp.sqrt(variance / _outputs(logits)))
 
     def sample(self, key: Array, residuals: tuple[Y, Y]) -> Y:
-        s, _ = residuals
-        drawn = jax.random.bernoulli(key, s).astype(s.dtype)
-        return (s - drawn) / math.sqrt(_outputs(s))
+        logits, _ = residuals
+        s = jax.nn.sigmoid(logits)
+        drawn = jax.random.bernoulli(key, s)
+        return jnp.where(drawn, -jax.nn.sigmoid(-logits), s) / math.sqrt(_outputs(s))
+
+
+def _less_one(p: Logits, at: Array) -> Logits:
+    """Return p - 1 at one class of each position, and p elsewhere: p - 1 is minus all other p."""
+    others = jnp.sum(p, axis=-1, keepdims=True, where=~at)
+    return jnp.where(at, -others, p)
+
+
+def _times(weight: Y, value: Y) -> Y:
+    """Return the product, which is 0 for a weight of 0 and a value of infinity."""
+    return jnp.where(weight == 0, 0, weight * value)
+
+
+def _is(chosen: Int[Array, "n ... 1"], y: Logits) -> Array:
+    """Return where on the last axis of y the chosen class is."""
+    return jax.lax.broadcasted_iota(chosen.dtype, y.shape, y.ndim - 1) == chosen
 
 
 def _only(c: int | Array, root: Y) -> Y:

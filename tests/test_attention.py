@@ -138,7 +138,7 @@ def test_logsumexp_takes_memory_linear_in_t(causal):
 
     linear, square = (np.array([temp(save, t) for t in (512, 1024, 2048)]) for save in SAVES[::-1])
     assert np.all(linear[1:] <= 2.1 * linear[:-1])
-    assert np.all(square[1:] >= 2.5 * square[:-1])
+    assert square[-1] >= 4 * square[0], square
     assert 8 * linear[-1] < square[-1], (linear, square)
 
 

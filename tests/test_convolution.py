@@ -63,7 +63,7 @@ def asked(form, weights):
         form.sum(),
         form.weighted_sum(weights),
         form.sq_norms(),
-        form.bounding_sq_norms(),
+        form.norms(),
         form.inner_products(),
         form.second_moment(),
     ]

@@ -85,7 +85,7 @@ def test_vmap_custom_vjp_and_narrow_dtypes(row):
     mapped, ys, custom, got = computed((params, x, ct), narrow)
     once, *wide = (jax.tree.map(lambda leaf, i=i: leaf[i], mapped) for i in range(1 + len(RTOL)))
     assert relative_error(custom, once) <= 1e-12
-    assert relative_error(*ys) == 0
+    assert relative_error(*ys) <= 1e-14  # of one program, in which XLA fuses each by itself
     for dtype, args, here, there in zip(RTOL, narrow, got, wide, strict=True):
         primals = learned(args[0]), args[1] if floating else None
         chex.assert_trees_all_equal_dtypes(here, primals)

@@ -44,7 +44,10 @@ def float64(name: str, tree: PyTree) -> PyTree:
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating) or (
             name == "params" and jnp.issubdtype(leaf.dtype, jnp.number) and not is_floating(leaf)
         ):
-            raise TypeError(f"{name}{keystr(path)} is {leaf.dtype}; check_layer takes real floats")
+            hint = "; what is not learned is marked by jp.Unlearned" if name == "params" else ""
+            raise TypeError(
+                f"{name}{keystr(path)} is {leaf.dtype}; check_layer takes real floats{hint}"
+            )
         return _widened(leaf)
 
     return jax.tree.map_with_path(widen, tree, is_leaf=is_not_learned)

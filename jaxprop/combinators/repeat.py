@@ -11,11 +11,10 @@ from jax import Array
 
 from jaxprop.core.checks import check_count, require
 from jaxprop.core.child import Child
-from jaxprop.core.combinator import Combinator, in_layer
+from jaxprop.core.combinator import Combinator, in_layer, over_layers
 from jaxprop.core.describe import shapes, structs
-from jaxprop.core.forms import over_layers
 from jaxprop.core.layer import Layer
-from jaxprop.core.step import Replacing, Total, Visit
+from jaxprop.core.step import Replacing, Visit
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -55,15 +54,6 @@ class Repeat(Combinator):
 
         return jax.vmap(one)(jax.random.split(key, self.times)), structs(x)
 
-    def check_params(self, params: Params, x: PyTree) -> None:
-        """Raise ``ValueError`` unless every array is a stack with an entry a layer."""
-        for path, leaf in jax.tree.leaves_with_path(params):
-            if jnp.shape(leaf)[:1] != (self.times,):
-                raise ValueError(
-                    f"{self}: params{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but "
-                    f"axis 0 is the layer, and there are {self.times}"
-                )
-
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         def ahead(x: PyTree, params: Params) -> tuple[PyTree, Distinct]:
             y, residuals = self.layer.forward(params, x)
@@ -90,7 +80,7 @@ class Repeat(Combinator):
         steps = jnp.arange(self.times), place, kept
         with in_layer(0, self.layer):
             d_x, visited = jax.lax.scan(back, ct, steps, reverse=True)
-        return over_layers(_added_up(visited)), d_x
+        return over_layers(visited), d_x
 
     def _walk_in_place(
         self, places: PyTree, residuals: Residuals, ct: Cotangent, visit: Replacing
@@ -211,13 +201,3 @@ def repeat(layer: Layer, times: int) -> Repeat:
         (12, 4, 4)
     """
     return Repeat(layer, times)
-
-
-def _added_up(visited: Visited) -> Visited:
-    def is_total(node: object) -> bool:
-        return isinstance(node, Total)
-
-    def add(node: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.sum(axis=0), node) if is_total(node) else node
-
-    return jax.tree.map(add, visited, is_leaf=is_total)

@@ -12,7 +12,7 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Outer, is_factored, joint
 from jaxprop.core.layer import Layer
 from jaxprop.core.step import Step, Visit, params_of
-from jaxprop.core.tree import arrays
+from jaxprop.core.tree import arrays, learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -72,14 +72,20 @@ class Tied(Combinator):
         ct_h = ct @ arrays(params).astype(h.dtype)
         visited, ct_rows = self.body.walk(of_body, residuals, ct_h, visit)
         d_table, d_x = self.embedding.backward(params, of_rows, ct_rows)
+        both = ()
+        if jax.tree.leaves(learned(params)):
+            both = self._joined(d_table, ct, h)
+        step = Step.of(self.embedding, params, of_rows, ct, both, d_x, of_table)
+        return (visit(step), visited), d_x
+
+    def _joined(self, d_table: Cotangent, ct: Cotangent, h: Array) -> Cotangent:
+        """Return the form of the table's two uses."""
         if not is_factored(d_table):
             raise TypeError(
                 f"{self}: the embedding's cotangent of its table must be a form, such as "
                 "jp.forms.Rows, so that the table's two uses can be joined; it is a plain array"
             )
-        both = joint((d_table, Outer(ct, h)))
-        step = Step.of(self.embedding, params, of_rows, ct, both, d_x, of_table)
-        return (visit(step), visited), d_x
+        return joint((d_table, Outer(ct, h)))
 
     def _scores(self, params: Params, h: Float[Array, "n ... d"]) -> Float[Array, "n ... v"]:
         table = arrays(params)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxprop.core.mesh import shard_map_axes
@@ -19,11 +20,36 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.float32) if narrow else x
 
 
+def on_device(leaf: Any) -> Any:
+    """Return a NumPy array as JAX's, in the dtype that JAX gives it; anything else as it is.
+
+    Raises:
+        ValueError: for integers that do not fit into that dtype, which would wrap around.
+    """
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if leaf.size and jnp.issubdtype(dtype, jnp.integer) and dtype != leaf.dtype:
+        least, most = leaf.min(), leaf.max()
+        if least < jnp.iinfo(dtype).min or most > jnp.iinfo(dtype).max:
+            raise ValueError(
+                f"an array of {leaf.dtype} holds {most if most > -least else least}, which does "
+                f"not fit into {dtype}; jax_enable_x64 is off"
+            )
+    return jnp.asarray(leaf)
+
+
+def of_indices(ids: Array) -> Array:
+    """Return integers in at least int32, in which they can be compared with any size."""
+    return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
+
+
 def rounded(tree: PyTree, dtype: Any) -> PyTree:
     """Return the tree with its floating leaves in dtype."""
 
     def narrow(leaf: Array) -> Array:
-        return leaf.astype(dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jnp.asarray(leaf).astype(dtype) if floating else leaf
 
     return jax.tree.map(narrow, tree)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
 
 from jaxprop.core.describe import shapes
 from jaxprop.core.types import PyTree
@@ -54,6 +59,45 @@ def check_flags(layer: object, *fields: str) -> None:
         value = getattr(layer, field)
         if not isinstance(value, bool):
             raise TypeError(f"{type(layer).__name__}: {field} is True or False, not {value!r}")
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> None:
+    """Raise unless value is a number that is not negative, or a scalar array of such a one.
+
+    Args:
+        name: the argument's name, with which a message begins.
+        value: the argument. What it is in a traced program is not known.
+        positive: whether 0 is refused too.
+
+    Raises:
+        TypeError: for what is not a number.
+        ValueError: for one that is negative, or NaN.
+    """
+    dtype = getattr(value, "dtype", None)
+    number = isinstance(value, Real) if dtype is None else jnp.issubdtype(dtype, jnp.number)
+    if isinstance(value, bool) or not number or getattr(value, "shape", ()) != ():
+        raise TypeError(f"{name} is a number, not {value!r}")
+    if isinstance(value, Tracer):
+        return
+    if not (value > 0 if positive else value >= 0):  # pyright: ignore[reportOperatorIssue]
+        must = "must be positive" if positive else "must not be negative"
+        raise ValueError(f"{name} {must}, not {value}")
+
+
+def check_values(words: str, values: Array | np.ndarray, right: Callable[[Any], Any]) -> None:
+    """Raise ``ValueError`` for values that are known not to be right, in a traced program none.
+
+    Args:
+        words: what is taken, with which the message begins.
+        values: an array.
+        right: a function that says of each value whether it is right.
+    """
+    if isinstance(values, Tracer) or not getattr(values, "is_fully_addressable", True):
+        return
+    known = np.asarray(values)
+    wrong = known[~right(known)]
+    if wrong.size:
+        raise ValueError(f"{words}, not {wrong[0]}")
 
 
 def check_x(layer: object, x: PyTree, axes: str) -> None:

@@ -48,4 +48,7 @@ class Child(NamedTuple):
                 dataclasses.replace, params
             )
             return replace(**{self.name: new})
-        return (*params[: self.name], new, *params[self.name + 1 :])  # pyright: ignore
+        entries = list(params)
+        entries[self.name] = new  # pyright: ignore[reportArgumentType, reportCallIssue]
+        named = hasattr(params, "_fields")
+        return type(params)(*entries) if named else type(params)(entries)

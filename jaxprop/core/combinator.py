@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.child import Child
 from jaxprop.core.describe import shapes
+from jaxprop.core.forms import Repeated, is_factored
 from jaxprop.core.layer import Layer, layers_in_fields
-from jaxprop.core.step import Visit
+from jaxprop.core.step import Total, Visit
 from jaxprop.core.tree import learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
@@ -30,13 +32,17 @@ class Combinator(Layer):
 
         def children(self):
             return (jp.Child(self.gate, "gate"), jp.Child(self.block, "block", times=self.times))
+
+    A walk through a child with ``times`` is a scan over its stacked params, and what that scan
+    stacks goes through ``jp.over_layers``.
     """
 
     hands_down_types = True
 
     def children(self) -> tuple[Child, ...]:
         layers = tuple(layers_in_fields(self))
-        if len(layers) == 1:
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        if len(layers) == 1 and any(getattr(self, field.name) is layers[0] for field in fields):
             return (Child(layers[0], None),)
         return tuple(Child(layer, index) for index, layer in enumerate(layers))
 
@@ -55,14 +61,51 @@ class Combinator(Layer):
         self.check_places(params)
 
     def check_places(self, params: Params) -> None:
+        """Raise ``ValueError`` unless every child has its place in params, or its stack."""
         for child in self.children():
+            if child.name is ...:
+                raise ValueError(
+                    f"{self}: children() does not say where the params of {child.layer} stand; "
+                    "name the place in its jp.Child"
+                )
             try:
-                child.of(params)
+                place = child.of(params)
             except (AttributeError, IndexError, KeyError, TypeError):
                 raise ValueError(
                     f"{self}: params are {shapes(params)}, where {child.layer} has no place "
                     f"{child.name!r}"
                 ) from None
+            if child.times is not None:
+                _check_stack(self, place, child.times)
+
+
+def _check_stack(layer: Layer, params: Params, times: int) -> None:
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if jnp.shape(leaf)[:1] != (times,):
+            raise ValueError(
+                f"{layer}: params{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but "
+                f"axis 0 is the layer, and there are {times}"
+            )
+
+
+def over_layers(visited: Visited) -> Visited:
+    """Return what a scan over layers has stacked of a walk, as a combinator hands it on.
+
+    A ``Total`` is added up over the layers, and a form becomes a ``Repeated`` one.
+
+    Args:
+        visited: what a walk returned for each layer, behind an axis of layers.
+    """
+
+    def is_whole(node: object) -> bool:
+        return is_factored(node) or isinstance(node, Total)
+
+    def of_stack(node: Any) -> Any:
+        if isinstance(node, Total):
+            return jax.tree.map(lambda leaf: leaf.sum(axis=0), node)
+        return Repeated(node) if is_factored(node) else node
+
+    return jax.tree.map(of_stack, visited, is_leaf=is_whole)
 
 
 class Wrapper(Layer):
@@ -79,6 +122,7 @@ class Wrapper(Layer):
 
     layer: Layer
     transparent: ClassVar[bool] = False
+    hands_down_types = True
 
     def children(self) -> tuple[Child, ...]:
         return (Child(self.layer, None),)
@@ -138,7 +182,8 @@ def runs(net: Layer) -> Iterator[Run]:
 def layers_with_params(net: Layer, params: Params) -> int:
     """Return how many layers have params that are learned, each in a ``repeat`` counted."""
     if not isinstance(net, Combinator):
-        return 1 if jax.tree.leaves(learned(params)) else 0
+        leaves = jax.tree.leaves(learned(params))
+        return int(any(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves))
     return sum(
         (child.times or 1) * layers_with_params(child.layer, child.of(params))
         for child in net.children()

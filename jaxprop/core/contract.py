@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from jaxprop.core.arrays import on_device
 from jaxprop.core.describe import shapes, structs
 from jaxprop.core.tree import arrays, bare, typed
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
@@ -44,7 +44,7 @@ def held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def held(self: Layer, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         self.check_params(params, x)
-        x = x if isinstance(x, Array) else jax.tree.map(_on_device, x)
+        x = x if isinstance(x, Array) else jax.tree.map(on_device, x)
         if not self.hands_down_types and typed(jax.tree.structure(params)):
             params = arrays(params)
         result = forward(self, params, x)
@@ -63,10 +63,6 @@ def of_arrays(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(self, params, residuals, ct)
 
     return of
-
-
-def _on_device(leaf: Any) -> Any:
-    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 class _Expected(NamedTuple):

@@ -39,5 +39,6 @@ def of_batch(
         return f(net.bind(params, key=key, mask=mask), x, target, key)
 
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = doc
+    function.__doc__ = doc and doc.split("\n\n    Attributes:")[0]
+    del function.__annotations__["return"]
     return function

@@ -7,7 +7,7 @@ import abc
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxprop.core.static import Static
 from jaxprop.core.types import Cotangent, PyTree, Residuals
@@ -30,6 +30,13 @@ class Loss(Static):
     @abc.abstractmethod
     def backward(self, residuals: Residuals, /) -> Cotangent:
         """Return the cotangent of y, for each example's own loss."""
+
+    def real(self, residuals: Residuals, /) -> Bool[Array, "n ..."] | None:
+        """Return False where a target says that an example, or a position, is padding.
+
+        None, as here, where all are real.
+        """
+        return None
 
     def hessian_root(self, residuals: Residuals, /) -> Float[Array, "c n ..."]:
         """Return S with sum_c S_c S_c^T the Hessian by y of each example's own loss.

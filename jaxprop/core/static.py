@@ -22,8 +22,8 @@ class Static(abc.ABC):
         for base in cls.__bases__:
             if base is not Static and issubclass(base, Static) and not inspect.isabstract(base):
                 raise TypeError(
-                    f"{cls.__name__} subclasses {base.__name__}; to change a rule, wrap the layer: "
-                    "hold it in a field and call it (jp.Wrapper)"
+                    f"{cls.__name__} subclasses {base.__name__}; to change what it does, hold it "
+                    "in a field and call it (a layer as a jp.Wrapper does)"
                 )
         dataclasses.dataclass(frozen=True, repr=False)(cls)
         jax.tree_util.register_static(cls)

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprop.core.describe import shapes
+from jaxprop.core.static import Static
 from jaxprop.core.types import Cotangent, Params, PyTree
 
 
@@ -91,12 +93,19 @@ def freeze(params: Params) -> Params:
     Args:
         params: the params of a layer or of a whole net.
 
+    Raises:
+        TypeError: for a net, which has no arrays.
+
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
         >>> net, x = jp.chain(jp.Dense(8), jp.Tanh(), jp.Dense(3)), jnp.ones((2, 4))
         >>> body, tanh, head = net.init(jax.random.key(0), x)
         >>> params = (jp.freeze(body), tanh, head)  # of this net only the head is trained
     """
+    if isinstance(params, Static):
+        raise TypeError(
+            f"freeze takes params; {params} is a net. Write jp.freeze(params), or jp.frozen(net)"
+        )
     return jax.tree.map(
         lambda node: node if is_not_learned(node) else Unlearned(node),
         params,
@@ -107,6 +116,24 @@ def freeze(params: Params) -> Params:
 def learned(tree: PyTree) -> PyTree:
     """Return the tree with ``()`` where something is not learned."""
     return _replaced(tree, lambda node: ())
+
+
+def for_optimizer(tree: PyTree) -> PyTree:
+    """Return the tree as an optimizer sees it: without arrays that are not learned.
+
+    An ``Unlearned`` node stays, empty, so that a mask made by ``jax.tree.map`` of params fits.
+    """
+    return _replaced(tree, lambda node: Unlearned(()) if isinstance(node, Unlearned) else ())
+
+
+def check_learned(params: Params) -> None:
+    """Raise ``TypeError`` for an array that no gradient can move, and that is not marked so."""
+    for path, leaf in jax.tree.leaves_with_path(learned(params)):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} is {shapes(leaf)}, which no gradient moves: "
+                "mark it in init, by jp.Unlearned(array)"
+            )
 
 
 def arrays(params: Params) -> Params:

@@ -61,6 +61,8 @@ def walk(net: Layer, loss: Loss, visit: Visit) -> OfBatch[tuple[Array, Visited, 
         ``visit(step)`` where each layer's params stand, and the cotangent of x.
     """
     check_net_and_loss(net, loss)
+    if not callable(visit):
+        raise TypeError(f"visit is a function of a jp.Step, not {visit!r}")
 
     def walked(
         params: Params, x: PyTree, target: PyTree, key: Array | None

@@ -242,7 +242,8 @@ class Explanation:
         for known, terms, position in self._params():
             if known == name:
                 return Param(name, terms, position, self.shown)
-        raise KeyError(f"no param is called {name!r}; there are {', '.join(self.names)}")
+        there = f"there are {', '.join(self.names)}" if self.names else "no param is learned"
+        raise KeyError(f"no param that is learned is called {name!r}; {there}")
 
     def runs(self) -> list[tuple[str, Terms]]:
         """Return the name and the terms of each layer, in the order of the forward pass.

@@ -53,8 +53,8 @@ class Attention(Layer):
     least float32.
 
     There is nothing to learn: params are ``()``, or a ``jp.Mask`` that ``net.bind(params, mask=)``
-    puts in their place. Padded keys get no weight. For a query with no key left, y and
-    the cotangents are 0.
+    puts in their place. Padded positions are taken for zeros, whatever x holds there, and get no
+    weight as keys. For a query with no key left, y and the cotangents are 0.
 
     Args:
         heads: the number of heads, which divides D.
@@ -94,6 +94,7 @@ class Attention(Layer):
         self, params: Params, x: Float[Array, "n t c"]
     ) -> tuple[Float[Array, "n t d"], Residuals]:
         mask = self._mask(params, x)
+        x = x if mask is None else jnp.where(mask[..., None], x, 0)
         q, k, v = _split(x, self.heads)
         parts = []
         for rows, keys in self._parts(x.shape[1]):
@@ -121,7 +122,8 @@ class Attention(Layer):
             d_k.append(_until(x.shape[1], here[1][0]))
             d_v.append(_until(x.shape[1], here[1][1]))
         d_x = jnp.stack([jnp.concatenate(d_q, 2) * _scale(q), sum(d_k), sum(d_v)], 2)
-        return (), d_x.transpose(0, 3, 2, 1, 4).reshape(x.shape).astype(x.dtype)
+        d_x = d_x.transpose(0, 3, 2, 1, 4).reshape(x.shape).astype(x.dtype)
+        return (), d_x if mask is None else jnp.where(mask[..., None], d_x, 0)
 
     def _mask(self, params: Params, x: Float[Array, "n t c"]) -> PaddingMask:
         if not isinstance(params, Mask):

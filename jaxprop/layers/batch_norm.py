@@ -14,7 +14,7 @@ from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Unlearned
 from jaxprop.core.types import PyTree
-from jaxprop.layers.normalization import X, affine, check_eps, moments, scaled
+from jaxprop.layers.normalization import X, affine, check_eps, moments, rstd_of, scaled
 
 
 class BatchNormParams(NamedTuple):
@@ -134,12 +134,13 @@ class BatchNorm(Layer):
 
     def _standardized(self, params: BatchNormParams, x: X) -> tuple[X, Array]:
         """Return ``(n, rstd)``."""
-        if self.training:
-            mean, var = moments(x, _all_but_last(x))
-        else:
-            mean, var = params.mean, params.var
-        rstd = jax.lax.rsqrt(var + float(self.eps))
-        return (wide(x) - mean) * rstd, rstd
+        if not self.training:
+            rstd = jax.lax.rsqrt(params.var + float(self.eps))
+            return (wide(x) - params.mean) * rstd, rstd
+        axes = _all_but_last(x)
+        centered = wide(x) - wide(x).mean(axes, keepdims=True)
+        rstd = rstd_of(centered, lambda x: x.mean(axes, keepdims=True), self.eps)
+        return centered * rstd, rstd
 
 
 def _all_but_last(x: X) -> tuple[int, ...]:

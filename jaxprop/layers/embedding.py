@@ -7,12 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import of_indices, wide
 from jaxprop.core.checks import check_counts
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, Kronecker, gram, reached, weighted
+from jaxprop.core.forms import Factored, gram, of_real, weighted
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.types import PyTree
@@ -66,22 +66,26 @@ class Rows(Factored):
 
     def squares(self) -> Float[Array, "n t d"]:
         ids, ct = self._sequences()
-        length = ids.shape[1]
-        if length == 1:
+        if ids.shape[1] == 1:
             return ct**2
-        first = jnp.argmax(ids[:, :, None] == ids[:, None, :], axis=-1)
-        return jnp.einsum("nts,ntd->nsd", jax.nn.one_hot(first, length, dtype=ct.dtype), ct) ** 2
+
+        def alone(ids: Array, ct: Array) -> Array:
+            return jnp.zeros_like(ct).at[_first(ids)].add(ct)
+
+        return jax.vmap(alone)(ids, ct) ** 2
 
     def of_squares(self, squares: Float[Array, "n t d"]) -> Float[Array, "v d"]:
         return Rows(self.ids, squares, self.vocab).sum()
 
-    def kronecker(self, over: str | None = None) -> Kronecker:
-        """Return the factors: a (V, V) is diagonal and counts the occurrences of each id."""
-        ids, ct = self._sequences()
-        met = reached(ct, over)[..., 0]
-        ids = jnp.where(met, _inside(ids, self.vocab), self.vocab)
-        counts = jnp.zeros(self.vocab, ct.dtype).at[ids.ravel()].add(1, mode="drop")
-        return Kronecker(jnp.diag(counts), gram(ct, over))
+    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "v v"]:
+        """Return the counts of each id, on a diagonal."""
+        one = of_real(jnp.ones(self.ids.shape, wide(self.ct).dtype), real)
+        counts = jnp.zeros(self.vocab, one.dtype)
+        ids = _inside(self.ids, self.vocab)
+        return jnp.diag(counts.at[ids.ravel()].add(one.ravel(), mode="drop"))
+
+    def gram_of_ct(self) -> Float[Array, "d d"]:
+        return gram(self._sequences()[1])
 
     def _table(self, ids: Int[Array, " m"], ct: Float[Array, "m d"]) -> Float[Array, "v d"]:
         zeros = jnp.zeros((self.vocab, ct.shape[-1]), ct.dtype)
@@ -89,9 +93,11 @@ class Rows(Factored):
         return zeros.at[_inside(ids, self.vocab)].add(ct, mode="drop", out_sharding=whole)
 
     def _sequences(self) -> tuple[Int[Array, "n t"], Float[Array, "n t d"]]:
-        ct = wide(self.ct)
-        n = self.ids.shape[0]
-        return self.ids.reshape(n, -1), ct.reshape(n, -1, ct.shape[-1])
+        """Return ids and ct, which is 0 where the id is in no row."""
+        n, features = self.ids.shape[0], self.ct.shape[-1]
+        ids, ct = of_indices(self.ids).reshape(n, -1), wide(self.ct).reshape(n, -1, features)
+        there = (ids >= 0) & (ids < self.vocab)
+        return ids, jnp.where(there[..., None], ct, 0)
 
 
 class Embedding(Layer):
@@ -100,8 +106,9 @@ class Embedding(Layer):
     y is one_hot(x) W, so dE/dW = one_hot(x)^T ct: ct in the rows x, added up for equal ids. The
     one_hot is never formed. The ids have no cotangent: d_x is None.
 
-    x is (N, ...), integers in [0, vocab), and y is (N, ..., features). An id out of range gives a
-    row of NaN. params are the table (vocab, features), of JAX's default float dtype, and start as
+    x is (N, ...), integers in [0, vocab), and y is (N, ..., features). An id of -1 (or less) is
+    padding: its row is zeros, and nothing goes back from it. One of vocab or more gives a row of
+    NaN. params are the table (vocab, features), of JAX's default float dtype, and start as
     normal with standard deviation 1 / sqrt(features).
 
     Args:
@@ -132,7 +139,7 @@ class Embedding(Layer):
         ids = _inside(x, self.vocab)
         as_ids = laid_out(ids, *jax.typeof(ids).sharding.spec, jax.typeof(params).sharding.spec[-1])
         rows = params.at[ids].get(mode="fill", fill_value=jnp.nan, out_sharding=as_ids)
-        return rows, x
+        return jnp.where((x < 0)[..., None], 0, rows), x
 
     def backward(
         self, params: Float[Array, "v d"], x: Int[Array, "n ..."], ct: Float[Array, "n ... d"]
@@ -140,6 +147,16 @@ class Embedding(Layer):
         return Rows(x, ct, self.vocab), None
 
 
+def _first(ids: Int[Array, " t"]) -> Int[Array, " t"]:
+    """Return, for each position, the first one with the same id: those of a sorted run share it."""
+    order = jnp.argsort(ids, stable=True)
+    in_order = ids[order]
+    starts = jnp.append(True, in_order[1:] != in_order[:-1])
+    start = jax.lax.cummax(jnp.where(starts, jnp.arange(len(ids)), 0))
+    return jnp.zeros_like(order).at[order].set(order[start])
+
+
 def _inside(ids: Int[Array, "..."], vocab: int) -> Int[Array, "..."]:
     """Return ids with negative ones moved past the end, where JAX does not wrap them around."""
+    ids = of_indices(ids)
     return jnp.where(ids < 0, vocab, ids)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -14,7 +13,7 @@ from jaxprop.core.checks import check_counts
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
-from jaxprop.layers.normalization import NormParams, X, affine, check_eps, scaled
+from jaxprop.layers.normalization import NormParams, X, affine, check_eps, rstd_of, scaled
 
 
 class GroupNorm(Layer):
@@ -62,8 +61,11 @@ class GroupNorm(Layer):
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, X, X]]:
         mean = self._mean_of_groups(_over_positions(jnp.mean, wide(x)))
-        var = self._mean_of_groups(_over_positions(jnp.mean, (wide(x) - mean) ** 2))
-        rstd = jax.lax.rsqrt(var + float(self.eps))
+
+        def over_group(x: Array) -> Array:
+            return self._mean_of_groups(_over_positions(jnp.mean, x))
+
+        rstd = rstd_of(wide(x) - mean, over_group, self.eps)
         return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
 
     def backward(

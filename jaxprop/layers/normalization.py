@@ -7,6 +7,7 @@ x - mean, since E x^2 - mean^2 would cancel. y and d_x have the dtype of x.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,7 @@ class LayerNorm(Layer):
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow, PerRow]]:
         mean = _mean_along(wide(x))
-        rstd = jax.lax.rsqrt(_mean_along((wide(x) - mean) ** 2) + float(self.eps))
+        rstd = rstd_of(wide(x) - mean, _mean_along, self.eps)
         return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
 
     def backward(
@@ -124,7 +125,7 @@ class RMSNorm(Layer):
         return NormParams(affine(self, x).scale)
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow]]:
-        rstd = jax.lax.rsqrt(_mean_along(wide(x) ** 2) + float(self.eps))
+        rstd = rstd_of(wide(x), _mean_along, self.eps)
         return scaled(params, wide(x) * rstd, x), (x, rstd)
 
     def backward(
@@ -151,6 +152,21 @@ def _mean_along(x: Array, v: Array | None = None) -> Array:
 
     v = jnp.ones(x.shape[-1], x.dtype) if v is None else v
     return jax.lax.platform_dependent(x, v, cpu=product, default=reduction) / x.shape[-1]
+
+
+def rstd_of(x: Array, mean: Callable[[Array], Array], eps: float) -> Array:
+    """Return 1 / sqrt(mean(x^2) + eps), also where x^2 would overflow.
+
+    Args:
+        x: at least float32.
+        mean: how to take the mean of an array like x.
+        eps: the number that is added to the mean square.
+    """
+    small = 2.0 ** -(jnp.finfo(x.dtype).maxexp * 5 // 8)
+    var, of_large = mean(x**2), mean((x * small) ** 2)
+    large = jnp.isinf(var)
+    rstd = jax.lax.rsqrt(jnp.where(large, of_large, var + float(eps)))
+    return jnp.where(large, rstd * small, rstd)
 
 
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:

@@ -9,10 +9,10 @@ from dataclasses import field
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import sum_over, wide
-from jaxprop.core.forms import Factored, Kronecker, Outer, Sum, weighted
+from jaxprop.core.forms import Factored, Outer, Sum, norms_of_all, of_real, weighted
 from jaxprop.core.mesh import is_explicit
 from jaxprop.layers.windows import Windows
 
@@ -58,10 +58,10 @@ class Patches(Factored):
         return Patches(wide(self.x), ct, self.windows, self.groups).sum()
 
     def sq_norms(self) -> Float[Array, " n"]:
-        return self._for_each(Outer.sq_norms)
+        return self._for_each(Outer.sq_norms, lambda groups: groups.sum(axis=0))
 
-    def bounding_sq_norms(self) -> Float[Array, " n"]:
-        return self._for_each(Outer.bounding_sq_norms)
+    def norms(self) -> Float[Array, " n"]:
+        return self._for_each(Outer.norms, norms_of_all)
 
     def inner_products(self) -> Float[Array, "n n"]:
         return self._outers(Outer.inner_products, self.x, self.ct).sum(axis=0)
@@ -72,13 +72,14 @@ class Patches(Factored):
 
         return self._folded(_added(squares, 1, self.x, self.ct)[:, None])[0]
 
-    def kronecker(self, over: str | None = None) -> Kronecker:
-        """Return the Gram matrices of the patches and of ct, summed over examples and positions.
+    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "i i"]:
+        """Return the Gram matrix of the patches, summed over examples and positions.
 
-        They are the factors of Grosse and Martens 2016, https://arxiv.org/abs/1602.01407.
+        With that of ct it is the factor of Grosse and Martens 2016,
+        https://arxiv.org/abs/1602.01407.
 
         Args:
-            over: the name of the ``jax.vmap`` axis that several cotangents lie on, or None for one.
+            real: False where an example is padding, or all its positions are.
 
         Raises:
             TypeError: for several groups, whose weights are not one matrix.
@@ -93,8 +94,12 @@ class Patches(Factored):
             (rows,) = _patches(wide(x), self.windows, 1)
             return Outer(rows, rows).sum()
 
-        a = self._in_blocks(functools.partial(_added, gram), self.x)
-        return Kronecker(a, Sum(self.ct).kronecker(over).b)
+        if real is not None:
+            real = jnp.any(real, axis=tuple(range(1, real.ndim)))
+        return self._in_blocks(functools.partial(_added, gram), of_real(self.x, real))
+
+    def gram_of_ct(self) -> Float[Array, "o o"]:
+        return Sum(self.ct).gram_of_ct()
 
     def _outers(self, f: Callable[[Outer], Array], x: Array, ct: Array) -> Array:
         """Return f of each group's ``Outer``, on a leading axis."""
@@ -153,9 +158,13 @@ class Patches(Factored):
             preferred_element_type=wide(self.ct).dtype,
         )
 
-    def _for_each(self, f: Callable[[Outer], Float[Array, " n"]]) -> Float[Array, " n"]:
+    def _for_each(
+        self,
+        f: Callable[[Outer], Float[Array, " n"]],
+        together: Callable[[Float[Array, "g n"]], Float[Array, " n"]],
+    ) -> Float[Array, " n"]:
         def of_examples(x: Array, ct: Array) -> Array:
-            return self._outers(f, x, ct).sum(axis=0)
+            return together(self._outers(f, x, ct))
 
         return self._in_blocks(functools.partial(_stacked, of_examples), self.x, self.ct)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import empty_like
+from jaxprop.core.arrays import empty_like, wide
 from jaxprop.core.checks import check_x
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
@@ -111,12 +111,14 @@ class AvgPool(Layer):
 
     def forward(self, params: tuple[()], x: X) -> tuple[Y, Array]:
         windows = _windows(self, x.shape[1:-1])
-        return _reduced(x, 0, jax.lax.add, windows) / windows.taps, empty_like(x)
+        total = _reduced(wide(x), 0, jax.lax.add, windows)
+        return (total / windows.taps).astype(x.dtype), empty_like(x)
 
     def backward(self, params: tuple[()], x: Array, ct: Y) -> tuple[tuple[()], X]:
         spatial = x.shape[2:-1]
         windows = _windows(self, spatial)
-        return (), windows.put_back([ct / windows.taps] * windows.taps, spatial)
+        total = windows.put_back([wide(ct)] * windows.taps, spatial)
+        return (), (total / windows.taps).astype(ct.dtype)
 
 
 class GlobalAvgPool(Layer):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import wide
 from jaxprop.core.checks import is_whole
 
 AXES = {1: "N, T, C", 2: "N, H, W, C", 3: "N, H, W, D, C"}
@@ -92,7 +93,10 @@ class Windows(NamedTuple):
     def put_back(
         self, parts: Sequence[Float[Array, "n ... c"]], spatial: Sizes
     ) -> Float[Array, "n ... c"]:
-        """Return the transpose of ``shifted``: the parts of the taps, added where each read x."""
+        """Return the transpose of ``shifted``: the parts of the taps, added where each read x.
+
+        They are added in at least float32, and the sum is of their dtype.
+        """
         total = None
         for tap, part in zip(itertools.product(*map(range, self.window)), parts, strict=True):
             config = []
@@ -102,10 +106,10 @@ class Windows(NamedTuple):
                 start = k * d - low
                 config.append((start, h - start - (t - 1) * s - 1, s - 1))
             config = [(0, 0, 0), *config, (0, 0, 0)]
-            placed = jax.lax.pad(part, jnp.zeros((), part.dtype), config)
+            placed = jax.lax.pad(wide(part), jnp.zeros((), wide(part).dtype), config)
             total = placed if total is None else total + placed
         assert total is not None
-        return total
+        return total.astype(parts[0].dtype)
 
 
 def sizes(name: str, value: object, rank: int) -> Sizes:

@@ -7,7 +7,7 @@ their own, such as ``jp.per_example_sq_norms``.
 from jaxprop.core.forms import Kronecker
 from jaxprop.quantity.base import PerExample, Quantity
 from jaxprop.quantity.clipping import Clipped
-from jaxprop.quantity.curvature import DiagGGN, GGNRoot, KroneckerFactors
+from jaxprop.quantity.curvature import AddedUp, DiagGGN, GGNRoot, KroneckerFactors
 from jaxprop.quantity.per_example import (
     Gradient,
     Gram,
@@ -20,6 +20,7 @@ from jaxprop.quantity.per_example import (
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source
 
 __all__ = [
+    "AddedUp",
     "Clipped",
     "DiagGGN",
     "GGNRoot",

@@ -77,16 +77,17 @@ class Quantity(Static):
     def source(self) -> Source:
         """The cotangent that the walk starts from. Quantities of one source share a walk.
 
-        Where a source may have several columns, ``take`` is also given ``over=``, the name of the
-        ``jax.vmap`` axis that they lie on.
+        Where a source has several columns, what is taken of them is stacked (``stacked``), or added
+        up (``jp.quantity.AddedUp``).
         """
         return LossGradient()
 
     @property
     def before(self) -> Quantity | None:
-        """Another quantity, taken in a walk of its own first.
+        """Another quantity of the same source, taken in a walk of its own first.
 
-        ``take`` is then given its result as ``before=``.
+        ``take`` is then given its result as ``before=``. With micro-batches it is that of the
+        micro-batch, so that it must be of each example by itself.
         """
         return None
 
@@ -164,5 +165,5 @@ def everything(taken: PyTree) -> Array:
     """
     leaves: list[Array] = jax.tree.leaves(taken)
     if not leaves:
-        raise ValueError("the net has no params, so that there is no gradient to ask about")
+        raise ValueError("the net has no params that are learned, and so no gradient to ask about")
     return sum(leaves[1:], start=leaves[0])

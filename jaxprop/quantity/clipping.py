@@ -7,16 +7,16 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.checks import check_number
 from jaxprop.core.combinator import layers_with_params
+from jaxprop.core.forms import is_factored, norms_of_all
 from jaxprop.core.mesh import like
-from jaxprop.core.step import Total
 from jaxprop.core.tree import without_unmarked
 from jaxprop.core.types import Params, PyTree
-from jaxprop.quantity.base import Batch, PerExample, Quantity, everything, total, unmarked
+from jaxprop.quantity.base import Batch, PerExample, Quantity, everything, unmarked
 
 NOISE = 0x6E6F6973  # folded into the key, so that noise is drawn apart from what the layers draw
 
@@ -34,10 +34,11 @@ class Clipped(Quantity):
     multiplier.
 
     Attributes:
-        max_norm: the bound on |g_n|, positive.
-        noise_multiplier: the standard deviation of the noise in units of the bound. With more than
-            0 the function takes a key, a new one each step, and raises ``TypeError`` for params
-            narrower than float32, which would round the noise away.
+        max_norm: the bound on |g_n|, positive; a number, or a scalar array (which ``jax.jit`` may
+            trace).
+        noise_multiplier: the standard deviation of the noise in units of the bound, likewise. With
+            more than 0, or where it is an array, the function takes a key, a new one each step, and
+            raises ``TypeError`` for params narrower than float32, which would round the noise away.
         per_layer: whether each layer's part of g_n is bounded by max_norm by itself. The whole of L
             layers with params is then bounded by sqrt(L) max_norm, and the noise is that much
             larger.
@@ -47,51 +48,46 @@ class Clipped(Quantity):
             chain first, and saves nothing.
     """
 
-    max_norm: float
-    noise_multiplier: float = 0.0
+    max_norm: float | Array
+    noise_multiplier: float | Array = 0.0
     per_layer: bool = False
     two_pass: bool = False
 
     like_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_norm, int | float | np.generic) and not self.max_norm > 0:
-            raise ValueError(f"max_norm must be positive, not {self.max_norm}")
-        if not self.noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier must not be negative, not {self.noise_multiplier}")
+        check_number("max_norm", self.max_norm, positive=True)
+        check_number("noise_multiplier", self.noise_multiplier)
         if self.per_layer and self.two_pass:
             raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
 
     @property
     def before(self) -> Quantity | None:
-        return BoundingSqNorms() if self.two_pass else None
+        return Norms() if self.two_pass else None
 
     def take(self, params: Params, forms: PyTree, examples: int, before: PyTree = None) -> PyTree:
         if self.two_pass:
             return _mean(params, forms, self._weights(before))
         if self.per_layer and jax.tree.leaves(params):
-            sq_norms = everything(total(lambda form: form.bounding_sq_norms(), forms))
-            return _mean(params, forms, self._weights(sq_norms))
+            return _mean(params, forms, self._weights(_norms(forms)))
         return forms
 
     def gather(self, params: Params, taken: PyTree, examples: int) -> PyTree:
         if not self.two_pass and not self.per_layer:
-            sq_norms = everything(total(lambda form: form.bounding_sq_norms(), taken))
-            taken = _mean(without_unmarked(params, taken), taken, self._weights(sq_norms))
+            weights = self._weights(_norms(taken))
+            taken = _mean(without_unmarked(params, taken), taken, weights)
         if not jax.tree.leaves(taken):
             everything(taken)
         return taken
 
     def end(self, settled: PyTree, batch: Batch) -> PyTree:
-        if self.noise_multiplier:
+        if not (isinstance(self.noise_multiplier, int | float) and self.noise_multiplier == 0):
             settled = self._noisy(settled, batch)
         return super().end(settled, batch)
 
-    def _weights(self, sq_norms: Float[Array, " n"]) -> Float[Array, " n"]:
+    def _weights(self, norms: Float[Array, " n"]) -> Float[Array, " n"]:
         """Return min(1, max_norm / |g_n|) / N."""
-        tiny = jnp.finfo(sq_norms.dtype).tiny
-        scale = self.max_norm * jax.lax.rsqrt(jnp.maximum(sq_norms, tiny))
-        return jnp.minimum(1, scale) / sq_norms.size
+        return self.max_norm / jnp.maximum(norms, self.max_norm) / norms.size
 
     def _noisy(self, grads: PyTree, batch: Batch) -> PyTree:
         leaves, structure = jax.tree.flatten(grads)
@@ -110,14 +106,21 @@ class Clipped(Quantity):
         return jax.tree.unflatten(structure, noisy)
 
 
-class BoundingSqNorms(Quantity):
-    """|g_n|^2 over all params, in a way that cannot cancel; (N,)."""
+class Norms(Quantity):
+    """|g_n| over all params, in a way that neither cancels nor overflows; (N,)."""
 
     def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
-        return Total(PerExample(total(lambda form: form.bounding_sq_norms(), forms), axis=-1))
+        return PerExample(_norms(forms), axis=-1) if jax.tree.leaves(forms) else ()
 
     def finish(self, settled: PyTree, examples: int) -> Float[Array, " n"]:
-        return everything(unmarked(settled))
+        norms = unmarked(settled)
+        return norms_of_all(norms) if jax.tree.leaves(norms) else everything(norms)
+
+
+def _norms(forms: PyTree) -> Float[Array, " n"]:
+    """Return |g_n| over all forms of a tree, of which there is one at least."""
+    leaves = jax.tree.leaves(forms, is_leaf=is_factored)
+    return norms_of_all([form.norms() for form in leaves]) if leaves else everything(())
 
 
 def _mean(params: Params, forms: PyTree, weights: Float[Array, " n"]) -> PyTree:

@@ -8,10 +8,12 @@ its root is J_n^T S_n: one walk back for each column of S_n (``HessianRoot``).
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool
 
 from jaxprop.core.forms import Factored, Kronecker, is_factored
 from jaxprop.core.types import Params, PyTree
@@ -20,20 +22,35 @@ from jaxprop.quantity.per_example import per_example
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source
 
 
+class Counted(NamedTuple):
+    """The examples of a batch.
+
+    Attributes:
+        examples: how many.
+        real: False where one, or a position of one, is padding; None where all are real.
+    """
+
+    examples: int
+    real: Bool[Array, "n ..."] | None = None
+
+
 class AddedUp(Quantity):
-    """A quantity whose source has columns that may be gone through one after the other."""
+    """A quantity of which a part is added up over the columns of its source.
+
+    It is taken in two steps, whether there are several columns or one: ``part`` of each column's
+    walk, and ``whole`` of their sum.
+    """
 
     @abc.abstractmethod
     def part(self, forms: PyTree) -> PyTree:
         """Return of one column what is added up over the columns, at one layer."""
 
     @abc.abstractmethod
-    def whole(self, forms: PyTree, parts: PyTree, examples: int) -> PyTree:
+    def whole(self, forms: PyTree, parts: PyTree, batch: Counted) -> PyTree:
         """Return what is taken, from the sum of the parts and the forms of any one column."""
 
-    def take(self, params: Params, forms: PyTree, examples: int, over: str | None = None) -> PyTree:
-        parts = self.part(forms)
-        return self.whole(forms, parts if over is None else jax.lax.psum(parts, over), examples)
+    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+        return self.whole(forms, self.part(forms), Counted(examples))
 
 
 class DiagGGN(AddedUp):
@@ -57,16 +74,16 @@ class DiagGGN(AddedUp):
     def part(self, forms: PyTree) -> PyTree:
         return map_forms(lambda form: form.squares(), forms)
 
-    def whole(self, forms: PyTree, parts: PyTree, examples: int) -> PyTree:
+    def whole(self, forms: PyTree, parts: PyTree, batch: Counted) -> PyTree:
         return jax.tree.map(
-            lambda form, squares: form.of_squares(squares) / examples,
+            lambda form, squares: form.of_squares(squares) / batch.examples,
             forms,
             parts,
             is_leaf=is_factored,
         )
 
 
-class KroneckerFactors(Quantity):
+class KroneckerFactors(AddedUp):
     """Two factors for each param's block of the Gauss-Newton matrix; like params.
 
     A ``Kronecker(a, b)`` at each leaf: a and b are the means over examples of sum_t x_t x_t^T and
@@ -74,8 +91,8 @@ class KroneckerFactors(Quantity):
     outermost. Sampled they are KFAC's (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671),
     from the exact root KFLR's (Botev et al. 2017, https://arxiv.org/abs/1706.03662), and from the
     loss gradient those of the empirical Fisher matrix. For one example without positions the
-    product is the block. A bias has a = [[1]]. A position that nothing comes back to, as one that
-    is padded, counts in neither.
+    product is the block. A bias has a = [[1]]. Examples and positions whose target says that they
+    are padding count in neither.
 
     Raises ``TypeError`` for a param whose cotangent has no two factors.
 
@@ -99,12 +116,14 @@ class KroneckerFactors(Quantity):
     def source(self) -> Source:
         return LossGradient() if self.empirical else HessianRoot(self.samples)
 
-    def take(self, params: Params, forms: PyTree, examples: int, over: str | None = None) -> PyTree:
-        def factors(form: Factored) -> Kronecker:
-            a, b = form.kronecker(over)
-            return Kronecker(a / examples, b / examples)
+    def part(self, forms: PyTree) -> PyTree:
+        return map_forms(lambda form: form.gram_of_ct(), forms)
 
-        return map_forms(factors, forms)
+    def whole(self, forms: PyTree, parts: PyTree, batch: Counted) -> PyTree:
+        def factors(form: Factored, of_ct: Array) -> Kronecker:
+            return Kronecker(form.gram_of_x(batch.real) / batch.examples, of_ct / batch.examples)
+
+        return jax.tree.map(factors, forms, parts, is_leaf=is_factored)
 
 
 class GGNRoot(Quantity):
@@ -127,7 +146,7 @@ class GGNRoot(Quantity):
     def source(self) -> Source:
         return HessianRoot(self.samples)
 
-    def take(self, params: Params, forms: PyTree, examples: int, over: str | None = None) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
         return per_example(params, forms)
 
     def finish(self, settled: PyTree, examples: int) -> PyTree:

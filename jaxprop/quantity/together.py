@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.checks import require
 from jaxprop.core.cotangents import factored
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
@@ -18,12 +20,11 @@ from jaxprop.core.step import Step
 from jaxprop.core.tree import learned
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Visited
 from jaxprop.core.walk import Forward, check_net_and_loss, forward
-from jaxprop.quantity.base import Batch, Quantity
-from jaxprop.quantity.curvature import AddedUp
+from jaxprop.quantity.base import Batch, Quantity, is_marked
+from jaxprop.quantity.curvature import AddedUp, Counted
 from jaxprop.quantity.micro_batches import in_micro_batches
-from jaxprop.quantity.source import Source
+from jaxprop.quantity.source import Columns, Source
 
-COLUMNS = "jaxprop.columns"
 FORMS = "jaxprop.forms"
 SAMPLES = 0x73616D70  # folded into the key, so that samples are drawn apart from what layers draw
 
@@ -124,73 +125,107 @@ class _Walks:
     def of(self, source: Source, key: Array | None) -> dict[str, PyTree]:
         """Return what was taken, by name."""
         columns = source.columns(self.ahead, key)
-        if columns.number == 1:
-            taken = self._walk(columns.column(0))
-            for name, quantity in self.asked.items():
-                if quantity.stacked:
-                    taken[name] = jax.tree.map(lambda leaf: leaf[None], taken[name])
-            return taken
-        if all(isinstance(quantity, AddedUp) for quantity in self.asked.values()):
-            return self._one_by_one(columns.column, columns.number)
-        axes = {name: 0 if quantity.stacked else None for name, quantity in self.asked.items()}
-        walk = jax.vmap(lambda ct: self._walk(ct, COLUMNS), axis_name=COLUMNS, out_axes=axes)
-        return walk(columns.all())
+        if columns.number > 1:
+            return self._one_by_one(columns)
+        taken = self._walk(columns.column(0), self._before(columns.column(0)))
+        return {
+            name: _stacked(here, 1) if self.asked[name].stacked else here
+            for name, here in taken.items()
+        }
 
-    def _walk(self, ct: Cotangent, over: str | None = None) -> dict[str, PyTree]:
-        """Return what one walk takes; over is the ``jax.vmap`` axis of several."""
-        examples, known = self.ahead.examples, self._before(ct)
+    def _walk(self, ct: Cotangent, known: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Return what one walk takes."""
 
         def visit(step: Step) -> Taken:
-            forms, params = factored(step), step.learned
-            taken: dict[str, PyTree] = {}
-            for name, quantity in self.asked.items():
-                extra: dict[str, Any] = {} if over is None else {"over": over}
-                if name in known:
-                    extra["before"] = known[name]
-                here = quantity.take(params, forms, examples, **extra)
-                taken[name] = quantity.settle(here) if self.settle else here
-            return Taken(taken)
+            forms = factored(step)
+            return Taken({name: self._take(name, step, forms, known) for name in self.asked})
 
         visited, _ = self.ahead.back(ct, visit)
+        return self._gathered(visited)
+
+    def _one_by_one(self, columns: Columns) -> dict[str, PyTree]:
+        """Return what is taken of one column after the other: added up, or stacked."""
+        added: dict[str, AddedUp] = {}
+        for name, quantity in self.asked.items():
+            if isinstance(quantity, AddedUp):
+                added[name] = quantity
+            elif not quantity.stacked:
+                raise TypeError(
+                    f"{quantity} is of a source of {columns.number} columns: it stacks what it "
+                    "takes of each (stacked = True), or is a jp.quantity.AddedUp"
+                )
+
+        def of_column(step: Step, forms: PyTree) -> dict[str, PyTree]:
+            return {
+                name: added[name].part(forms)
+                if name in added
+                else self._take(name, step, forms, {})
+                for name in self.asked
+            }
+
+        def with_forms(step: Step) -> Taken:
+            forms = factored(step)
+            return Taken(of_column(step, forms) | {FORMS: forms})
+
+        def another(sofar: dict[str, PyTree], c: Array) -> tuple[dict[str, PyTree], None]:
+            visited, _ = self.ahead.back(
+                columns.column(c), lambda step: Taken(of_column(step, factored(step)))
+            )
+            taken = self._gathered(visited)
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=c, axis=0)
+            return {
+                name: jax.tree.map(jnp.add if name in added else put, sofar[name], taken[name])
+                for name in self.asked
+            }, None
+
+        visited, _ = self.ahead.back(columns.column(0), with_forms)
+        start = {
+            name: taken if name in added else _stacked(taken, columns.number)
+            for name, taken in self._gathered(visited).items()
+        }
+        taken, _ = jax.lax.scan(another, start, jnp.arange(1, columns.number))
+        forms = _picked(visited, FORMS)
+        return taken | {
+            name: quantity.whole(forms, taken[name], self._counted())
+            for name, quantity in added.items()
+        }
+
+    def _take(self, name: str, step: Step, forms: PyTree, known: Mapping[str, PyTree]) -> PyTree:
+        """Return what one quantity takes at one layer."""
+        quantity = self.asked[name]
+        if isinstance(quantity, AddedUp):
+            here = quantity.whole(forms, quantity.part(forms), self._counted())
+        else:
+            extra = {"before": known[name]} if name in known else {}
+            here = quantity.take(step.learned, forms, self.ahead.examples, **extra)
+        return quantity.settle(here) if self.settle else here
+
+    def _gathered(self, visited: Visited) -> dict[str, PyTree]:
         return {
-            name: quantity.gather(self.params, _picked(visited, name), examples)
+            name: quantity.gather(self.params, _picked(visited, name), self.ahead.examples)
             for name, quantity in self.asked.items()
         }
+
+    def _counted(self) -> Counted:
+        return Counted(self.ahead.examples, self.ahead.loss.real(self.ahead.residuals))
 
     def _before(self, ct: Cotangent) -> dict[str, PyTree]:
         """Return the results of what some quantities need to know beforehand, from a walk."""
         first = {name: q.before for name, q in self.asked.items() if q.before is not None}
         if not first:
             return {}
-        taken = dataclasses.replace(self, asked=first, settle=True)._walk(ct)
-        return {
-            name: quantity.finish(taken[name], self.ahead.examples)
-            for name, quantity in first.items()
-        }
-
-    def _one_by_one(self, column: Callable[[Any], Cotangent], number: int) -> dict[str, PyTree]:
-        """Return what is taken where only a sum over the columns is kept."""
-        asked: dict[str, AddedUp] = self.asked  # pyright: ignore[reportAssignmentType]
-
-        def parts(forms: PyTree) -> dict[str, PyTree]:
-            return {name: quantity.part(forms) for name, quantity in asked.items()}
-
-        def with_forms(step: Step) -> Taken:
-            forms = factored(step)
-            return Taken(parts(forms) | {FORMS: forms})
-
-        def add(totals: dict[str, PyTree], c: Array) -> tuple[dict[str, PyTree], None]:
-            visited, _ = self.ahead.back(column(c), lambda step: Taken(parts(factored(step))))
-            more = {name: _picked(visited, name) for name in asked}
-            return jax.tree.map(jnp.add, totals, more), None
-
-        visited, _ = self.ahead.back(column(0), with_forms)
-        forms, first = _picked(visited, FORMS), {name: _picked(visited, name) for name in asked}
-        totals, _ = jax.lax.scan(add, first, jnp.arange(1, number))
-        return {
-            name: quantity.whole(forms, totals[name], self.ahead.examples)
-            for name, quantity in asked.items()
-        }
+        known: dict[str, PyTree] = {}
+        for name, taken in (
+            dataclasses.replace(self, asked=first, settle=True)._walk(ct, {}).items()
+        ):
+            marked = map(is_marked, jax.tree.leaves(taken, is_leaf=is_marked))
+            if not self.settle and not all(marked):
+                raise ValueError(
+                    f"{self.asked[name]} is told {first[name]} before, which is of the whole "
+                    "batch: a micro-batch does not know it"
+                )
+            known[name] = first[name].finish(taken, self.ahead.examples)
+        return known
 
 
 @jax.tree_util.register_dataclass
@@ -207,12 +242,22 @@ def _picked(visited: Visited, name: str) -> PyTree:
     )
 
 
+def _stacked(taken: PyTree, times: int) -> PyTree:
+    """Return what was taken of one column, so many times on a leading axis."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (times, *leaf.shape)), taken)
+
+
 def _check_asked(asked: Mapping[str, Quantity], micro_batches: int) -> None:
     if "value" in asked:
         raise ValueError("'value' is the name of the loss; call the quantity something else")
     for name, quantity in asked.items():
-        if not isinstance(quantity, Quantity):
-            raise TypeError(f"{name} is not a quantity but {quantity!r}; write jp.Gradient(), say")
+        require(quantity, Quantity, name)
+        before = quantity.before
+        if before is not None and before.source != quantity.source:
+            raise ValueError(
+                f"{quantity} is told {before} before, which has another source: {before.source}, "
+                f"not {quantity.source}"
+            )
         if quantity.of_pairs and micro_batches != 1:
             raise ValueError(
                 f"{quantity} is of pairs of examples, and those of two micro-batches never meet"

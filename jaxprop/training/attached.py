@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from jaxprop.core.tree import learned, merged
+from jaxprop.core.tree import for_optimizer, merged
 from jaxprop.core.types import Params, PyTree
 
 
@@ -46,7 +46,7 @@ def attached(
         grads: like the learned params, the sums of earlier micro-batches' gradients, or None.
         states: for each learned param the part of the optimizer's state that belongs to it.
     """
-    leaves, structure = jax.tree.flatten(learned(params))
+    leaves, structure = jax.tree.flatten(for_optimizer(params))
     states = [()] * len(leaves) if states is None else states
     sums: Sequence[Any] = [()] * len(leaves) if grads is None else jax.tree.leaves(grads)
     each = zip(leaves, states, sums, range(len(leaves)), strict=True)

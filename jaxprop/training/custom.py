@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 
+from jaxprop.core.checks import require
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import like
@@ -27,6 +28,7 @@ def custom_vjp(layer: Layer) -> Callable[[Params, PyTree], PyTree]:
         >>> float(jax.grad(lambda x: f((), x).sum())(jnp.zeros((1, 1)))[0, 0])
         0.25
     """
+    require(layer, Layer, "custom_vjp: layer")
 
     @jax.custom_vjp
     def apply(params: Params, x: PyTree) -> PyTree:

@@ -11,10 +11,10 @@ from jax import Array
 
 from jaxprop.core.arrays import wide
 from jaxprop.core.cotangents import gradient
-from jaxprop.core.forms import Factored, is_factored
+from jaxprop.core.forms import Factored, is_factored, norms
 from jaxprop.core.mesh import shard_map_axes
-from jaxprop.core.step import Placed, Replacing, Step, Total
-from jaxprop.core.tree import learned, merged
+from jaxprop.core.step import Placed, Replacing, Step
+from jaxprop.core.tree import for_optimizer, merged
 from jaxprop.core.types import Params, PyTree
 from jaxprop.training.attached import Attached, attached, bare, is_attached
 from jaxprop.training.equations import SHARED, Equations, value_of
@@ -50,7 +50,7 @@ class FusedUpdate(Replacing):
         def update(grads: Any, state: Any, params: Any, seen: Any) -> tuple[Any, Any]:
             return apply(grads, state, params, seen, _no_value_fn)
 
-        arrays = learned(params)
+        arrays = for_optimizer(params)
         with jax.disable_jit():  # all equations side by side, none inside another
             closed = jax.make_jaxpr(update)(arrays, state, arrays, seen)
         self._all, self._micro_batches = params, micro_batches
@@ -134,8 +134,8 @@ class FusedUpdate(Replacing):
             equations.hold_entrywise(index)
 
 
-class SumOfSquares(Placed):
-    """The visit that takes |mean gradient|^2 of each layer, with earlier micro-batches' gradients.
+class NormsOfMean(Placed):
+    """The visit that takes |mean gradient| of each param, with earlier micro-batches' gradients.
 
     Args:
         micro_batches: how many there are.
@@ -147,28 +147,28 @@ class SumOfSquares(Placed):
     def params(self, place: PyTree) -> Params:
         return bare(place)
 
-    def __call__(self, step: Step) -> Total:
+    def __call__(self, step: Step) -> list[Array]:
         places = jax.tree.leaves(step.place, is_leaf=is_attached)
         before = [place.grad for place in places if is_attached(place)]
         grads = jax.tree.leaves(gradient(step))
         pairs = zip(before, grads, strict=True)
         means = [mean_with(total, grad, self._micro_batches) for total, grad in pairs]
-        return Total(tuple(jnp.sum(wide(mean) ** 2) for mean in means))
+        return [norms(mean[None])[0] for mean in means]
 
 
-def sum_of_squares(step: Step) -> Total:
-    """Return |gradient|^2 of each of a layer's params, from its factors where these are all of it.
+def norms_of_gradient(step: Step) -> list[Array]:
+    """Return |gradient| of each of a layer's params, from its factors where these are all of it.
 
     What rounds a gradient to narrower params may make it infinite; in ``jax.shard_map`` it is a sum
     over devices.
     """
 
-    def sq_norm(leaf: Any) -> Array:
-        return leaf.sq_norm_of_sum() if isinstance(leaf, Factored) else jnp.sum(wide(leaf) ** 2)
+    def norm(leaf: Any) -> Array:
+        return leaf.norm_of_sum() if isinstance(leaf, Factored) else norms(leaf[None])[0]
 
     narrow = any(wide(param).dtype != param.dtype for param in jax.tree.leaves(step.learned))
     whole = gradient(step) if narrow or shard_map_axes() else step.d_params
-    return Total(tuple(map(sq_norm, jax.tree.leaves(whole, is_leaf=is_factored))))
+    return list(map(norm, jax.tree.leaves(whole, is_leaf=is_factored)))
 
 
 def mean_with(total: Array, grad: Array, micro_batches: int) -> Array:

@@ -13,7 +13,7 @@ from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Step
-from jaxprop.core.tree import learned, like_params, merged
+from jaxprop.core.tree import check_learned, learned, like_params, merged
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward, loss_fn
 from jaxprop.quantity.micro_batches import Parts, in_micro_batches
@@ -35,7 +35,8 @@ def value_and_grad(
 
     It is the same value and gradient as ``jax.value_and_grad(jp.loss_fn(net, loss))``: value is the
     mean of the loss over examples, and grads has the structure, shapes and dtypes of params. Where
-    params hold an ``Unlearned`` array, grads hold ``Unlearned(0)``.
+    params hold an ``Unlearned`` array, grads hold ``Unlearned(0)``, and ``()`` for an integer that
+    ``backward`` gives ``()`` and that ``init`` did not mark.
 
     Args:
         net: the network.
@@ -72,7 +73,8 @@ def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1) -> ValueAndGrad:
     """Return ``f(params, x, target) -> (value, grads)`` by ``jax.grad`` of ``jp.loss_fn``.
 
     What it returns has the structure of ``jp.value_and_grad``'s: it differentiates by what is
-    learned alone, where ``jax.grad`` of the whole tree refuses integers and keys.
+    learned alone, where ``jax.grad`` of the whole tree refuses integers and keys. It raises
+    ``TypeError`` for an integer param that is not marked as ``Unlearned``.
 
     Args:
         net: the network.
@@ -90,6 +92,8 @@ def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1) -> ValueAndGrad:
     mean_loss = loss_fn(net, loss)
 
     def parts(params: Params, x: PyTree, target: PyTree, key: Array | None) -> tuple[Value, Params]:
+        check_learned(params)
+
         def of_learned(arrays: Params) -> Value:
             return mean_loss(merged(params, arrays), x, target)
 

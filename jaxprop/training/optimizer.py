@@ -6,8 +6,18 @@ from typing import Any
 
 import optax
 
-from jaxprop.core.tree import learned, like_params
+from jaxprop.core.tree import for_optimizer, like_params
 from jaxprop.core.types import Params, PyTree
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raise ``TypeError`` for what is not an optax transformation."""
+    if isinstance(optimizer, optax.MultiSteps):
+        raise TypeError("optimizer: write optax.MultiSteps(...).gradient_transformation()")
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"optimizer is not an optax transformation such as optax.sgd(0.1) but {optimizer!r}"
+        )
 
 
 def learned_only(
@@ -21,7 +31,11 @@ def learned_only(
     so is ``optax.apply_updates``.
 
     Args:
-        optimizer: any optax transformation.
+        optimizer: any optax transformation. A tree of masks or labels that it was given may be made
+            from whole params, by ``jax.tree.map``.
+
+    Raises:
+        TypeError: for what is not an optax transformation.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, jaxprop as jp
@@ -35,16 +49,17 @@ def learned_only(
         >>> bool((new[0].w.value == params[0].w.value).all())
         True
     """
+    check_optimizer(optimizer)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> PyTree:
-        return inner.init(learned(params))
+        return inner.init(for_optimizer(params))
 
     def update(
         updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        of_learned = None if params is None else learned(params)
-        new, state = inner.update(learned(updates), state, of_learned, **learned(extra))
+        of_learned = None if params is None else for_optimizer(params)
+        new, state = inner.update(for_optimizer(updates), state, of_learned, **for_optimizer(extra))
         return like_params(updates if params is None else params, new), state
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxprop.core.checks import require
 from jaxprop.core.combinator import Wrapper, map_children
 from jaxprop.core.layer import Layer
 from jaxprop.core.step import Step
@@ -25,6 +26,7 @@ def inference_mode(net: Layer) -> Layer:
         >>> jp.inference_mode(jp.chain(jp.Dense(3), jp.BatchNorm()))
         chain(Dense(3), BatchNorm(training=False))
     """
+    require(net, Layer, "inference_mode: net")
     net = map_children(net, inference_mode)
     trains = isinstance(getattr(net, "training", None), bool)
     return dataclasses.replace(net, training=False) if trains else net
@@ -50,6 +52,8 @@ def update_batch_stats(net: Layer, params: Params, x: PyTree) -> Params:
         ValueError: for a BatchNorm that is ``shared``, or in a layer that does not say where its
             statistics are.
     """
+
+    require(net, Layer, "update_batch_stats: net")
 
     def visit(step: Step) -> Params:
         layer, residuals = step.layer, step.residuals

@@ -15,15 +15,16 @@ from jaxprop.core.arrays import sum_over, wide
 from jaxprop.core.combinator import stack_depths
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.describe import shapes
+from jaxprop.core.forms import norm_of_all, norms
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.mesh import shard_map_axes
-from jaxprop.core.tree import learned, merged
+from jaxprop.core.tree import check_learned, for_optimizer, merged
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import forward, loss_fn
 from jaxprop.quantity.micro_batches import check_examples, part
 from jaxprop.training.attached import attached
-from jaxprop.training.fused import FusedUpdate, SumOfSquares, mean_with, sum_of_squares
+from jaxprop.training.fused import FusedUpdate, NormsOfMean, mean_with, norms_of_gradient
 from jaxprop.training.gradients import ValueAndGrad
 
 
@@ -68,7 +69,9 @@ Run = Callable[..., tuple[Params, PyTree, Array]]
 
 
 def make_apply(
-    optimizer: optax.GradientTransformationExtraArgs, max_norm: float | None, skip_nonfinite: bool
+    optimizer: optax.GradientTransformationExtraArgs,
+    max_norm: float | Array | None,
+    skip_nonfinite: bool,
 ) -> Apply:
     """Return ``apply(grads, state, params, seen, value_fn) -> (params, state)``."""
 
@@ -127,12 +130,13 @@ def whole_step(
         def value_fn(arrays: Params) -> Array:
             return mean_loss(merged(params, arrays), x, target, **given)
 
-        value, grads = differentiate(params, x, target, **given)
-        grads, arrays = learned(grads), learned(params)
+        value, grads = _pair(differentiate(params, x, target, **given))
+        grads, arrays = for_optimizer(grads), for_optimizer(params)
         _check_grads(grads, arrays)
         seen = Seen(value)
         if need_norm:
-            seen = Seen.with_norm(value, optax.tree.norm(jax.tree.map(wide, grads)))
+            each = jax.tree.map(lambda grad: norms(grad[None])[0], grads)
+            seen = Seen.with_norm(value, norm_of_all(each))
         arrays, state = apply(grads, state, arrays, seen, value_fn)
         return merged(params, arrays), state, value
 
@@ -162,11 +166,11 @@ def fused_step(net: Layer, loss: Loss, apply: Apply, need_norm: bool, micro_batc
         seen = Seen(value)
         if need_norm:
             if before is None:
-                squares, _ = ahead.back(ct, sum_of_squares)
+                each, _ = ahead.back(ct, norms_of_gradient)
             else:
-                visit = SumOfSquares(micro_batches)
-                squares, _ = ahead.back(ct, visit, attached(of_last[0], before.grads))
-            seen = Seen.with_norm(value, jnp.sqrt(sum(jax.tree.leaves(squares))))
+                visit = NormsOfMean(micro_batches)
+                each, _ = ahead.back(ct, visit, attached(of_last[0], before.grads))
+            seen = Seen.with_norm(value, norm_of_all(each))
         grads = None if before is None else before.grads
         visit = FusedUpdate(apply, of_last[0], state, seen, depths, grads, micro_batches)
         places, _ = ahead.back(ct, visit, visit.places())
@@ -205,14 +209,11 @@ def _all_but_last(
     return sum_over(of_part, jnp.arange(micro_batches - 1)), args(micro_batches - 1)
 
 
-def check_learned(params: Params) -> None:
-    """Raise ``TypeError`` for an array that no gradient can move, and that is not marked so."""
-    for path, leaf in jax.tree.leaves_with_path(learned(params)):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} is {shapes(leaf)}, which no gradient moves: "
-                "mark it in init, by jp.Unlearned(array)"
-            )
+def _pair(result: Any) -> tuple[Array, Params]:
+    """Return ``(value, grads)``, and raise ``TypeError`` for anything else."""
+    if type(result) is not tuple or len(result) != 2:
+        raise TypeError(f"value_and_grad= returns (value, grads), not {shapes(result)}")
+    return result
 
 
 def _check_grads(grads: Params, params: Params) -> None:

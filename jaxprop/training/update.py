@@ -12,17 +12,18 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.checks import check_count
+from jaxprop.core.checks import check_count, check_number
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
-from jaxprop.core.tree import learned
+from jaxprop.core.tree import check_learned, for_optimizer
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
 from jaxprop.quantity.micro_batches import check_apart
 from jaxprop.training import gradients
 from jaxprop.training.donation import fit_to_donate, owned
 from jaxprop.training.gradients import Differentiate, ValueAndGrad
-from jaxprop.training.steps import Skipping, check_learned, fused_step, make_apply, whole_step
+from jaxprop.training.optimizer import check_optimizer
+from jaxprop.training.steps import Skipping, fused_step, make_apply, whole_step
 
 
 class Update:
@@ -59,6 +60,8 @@ class Update:
             key: a key of ``jax.random.key``, a new one each step, for layers and noise that draw.
             mask: bool (N, T), True where a position is real.
         """
+        if state is None:
+            raise TypeError("state is None: start from state = update.init(params)")
         return self._step(*fit_to_donate((params, state)), x, target, key, mask)
 
     def lower(self, *args: Any, **given: Any) -> Any:
@@ -72,7 +75,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     fused: bool = False,
-    max_norm: float | None = None,
+    max_norm: float | Array | None = None,
     skip_nonfinite: bool = False,
     micro_batches: int = 1,
     value_and_grad: Differentiate | None = None,
@@ -117,14 +120,9 @@ def make_update(
         ValueError: for a max_norm that is not positive, and for options that exclude each other.
     """
     check_net_and_loss(net, loss)
-    if isinstance(optimizer, optax.MultiSteps):
-        raise TypeError("optimizer: write optax.MultiSteps(...).gradient_transformation()")
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(
-            f"optimizer is not an optax transformation such as optax.sgd(0.1) but {optimizer!r}"
-        )
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"max_norm must be positive, not {max_norm}")
+    check_optimizer(optimizer)
+    if max_norm is not None:
+        check_number("max_norm", max_norm, positive=True)
     if fused and value_and_grad is not None:
         raise ValueError("fused walks back by itself: give fused or value_and_grad, not both")
     check_count("micro_batches", micro_batches)
@@ -140,7 +138,7 @@ def make_update(
 
     def init(params: Params) -> PyTree:
         check_learned(params)
-        state = owned(optimizer.init, learned(params))
+        state = owned(optimizer.init, for_optimizer(params))
         return Skipping(state, jnp.zeros((), jnp.int32)) if skip_nonfinite else state
 
     return Update(step, init)
@@ -148,6 +146,11 @@ def make_update(
 
 def _made(make: Differentiate, net: Layer, loss: Loss, micro_batches: int) -> ValueAndGrad:
     """Return how to differentiate, in micro-batches where there are some."""
+    if not callable(make) or "params" in inspect.signature(make).parameters:
+        raise TypeError(
+            f"value_and_grad= is a maker, such as jp.value_and_grad itself, called with the net "
+            f"and the loss; not {make!r}"
+        )
     if micro_batches == 1:
         return make(net, loss)
     try:

@@ -1,8 +1,17 @@
 """Factored cotangents, a class for each way in which a parameter meets its input."""
 
-from jaxprop.core.forms.composed import Joint, Repeated, joint, over_layers
-from jaxprop.core.forms.form import Factored, Kronecker, Stacked, is_factored, sq_norms
-from jaxprop.core.forms.outer import Outer, Sum, gram, reached, weighted
+from jaxprop.core.forms.composed import Joint, Repeated, joint
+from jaxprop.core.forms.form import (
+    Factored,
+    Kronecker,
+    Stacked,
+    is_factored,
+    norm_of_all,
+    norms,
+    norms_of_all,
+    sq_norms,
+)
+from jaxprop.core.forms.outer import Outer, Sum, gram, of_real, weighted
 
 __all__ = [
     "Factored",
@@ -15,8 +24,10 @@ __all__ = [
     "gram",
     "is_factored",
     "joint",
-    "over_layers",
-    "reached",
+    "norm_of_all",
+    "norms",
+    "norms_of_all",
+    "of_real",
     "sq_norms",
     "weighted",
 ]

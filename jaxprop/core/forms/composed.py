@@ -7,12 +7,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import sum_over, wide
-from jaxprop.core.forms.form import Factored, Kronecker, is_factored, sq_norms
+from jaxprop.core.forms.form import Factored, norms, norms_of_all, sq_norms
 from jaxprop.core.forms.outer import Outer, Sum
-from jaxprop.core.types import PyTree
 
 
 class Repeated(Factored):
@@ -34,10 +33,10 @@ class Repeated(Factored):
         return jax.vmap(lambda form: form.weighted_sum(weights))(self.form)
 
     def sq_norms(self) -> Float[Array, " n"]:
-        return jax.vmap(lambda form: form.sq_norms())(self.form).sum(axis=0)
+        return jax.lax.map(lambda form: form.sq_norms(), self.form).sum(axis=0)
 
-    def bounding_sq_norms(self) -> Float[Array, " n"]:
-        return jax.lax.map(lambda form: form.bounding_sq_norms(), self.form).sum(axis=0)
+    def norms(self) -> Float[Array, " n"]:
+        return norms_of_all(jax.lax.map(lambda form: form.norms(), self.form))
 
     def inner_products(self) -> Float[Array, "n n"]:
         return jax.lax.map(lambda form: form.inner_products(), self.form).sum(axis=0)
@@ -48,8 +47,11 @@ class Repeated(Factored):
     def of_squares(self, squares: Array) -> Float[Array, "l ..."]:
         return jax.vmap(lambda form, squares: form.of_squares(squares))(self.form, squares)
 
-    def kronecker(self, over: str | None = None) -> Kronecker:
-        return jax.vmap(lambda form: form.kronecker(over))(self.form)
+    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "l i i"]:
+        return jax.vmap(lambda form: form.gram_of_x(real))(self.form)
+
+    def gram_of_ct(self) -> Float[Array, "l o o"]:
+        return jax.vmap(lambda form: form.gram_of_ct())(self.form)
 
 
 class Joint(Factored):
@@ -76,6 +78,9 @@ class Joint(Factored):
     def sq_norms(self) -> Float[Array, " n"]:
         return self._one_by_one(lambda g: sq_norms(g[None])[0])
 
+    def norms(self) -> Float[Array, " n"]:
+        return self._one_by_one(lambda g: norms(g[None])[0])
+
     def squares(self) -> Array:
         return sum_over(lambda uses: _alone(uses) ** 2, self.uses)
 
@@ -95,13 +100,6 @@ def joint(forms: tuple[Factored, ...]) -> Factored:
         sequences = [jax.tree.map(_with_positions, form) for form in forms]
         return jax.tree.map(lambda *factors: jnp.concatenate(factors, axis=1), *sequences)
     return Joint(forms)
-
-
-def over_layers(stacked: PyTree) -> PyTree:
-    """Return what a scan over layers stacked, with each form as a ``Repeated`` one."""
-    return jax.tree.map(
-        lambda leaf: Repeated(leaf) if is_factored(leaf) else leaf, stacked, is_leaf=is_factored
-    )
 
 
 def _with_positions(factor: Float[Array, "n ... d"]) -> Float[Array, "n t d"]:

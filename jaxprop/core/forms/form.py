@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, dataclass_transform
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import wide
+from jaxprop.core.types import PyTree
 
 
 class Kronecker(NamedTuple):
@@ -42,8 +43,7 @@ class Factored(abc.ABC):
     axis 1, behind the layer.
 
     A parameter may have several cotangents, one for each column of a root of the loss Hessian.
-    ``squares`` is what can be added up over them. ``kronecker`` takes the name of the ``jax.vmap``
-    axis that they lie on.
+    ``squares`` and ``gram_of_ct`` are what can be added up over them.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -58,9 +58,9 @@ class Factored(abc.ABC):
         """Return sum_n g_n, the gradient that autodiff returns, in at least float32."""
         return wide(self.per_example()).sum(axis=0)
 
-    def sq_norm_of_sum(self) -> Float[Array, ""]:
-        """Return |sum_n g_n|^2, the squared norm of the gradient."""
-        return jnp.sum(self.sum() ** 2)
+    def norm_of_sum(self) -> Float[Array, ""]:
+        """Return |sum_n g_n|, the norm of the gradient, also where its square would overflow."""
+        return norms(self.sum()[None])[0]
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
         """Return sum_n weights_n g_n."""
@@ -71,9 +71,9 @@ class Factored(abc.ABC):
         """Return |g_n|^2 for each example."""
         return sq_norms(self.per_example())
 
-    def bounding_sq_norms(self) -> Float[Array, " n"]:
-        """Return |g_n|^2 in a way that cannot cancel, for whoever relies on it as a bound."""
-        return self.sq_norms()
+    def norms(self) -> Float[Array, " n"]:
+        """Return |g_n| in a way that neither cancels nor overflows, as a bound must be."""
+        return norms(self.per_example())
 
     def inner_products(self) -> Float[Array, "n n"]:
         """Return <g_n, g_m> for each pair of examples."""
@@ -96,15 +96,19 @@ class Factored(abc.ABC):
         """Return the second moment from the sum of squares, without a look at the form's own ct."""
         return squares
 
-    def kronecker(self, over: str | None = None) -> Kronecker:
-        """Return the Gram matrices of the input and of ct, summed over examples and positions.
+    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "i i"]:
+        """Return the Gram matrix of the input, summed over examples and positions.
 
         Args:
-            over: the name of the ``jax.vmap`` axis that several cotangents lie on, or None for one.
+            real: False where an example, or a position, is padding that does not count.
 
         Raises:
             TypeError: for a form that has no two factors.
         """
+        raise TypeError(f"{type(self).__name__} has no Kronecker factors")
+
+    def gram_of_ct(self) -> Float[Array, "o o"]:
+        """Return the Gram matrix of ct, likewise, and with the same error."""
         raise TypeError(f"{type(self).__name__} has no Kronecker factors")
 
 
@@ -129,3 +133,24 @@ def is_factored(leaf: object) -> bool:
 def sq_norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
     """Return the squared norm of each example's part of x."""
     return jnp.sum(wide(x) ** 2, axis=tuple(range(1, x.ndim)))
+
+
+def norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
+    """Return the norm of each example's part of x, also where its square would overflow."""
+    axes = tuple(range(1, x.ndim))
+    x = wide(x)
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return jnp.sqrt(jnp.sum((x / unit) ** 2, axis=axes)) * unit.reshape(-1)
+
+
+def norm_of_all(norms: PyTree) -> Float[Array, ""]:
+    """Return the norm of what has parts of these norms, the leaves of a tree."""
+    leaves = jax.tree.leaves(norms)
+    return norms_of_all([leaf[..., None] for leaf in leaves])[0] if leaves else jnp.zeros(())
+
+
+def norms_of_all(norms_of_parts: PyTree) -> Float[Array, " n"]:
+    """Return the norm of each example's whole, of which the leaves (..., N) are norms of parts."""
+    leaves = jax.tree.leaves(norms_of_parts)
+    return norms(jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in leaves]).T)

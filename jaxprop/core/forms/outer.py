@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import sum_over, wide
-from jaxprop.core.forms.form import Factored, Kronecker, sq_norms
-from jaxprop.core.mesh import laid_out
+from jaxprop.core.forms.form import Factored, norms
+from jaxprop.core.mesh import is_explicit, laid_out
 
 
 class Sum(Factored):
@@ -38,9 +39,11 @@ class Sum(Factored):
     def of_squares(self, squares: Float[Array, "n o"]) -> Float[Array, " o"]:
         return squares.sum(axis=0)
 
-    def kronecker(self, over: str | None = None) -> Kronecker:
-        examples = jnp.full((1, 1), len(self.ct), wide(self.ct).dtype)
-        return Kronecker(examples, gram(self.ct, over))
+    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "1 1"]:
+        return jnp.full((1, 1), len(self.ct), wide(self.ct).dtype)
+
+    def gram_of_ct(self) -> Float[Array, "o o"]:
+        return gram(self.ct)
 
 
 class Outer(Factored):
@@ -67,52 +70,73 @@ class Outer(Factored):
             self.x, self.ct, cpu=_transposed_product, default=_product
         )
 
-    def sq_norm_of_sum(self) -> Float[Array, ""]:
-        """Return |X^T C|^2 as <X X^T, C C^T> over all rows of X and C, where that is cheaper.
+    def norm_of_sum(self) -> Float[Array, ""]:
+        """Return |X^T C| from <X X^T, C C^T> over all rows of X and C, where that is cheaper.
 
         Where the products nearly cancel their sum is rounding, and where X and C are far apart in
-        size one of them overflows: then |X^T C|^2 is taken after all.
+        size one of them overflows: then |X^T C| is taken after all.
         """
         rows, i, o = math.prod(self.x.shape[:-1]), self.x.shape[-1], self.ct.shape[-1]
         if rows * (i + o) >= i * o:
-            return super().sq_norm_of_sum()
+            return super().norm_of_sum()
         x, ct = wide(self.x).reshape(rows, i), wide(self.ct).reshape(rows, o)
         whole = laid_out(self.x, None, None)
         products = jnp.matmul(x, x.T, out_sharding=whole) * jnp.matmul(ct, ct.T, out_sharding=whole)
-        total = products.sum()
-        holds = total > 1e-3 * jnp.abs(products).sum()  # not so of NaN, or of two zeros
-        return jax.lax.cond(holds, lambda: total, super().sq_norm_of_sum)
+        total, holds = _total(products, (0, 1))
+        return jax.lax.cond(
+            holds & jnp.isfinite(total), lambda: jnp.sqrt(total), super().norm_of_sum
+        )
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
         return Outer(wide(self.x), weighted(wide(self.ct), weights)).sum()
 
     def sq_norms(self) -> Float[Array, " n"]:
-        """Return |x|^2 |ct|^2, or along T positions the cheaper of <X X^T, C C^T> and |X^T C|^2."""
+        """Return |x|^2 |ct|^2, or along T positions the cheaper of <X X^T, C C^T> and |X^T C|^2.
+
+        Where the products nearly cancel their sum is rounding: then |X^T C|^2 is taken after all.
+        """
         x, ct = map(wide, self._sequences())
         (_, t, i), o = x.shape, ct.shape[-1]
         if t == 1:
-            return sq_norms(x) * sq_norms(ct)
+            return self.norms() ** 2  # squared by itself a factor may overflow, or vanish
         if t * (i + o) > i * o:
-            return self.bounding_sq_norms()
+            return self._sums_of_squares()
         products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
-        return jnp.maximum(products.sum(axis=(1, 2)), 0)
+        return _unless_cancelled(products, (1, 2), _is_zero(ct), self._sums_of_squares)
 
-    def bounding_sq_norms(self) -> Float[Array, " n"]:
-        """Return |X^T C|^2 along positions, a sum of squares, one example after the other."""
+    def norms(self) -> Float[Array, " n"]:
+        """Return |x| |ct|, or along positions |X^T C|, one example after the other."""
         x, ct = map(wide, self._sequences())
         if x.shape[1] == 1:
-            return self.sq_norms()
-        return jax.lax.map(lambda example: jnp.sum((example[0].T @ example[1]) ** 2), (x, ct))
+            return norms(x) * norms(ct)
+        return jax.lax.map(lambda example: norms((example[0].T @ example[1])[None])[0], (x, ct))
 
     def inner_products(self) -> Float[Array, "n n"]:
-        """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), or <g_n, g_m> where
-        that is cheaper."""
+        """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), or <g_n, g_m>.
+
+        The latter where it is cheaper, or where the products nearly cancel.
+        """
         x, ct = map(wide, self._sequences())
         (n, t, i), o = x.shape, ct.shape[-1]
         if n * t * t * (i + o) > (t + n) * i * o:
             return super().inner_products()
         products = jnp.einsum("nti,msi->ntms", x, x) * jnp.einsum("nto,mso->ntms", ct, ct)
-        return products.sum(axis=(1, 3))
+        none = _is_zero(ct)
+        return _unless_cancelled(products, (1, 3), none[:, None] | none, self._pair_by_pair)
+
+    def _sums_of_squares(self) -> Float[Array, " n"]:
+        """Return |X^T C|^2 as a sum of squares, one example after the other."""
+        pairs = tuple(map(wide, self._sequences()))
+        return jax.lax.map(lambda pair: jnp.sum(_matrix(pair) ** 2), pairs)
+
+    def _pair_by_pair(self) -> Float[Array, "n n"]:
+        """Return <g_n, g_m>, with two of them in memory at a time."""
+        pairs = tuple(map(wide, self._sequences()))
+
+        def with_all(g: Array) -> Float[Array, " n"]:
+            return jax.lax.map(lambda pair: jnp.sum(g * _matrix(pair)), pairs)
+
+        return jax.lax.map(lambda pair: with_all(_matrix(pair)), pairs)
 
     def squares(self) -> Array:
         """Return ct^2, for (x^2)^T (ct^2); along T > 1 positions sum_n g_n^2 itself."""
@@ -128,9 +152,11 @@ class Outer(Factored):
             return squares
         return Outer(wide(x[:, 0]) ** 2, squares).sum()
 
-    def kronecker(self, over: str | None = None) -> Kronecker:
-        x = jnp.where(reached(self.ct, over), self.x, 0)
-        return Kronecker(gram(x), gram(self.ct, over))
+    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "i i"]:
+        return gram(of_real(self.x, real))
+
+    def gram_of_ct(self) -> Float[Array, "o o"]:
+        return gram(self.ct)
 
     def _sequences(self) -> tuple[Float[Array, "n t i"], Float[Array, "n t o"]]:
         """Return the factors with their positions on one axis, of length 1 where there are none."""
@@ -139,6 +165,43 @@ class Outer(Factored):
             self.x.reshape(self.x.shape[0], length, self.x.shape[-1]),
             self.ct.reshape(self.ct.shape[0], length, self.ct.shape[-1]),
         )
+
+
+def _matrix(pair: tuple[Float[Array, "t i"], Float[Array, "t o"]]) -> Float[Array, "i o"]:
+    return pair[0].T @ pair[1]
+
+
+def _total(products: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Return the sum over the axes, and whether it is more than the rounding of its terms.
+
+    It is not where the sum is NaN, or where all terms are 0 and may have vanished.
+    """
+    total = products.sum(axis=axes)
+    return total, jnp.abs(total) > 1e-3 * jnp.abs(products).sum(axis=axes)
+
+
+def _is_zero(ct: Float[Array, "n ..."]) -> Bool[Array, " n"]:
+    return jnp.all(ct == 0, axis=tuple(range(1, ct.ndim)))
+
+
+def _unless_cancelled(
+    products: Array, axes: tuple[int, ...], zero: Array, otherwise: Callable[[], Array]
+) -> Array:
+    """Return the sum over the axes, or ``otherwise()`` where it nearly cancels.
+
+    On a mesh with Explicit axes, where a loop over examples has no layout, it is the sum.
+
+    Args:
+        products: the terms.
+        axes: those that are summed.
+        zero: where the sum is known to be 0.
+        otherwise: another way to the same sums.
+    """
+    total, holds = _total(products, axes)
+    if is_explicit(products):
+        return total
+    holds |= zero
+    return jax.lax.cond(jnp.all(holds), lambda: total, lambda: jnp.where(holds, total, otherwise()))
 
 
 def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Array, "i o"]:
@@ -169,16 +232,22 @@ def weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Ar
     return ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
 
 
-def reached(ct: Float[Array, "n ... d"], over: str | None = None) -> Bool[Array, "n ... 1"]:
-    """Return where any cotangent came back: a padded position weighs nothing."""
-    met = jnp.any(ct != 0, axis=-1, keepdims=True)
-    return met if over is None else jax.lax.pmax(met.astype(jnp.int32), over) > 0
+def of_real(x: Float[Array, "n ..."], real: Bool[Array, "n ..."] | None) -> Float[Array, "n ..."]:
+    """Return x with zeros for what is padding.
+
+    Args:
+        x: an array with the example on axis 0.
+        real: False where an example is padding, or where a position of x is. Of positions that x
+            does not have, what counts is whether the example has a real one.
+    """
+    if real is None:
+        return x
+    if real.shape != x.shape[: real.ndim]:
+        real = jnp.any(real, axis=tuple(range(1, real.ndim)))
+    return jnp.where(jnp.expand_dims(real, range(real.ndim, x.ndim)), x, 0)
 
 
-def gram(x: Float[Array, "n ... d"], over: str | None = None) -> Float[Array, "d d"]:
-    """Return x^T x over all rows of x, those along the ``jax.vmap`` axis ``over`` included."""
-    x = wide(x)
-    if over is not None:
-        x = jax.lax.all_gather(x, over)
-    x = x.reshape(-1, x.shape[-1])
+def gram(x: Float[Array, "n ... d"]) -> Float[Array, "d d"]:
+    """Return x^T x over all rows of x."""
+    x = wide(x).reshape(-1, x.shape[-1])
     return x.T @ x
