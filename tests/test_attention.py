@@ -25,8 +25,9 @@ def both_ways(layer, params, x, ct):
 
 
 def by_definition(layer, mask, x):
-    """All scores at once, and no care taken."""
+    """All scores at once, and no care taken; a padded position is one of zeros."""
     n, t, c = x.shape
+    x = jnp.where(mask[..., None], x, 0)
     d = c // (3 * layer.heads)
     q, k, v = (z.reshape(n, t, layer.heads, d) for z in jnp.split(x, 3, -1))
     s = jnp.einsum("nqhd,nkhd->nhqk", q, k) / np.sqrt(d)
@@ -252,3 +253,16 @@ def test_errors_of_positions():
         jp.Rotary(2).init(jax.random.key(0), jnp.ones((2, 3, 18)))
     with pytest.raises(ValueError, match="base is positive"):
         jp.Rotary(2, base=0.0)
+
+
+@saves
+@pytest.mark.parametrize("bad", [1e10, np.inf, np.nan])
+def test_what_stands_at_a_padded_position_does_not_matter(save, bad):
+    layer = jp.Attention(2, causal=False, save=save)
+    x, ct = problem(1, 5, 12)
+    mask = jp.Mask(jnp.array([[1, 1, 1, 0, 0]], bool))
+    got = both_ways(layer, mask, x.at[0, 3].set(bad), ct)
+    expected = both_ways(layer, mask, x, ct)
+    assert relative_error(got, expected) == 0
+    real = both_ways(layer, (), x[:, :3], ct[:, :3])
+    assert relative_error(got[0][:, :3], real[0]) <= 1e-12

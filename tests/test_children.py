@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table import TABLE, Around, at, first_of_their_kind, normal, relative_error, row_id
+from table import TABLE, Around, Row, at, first_of_their_kind, normal, relative_error, row_id
 
 import jaxprop as jp
 from jaxprop.core.combinator import layers_with_params, map_layers, runs, stack_depths
@@ -279,3 +279,106 @@ def test_params_are_replaced_in_named_tuples_and_dataclasses():
 
     assert child.put(Held(1, 2), 5) == Held(1, 5)
     assert isinstance(Step._fields, tuple)
+
+
+class Stack(jp.Combinator):
+    """A user's own repeat, with its params in a dict."""
+
+    block: jp.Layer
+    times: int
+
+    def children(self):
+        return (jp.Child(self.block, "block", self.times),)
+
+    def init(self, key, x):
+        keys = jax.random.split(key, self.times)
+        return {"block": jax.vmap(lambda key: self.block.init(key, x))(keys)}
+
+    def forward(self, params, x):
+        return jax.lax.scan(lambda x, p: self.block.forward(p, x), x, params["block"])
+
+    def walk(self, place, residuals, ct, visit):
+        def back(ct, layer):
+            visited, d_x = self.block.walk(*layer, ct, visit)
+            return d_x, visited
+
+        d_x, visited = jax.lax.scan(back, ct, (place["block"], residuals), reverse=True)
+        return {"block": jp.over_layers(visited)}, d_x
+
+
+def test_a_user_s_own_stack_is_a_repeat():
+    block = jp.chain(jp.Dense(3), jp.Tanh())
+    mine, ours = (jp.chain(make(block, 4), jp.Dense(2)) for make in (Stack, jp.repeat))
+    params, x = at(Row(ours, normal(4, 3)))
+    args = x, normal(4, 2)
+    asked = {
+        "norms": jp.SqNorms(),
+        "gram": jp.Gram(),
+        "noise": jp.NoiseScale(),
+        "clipped": jp.Clipped(0.1),
+        "twice": jp.Clipped(0.1, two_pass=True),
+        "by layer": jp.Clipped(0.1, per_layer=True),
+        "diagonal": jp.DiagGGN(),
+        "kfac": jp.KroneckerFactors(),
+        "root": jp.GGNRoot(),
+    }
+    got = jax.jit(jp.quantities(mine, LOSS, **asked))(({"block": params[0]}, params[1]), *args)
+    expected = jax.jit(jp.quantities(ours, LOSS, **asked))(params, *args)
+    for name in asked:
+        pair = (jax.tree.leaves(each[name]) for each in (got, expected))
+        assert relative_error(*pair) <= 1e-12, name
+
+
+def test_a_stack_of_another_size_is_refused():
+    net = Stack(jp.Dense(3), 4)
+    params, x = at(Row(Stack(jp.Dense(3), 5), normal(4, 3)))
+    with pytest.raises(ValueError, match=r"has shape \(5, 3, 3\), but axis 0 is the layer, and "):
+        net.forward(params, x)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, jp.AffineParams._make])
+@pytest.mark.parametrize("last", [1, -1])
+def test_a_child_is_put_where_it_was(kind, last):
+    params = kind([1, 2])
+    new = jp.Child(jp.Tanh(), last).put(params, 3)
+    assert type(new) is type(params)
+    assert new == kind([1, 3])
+
+
+def test_children_in_a_tuple_of_one():
+    net = jp.chain(jp.chain(jp.Dropout(0.5)), jp.Dense(2))
+    assert net.children()[0].layer.children() == (jp.Child(jp.Dropout(0.5), 0),)
+
+    class Several(jp.Combinator):
+        layers: tuple
+
+        def forward(self, params, x):
+            return x, ()
+
+        def walk(self, place, residuals, ct, visit):
+            return place, ct
+
+    assert Several((jp.Tanh(),)).children() == (jp.Child(jp.Tanh(), 0),)
+    assert Several((jp.Tanh(), jp.Relu())).children()[1] == jp.Child(jp.Relu(), 1)
+
+
+class Somewhere(jp.Combinator):
+    """A user's, which does not say where its layer's params stand."""
+
+    layer: jp.Layer
+
+    def children(self):
+        return (jp.Child(self.layer, ...),)
+
+    def forward(self, params, x):
+        return self.layer.forward(params["here"], x)
+
+    def walk(self, place, residuals, ct, visit):
+        visited, d_x = self.layer.walk(place["here"], residuals, ct, visit)
+        return {"here": visited}, d_x
+
+
+def test_a_place_that_is_not_known_is_refused():
+    params, x = at(Row(jp.Dense(3), normal(2, 3)))
+    with pytest.raises(ValueError, match=r"does not say where the params of Dense\(3\) stand"):
+        Somewhere(jp.Dense(3)).forward({"here": params}, x)

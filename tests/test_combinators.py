@@ -87,12 +87,12 @@ def test_no_vocabulary_sized_buffer_for_an_embedding_s_norms():
     assert f.compile().memory_analysis().temp_size_in_bytes < 4 * vocab
 
 
-def test_an_id_outside_the_vocabulary_gives_nan_and_no_gradient():
+def test_an_id_outside_the_vocabulary_has_no_gradient():
     layer = jp.Embedding(5, 2)
     table = layer.init(jax.random.key(0), jnp.array([0]))
     for bad in (-1, 5):
         y, residuals = layer.forward(table, jnp.array([1, bad]))
-        assert bool(jnp.isnan(y[1]).all())
+        assert bool(jnp.all(y[1] == 0) if bad < 0 else jnp.isnan(y[1]).all())
         assert not bool(jnp.isnan(y[0]).any())
         d_table, d_x = layer.backward(table, residuals, jnp.ones((2, 2)))
         assert d_x is None
@@ -324,3 +324,50 @@ def test_errors():
     raises(ValueError, r"rate in \[0, 1\), not 1", jp.Dropout, 1)
     raises(ValueError, r"but an input .* takes \(\)", jp.Dropout(0.1).forward, x, x)
     raises(TypeError, "floating dtype, not int32", jp.cast, net, jnp.int32)
+
+
+def test_ids_masks_and_targets_have_one_padding():
+    """A sequence with -1 for ids and targets, masked, is the sequence without its end."""
+    net = jp.chain(jp.Embedding(7, 4), jp.Dense(12), jp.Attention(2, causal=False), jp.Dense(7))
+    ids, targets = jnp.array([[1, 2, 1, -1, -1]]), jnp.array([[2, 3, 4, -1, -1]])
+    params, _ = at(Row(net, np.asarray(ids)))
+    asked = {
+        "grads": jp.Gradient(),
+        "norms": jp.SqNorms(),
+        "gram": jp.Gram(),
+        "moment": jp.SecondMoment(),
+        "clipped": jp.Clipped(0.1),
+        "kfac": jp.KroneckerFactors(),
+    }
+    f = jax.jit(jp.quantities(net, jp.CrossEntropy(), **asked))
+    got = f(params, ids, targets, mask=ids >= 0)
+    short = ids[:, :3]
+    expected = f(params, short, targets[:, :3], mask=short >= 0)
+    for name in asked:
+        assert relative_error(got[name], expected[name]) <= 1e-12, name
+
+
+def test_small_and_large_integers_as_ids():
+    layer = jp.Embedding(300, 2)
+    table = jnp.asarray(normal(300, 2))
+    ids = np.array([5, 100, 127])
+    expected = layer.forward(table, ids)[0]
+    for dtype in (np.int8, np.uint8, np.int16, np.int64):
+        got, residuals = layer.forward(table, ids.astype(dtype))
+        np.testing.assert_array_equal(got, expected)
+        form = layer.backward(table, residuals, jnp.ones((3, 2)))[0]
+        np.testing.assert_array_equal(jnp.flatnonzero(form.sum()[:, 0]), ids)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="holds 4294967299, which does not"):
+        layer.forward(table.astype(jnp.float32), np.array([2**32 + 3]))
+
+
+def test_norms_of_an_embedding_take_memory_linear_in_t():
+    net, loss = jp.chain(jp.Embedding(500, 16), jp.GlobalAvgPool(), jp.Dense(2)), jp.CrossEntropy()
+
+    def temp(length):
+        ids, target = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, length), (2,)))
+        params = jax.eval_shape(net.init, jax.random.key(0), ids)
+        compiled = jax.jit(jp.per_example_sq_norms(net, loss)).lower(params, ids, target).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temp(4096) <= 4.5 * temp(1024)

@@ -94,7 +94,7 @@ def test_block_by_block_is_all_at_once(channels, monkeypatch):
     for examples in (1, 2, 5, 6):  # in blocks of 1, 2, 3 and 3
         monkeypatch.setattr(patches, "BLOCK_BYTES", {"cpu": examples * a_patch, "default": 1})
         got = jax.jit(
-            lambda form: [*asked(form, weights), form.kronecker().a, form._block_by_block()]
+            lambda form: [*asked(form, weights), form.gram_of_x(), form._block_by_block()]
         )(form)
         monkeypatch.undo()
         assert relative_error(got, expected) <= 1e-12
@@ -278,3 +278,31 @@ def test_pytorch_agrees():
         np.flip(its_w, (0, 1)),
     )
     assert relative_error(got, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [(jp.AvgPool((32, 32)), 32), (jp.AvgPool((8, 8)), 8), (jp.GlobalAvgPool(), 40)],
+    ids=str,
+)
+def test_the_mean_of_equal_numbers_is_that_number(layer, size, dtype):
+    for value in (1.0, 2000.0):
+        x = jnp.full((1, size, size, 1), value, dtype)
+        y, residuals = layer.forward((), x)
+        np.testing.assert_array_equal(y, jnp.full_like(y, value))
+        _, d_x = layer.backward((), residuals, jnp.full_like(y, 512))
+        np.testing.assert_array_equal(d_x, jnp.full_like(x, 512 / size**2))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_windows_that_overlap_add_up_in_float32(dtype):
+    """An entry is read by 81 windows, whose cotangents of 1 sum up to 81, not to 64 or less."""
+    layer = jp.AvgPool((9, 9), strides=1)
+    _, residuals = layer.forward((), jnp.ones((1, 17, 17, 1), dtype))
+    _, d_x = layer.backward((), residuals, jnp.full((1, 9, 9, 1), 81, dtype))
+    np.testing.assert_array_equal(d_x[0, 8, 8], [81])
+    layer = jp.MaxPool((9, 9), strides=1)
+    x = jnp.zeros((1, 17, 17, 1), dtype).at[0, 8, 8].set(1)
+    _, d_x = layer.backward((), layer.forward((), x)[1], jnp.full((1, 9, 9, 1), 3.5, dtype))
+    np.testing.assert_array_equal(d_x[0, 8, 8], jnp.full(1, 81 * 3.5, dtype))

@@ -199,7 +199,7 @@ def test_empty_batch():
 
 def test_a_layer_is_wrapped_and_not_subclassed():
     with pytest.raises(
-        TypeError, match="MyDense subclasses Dense; to change a rule, wrap the layer"
+        TypeError, match="MyDense subclasses Dense; to change what it does, hold it in a field"
     ):
 
         class MyDense(jp.Dense):

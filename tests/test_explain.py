@@ -287,7 +287,7 @@ def test_wrong_names_indices_and_arguments():
     net = jp.chain(jp.Dense(2))
     params = net.init(jax.random.key(0), x)
     terms = jp.explain(net, LOSS, params, x, normal(2, 2))
-    with pytest.raises(KeyError, match=r"no param is called '0\.v'; there are 0\.w, 0\.b"):
+    with pytest.raises(KeyError, match=r"is learned is called '0\.v'; there are 0\.w, 0\.b"):
         terms["0.v"]
     for index in ((0,), (3, 0), (0, 2), (0, 0, 0)):
         with pytest.raises(IndexError, match=r"0\.w\[.*its shape is \(3, 2\)"):

@@ -396,3 +396,21 @@ def test_torch_batch_norm():
 def test_errors_say_what_is_wrong(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30])
+@pytest.mark.parametrize(
+    "layer", [jp.LayerNorm(), jp.RMSNorm(), jp.GroupNorm(2), jp.BatchNorm()], ids=str
+)
+def test_numbers_whose_squares_overflow(layer, size):
+    """y does not depend on the size of x, and d_x is in proportion to 1 / size."""
+    params, x = at(Row(layer, normal(4, 3, 6)), jnp.float32)
+    large = x * jnp.float32(size)
+    ct = ct_for(layer, params, x)
+    y, _ = layer.forward(params, large)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, large, ct))
+    assert relative_error(y, layer.forward(*wide[:2])[0]) <= 1e-5
+    (d_params, d_x), expected = by_hand(layer, params, large, ct), by_hand(layer, *wide)
+    assert relative_error((d_params, d_x * size), (expected[0], expected[1] * size)) <= 1e-4
+    (_, of_x) = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, large)[1](ct)
+    assert relative_error(of_x * size, expected[1] * size) <= 1e-4

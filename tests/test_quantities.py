@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 import scipy.stats
@@ -587,7 +588,7 @@ def test_errors():
         jp.clipped_grad(net, loss, 1.0, per_layer=True, two_pass=True)
     with pytest.raises(ValueError, match="'value' is the name of the loss"):
         jp.quantities(net, loss, value=jp.Gradient())
-    with pytest.raises(TypeError, match="norms is not a quantity but"):
+    with pytest.raises(TypeError, match=r"norms is the class SqNorms; write SqNorms\(...\)"):
         jp.quantities(net, loss, norms=jp.SqNorms)
     plain, _, *args = problem(Row(Plain(3), normal(4, 5)))
     with pytest.raises(TypeError, match="Stacked has no Kronecker factors"):
@@ -658,10 +659,10 @@ class Short(jp.Layer):
 def test_what_has_no_answer_raises():
     loss, x = jp.HalfSquaredError(), jnp.ones((2, 4))
     for f in (jp.per_example_sq_norms, jp.gram, jp.noise_scale):
-        with pytest.raises(ValueError, match="the net has no params"):
+        with pytest.raises(ValueError, match="the net has no params that are learned"):
             f(jp.chain(jp.Relu()), loss)(((),), x, x)
     for two_pass in (False, True):
-        with pytest.raises(ValueError, match="the net has no params"):
+        with pytest.raises(ValueError, match="the net has no params that are learned"):
             jp.clipped_grad(jp.chain(jp.Relu()), loss, 1.0, two_pass=two_pass)(((),), x, x)
     with pytest.raises(ValueError, match=r"d_params has shape \(2,\), but params has \(4,\)"):
         jp.per_example_sq_norms(Short(), loss)(jnp.ones(4), x, x)
@@ -671,3 +672,141 @@ def test_what_has_no_answer_raises():
         jp.diag_ggn(net, loss, samples=4)(params, x, x)
     with pytest.raises(TypeError, match="takes a key"):
         jp.quantities(net, loss, it=jp.KroneckerFactors(samples=1))(params, x, x)
+
+
+class Told(jp.Quantity):
+    """The mean over examples of what a quantity before it gave."""
+
+    quantity: jp.Quantity
+
+    @property
+    def before(self):
+        return self.quantity
+
+    def take(self, params, forms, examples, before=None):
+        return jp.Total(jnp.mean(jax.tree.leaves(before)[0]))
+
+    def finish(self, settled, examples):
+        return jax.tree.leaves(settled)[0]
+
+
+class OneColumn(jp.Quantity):
+    """It neither stacks columns nor adds them up."""
+
+    source = jp.quantity.HessianRoot()
+
+    def take(self, params, forms, examples):
+        return jp.Total(jnp.zeros(()))
+
+
+def test_what_is_known_before_is_of_the_same_source_and_of_each_example():
+    net, loss, *args = problem(Row(jp.chain(jp.Dense(3)), normal(4, 5)))
+    with pytest.raises(ValueError, match=r"is told DiagGGN\(\) before, which has another source"):
+        jp.quantities(net, loss, it=Told(jp.DiagGGN()))
+    f = jp.quantities(net, loss, it=Told(jp.Gradient()), micro_batches=2)
+    with pytest.raises(ValueError, match="is of the whole batch: a micro-batch does not know it"):
+        f(*args)
+    g = jp.quantities(net, loss, it=Told(jp.Gradient()))(*args)["it"]
+    assert relative_error(g, jp.value_and_grad(net, loss)(*args)[1][0].w.mean()) <= 1e-12
+    with pytest.raises(TypeError, match="is of a source of 3 columns: it stacks what it takes"):
+        jp.quantities(net, loss, it=OneColumn())(*args)
+
+
+@pytest.mark.parametrize("bound", [-1.0, 0, float("nan"), jnp.float32(-1)])
+def test_a_bound_is_positive_whatever_it_is_made_of(bound):
+    net, loss = KFAC_NET, jp.CrossEntropy()
+    for make in (
+        lambda: jp.clipped_grad(net, loss, bound),
+        lambda: jp.make_update(net, loss, optax.sgd(0.1), max_norm=bound),
+    ):
+        with pytest.raises(ValueError, match="max_norm must be positive, not"):
+            make()
+
+
+@pytest.mark.parametrize("bound", ["1", None, [1.0], jnp.ones(3), True])
+def test_a_bound_is_a_number(bound):
+    with pytest.raises(TypeError, match=r"max_norm is a number, not"):
+        jp.clipped_grad(KFAC_NET, jp.CrossEntropy(), bound)
+    with pytest.raises(TypeError, match="noise_multiplier is a number, not"):
+        jp.clipped_grad(KFAC_NET, jp.CrossEntropy(), 1.0, bound)
+
+
+def test_bounds_and_noise_may_be_traced():
+    net, loss, *args = problem(Row(KFAC_NET, normal(4, 5)))
+    key = jax.random.key(0)
+
+    @jax.jit
+    def f(bound, noise):
+        return jp.clipped_grad(net, loss, bound, noise)(*args, key=key)
+
+    expected = jp.clipped_grad(net, loss, 0.1, 0.5)(*args, key=key)
+    assert relative_error(f(0.1, 0.5), expected) <= 1e-12
+
+
+def test_norms_and_gram_of_positions_that_cancel():
+    """Rows all alike and alternating cotangents, in float32: the products are all rounding."""
+    rng = np.random.default_rng(0)
+    x = jnp.full((3, 4, 64), 1e-4, jnp.float32) + jnp.asarray(
+        1e-9 * rng.normal(size=(3, 4, 64)), "f4"
+    )
+    ct = jnp.asarray(rng.normal(size=(3, 1, 64)) * np.array([1, -1, 1, -1])[:, None], "f4") * 1e3
+    form = jp.Outer(x, ct)
+    exact = jp.Outer(x.astype(jnp.float64), ct.astype(jnp.float64))
+    g = exact.per_example().reshape(3, -1)
+    assert relative_error(jax.jit(jp.Outer.sq_norms)(form), jnp.sum(g**2, axis=1)) <= 1e-2
+    assert relative_error(jax.jit(jp.Outer.inner_products)(form), g @ g.T) <= 1e-2
+
+
+@pytest.mark.parametrize("size", [1e12, 1e-25])
+def test_clipping_where_the_square_of_a_norm_is_no_number(size):
+    """Finite gradients of 1e24, whose squares overflow, are clipped to the bound like any other."""
+    net, loss = jp.chain(jp.Dense(3)), jp.HalfSquaredError()
+    params = (jp.AffineParams(jnp.ones((5, 3), jnp.float32), jnp.zeros(3, jnp.float32)),)
+    x, target = jnp.ones((1, 5), jnp.float32).at[0, 0].set(size), jnp.full((1, 3), 5.5, jnp.float32)
+    for two_pass in (False, True):
+        _, grads = jp.clipped_grad(net, loss, 1e-3, two_pass=two_pass)(params, x, target)
+        assert abs(optax.tree.norm(grads) - 1e-3) <= 1e-8
+    for fused, micro_batches in ((False, 1), (True, 1), (False, 2), (True, 2)):
+        options = {"max_norm": 1e-3, "skip_nonfinite": True, "micro_batches": micro_batches}
+        update = jp.make_update(net, loss, optax.sgd(1.0), fused=fused, **options)
+        batch = (jnp.repeat(each, micro_batches, axis=0) for each in (x, target))
+        start = jax.tree.map(jnp.copy, params)
+        new, state, _ = update(start, update.init(start), *batch)
+        assert state.skipped == 0
+        step = optax.tree.norm(jax.tree.map(jnp.subtract, new, params))
+        assert abs(step - 1e-3) <= 1e-6
+
+
+def test_dead_units_and_confident_examples_count_in_kronecker_factors():
+    """What is padding is said by the target alone; a cotangent of 0 is a number like others."""
+    net, loss = jp.chain(jp.Dense(4), jp.Relu(), jp.Dense(3)), jp.CrossEntropy()
+    params, x = at(Row(net, normal(6, 5)))
+    params = (params[0]._replace(b=jnp.array([-99.0, 0, 0, 0])), *params[1:])
+    params = (*params[:2], params[2]._replace(w=params[2].w * 1e4))
+    target = jnp.array([0, 1, 2, -1, 0, 1])
+    real = x[target >= 0]
+    for samples in (None, 1):
+        f = jp.quantities(net, loss, it=jp.KroneckerFactors(samples))
+        factors = f(params, x, target, key=jax.random.key(0))["it"]
+        assert relative_error(factors[0].w.a, real.T @ real / 6) <= 1e-12
+
+
+def test_curvature_under_shard_map():
+    """Each device's own share, as for every quantity."""
+    net, loss, params, x, target = problem(Row(KFAC_NET, normal(4, 2, 5)), jp.CrossEntropy())
+    asked = {"kfac": jp.KroneckerFactors(), "diagonal": jp.DiagGGN(), "root": jp.GGNRoot()}
+    asked |= {"moment": jp.SecondMoment(), "variance": jp.Variance(), "norms": jp.SqNorms()}
+    f = jp.quantities(net, loss, **asked)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    over, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+
+    def own(params, x, target):
+        return jax.tree.map(lambda leaf: leaf[None], f(params, x, target))
+
+    sharded = jax.shard_map(own, mesh=mesh, in_specs=(whole, over, over), out_specs=over)
+    got = jax.jit(sharded)(params, x, target)
+    for device in range(2):
+        part = slice(2 * device, 2 * device + 2)
+        expected = f(params, x[part], target[part])
+        mine = jax.tree.map(lambda leaf, device=device: leaf[device], got)
+        assert relative_error(mine, expected) <= 1e-12

@@ -223,7 +223,9 @@ def test_no_update_moves_them(net, optimizer, options):
     before = held(params)
     update = jp.make_update(net, LOSS, optimizer, **options)
     state = update.init(params)
-    assert jax.tree.structure(state) == jax.tree.structure(optimizer.init(learned(params)))
+    expected = optimizer.init(learned(params))
+    shapes = [jax.tree.map(jnp.shape, jax.tree.leaves(tree)) for tree in (state, expected)]
+    assert shapes[0] == shapes[1]
     moved = params
     for _ in range(2):
         moved, state, value = update(jax.tree.map(jnp.copy, moved), state, *batch)
@@ -363,3 +365,96 @@ def test_a_nan_in_an_array_that_is_not_learned_is_found():
     norm = params[1]._replace(var=jp.Unlearned(params[1].var.value.at[1].set(jnp.nan)))
     found = jp.find_nonfinite(net, LOSS, (params[0], norm, *params[2:]), x, target)
     assert (found.phase, found.layer, found.array) == ("input", "1", "params var")
+
+
+class Doubled(jp.Wrapper):
+    """A user's: 2 f(x)."""
+
+    def forward(self, params, x):
+        y, residuals = self.layer.forward(params, x)
+        return 2 * y, residuals
+
+    def backward(self, params, residuals, ct):
+        return self.layer.backward(params, residuals, 2 * ct)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        jp.shared(jp.frozen(jp.Dense(4)), 2),
+        jp.shared(jp.chain(jp.frozen(jp.Dense(4)), jp.Dense(4)), 2),
+        Doubled(jp.frozen(jp.Dense(4))),
+        jp.cast(Doubled(jp.frozen(jp.Dense(4))), jnp.float32),
+    ],
+    ids=str,
+)
+def test_frozen_within(layer):
+    net = jp.chain(layer, jp.Dense(2))
+    params, *batch = problem(net)
+    by_hand, by_jax = (
+        jax.jit(f(net, LOSS))(params, *batch) for f in (jp.value_and_grad, jp.autodiff)
+    )
+    assert relative_error(by_hand, by_jax) <= 1e-6
+    norms = jp.per_example_sq_norms(net, LOSS)(params, *batch)
+    own = jax.vmap(lambda x, t: jp.autodiff(net, LOSS)(params, x[None], t[None])[1])(*batch)
+    expected = sum(jnp.sum(g**2, range(1, g.ndim)) for g in jax.tree.leaves(learned(own)))
+    np.testing.assert_allclose(norms, expected, rtol=1e-5)
+
+
+def test_a_frozen_table_still_scores():
+    nets = (
+        jp.tied(jp.frozen(jp.Embedding(7, 4)), jp.Dense(4)),
+        jp.tied(jp.Embedding(7, 4), jp.Dense(4)),
+    )
+    ids = jnp.array([[1, 2, 3], [3, 3, 0]])
+    params = nets[0].init(KEY, ids)
+    assert is_not_learned(params[0])
+    loss = jp.CrossEntropy()
+    got, expected = (jax.jit(jp.value_and_grad(net, loss))(params, ids, ids) for net in nets)
+    assert relative_error(got, expected) == 0
+    assert relative_error(got, jp.autodiff(nets[1], loss)(params, ids, ids)) <= 1e-12
+
+
+def masked():
+    return lambda mask: optax.adamw(0.1, mask=mask)
+
+
+def labelled():
+    transforms = {True: optax.adam(0.1), False: optax.sgd(0.1)}
+    return lambda mask: optax.partition(transforms, mask)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("make", [masked(), labelled()])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_mask_that_is_a_tree_like_params(make, fused):
+    """It is what users make by jax.tree.map; a function of params gives the same."""
+    net = NETS["running statistics"]
+    params, *batch = problem(net)
+    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
+    ends = []
+    for mask in (matrices(params), matrices):
+        update = jp.make_update(net, LOSS, make(mask), fused=fused)
+        start = jax.tree.map(jnp.copy, params)
+        ends.append(update(start, update.init(start), *batch)[0])
+        optimizer = jp.learned_only(make(mask))
+        _, grads = jp.value_and_grad(net, LOSS)(params, *batch)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        assert relative_error(ends[-1], optax.apply_updates(params, updates)) <= 1e-12
+    assert relative_error(*ends) == 0
+
+
+def test_freeze_takes_params_and_not_a_net():
+    with pytest.raises(TypeError, match=r"is a net\. Write jp\.freeze"):
+        jp.freeze(BODY)
+
+
+def test_an_unmarked_integer_is_told_how_to_be_marked():
+    """backward gives () for it, and so it counts as no layer with params."""
+    net = jp.chain(Pruned(3, "int32", marked=False), jp.Dense(2))
+    params, x, target = net.init(KEY, jnp.ones((2, 4))), jnp.ones((2, 4)), jnp.ones((2, 2))
+    for f in (jp.autodiff(net, LOSS), jp.make_update(net, LOSS, optax.sgd(0.1)).init):
+        with pytest.raises(TypeError, match=r"mark it in init, by jp.Unlearned"):
+            f(params) if f.__name__ == "init" else f(params, x, target)
+    with pytest.raises(TypeError, match=r"what is not learned is marked by jp.Unlearned"):
+        jp.check_layer(net, x)

@@ -55,6 +55,8 @@ def frozen(layer: Layer) -> Frozen:
     Its ``init`` marks every array as ``jp.Unlearned``. No gradient by them is computed, they count
     in no norm, and get no noise, no update and no optimizer state. params that were made or loaded
     elsewhere are marked by ``jp.freeze(params)``, which does the same for a net without ``frozen``.
+    A BatchNorm within still normalizes by the batch, and ``jp.update_batch_stats`` still moves its
+    running statistics: freeze ``jp.inference_mode(layer)`` where it should not.
 
     Args:
         layer: a layer, or a whole net.

@@ -57,11 +57,19 @@ class Combinator(Layer):
     ) -> tuple[Visited, Cotangent]: ...
 
     def check_params(self, params: Params, x: PyTree) -> None:
-        """Check the places; the children hold their own params to their own ``init``."""
+        """Check the places, and the stacks; the children hold their params to their own ``init``.
+
+        Raises:
+            ValueError: for a child without a place in params, or one that runs several times whose
+                arrays are not stacks with an entry for each time.
+        """
         self.check_places(params)
+        for child in self.children():
+            if child.times is not None:
+                _check_stack(self, child.of(params), child.times)
 
     def check_places(self, params: Params) -> None:
-        """Raise ``ValueError`` unless every child has its place in params, or its stack."""
+        """Raise ``ValueError`` unless every child has its place in params."""
         for child in self.children():
             if child.name is ...:
                 raise ValueError(
@@ -69,14 +77,12 @@ class Combinator(Layer):
                     "name the place in its jp.Child"
                 )
             try:
-                place = child.of(params)
+                child.of(params)
             except (AttributeError, IndexError, KeyError, TypeError):
                 raise ValueError(
                     f"{self}: params are {shapes(params)}, where {child.layer} has no place "
                     f"{child.name!r}"
                 ) from None
-            if child.times is not None:
-                _check_stack(self, place, child.times)
 
 
 def _check_stack(layer: Layer, params: Params, times: int) -> None:

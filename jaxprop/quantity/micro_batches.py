@@ -148,7 +148,7 @@ class _Piece(NamedTuple):
 def _pieces(whole: PyTree, micro_batches: int) -> list[_Piece]:
     return [
         _Piece(
-            f"micro_batches: result{jax.tree_util.keystr(path)}",
+            f"micro_batches: result{jax.tree_util.keystr(path[1:])}",
             struct,
             node.axis % struct.ndim if is_marked(node) else None,
             micro_batches,
