@@ -22,7 +22,7 @@ against the other. The names, by group:
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms gram second_moment
                  variance noise_scale diag_ggn kronecker_factors ggn_root
     to see       explain find_nonfinite
-    to check     check_layer
+    to check     check_layer check_loss
     to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
     modules      forms models plot quantity sharding
 
@@ -33,6 +33,7 @@ in ``jp.forms``; quantities and forms are also here, as ``jp.SqNorms`` and ``jp.
 import jaxprop._command  # noqa: F401
 from jaxprop import forms, models, plot, quantity, sharding
 from jaxprop.checking.check import check_layer
+from jaxprop.checking.losses import check_loss
 from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
 from jaxprop.combinators.chain import Chain, chain
@@ -203,6 +204,7 @@ __all__ = [
     "variance",
     # to see, and to check
     "check_layer",
+    "check_loss",
     "explain",
     "find_nonfinite",
     # to extend

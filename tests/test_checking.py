@@ -342,3 +342,56 @@ def test_a_first_factor_that_depends_on_ct_is_caught():
 
     with pytest.raises(AssertionError, match="looks at the form's own ct"):
         jp.check_layer(Transposed(), np.arange(8.0).reshape(2, 4))
+
+
+class Scaled(jp.Loss):
+    """Half the squared error times 3, with what is wrong in it."""
+
+    wrong: str = ""
+
+    def forward(self, y, target):
+        error = y - target
+        values = 1.5 * jnp.sum(error**2, axis=-1)
+        coupled = values - values.mean() if self.wrong == "forward" else values
+        return coupled, error
+
+    def backward(self, error):
+        return error if self.wrong == "backward" else 3 * error
+
+    def hessian_root(self, error):
+        size = 1.0 if self.wrong == "hessian_root" else np.sqrt(3)
+        return size * jnp.eye(error.shape[-1])[:, None] * jnp.ones_like(error)
+
+    def sample(self, key, error):
+        size = 1.1 if self.wrong == "covariance" else 1.0
+        offset = 0.2 if self.wrong == "mean" else 0.0
+        return offset + size * np.sqrt(3) * jax.random.normal(key, error.shape, error.dtype)
+
+
+def test_check_loss_passes_what_is_right():
+    rng = np.random.default_rng(0)
+    y, target = rng.normal(size=(4, 3)), rng.normal(size=(4, 3))
+    jp.check_loss(Scaled(), y, target)
+    jp.check_loss(jp.HalfSquaredError(), y, target)
+    jp.check_loss(jp.BinaryCrossEntropy(), y, np.array([[0, 1, 1]] * 4))
+    jp.check_loss(jp.CrossEntropy(), 3 * y, np.array([0, 2, -1, 1]))
+    jp.check_loss(jp.CrossEntropy(), rng.normal(size=(2, 2, 3)), np.array([[0, -1], [2, 1]]))
+
+
+@pytest.mark.parametrize("wrong", ["forward", "backward", "hessian_root", "mean", "covariance"])
+def test_check_loss_names_what_is_wrong(wrong):
+    rng = np.random.default_rng(0)
+    with pytest.raises(AssertionError, match=f"(the )?{wrong} (disagrees with|of sample is off)"):
+        jp.check_loss(Scaled(wrong), rng.normal(size=(4, 3)), rng.normal(size=(4, 3)))
+
+
+def test_a_residual_that_has_n_entries_by_chance_is_found():
+    class Remembers(jp.Layer):
+        def forward(self, params, x):
+            return x[..., :1], jnp.zeros(3)
+
+        def backward(self, params, residuals, ct):
+            return (), ct * jnp.array([1.0, 0, 0])
+
+    with pytest.raises(AssertionError, match=r"residuals has shape \(3,\), but axis 0 is the exa"):
+        jp.check_layer(Remembers(), np.ones((3, 3)))

@@ -382,3 +382,49 @@ def test_a_place_that_is_not_known_is_refused():
     params, x = at(Row(jp.Dense(3), normal(2, 3)))
     with pytest.raises(ValueError, match=r"does not say where the params of Dense\(3\) stand"):
         Somewhere(jp.Dense(3)).forward({"here": params}, x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        jp.Conv(4, window=(3,)),
+        jp.MaxPool((2,)),
+        jp.AvgPool((2,)),
+        jp.Lstm(4),
+        jp.Gru(4),
+        jp.Rnn(4),
+        jp.GroupNorm(2),
+        jp.BatchNorm(),
+        jp.Flatten(),
+    ],
+    ids=str,
+)
+def test_a_layer_that_mixes_positions_refuses_a_mask(layer):
+    net = jp.chain(jp.Dense(12), jp.Attention(2, causal=False), layer)
+    params = jax.eval_shape(net.init, jax.random.key(0), jnp.ones((1, 4, 3)))
+    with pytest.raises(ValueError, match="mixes positions and takes no mask"):
+        net.bind(params, mask=jnp.ones((1, 4), bool))
+    if isinstance(layer, jp.BatchNorm):
+        jp.inference_mode(net).bind(params, mask=jnp.ones((1, 4), bool))
+
+
+def test_a_mask_that_nobody_takes_is_refused():
+    net = jp.chain(jp.Dense(3), jp.Tanh())
+    with pytest.raises(ValueError, match="no layer takes a mask"):
+        net.bind(((), ()), mask=jnp.ones((1, 4), bool))
+
+
+def test_the_mean_over_real_positions():
+    net = jp.chain(jp.Dense(12), jp.Attention(2, causal=False), jp.GlobalAvgPool(), jp.Dense(2))
+    params, x = at(Row(net, normal(2, 5, 4)))
+    target, mask = normal(2, 2), jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    f = jax.jit(jp.value_and_grad(net, LOSS))
+    got = f(params, x, target, mask=mask)
+    other = f(params, jnp.where(mask[..., None], x, 9.0), target, mask=mask)
+    assert relative_error(got[0], other[0]) <= 1e-12
+    assert relative_error(got, jp.autodiff(net, LOSS)(params, x, target, mask=mask)) <= 1e-12
+    norms = jp.per_example_sq_norms(net, LOSS)(params, x, target, mask=mask)
+    alone = jp.per_example_sq_norms(net, LOSS)(params, x[:1, :3], target[:1])
+    assert relative_error(norms[:1], alone) <= 1e-12
+    none = net.forward(net.bind(params, mask=jnp.zeros((2, 5), bool)), x)[0]
+    assert np.isfinite(none).all()

@@ -1,5 +1,7 @@
 """GPT-2: the same logits, loss and gradients as the implementation that published it is used by."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,3 +95,59 @@ def test_against_transformers(tmp_path):
     named = dict(theirs.transformer.named_parameters())
     for name, grad in gpt2_tensors(grads).items():
         assert relative_error(grad, named[name].grad.numpy()) <= 1e-4, name
+
+
+def published(**changes):
+    """The tensors of a small GPT-2, some of them changed or (by None) taken away."""
+    params = gpt2(SMALL).init(jax.random.key(0), jnp.ones((2, 7), jnp.int32))
+    tensors = {k: np.asarray(v, np.float32) for k, v in gpt2_tensors(params).items()}
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"lm_head__weight": np.ones((61, 32), "f4")}, ValueError, "lm_head.weight is not the ta"),
+        ({"h__0__mlp__gate": np.ones(3, "f4")}, ValueError, "has no tensor 'h.0.mlp.gate'"),
+        ({"h__1__ln_2__bias": None}, KeyError, "has a tensor 'h.1.ln_2.bias', which is missing"),
+        ({"wpe__weight": None}, KeyError, "has a tensor 'wpe.weight', which is missing"),
+    ],
+)
+def test_every_tensor_is_accounted_for(changes, error, message):
+    with pytest.raises(error, match=message):
+        gpt2_params(published(**changes))
+
+
+def test_a_gap_among_the_blocks_is_a_missing_tensor():
+    tensors = {k: v for k, v in published().items() if not k.startswith("h.1.")}
+    with pytest.raises(KeyError, match=r"of 2 blocks has a tensor 'h\.1\.attn\.c_attn\.bias'"):
+        gpt2_params(tensors)
+    with pytest.raises(KeyError, match="a GPT-2 of 0 blocks has a tensor"):
+        gpt2_params({k: v for k, v in published().items() if not k.startswith("h.")})
+
+
+def test_a_head_that_is_the_table_is_no_param():
+    tensors = published()
+    again = gpt2_params(tensors | {"lm_head.weight": tensors["wte.weight"]})
+    assert relative_error(again, gpt2_params(tensors)) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "heads", "message"),
+    [
+        ({"n_head": 4}, 8, "config.json: n_head is 4, not 8"),
+        ({"n_head": 5}, None, "heads divides the 32 features, but is 5"),
+        ({"n_head": 4, "activation_function": "relu"}, None, "activation_function is 'relu'"),
+        ({"n_head": 4, "layer_norm_epsilon": 1e-6}, None, "layer_norm_epsilon is 1e-06"),
+        ({"n_head": 4, "tie_word_embeddings": False}, None, "tie_word_embeddings is False"),
+    ],
+)
+def test_the_config_beside_the_file_must_agree(config, heads, message, tmp_path):
+    save_file(published(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_gpt2(tmp_path / "model.safetensors", heads=heads)
+    (tmp_path / "config.json").write_text(json.dumps({"n_head": 8, "n_layer": 3}))
+    net, _ = load_gpt2(tmp_path / "model.safetensors")
+    assert net == gpt2(SMALL._replace(heads=8))

@@ -547,3 +547,47 @@ def test_fused_on_many_devices(axes):
 def test_options_that_do_not_fit(options, error, says):
     with pytest.raises(error, match=says):
         jp.make_update(**{"net": MLP, "loss": LOSS, "optimizer": optax.sgd(0.1)} | options)
+
+
+def test_an_update_that_does_not_donate_leaves_what_it_was_given():
+    params, x, target = problem()
+    update = jp.make_update(MLP, LOSS, optax.sgd(0.1), donate=False)
+    state = update.init(params)
+    first = update(params, state, x, target)
+    again = update(params, state, x, target)
+    assert relative_error(first, again) == 0
+    donated = jp.make_update(MLP, LOSS, optax.sgd(0.1))(params, state, x, target)
+    assert relative_error(first, donated) == 0
+    assert jax.tree.leaves(params)[0].is_deleted()
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_optimizer_with_arguments_of_its_own():
+    """``optax.contrib.sam`` takes none of those that an update could give."""
+    params, x, target = problem()
+    optimizer = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), sync_period=2)
+    update = jp.make_update(MLP, LOSS, optimizer)
+    expected, state = params, optimizer.init(params)
+    for _ in range(2):
+        grads = jax.grad(jp.loss_fn(MLP, LOSS))(expected, x, target)
+        updates, state = optimizer.update(grads, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    got, state = jax.tree.map(jnp.copy, params), update.init(params)
+    for _ in range(2):
+        got, state, _ = update(got, state, x, target)
+    assert relative_error(got, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("make", [jp.value_and_grad(MLP, LOSS), jp.loss_fn(MLP, LOSS)])
+def test_a_function_in_the_place_of_its_maker_is_refused(make):
+    with pytest.raises(TypeError, match=r"is a maker, such as jp\.value_and_grad itself"):
+        jp.make_update(MLP, LOSS, optax.sgd(0.1), value_and_grad=make)
+
+
+def test_a_maker_of_something_else_is_refused():
+    params, x, target = problem()
+    update = jp.make_update(MLP, LOSS, optax.sgd(0.1), value_and_grad=jp.per_example_grads)
+    with pytest.raises(TypeError, match=r"value_and_grad= returns \(value, grads\), not"):
+        update(params, update.init(params), x, target)
+    with pytest.raises(TypeError, match=r"state is None: start from state = update\.init"):
+        update(params, None, x, target)

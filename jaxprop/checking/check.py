@@ -15,6 +15,7 @@ from jaxprop.checking.points import float64, is_floating, normal, with_noise
 from jaxprop.core.checks import require
 from jaxprop.core.combinator import Combinator
 from jaxprop.core.layer import Layer
+from jaxprop.core.tree import Mask, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 DIRECTIONS = 3
@@ -74,7 +75,9 @@ def check_layer(
         if not any(leaf.size and is_floating(leaf) for leaf in jax.tree.leaves((params, x))):
             raise ValueError(f"{layer}: nothing to check, neither params nor x hold floats")
         y, residuals = layer.forward(params, x)
-        _check_forward(layer, y, residuals, len(jax.tree.leaves(x)[0]))
+        examples = len(jax.tree.leaves(x)[0])
+        _check_forward(layer, y, residuals, examples)
+        _check_of_more(layer, params, x, examples + 1)
         expected_of = jax.jit(functools.partial(by_oracles, layer))
         differences = differences_of(layer, expected_of)
         for _ in range(DIRECTIONS):
@@ -92,12 +95,23 @@ def check_layer(
             differences(rng, params, x, ct, drawn)
 
 
+def _check_of_more(layer: Layer, params: Params, x: PyTree, examples: int) -> None:
+    """Check the shapes for another batch: a residual's first axis may be N by chance."""
+    if any(isinstance(node, Mask) for node in jax.tree.leaves(params, is_leaf=is_not_learned)):
+        return
+    more = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((examples, *leaf.shape[1:]), leaf.dtype), x
+    )
+    y, residuals = jax.eval_shape(layer.forward, params, more)
+    _check_forward(layer, y, residuals, examples)
+
+
 def _check_forward(layer: Layer, y: PyTree, residuals: Residuals, examples: int) -> None:
     """Raise unless y and residuals are arrays with the example on axis 0."""
     for name, tree in (("y", y), ("residuals", residuals)):
         for path, leaf in jax.tree.leaves_with_path(tree):
             at = f"{layer}: {name}{keystr(path)}"
-            if not isinstance(leaf, Array):
+            if not isinstance(leaf, Array | jax.ShapeDtypeStruct):
                 raise AssertionError(
                     f"{at} is the {type(leaf).__name__} {leaf!r}, which would not survive jit or "
                     "scan; a fact that is known beforehand is a field of the layer"

@@ -19,10 +19,10 @@ from jaxprop.core.arrays import rounded
 from jaxprop.core.child import Child
 from jaxprop.core.contract import check_params, held_to_init, of_arrays
 from jaxprop.core.describe import structs
-from jaxprop.core.side_inputs import bind_child, check_side_inputs
+from jaxprop.core.side_inputs import bound, check_side_inputs
 from jaxprop.core.static import Static
 from jaxprop.core.step import Step, Visit, params_of
-from jaxprop.core.tree import Key, Mask, SideInput
+from jaxprop.core.tree import SideInput
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -56,11 +56,14 @@ class Layer(Static):
     Attributes:
         takes: the side input, ``jp.Key`` or ``jp.Mask``, that a step may put in the place of the
             layer's params ``()``. ``forward`` and ``backward`` find it there.
+        mixes_positions: whether a position of y depends on other positions of x, in a layer that
+            takes no mask. It then refuses to stand in a net that is given one.
         hands_down_types: whether ``forward`` and ``backward`` are given params with their types, as
             a layer made of layers must be.
     """
 
     takes: ClassVar[type[SideInput] | None] = None
+    mixes_positions: ClassVar[bool] = False
     hands_down_types: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -155,20 +158,12 @@ class Layer(Static):
 
         Raises:
             TypeError: for another kind of key, or a mask that is not an array of bools.
-            ValueError: if a layer that takes one of them lies in a layer that does not say where
-                its params stand.
+            ValueError: for a mask that no layer takes, or in a net with a layer that mixes
+                positions without it; and if a layer that takes one of them lies in a layer that
+                does not say where its params stand.
         """
-        check_side_inputs(key, mask)
-        if self.takes is Key and key is not None:
-            return Key(key)
-        if self.takes is Mask and mask is not None:
-            return Mask(mask)
-        if key is None and mask is None:
-            return params
-        self.check_places(params)
-        for index, child in enumerate(self.children()):
-            params = bind_child(self, params, index, child, key, mask)
-        return params
+        check_side_inputs(self, key, mask)
+        return bound(self, params, key, mask)
 
     def rounded(self, params: Params, dtype: Any) -> Params:
         """Return params as ``jp.cast`` computes with them: floating ones in dtype."""

@@ -25,12 +25,40 @@ def takes_side_input(layer: Layer, kind: type[SideInput]) -> bool:
     )
 
 
-def check_side_inputs(key: Array | None, mask: Array | None) -> None:
+def bound(layer: Layer, params: Params, key: Array | None, mask: Array | None) -> Params:
+    """Return params with the side inputs, each in the place of a layer that takes it."""
+    if layer.takes is Key and key is not None:
+        return Key(key)
+    if layer.takes is Mask and mask is not None:
+        return Mask(mask)
+    if key is None and mask is None:
+        return params
+    layer.check_places(params)
+    for index, child in enumerate(layer.children()):
+        params = bind_child(layer, params, index, child, key, mask)
+    return params
+
+
+def check_side_inputs(net: Layer, key: Array | None, mask: Array | None) -> None:
+    """Raise unless key and mask are what they should be, and the net can do with the mask."""
     dtype = getattr(key, "dtype", None)
     if key is not None and (dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key)):
         raise TypeError(f"key is a key of jax.random.key, not {shapes(key)}")
     if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
         raise TypeError(f"mask is bool (N, T), True where a position is real, not {shapes(mask)}")
+    if mask is not None:
+        _check_mixing(net)
+        if not takes_side_input(net, Mask):
+            raise ValueError(f"no layer takes a mask: {net}")
+
+
+def _check_mixing(layer: Layer) -> None:
+    if layer.mixes_positions:
+        raise ValueError(
+            f"{layer} mixes positions and takes no mask: what is padded would reach the others"
+        )
+    for child in layer.children():
+        _check_mixing(child.layer)
 
 
 def bind_child(
@@ -54,7 +82,7 @@ def bind_child(
         if mask is not None:
             *layers, n, t = mask.shape
             mask = jnp.broadcast_to(jnp.expand_dims(mask, -3), (*layers, times, n, t))
-    return child.put(params, child.layer.bind(child.of(params), key=key, mask=mask))
+    return child.put(params, bound(child.layer, child.of(params), key, mask))
 
 
 def _each(f: Callable[[Array], Array], keys: Array) -> Array:

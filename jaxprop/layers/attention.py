@@ -19,6 +19,7 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask
 from jaxprop.core.types import Params, PyTree, Residuals
+from jaxprop.layers.masks import mask_of
 
 Heads = Float[Array, "n h t d"]
 PaddingMask = Bool[Array, "n t"] | None
@@ -93,7 +94,7 @@ class Attention(Layer):
     def forward(
         self, params: Params, x: Float[Array, "n t c"]
     ) -> tuple[Float[Array, "n t d"], Residuals]:
-        mask = self._mask(params, x)
+        mask = mask_of(self, params, x)
         x = x if mask is None else jnp.where(mask[..., None], x, 0)
         q, k, v = _split(x, self.heads)
         parts = []
@@ -108,7 +109,7 @@ class Attention(Layer):
         self, params: Params, residuals: Residuals, ct: Float[Array, "n t d"]
     ) -> tuple[tuple[()], Float[Array, "n t c"]]:
         x, y, kept = residuals
-        mask = self._mask(params, x)
+        mask = mask_of(self, params, x)
         q, k, v = _split(x, self.heads)
         ct, y = (z.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for z in (ct, y))
         mean = jnp.sum(wide(ct) * wide(y), -1, keepdims=True)
@@ -124,16 +125,6 @@ class Attention(Layer):
         d_x = jnp.stack([jnp.concatenate(d_q, 2) * _scale(q), sum(d_k), sum(d_v)], 2)
         d_x = d_x.transpose(0, 3, 2, 1, 4).reshape(x.shape).astype(x.dtype)
         return (), d_x if mask is None else jnp.where(mask[..., None], d_x, 0)
-
-    def _mask(self, params: Params, x: Float[Array, "n t c"]) -> PaddingMask:
-        if not isinstance(params, Mask):
-            return None
-        if params.value.shape != x.shape[:2]:
-            raise ValueError(
-                f"{self}: the mask is {shapes(params.value)}, but an input {shapes(x)} takes a "
-                f"padding mask bool{list(x.shape[:2])}, True where a position is real"
-            )
-        return params.value
 
     def _attend(
         self, mask: PaddingMask, k: Heads, v: Heads, block: tuple[Heads, Array]

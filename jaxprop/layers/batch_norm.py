@@ -88,6 +88,10 @@ class BatchNorm(Layer):
     def batch_coupled(self) -> bool:
         return self.training
 
+    @property
+    def mixes_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.training
+
     def init(self, key: Array, x: PyTree) -> BatchNormParams:
         scale, bias = affine(self, x)
         mean, var = wide(jnp.zeros_like(scale)), wide(jnp.ones_like(scale))

@@ -64,6 +64,7 @@ class Conv(Layer):
     dilation: int | Sizes | None = None
     groups: int = 1
     bias: bool = True
+    mixes_positions = True
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -131,6 +132,7 @@ class ConvTranspose(Layer):
     strides: int | Sizes | None = None
     padding: Padding = "SAME"
     bias: bool = True
+    mixes_positions = True
 
     def __post_init__(self) -> None:
         _check_fields(self)

@@ -46,6 +46,7 @@ class GroupNorm(Layer):
 
     groups: int
     eps: float = 1e-5
+    mixes_positions = True
 
     def __post_init__(self) -> None:
         check_counts(self, "groups")

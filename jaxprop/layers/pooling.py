@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import empty_like, wide
 from jaxprop.core.checks import check_x
 from jaxprop.core.layer import Layer
-from jaxprop.core.types import PyTree
+from jaxprop.core.tree import Mask
+from jaxprop.core.types import Params, PyTree
+from jaxprop.layers.masks import mask_of
 from jaxprop.layers.windows import AXES, Padding, Sizes, Windows, check_padding, check_window, sizes
 
 X = Float[Array, "n ... c"]
@@ -51,6 +54,7 @@ class MaxPool(Layer):
     window: Sizes = (2, 2)
     strides: int | Sizes | None = None
     padding: Padding = "VALID"
+    mixes_positions = True
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -102,6 +106,7 @@ class AvgPool(Layer):
     window: Sizes = (2, 2)
     strides: int | Sizes | None = None
     padding: Padding = "VALID"
+    mixes_positions = True
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -124,12 +129,16 @@ class AvgPool(Layer):
 class GlobalAvgPool(Layer):
     """y = the mean of x over its P positions, so dE/dx = ct / P at each of them.
 
-    x is (N, ..., C), floating, with at least one axis of positions, and y is (N, C).
+    x is (N, ..., C), floating, with at least one axis of positions, and y is (N, C). params are
+    ``()``, or for x of (N, T, C) a ``jp.Mask`` that ``net.bind(params, mask=)`` puts in their
+    place. The mean is then over an example's real positions, and 0 where it has none.
 
     Raises:
         TypeError: for x that is not floating.
-        ValueError: for x without positions or channels.
+        ValueError: for x without positions or channels, and for a mask that is not (N, T).
     """
+
+    takes = Mask
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         if x.ndim < 3:
@@ -137,13 +146,24 @@ class GlobalAvgPool(Layer):
         check_x(self, x, "N, ..., C")
         return ()
 
-    def forward(self, params: tuple[()], x: X) -> tuple[Float[Array, "n c"], Array]:
-        return x.mean(axis=tuple(range(1, x.ndim - 1))), empty_like(x)
+    def forward(self, params: Params, x: X) -> tuple[Float[Array, "n c"], Array]:
+        real, count = self._real(params, x)
+        total = jnp.sum(wide(x), axis=tuple(range(1, x.ndim - 1)), where=real)
+        return (total / jnp.asarray(count, total.dtype)).astype(x.dtype), empty_like(x)
 
-    def backward(self, params: tuple[()], x: Array, ct: Float[Array, "n c"]) -> tuple[tuple[()], X]:
-        n, _, *positions, c = x.shape
-        ct = (ct / math.prod(positions)).reshape(n, *[1] * len(positions), c)
-        return (), jnp.broadcast_to(ct, (n, *positions, c))
+    def backward(self, params: Params, x: Array, ct: Float[Array, "n c"]) -> tuple[tuple[()], X]:
+        like = jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype)
+        real, count = self._real(params, like)
+        share = (wide(ct) / jnp.asarray(count, wide(ct).dtype)).astype(ct.dtype)
+        ct = jnp.expand_dims(share, range(1, len(like.shape) - 1))
+        return (), jnp.where(real, jnp.broadcast_to(ct, like.shape), 0)
+
+    def _real(self, params: Params, x: PyTree) -> tuple[Bool[Array, "n t 1"] | bool, Any]:
+        """Return which positions are real, and how many."""
+        mask = mask_of(self, params, x)
+        if mask is None:
+            return True, math.prod(x.shape[1:-1])
+        return mask[..., None], jnp.maximum(mask.sum(axis=1), 1)[:, None]
 
 
 def _first(x: Float[Array, "... c"], y: Float[Array, "... c"], windows: Windows) -> Array:

@@ -27,15 +27,17 @@ class Flatten(Layer):
         ValueError: for x without an example axis.
     """
 
+    mixes_positions = True
+
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, ...")
         return ()
 
     def forward(self, params: tuple[()], x: X) -> tuple[Float[Array, "n d"], Array]:
-        return x.reshape(len(x), math.prod(x.shape[1:])), empty_like(x)
+        return x.reshape(x.shape[0], math.prod(x.shape[1:])), empty_like(x)
 
     def backward(self, params: tuple[()], x: Array, ct: Float[Array, "n d"]) -> tuple[tuple[()], X]:
-        return (), ct.reshape(len(x), *x.shape[2:])
+        return (), ct.reshape(x.shape[0], *x.shape[2:])
 
 
 class Reshape(Layer):

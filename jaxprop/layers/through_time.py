@@ -47,6 +47,7 @@ class Recurrence(Layer):
 
     features: int
     gates: ClassVar[int]
+    mixes_positions = True
 
     def __post_init__(self) -> None:
         check_counts(self, "features")

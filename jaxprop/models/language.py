@@ -1,15 +1,8 @@
-"""GPT-2, and the conversion between its published tensors and params."""
+"""GPT-2."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from os import PathLike
 from typing import NamedTuple
-
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
-from jax.typing import ArrayLike
 
 from jaxprop.combinators.chain import chain
 from jaxprop.combinators.recompute import recompute
@@ -17,18 +10,7 @@ from jaxprop.combinators.repeat import repeat
 from jaxprop.combinators.skip import skip
 from jaxprop.combinators.tied import tied
 from jaxprop.core.layer import Layer
-from jaxprop.core.types import Params
-from jaxprop.layers import (
-    AffineParams,
-    Attention,
-    Dense,
-    Dropout,
-    Embedding,
-    Gelu,
-    LayerNorm,
-    NormParams,
-    Positions,
-)
+from jaxprop.layers import Attention, Dense, Dropout, Embedding, Gelu, LayerNorm, Positions
 
 
 class Gpt2Config(NamedTuple):
@@ -88,79 +70,3 @@ def gpt2(config: Gpt2Config, *, scan: bool = True, recomputing: bool = False) ->
     blocks = [repeat(block, config.layers)] if scan else [block] * config.layers
     body = chain(Positions(config.length), *drop, *blocks, LayerNorm())
     return tied(Embedding(config.vocab, d), body)
-
-
-def gpt2_params(tensors: Mapping[str, ArrayLike]) -> Params:
-    """Return the params of ``gpt2``, with ``scan`` and without dropout, from published tensors.
-
-    Args:
-        tensors: the tensors by their names in the published safetensors file, with or without
-            ``transformer.`` before them. The masks and the copy of the table that some files hold
-            are ignored.
-
-    Raises:
-        KeyError: for a tensor that is missing.
-    """
-    named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    layers = len({name.split(".")[1] for name in named if name.startswith("h.")})
-
-    def affine(name: str) -> AffineParams:
-        return AffineParams(stack(f"{name}.weight"), stack(f"{name}.bias"))
-
-    def norm(name: str) -> NormParams:
-        return NormParams(stack(f"{name}.weight"), stack(f"{name}.bias"))
-
-    def stack(name: str) -> Array:
-        return jnp.stack([jnp.asarray(named[f"h.{layer}.{name}"]) for layer in range(layers)])
-
-    attend = norm("ln_1"), affine("attn.c_attn"), (), affine("attn.c_proj")
-    widen = norm("ln_2"), affine("mlp.c_fc"), (), affine("mlp.c_proj")
-    table, positions, scale, bias = (
-        jnp.asarray(named[name])
-        for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
-    )
-    return table, (positions, (attend, widen), NormParams(scale, bias))
-
-
-def gpt2_tensors(params: Params) -> dict[str, Array]:
-    """Return the tensors by their published names, the inverse of ``gpt2_params``.
-
-    Args:
-        params: the params of ``gpt2`` with ``scan`` and without dropout, or a gradient like them.
-    """
-    table, (positions, (attend, widen), last) = params
-    tensors = {"wte.weight": table, "wpe.weight": positions}
-    tensors |= {"ln_f.weight": last.scale, "ln_f.bias": last.bias}
-    norms = {"ln_1": attend[0], "ln_2": widen[0]}
-    dense = {"attn.c_attn": attend[1], "attn.c_proj": attend[3]}
-    dense |= {"mlp.c_fc": widen[1], "mlp.c_proj": widen[3]}
-    stacks = {name: (p.scale, p.bias) for name, p in norms.items()}
-    stacks |= {name: (p.w, p.b) for name, p in dense.items()}
-    for name, (weights, biases) in stacks.items():
-        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            tensors[f"h.{layer}.{name}.weight"] = weight
-            tensors[f"h.{layer}.{name}.bias"] = bias
-    return tensors
-
-
-def load_gpt2(path: str | PathLike[str], *, heads: int | None = None) -> tuple[Layer, Params]:
-    """Return ``(net, params)`` from a safetensors file of a GPT-2; needs the extra ``[models]``.
-
-    The sizes, all but ``heads``, are read off the tensors.
-
-    Args:
-        path: the file.
-        heads: the number of attention heads; by default one for every 64 features, as in the
-            published models.
-
-    Raises:
-        KeyError: for a tensor that is missing.
-    """
-    from safetensors.numpy import load_file
-
-    params = gpt2_params(load_file(path))
-    table, (positions, (attend, _), _) = params
-    (vocab, features), length = np.shape(table), len(positions)
-    layers = len(attend[0].scale)
-    config = Gpt2Config(vocab, length, features, heads or features // 64, layers)
-    return gpt2(config), params

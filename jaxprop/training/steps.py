@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ def make_apply(
     skip_nonfinite: bool,
 ) -> Apply:
     """Return ``apply(grads, state, params, seen, value_fn) -> (params, state)``."""
+    taken = _extra_args(optimizer)
 
     def apply(
         grads: Params,
@@ -85,9 +87,9 @@ def make_apply(
         if max_norm is not None:
             scale = jnp.where(seen.norm < max_norm, 1, max_norm / seen.norm)
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        updates, state = optimizer.update(
-            grads, state, params, value=seen.value, grad=grads, value_fn=value_fn
-        )
+        extra = {"value": seen.value, "grad": grads, "value_fn": value_fn}
+        given = {name: extra[name] for name in taken}
+        updates, state = optimizer.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
 
     def apply_if_finite(
@@ -108,6 +110,15 @@ def make_apply(
         return params, Skipping(inner, state.skipped + (~seen.finite).astype(jnp.int32))
 
     return apply_if_finite if skip_nonfinite else apply
+
+
+def _extra_args(optimizer: optax.GradientTransformationExtraArgs) -> tuple[str, ...]:
+    """Return which extra arguments the optimizer's update takes."""
+    names = ("value", "grad", "value_fn")
+    parameters = inspect.signature(optimizer.update).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+        return names
+    return tuple(name for name in names if name in parameters)
 
 
 def whole_step(

@@ -33,9 +33,12 @@ class Update:
     ``update.lower(...)`` what ``jax.jit`` calls by that name.
     """
 
-    def __init__(self, step: Callable[..., Any], init: Callable[[Params], PyTree]) -> None:
+    def __init__(
+        self, step: Callable[..., Any], init: Callable[[Params], PyTree], donate: bool = True
+    ) -> None:
         self._init = init
-        self._step = jax.jit(step, donate_argnames=("params", "state"))
+        self._donate = donate
+        self._step = jax.jit(step, donate_argnames=("params", "state") if donate else ())
 
     def init(self, params: Params) -> PyTree:
         """Return the state to start from, in memory of its own."""
@@ -53,7 +56,7 @@ class Update:
         """Return params and state after one step, and the loss before it.
 
         Args:
-            params: the net's params; their memory is used for the result.
+            params: the net's params; their memory is used for the result, unless ``donate=False``.
             state: the optimizer's state, likewise.
             x: the inputs, with the example on axis 0.
             target: the targets.
@@ -62,7 +65,9 @@ class Update:
         """
         if state is None:
             raise TypeError("state is None: start from state = update.init(params)")
-        return self._step(*fit_to_donate((params, state)), x, target, key, mask)
+        if self._donate:
+            params, state = fit_to_donate((params, state))
+        return self._step(params, state, x, target, key, mask)
 
     def lower(self, *args: Any, **given: Any) -> Any:
         """Return the step lowered for these arguments, as ``jax.jit(...).lower`` does."""
@@ -79,13 +84,16 @@ def make_update(
     skip_nonfinite: bool = False,
     micro_batches: int = 1,
     value_and_grad: Differentiate | None = None,
+    donate: bool = True,
 ) -> Update:
     """Return a jitted ``update(params, state, x, target, key, mask) -> (params, state, value)``.
 
     params and state are donated: their memory is used for the results, and the arrays that were
-    passed in cannot be used again. Arrays that are not learned stay as they are, and have no
-    optimizer state. In ``jax.shard_map`` ``value`` is the mean over a device's own examples, and
-    the gradient, as that of autodiff there, the sum of what the devices find.
+    passed in cannot be used again. Whoever keeps them (the best params so far, a moving average
+    that starts from them) copies them first, or says ``donate=False``. Arrays that are not learned
+    stay as they are, and have no optimizer state. In ``jax.shard_map`` ``value`` is the mean over a
+    device's own examples, and the gradient, as that of autodiff there, the sum of what the devices
+    find.
 
     Args:
         net: the network.
@@ -114,6 +122,7 @@ def make_update(
             with ``micro_batches=`` where there are some; by default ``jp.value_and_grad``. Autodiff
             is ``jp.autodiff``, and DP-SGD ``functools.partial(jp.clipped_grad, max_norm=1.0,
             noise_multiplier=1.0)``. Not with ``fused``.
+        donate: whether the memory of params and state is used for the results.
 
     Raises:
         TypeError: for what is not a net, a loss or an optimizer.
@@ -141,7 +150,7 @@ def make_update(
         state = owned(optimizer.init, for_optimizer(params))
         return Skipping(state, jnp.zeros((), jnp.int32)) if skip_nonfinite else state
 
-    return Update(step, init)
+    return Update(step, init, donate)
 
 
 def _made(make: Differentiate, net: Layer, loss: Loss, micro_batches: int) -> ValueAndGrad:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,8 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import sum_over, wide
-from jaxprop.core.forms.form import Factored, norms
-from jaxprop.core.mesh import is_explicit, laid_out
+from jaxprop.core.forms.form import Factored, norms, sq_norms
+from jaxprop.core.mesh import laid_out
 
 
 class Sum(Factored):
@@ -82,61 +81,46 @@ class Outer(Factored):
         x, ct = wide(self.x).reshape(rows, i), wide(self.ct).reshape(rows, o)
         whole = laid_out(self.x, None, None)
         products = jnp.matmul(x, x.T, out_sharding=whole) * jnp.matmul(ct, ct.T, out_sharding=whole)
-        total, holds = _total(products, (0, 1))
-        return jax.lax.cond(
-            holds & jnp.isfinite(total), lambda: jnp.sqrt(total), super().norm_of_sum
-        )
+        total = products.sum()
+        holds = total > 1e-3 * jnp.abs(products).sum()  # not so of NaN, or of two zeros
+        holds &= jnp.isfinite(total)
+        return jax.lax.cond(holds, lambda: jnp.sqrt(total), super().norm_of_sum)
 
     def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
         return Outer(wide(self.x), weighted(wide(self.ct), weights)).sum()
 
     def sq_norms(self) -> Float[Array, " n"]:
-        """Return |x|^2 |ct|^2, or along T positions the cheaper of <X X^T, C C^T> and |X^T C|^2.
-
-        Where the products nearly cancel their sum is rounding: then |X^T C|^2 is taken after all.
-        """
+        """Return |x|^2 |ct|^2, or along T positions the cheaper of <X X^T, C C^T> and |X^T C|^2."""
         x, ct = map(wide, self._sequences())
         (_, t, i), o = x.shape, ct.shape[-1]
         if t == 1:
-            return self.norms() ** 2  # squared by itself a factor may overflow, or vanish
+            return sq_norms(x) * sq_norms(ct)
         if t * (i + o) > i * o:
             return self._sums_of_squares()
         products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
-        return _unless_cancelled(products, (1, 2), _is_zero(ct), self._sums_of_squares)
+        return jnp.maximum(products.sum(axis=(1, 2)), 0)
 
     def norms(self) -> Float[Array, " n"]:
         """Return |x| |ct|, or along positions |X^T C|, one example after the other."""
         x, ct = map(wide, self._sequences())
         if x.shape[1] == 1:
-            return norms(x) * norms(ct)
+            return jnp.sqrt(sq_norms(x)) * jnp.sqrt(sq_norms(ct))
         return jax.lax.map(lambda example: norms((example[0].T @ example[1])[None])[0], (x, ct))
 
     def inner_products(self) -> Float[Array, "n n"]:
-        """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), or <g_n, g_m>.
-
-        The latter where it is cheaper, or where the products nearly cancel.
-        """
+        """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), or <g_n, g_m> where
+        that is cheaper."""
         x, ct = map(wide, self._sequences())
         (n, t, i), o = x.shape, ct.shape[-1]
         if n * t * t * (i + o) > (t + n) * i * o:
             return super().inner_products()
         products = jnp.einsum("nti,msi->ntms", x, x) * jnp.einsum("nto,mso->ntms", ct, ct)
-        none = _is_zero(ct)
-        return _unless_cancelled(products, (1, 3), none[:, None] | none, self._pair_by_pair)
+        return products.sum(axis=(1, 3))
 
     def _sums_of_squares(self) -> Float[Array, " n"]:
         """Return |X^T C|^2 as a sum of squares, one example after the other."""
         pairs = tuple(map(wide, self._sequences()))
-        return jax.lax.map(lambda pair: jnp.sum(_matrix(pair) ** 2), pairs)
-
-    def _pair_by_pair(self) -> Float[Array, "n n"]:
-        """Return <g_n, g_m>, with two of them in memory at a time."""
-        pairs = tuple(map(wide, self._sequences()))
-
-        def with_all(g: Array) -> Float[Array, " n"]:
-            return jax.lax.map(lambda pair: jnp.sum(g * _matrix(pair)), pairs)
-
-        return jax.lax.map(lambda pair: with_all(_matrix(pair)), pairs)
+        return jax.lax.map(lambda pair: jnp.sum((pair[0].T @ pair[1]) ** 2), pairs)
 
     def squares(self) -> Array:
         """Return ct^2, for (x^2)^T (ct^2); along T > 1 positions sum_n g_n^2 itself."""
@@ -165,43 +149,6 @@ class Outer(Factored):
             self.x.reshape(self.x.shape[0], length, self.x.shape[-1]),
             self.ct.reshape(self.ct.shape[0], length, self.ct.shape[-1]),
         )
-
-
-def _matrix(pair: tuple[Float[Array, "t i"], Float[Array, "t o"]]) -> Float[Array, "i o"]:
-    return pair[0].T @ pair[1]
-
-
-def _total(products: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Return the sum over the axes, and whether it is more than the rounding of its terms.
-
-    It is not where the sum is NaN, or where all terms are 0 and may have vanished.
-    """
-    total = products.sum(axis=axes)
-    return total, jnp.abs(total) > 1e-3 * jnp.abs(products).sum(axis=axes)
-
-
-def _is_zero(ct: Float[Array, "n ..."]) -> Bool[Array, " n"]:
-    return jnp.all(ct == 0, axis=tuple(range(1, ct.ndim)))
-
-
-def _unless_cancelled(
-    products: Array, axes: tuple[int, ...], zero: Array, otherwise: Callable[[], Array]
-) -> Array:
-    """Return the sum over the axes, or ``otherwise()`` where it nearly cancels.
-
-    On a mesh with Explicit axes, where a loop over examples has no layout, it is the sum.
-
-    Args:
-        products: the terms.
-        axes: those that are summed.
-        zero: where the sum is known to be 0.
-        otherwise: another way to the same sums.
-    """
-    total, holds = _total(products, axes)
-    if is_explicit(products):
-        return total
-    holds |= zero
-    return jax.lax.cond(jnp.all(holds), lambda: total, lambda: jnp.where(holds, total, otherwise()))
 
 
 def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Array, "i o"]:
