@@ -91,11 +91,11 @@ class CrossEntropy(Loss):
         chosen = jnp.where(valid, target, 0)[..., None]
         own = jnp.take_along_axis(logits, chosen, axis=-1)  # NaN for a target of C or more
         own = jnp.where((own == top) & jnp.isinf(own), 0, own - top)
-        powers = jnp.exp(logits - top)
-        others = jnp.sum(powers, axis=-1, keepdims=True, where=~_is(chosen, logits))
+        mine, powers, own_power = _is(chosen, logits), jnp.exp(logits - top), jnp.exp(own)
+        others = jnp.where(mine, 0, powers).sum(axis=-1, keepdims=True)
         each = jnp.log1p(others + jnp.expm1(own)) - own
-        total = others + jnp.exp(own)
-        p = jnp.where(_is(chosen, logits), jnp.exp(own), powers) / total
+        total = others + own_power
+        p = jnp.where(mine, own_power, powers) / total
         count = jnp.maximum(valid.sum(_positions(valid), keepdims=True), 1)
         weight = valid.astype(logits.dtype) / count.astype(logits.dtype)
         values = jnp.sum(jnp.where(valid, each[..., 0], 0) * weight, axis=_positions(valid))
