@@ -35,7 +35,7 @@ def bound(layer: Layer, params: Params, key: Array | None, mask: Array | None) -
         return params
     layer.check_places(params)
     for index, child in enumerate(layer.children()):
-        params = bind_child(layer, params, index, child, key, mask)
+        params = _bind_child(layer, params, index, child, key, mask)
     return params
 
 
@@ -61,7 +61,7 @@ def _check_mixing(layer: Layer) -> None:
         _check_mixing(child.layer)
 
 
-def bind_child(
+def _bind_child(
     layer: Layer, params: Params, index: int, child: Child, key: Array | None, mask: Array | None
 ) -> Params:
     if child.name is ...:

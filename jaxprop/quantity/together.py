@@ -215,9 +215,8 @@ class _Walks:
         if not first:
             return {}
         known: dict[str, PyTree] = {}
-        for name, taken in (
-            dataclasses.replace(self, asked=first, settle=True)._walk(ct, {}).items()
-        ):
+        ahead = dataclasses.replace(self, asked=first, settle=True)._walk(ct, {})
+        for name, taken in ahead.items():
             marked = map(is_marked, jax.tree.leaves(taken, is_leaf=is_marked))
             if not self.settle and not all(marked):
                 raise ValueError(
