@@ -57,7 +57,8 @@ def check_loss(loss: Loss, y: Array, target: PyTree, *, rtol: float = 1e-10, see
         found = _found(loss, y, target, jax.random.key(seed))
     for name in ORACLES:
         if name in found.pairs:
-            _compare(loss, name, *map(np.asarray, found.pairs[name]), rtol)
+            got, expected = map(np.asarray, found.pairs[name])
+            _compare(loss, name, got, expected, rtol)
     for name, (error, allowed) in sorted(found.draws.items(), reverse=True):  # the mean first
         if not np.all(np.asarray(error) <= np.asarray(allowed)):
             right = "0" if name == "mean" else "the Hessian"
