@@ -50,6 +50,17 @@ class Around(jp.Layer):
         return self.inner.backward(params, residuals, ct)
 
 
+class Doubled(jp.Wrapper):
+    """A user's: 2 f(x)."""
+
+    def forward(self, params, x):
+        y, residuals = self.layer.forward(params, x)
+        return 2 * y, residuals
+
+    def backward(self, params, residuals, ct):
+        return self.layer.backward(params, residuals, 2 * ct)
+
+
 BLOCK = jp.skip(jp.chain(jp.Dense(5), jp.Tanh(), jp.Dense(4)))
 MLP = jp.chain(jp.Dense(7), jp.Gelu(), jp.Dense(5), jp.Tanh(), jp.Dense(3))
 ACTIVATIONS = (

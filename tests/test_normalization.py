@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from table import Around, Row, at, relative_error
+from table import Around, Doubled, Row, at, relative_error
 from test_layers import by_hand, ct_for
 
 import jaxprop as jp
@@ -77,15 +77,15 @@ def test_one_row_of_one_example(layer):
 def test_large_offsets_in_float32(layer):
     """float32 has a step of 1e-3 at 1e4, and E x^2 - mean^2 an error of 10 in a variance of 1.
 
-    The mean of 32 numbers or more is right to 32 half steps, however they are added.
+    A mean of 32 numbers or more may be off by a few such steps, by the order in which they are added.
     """
     x = np.asarray(1e4 + normal(8, 16, 32), np.float32)
     params, x = jax.jit(layer.init)(jax.random.key(1), x), jnp.asarray(x)
     ct = ct_for(layer, params, x)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, x, ct))
     y, exact = layer.forward(params, x)[0], layer.forward(*wide[:2])[0]
-    np.testing.assert_allclose(y, exact, atol=32 * 0.5e-3)
-    assert relative_error(by_hand(layer, params, x, ct), by_hand(layer, *wide)) <= 32 * 0.5e-3
+    np.testing.assert_allclose(y, exact, atol=4e-3)
+    assert relative_error(by_hand(layer, params, x, ct), by_hand(layer, *wide)) <= 4e-3
 
 
 @layers
@@ -202,17 +202,6 @@ def test_statistics_are_found_in_layers_around_others():
         assert relative_error(moved, params if frozen else expected) <= 1e-6
     with pytest.raises(ValueError, match=r"shared\(BatchNorm.*each use has statistics of its own"):
         jp.update_batch_stats(jp.shared(layer, 2), params, x)
-
-
-class Doubled(jp.Wrapper):
-    """2 f(x)"""
-
-    def forward(self, params, x):
-        y, residuals = self.layer.forward(params, x)
-        return 2 * y, residuals
-
-    def backward(self, params, residuals, ct):
-        return self.layer.backward(params, residuals, 2 * ct)
 
 
 def test_a_batch_that_is_not_finite_does_not_move_them():

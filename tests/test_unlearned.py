@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from table import relative_error
+from table import Doubled, relative_error
 
 import jaxprop as jp
 from jaxprop.core.tree import is_not_learned, learned
@@ -365,17 +365,6 @@ def test_a_nan_in_an_array_that_is_not_learned_is_found():
     norm = params[1]._replace(var=jp.Unlearned(params[1].var.value.at[1].set(jnp.nan)))
     found = jp.find_nonfinite(net, LOSS, (params[0], norm, *params[2:]), x, target)
     assert (found.phase, found.layer, found.array) == ("input", "1", "params var")
-
-
-class Doubled(jp.Wrapper):
-    """A user's: 2 f(x)."""
-
-    def forward(self, params, x):
-        y, residuals = self.layer.forward(params, x)
-        return 2 * y, residuals
-
-    def backward(self, params, residuals, ct):
-        return self.layer.backward(params, residuals, 2 * ct)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from jax.core import Tracer
 from jaxprop.core.describe import shapes
 from jaxprop.core.types import PyTree
 
+REAL = ("real floating", "integral")
+
 
 def require(value: object, kind: type, where: str) -> None:
     """Raise ``TypeError`` unless value is an instance of kind; name the class without parentheses.
@@ -74,7 +76,7 @@ def check_number(name: str, value: object, *, positive: bool = False) -> None:
         ValueError: for one that is negative, or NaN.
     """
     dtype = getattr(value, "dtype", None)
-    number = isinstance(value, Real) if dtype is None else jnp.issubdtype(dtype, jnp.number)
+    number = isinstance(value, Real) if dtype is None else jnp.isdtype(dtype, REAL)
     if isinstance(value, bool) or not number or getattr(value, "shape", ()) != ():
         raise TypeError(f"{name} is a number, not {value!r}")
     if isinstance(value, Tracer):

@@ -103,7 +103,7 @@ def over_layers(visited: Visited) -> Visited:
         visited: what a walk returned for each layer, behind an axis of layers.
     """
 
-    def is_whole(node: object) -> bool:
+    def is_one(node: object) -> bool:
         return is_factored(node) or isinstance(node, Total)
 
     def of_stack(node: Any) -> Any:
@@ -111,7 +111,7 @@ def over_layers(visited: Visited) -> Visited:
             return jax.tree.map(lambda leaf: leaf.sum(axis=0), node)
         return Repeated(node) if is_factored(node) else node
 
-    return jax.tree.map(of_stack, visited, is_leaf=is_whole)
+    return jax.tree.map(of_stack, visited, is_leaf=is_one)
 
 
 class Wrapper(Layer):
