@@ -77,7 +77,7 @@ def test_one_row_of_one_example(layer):
 def test_large_offsets_in_float32(layer):
     """float32 has a step of 1e-3 at 1e4, and E x^2 - mean^2 an error of 10 in a variance of 1.
 
-    A mean of 32 numbers or more may be off by a few such steps, by the order in which they are added.
+    A mean of 32 numbers or more may be off by a few such steps, as the order of the sum has it.
     """
     x = np.asarray(1e4 + normal(8, 16, 32), np.float32)
     params, x = jax.jit(layer.init)(jax.random.key(1), x), jnp.asarray(x)
