@@ -15,8 +15,8 @@ against the other. The names, by group:
                  LayerNorm RMSNorm GroupNorm BatchNorm
                  Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Flatten Reshape Pad
                  Rnn Lstm Gru
-    combinators  chain (a Chain) skip branch repeat recompute shared tied cast frozen
-    losses       CrossEntropy HalfSquaredError BinaryCrossEntropy
+    combinators  chain (a Chain) skip branch on repeat recompute shared tied cast frozen
+    losses       CrossEntropy HalfSquaredError BinaryCrossEntropy Mean  loss total_loss
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
     updates      make_update learned_only inference_mode update_batch_stats
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms gram second_moment
@@ -38,6 +38,7 @@ from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
 from jaxprop.combinators.chain import Chain, chain
 from jaxprop.combinators.frozen import frozen
+from jaxprop.combinators.on import on
 from jaxprop.combinators.recompute import recompute
 from jaxprop.combinators.repeat import repeat
 from jaxprop.combinators.shared import shared
@@ -100,7 +101,14 @@ from jaxprop.layers import (
     Softplus,
     Tanh,
 )
-from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError
+from jaxprop.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    HalfSquaredError,
+    Mean,
+    loss,
+    total_loss,
+)
 from jaxprop.quantity import (
     Clipped as Clipped,
     DiagGGN as DiagGGN,
@@ -171,6 +179,7 @@ __all__ = [
     "cast",
     "chain",
     "frozen",
+    "on",
     "recompute",
     "repeat",
     "shared",
@@ -180,6 +189,9 @@ __all__ = [
     "BinaryCrossEntropy",
     "CrossEntropy",
     "HalfSquaredError",
+    "Mean",
+    "loss",
+    "total_loss",
     # gradients and updates
     "autodiff",
     "custom_vjp",

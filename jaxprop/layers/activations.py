@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 
 X = Float[Array, "n ..."]
@@ -23,6 +24,11 @@ class Elementwise(Layer):
 
     ``backward`` of a cotangent of ones is f' itself, the local derivative.
     """
+
+    def init(self, key: Array, x: X) -> tuple[()]:
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{self} takes an array x, not {shapes(x)}")
+        return ()
 
 
 class Sigmoid(Elementwise):
