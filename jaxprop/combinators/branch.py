@@ -37,9 +37,7 @@ class Branch(Several):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.join not in ("sum", "concatenate", "tuple") and not isinstance(self.join, tuple):
-            raise ValueError(
-                f"branch: join is 'sum', 'concatenate' or 'tuple', not {self.join!r}"
-            )
+            raise ValueError(f"branch: join is 'sum', 'concatenate' or 'tuple', not {self.join!r}")
 
     def __repr__(self) -> str:
         if isinstance(self.join, tuple):

@@ -94,7 +94,7 @@ def _lines(explanation: Explanation) -> Iterator[str]:
         for what in ("x", "y", "slope", "ct", "d_x"):
             for path, array in jax.tree.leaves_with_path(getattr(terms, what)):
                 place = jax.tree_util.keystr(path, simple=True, separator=".")
-                yield f"  {'.'.join(filter(None, (what, place))):<8}{_vector(array[n])}"
+                yield f"  {'.'.join(filter(None, (what, place))):<7} {_vector(array[n])}"
         alone = dataclasses.replace(explanation, net=terms.layer, collected=terms)
         for param in alone.names:
             yield from _weights(alone, param)

@@ -33,9 +33,17 @@ def in_pair(loss: Loss, target: PyTree) -> tuple[Array, Array | None]:
 
 
 def check_arrays(
-    loss: Loss, y: Array, target: Array, shape: tuple[int, ...], *kinds: type
+    loss: Loss, y: Array, target: Array, *kinds: type, of_classes: bool = False
 ) -> None:
-    """Raise unless y is floating, and the target of this shape and one of these kinds of dtype."""
+    """Raise unless y is floating, and the target of y's shape and one of these kinds of dtype.
+
+    Args:
+        loss: the loss, for the message.
+        y: the net's output.
+        target: the target.
+        kinds: such as ``jnp.floating``.
+        of_classes: whether the target has not the last axis of y.
+    """
     if not hasattr(y, "dtype"):
         raise TypeError(
             f"{loss} takes an array y, and the net's output is {shapes(y)}; jp.total_loss(...) has "
@@ -48,6 +56,7 @@ def check_arrays(
     if not any(jnp.issubdtype(target.dtype, kind) for kind in kinds):
         words = " or ".join(kind.__name__.rstrip("_") for kind in kinds)
         raise TypeError(f"{loss} takes a target of dtype {words}, not {target.dtype}")
+    shape = y.shape[:-1] if of_classes else y.shape
     if target.shape != shape:
         raise ValueError(
             f"{loss}: the net's output has shape {y.shape}, which takes a target of shape {shape}, "
@@ -102,7 +111,7 @@ def check_plain_number(name: str, value: object, most: float = math.inf) -> None
         TypeError: for what is not a number, or an array, which a field cannot hold.
         ValueError: for another number. Both messages begin with name.
     """
-    if not isinstance(value, Real) or isinstance(value, bool) or hasattr(value, "shape"):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} is a number, not {value!r}")
     if not (0 <= value <= most and value < math.inf):  # pyright: ignore[reportOperatorIssue]
         bound = "" if most == math.inf else f" and at most {most:g}"

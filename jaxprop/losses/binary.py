@@ -64,7 +64,7 @@ class BinaryCrossEntropy(Loss):
         self, y: Y, target: Array | tuple[Array, Array]
     ) -> tuple[Float[Array, " n"], Residuals]:
         target, weights = in_pair(self, target)
-        check_arrays(self, y, target, y.shape, jnp.floating, jnp.integer, jnp.bool_)
+        check_arrays(self, y, target, jnp.floating, jnp.integer, jnp.bool_)
         check_weights(self, weights, y.shape)
         words = f"{self} takes a target in [0, 1]"
         check_target(words, target, weights, lambda t: (t >= 0) & (t <= 1))

@@ -110,9 +110,10 @@ class CrossEntropy(Loss):
             a, mass = self._masses(chosen, soft, logits)
             far = jnp.where(_is(chosen, a), each, top - logits + jnp.log(total))
             each = times(a, far).sum(axis=-1, keepdims=True) / jnp.where(mass == 0, 1, mass)
-            weight = weight * mass
+            weight = times(weight, mass)
         elif self.class_weights is not None:
-            weight = weight * jnp.take(jnp.asarray(self.class_weights, logits.dtype), chosen)
+            of_class = jnp.take(jnp.asarray(self.class_weights, logits.dtype), chosen)
+            weight = times(weight, of_class)
         values = jnp.sum(times(weight, each)[..., 0], axis=positions(valid))
         return values, (y, top, total, others / total, chosen, weight, soft)
 
@@ -160,9 +161,7 @@ class CrossEntropy(Loss):
         likeliest = jnp.argmax(target, axis=-1, keepdims=True)
         return soft, jnp.ones(target.shape[:-1], bool), likeliest
 
-    def _weight(
-        self, valid: Bool[Array, "n ..."], weights: Array | None, logits: Logits
-    ) -> One:
+    def _weight(self, valid: Bool[Array, "n ..."], weights: Array | None, logits: Logits) -> One:
         """Return the weight of each position in the mean over an example's positions."""
         if weights is None:
             count = jnp.maximum(valid.sum(positions(valid), keepdims=True), 1)
@@ -187,11 +186,10 @@ class CrossEntropy(Loss):
         soft = jnp.issubdtype(getattr(target, "dtype", int), jnp.floating)
         if soft and target.shape == of_y[:-1]:
             raise TypeError(
-                f"{self} takes classes as a target of dtype integer, or the probability of each "
-                f"class, {of_y}, not {target.dtype} {target.shape}"
+                f"{self} takes a target of dtype integer, or the probability of each class, of "
+                f"shape {of_y}, not {target.dtype} {target.shape}"
             )
-        shape = of_y if soft else of_y[:-1]
-        check_arrays(self, y, target, shape, jnp.integer, jnp.floating)
+        check_arrays(self, y, target, jnp.integer, jnp.floating, of_classes=not soft)
         check_weights(self, weights, of_y[:-1])
         classes = y.shape[-1]
         if self.class_weights is not None and len(self.class_weights) != classes:

@@ -41,11 +41,9 @@ class HalfSquaredError(Loss):
             to be negative or not finite.
     """
 
-    def forward(
-        self, y: Y, target: Y | tuple[Y, Array]
-    ) -> tuple[Float[Array, " n"], Residuals]:
+    def forward(self, y: Y, target: Y | tuple[Y, Array]) -> tuple[Float[Array, " n"], Residuals]:
         target, weights = in_pair(self, target)
-        check_arrays(self, y, target, y.shape, jnp.floating)
+        check_arrays(self, y, target, jnp.floating)
         check_weights(self, weights, y.shape)
         predicted = wide(y)
         error = predicted - target.astype(predicted.dtype)
