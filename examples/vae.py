@@ -45,7 +45,7 @@ LOSS = jp.total_loss(image=(64, jp.BinaryCrossEntropy()), latent=jp.loss(diverge
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a variational autoencoder on digits.")
     parser.add_argument("--epochs", type=int, default=30, help="default: 30")
-    images = jnp.asarray(load_digits().data / 16, jnp.float32)[:1792]
+    images = jnp.asarray(load_digits(return_X_y=True)[0] / 16, jnp.float32)[:1792]
     params, key = NET.init(jax.random.key(0), images[:1]), jax.random.key(1)
     update = jp.make_update(NET, LOSS, optax.adam(2e-3))
     state = update.init(params)

@@ -16,7 +16,8 @@ against the other. The names, by group:
                  Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Flatten Reshape Pad
                  Rnn Lstm Gru
     combinators  chain (a Chain) skip branch on repeat recompute shared tied cast frozen
-    losses       CrossEntropy HalfSquaredError BinaryCrossEntropy Mean  loss total_loss
+    losses       CrossEntropy HalfSquaredError BinaryCrossEntropy  loss total_loss
+                 LinearCrossEntropy (a layer) with Mean
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
     updates      make_update learned_only inference_mode update_batch_stats
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms gram second_moment
@@ -84,6 +85,7 @@ from jaxprop.layers import (
     GroupNorm,
     Gru,
     LayerNorm,
+    LinearCrossEntropy,
     Lstm,
     MaxPool,
     NormParams as NormParams,
@@ -160,6 +162,7 @@ __all__ = [
     "GroupNorm",
     "Gru",
     "LayerNorm",
+    "LinearCrossEntropy",
     "Lstm",
     "MaxPool",
     "Pad",

@@ -1,5 +1,6 @@
 """The examples, run as a reader would run them: each in a process of its own."""
 
+import functools
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -93,8 +95,13 @@ def test_vae_has_two_outputs_and_a_loss_that_falls():
     assert "the largest gradient is that of image" in out
     sample = runpy.run_path(str(EXAMPLES / "vae.py"))["Sample"]()
     x = {name: np.random.default_rng(0).normal(size=(3, 2)) for name in ("mean", "logvar")}
-    for params in ((), jp.Key(jax.random.key(0))):
-        jp.check_layer(sample, x, params)
+    jp.check_layer(sample, x)
+    x, key = jax.tree.map(jnp.asarray, x), jp.Key(jax.random.key(0))
+    pulled = []
+    for f in (jp.custom_vjp(sample), lambda params, x: sample.forward(params, x)[0]):
+        y, pull = jax.vjp(functools.partial(f, key), x)
+        pulled.append(pull(jax.tree.map(jnp.cos, y)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), *pulled)
     assert len((EXAMPLES / "vae.py").read_text().splitlines()) <= 60
 
 

@@ -64,7 +64,8 @@ def check_loss(
         found = _found(loss, y, target, jax.random.key(seed))
     for name in ORACLES:
         if name in found.pairs:
-            _compare(loss, name, *jax.device_get(found.pairs[name]), rtol)
+            got, expected = jax.device_get(found.pairs[name])
+            _compare(loss, name, got, expected, rtol)
     for name, (error, allowed) in sorted(found.draws.items(), reverse=True):  # the mean first
         if not np.all(np.asarray(error) <= np.asarray(allowed)):
             right = "0" if name == "mean" else "the Hessian"

@@ -41,9 +41,9 @@ class Loss(Static):
     def hessian_root(self, residuals: Residuals, /) -> Cotangent:
         """Return S with sum_c S_c S_c^T the Hessian by y of each example's own loss.
 
-        It is like y behind an axis of columns: (C, N, ...). The column c is a cotangent of y, so that a walk back from it gives a column of J^T S: the
-        root of the generalised Gauss-Newton matrix (Schraudolph 2002,
-        https://doi.org/10.1162/08997660260028683).
+        S is like y, behind an axis of columns. The column c is a cotangent of y, so that a walk
+        back from it gives a column of J^T S: the root of the generalised Gauss-Newton matrix
+        (Schraudolph 2002, https://doi.org/10.1162/08997660260028683).
         """
         return jax.vmap(self.hessian_column, (None, 0))(
             residuals, jnp.arange(self.hessian_columns(residuals))

@@ -21,7 +21,7 @@ from jaxprop.core.types import PyTree
 Y = Float[Array, "n ..."]
 
 
-def in_pair(loss: Loss, target: PyTree) -> tuple[Array, Array | None]:
+def in_pair(loss: Loss, target: PyTree) -> tuple[Any, Array | None]:
     """Return a target and its weights, None for a target that is not a pair (target, weights)."""
     if type(target) is not tuple:
         return target, None

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import wide
 from jaxprop.core.loss import Loss
+from jaxprop.core.types import PyTree
 from jaxprop.losses.arguments import (
     Y,
     check_arrays,
@@ -60,9 +61,7 @@ class BinaryCrossEntropy(Loss):
     def __post_init__(self) -> None:
         check_plain_number("BinaryCrossEntropy: positive_weight", self.positive_weight)
 
-    def forward(
-        self, y: Y, target: Array | tuple[Array, Array]
-    ) -> tuple[Float[Array, " n"], Residuals]:
+    def forward(self, y: Y, target: PyTree) -> tuple[Float[Array, " n"], Residuals]:
         target, weights = in_pair(self, target)
         check_arrays(self, y, target, jnp.floating, jnp.integer, jnp.bool_)
         check_weights(self, weights, y.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -13,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 
 from jaxprop.core.arrays import of_indices, on_device, wide
 from jaxprop.core.loss import Loss
+from jaxprop.core.types import PyTree
 from jaxprop.losses.arguments import (
-    Y,
     check_arrays,
     check_plain_number,
     check_target,
@@ -90,9 +89,7 @@ class CrossEntropy(Loss):
         for c, weight in enumerate(self.class_weights):
             check_plain_number(f"CrossEntropy: class_weights[{c}]", weight)
 
-    def forward(
-        self, y: Logits, target: Target | tuple[Target, Array]
-    ) -> tuple[Float[Array, " n"], Residuals]:
+    def forward(self, y: Logits, target: PyTree) -> tuple[Float[Array, " n"], Residuals]:
         target, weights = in_pair(self, target)
         self._check(y, target, weights)
         logits, target = wide(y), on_device(target)

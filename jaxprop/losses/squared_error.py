@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import wide
 from jaxprop.core.loss import Loss
+from jaxprop.core.types import PyTree
 from jaxprop.losses.arguments import (
     Y,
     check_arrays,
@@ -41,7 +42,7 @@ class HalfSquaredError(Loss):
             to be negative or not finite.
     """
 
-    def forward(self, y: Y, target: Y | tuple[Y, Array]) -> tuple[Float[Array, " n"], Residuals]:
+    def forward(self, y: Y, target: PyTree) -> tuple[Float[Array, " n"], Residuals]:
         target, weights = in_pair(self, target)
         check_arrays(self, y, target, jnp.floating)
         check_weights(self, weights, y.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,9 @@ class TotalLoss(Loss):
     ) -> tuple[Float[Array, " n"], tuple[Residuals, ...]]:
         self._check(y, target)
         each, residuals = [], []
+        of_parts: Any = dict(enumerate(target)) if isinstance(target, tuple) else target or {}
         for name, weight, loss in self.parts:
-            given = target[name] if isinstance(target, tuple) else (target or {}).get(name)
+            given = of_parts.get(name)
             values, r = loss.forward(y[name], given)
             each.append(weight * values)
             residuals.append(r)
