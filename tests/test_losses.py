@@ -10,6 +10,7 @@ import pytest
 from table import LOSSES, normal, relative_error
 
 import jaxprop as jp
+from jaxprop.losses.total import TotalLoss
 
 rows = pytest.mark.parametrize(
     ("loss", "y", "target"), LOSSES, ids=[f"{row[0]} on {row[1].shape}" for row in LOSSES]
@@ -81,6 +82,12 @@ def test_narrow_dtypes(loss, y, target, dtype):
     rtol = {jnp.float32: 2e-5, jnp.bfloat16: 0.02}[dtype]
     assert relative_error(values, wide_values) <= rtol
     assert relative_error(ct, loss.backward(wide_residuals)) <= rtol
+
+
+@pytest.mark.full
+@rows
+def test_check_loss(loss, y, target):
+    jp.check_loss(loss, y / max(1, np.abs(y).max() / 3), target)  # no class so rare as never drawn
 
 
 def test_padding_weighs_nothing():
@@ -275,6 +282,22 @@ def test_class_weights_are_those_of_torch_but_for_the_mean():
     np.testing.assert_allclose(values, own, rtol=1e-14)
 
 
+def test_numbers_and_weights_of_any_kind():
+    """Strict promotion takes no float64 of NumPy beside float32, and no bool beside a number."""
+    y, one = jnp.asarray(normal(2, 3), jnp.float32), np.float64(0.5)
+    weights = jnp.array([[True, False, True], [True, True, False]])
+    for loss, target in (
+        (jp.CrossEntropy(one, (one, one, one)), jnp.array([1, 2])),
+        (jp.BinaryCrossEntropy(one), (y > 0, weights)),
+        (jp.HalfSquaredError(), (y + 1, weights.astype(int))),
+        (jp.total_loss((one, jp.HalfSquaredError())), (y + 1,)),
+    ):
+        given = (y,) if isinstance(loss, TotalLoss) else y
+        values, residuals = loss.forward(given, target)
+        assert values.dtype == jnp.float32
+        assert {leaf.dtype for leaf in jax.tree.leaves(loss.backward(residuals))} == {values.dtype}
+
+
 def test_a_negative_weight_shows_in_everything():
     for loss, y, target in PAIRS:
         weights = jnp.ones((2, 3)).at[0, 1].set(-1)
@@ -415,3 +438,11 @@ def test_a_mean_has_no_curvature(f):
     net, x = jp.Dense(2), jnp.ones((3, 2))
     with pytest.raises(NotImplementedError, match=r"Mean\(\) is linear in y"):
         getattr(jp, f)(net, jp.Mean())(net.init(jax.random.key(0), x), x)
+
+
+def test_cross_entropy_saves_the_logits_as_they_are():
+    """Probabilities of a large vocabulary would be the largest array of a step."""
+    y = jnp.zeros((2, 3, 50), jnp.bfloat16)
+    _, residuals = jp.CrossEntropy(0.1).forward(y, jnp.zeros((2, 3), int))
+    large = [leaf for leaf in jax.tree.leaves(residuals) if leaf.size > y[..., 0].size]
+    assert [leaf is y for leaf in large] == [True]

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxprop.core.arrays import of_indices, wide
 from jaxprop.core.checks import check_counts, check_flags, check_values, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
+from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.types import PyTree
 from jaxprop.layers.dense import AffineParams, Dense
 
@@ -139,15 +140,18 @@ class LinearCrossEntropy(Layer):
             if d_b is not None:
                 d_b = put(d_b, d_z.sum(axis=tuple(range(d_z.ndim - 1))), first, 0)
             d_z = d_z.astype(h.dtype)
-            w = jnp.where(new, self._chunk(params.w, first), 0).astype(h.dtype)
-            d_h += jnp.matmul(d_z, w.T, preferred_element_type=d_h.dtype)
+            w = self._chunk(params.w, first).astype(h.dtype)
+            d_h += jnp.matmul(jnp.where(new, d_z, 0), w.T, preferred_element_type=d_h.dtype)
             part = jnp.matmul(
                 rows.T, d_z.reshape(-1, d_z.shape[-1]), preferred_element_type=d_w.dtype
             )
             return (d_h, put(d_w, part, first, 1), d_b), None
 
         start = jax.tree.map(lambda leaf: wide(jnp.zeros_like(leaf)), (h, params.w, params.b))
-        (d_h, d_w, d_b), _ = jax.lax.scan(of_chunk, start, self._firsts())
+        firsts = self._firsts()
+        if shard_map_axes():  # each device has sums of its own, and their type says so
+            start = jax.tree.map(jnp.zeros_like, of_chunk(start, firsts[0])[0])
+        (d_h, d_w, d_b), _ = jax.lax.scan(of_chunk, start, firsts)
         return AffineParams(d_w, d_b), (d_h.astype(h.dtype), None)
 
     def _firsts(self) -> Int[Array, " k"]:
@@ -163,12 +167,13 @@ class LinearCrossEntropy(Layer):
 
     def _logits(
         self, params: AffineParams, h: H, first: Array
-    ) -> tuple[Float[Array, "n ... c"], Int[Array, " c"], Array]:
+    ) -> tuple[Float[Array, "n ... c"], Int[Array, "n ... c"], Bool[Array, "n ... c"]]:
         """Return a chunk's logits, its classes, and which of them no chunk before it had."""
         z = h @ self._chunk(params.w, first).astype(h.dtype)
         if params.b is not None:
-            z = z + self._chunk(params.b, first).astype(h.dtype)
-        ids = first + jnp.arange(self._width())
+            b = self._chunk(params.b, first).astype(h.dtype)
+            z = z + jnp.expand_dims(b, range(z.ndim - 1))
+        ids = first + jax.lax.broadcasted_iota(first.dtype, z.shape, z.ndim - 1)
         return wide(z), ids, ids >= -(-first // self._width()) * self._width()
 
 

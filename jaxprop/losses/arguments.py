@@ -84,7 +84,8 @@ def check_weights(loss: Loss, weights: Array | None, shape: tuple[int, ...]) -> 
 
 def counted(weights: Array, dtype: Any) -> Array:
     """Return weights in the dtype, with NaN for one that is negative."""
-    return jnp.where(weights >= 0, weights.astype(dtype), jnp.nan)
+    weights = weights.astype(dtype)
+    return jnp.where(weights >= 0, weights, jnp.nan)
 
 
 def check_target(
@@ -126,7 +127,7 @@ def times(weight: Y, value: Y) -> Y:
 def only(c: int | Array, root: Y) -> Y:
     """Return root with zeros for all of an example's outputs but the one numbered c."""
     one = jnp.arange(outputs(root)) == c
-    return jnp.where(one.reshape(root.shape[1:]), root, 0)
+    return jnp.where(one.reshape(1, *root.shape[1:]), root, 0)
 
 
 def outputs(y: Array) -> int:

@@ -72,7 +72,7 @@ class BinaryCrossEntropy(Loss):
         t = jnp.where((t >= 0) & (t <= 1), t, jnp.nan)
         yes, no, real = t, 1 - t, ()
         if self.positive_weight != 1:
-            yes = self.positive_weight * t
+            yes = float(self.positive_weight) * t
         if weights is not None:
             weights = counted(weights, logits.dtype)
             total = weights.sum(axis=positions(y), keepdims=True)

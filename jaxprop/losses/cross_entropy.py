@@ -64,7 +64,7 @@ class CrossEntropy(Loss):
     Attributes:
         label_smoothing: s, from 0 to 1.
         class_weights: c, a tuple of C numbers that are not negative; None for ones. A position
-            whose class has weight 0 counts as padding in no mean, and as padding in the curvature.
+            whose class has weight 0 still counts in the mean, and to curvature it is padding.
 
     Raises:
         TypeError: for y that is not floating, and a target that is not an array of numbers.
@@ -173,9 +173,11 @@ class CrossEntropy(Loss):
         """Return a_j for each class, and their sum."""
         a = _is(chosen, like).astype(like.dtype) if isinstance(soft, tuple) else soft
         if self.label_smoothing > 0:
-            a = (1 - self.label_smoothing) * a + self.label_smoothing / like.shape[-1]
+            smoothing = float(self.label_smoothing)
+            a = (1 - smoothing) * a + smoothing / like.shape[-1]
         if self.class_weights is not None:
-            a = a * jnp.asarray(self.class_weights, like.dtype)
+            of_classes = jnp.asarray(self.class_weights, like.dtype)
+            a = a * jnp.expand_dims(of_classes, range(like.ndim - 1))
         return a, a.sum(axis=-1, keepdims=True)
 
     def _check(self, y: Logits, target: Target, weights: Array | None) -> None:

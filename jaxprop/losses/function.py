@@ -71,7 +71,7 @@ class FunctionLoss(Loss):
         rounding = flat.size * jnp.finfo(flat.dtype).eps * jnp.abs(values).max()
         convex = values.min() >= -4 * rounding
         root = jnp.sqrt(jnp.where(convex, jnp.maximum(values, 0), jnp.nan))
-        return jax.vmap(unflatten)((vectors * root).T)
+        return jax.vmap(unflatten)((vectors * root[None]).T)
 
 
 def loss(fn: Callable[..., Array]) -> FunctionLoss:

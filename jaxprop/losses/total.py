@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -157,10 +157,11 @@ def total_loss(*parts: Weighted, **named: Weighted) -> TotalLoss:
 
 def _part(name: str | int, weighted: Weighted) -> Part:
     where = f"total_loss: {name}"
-    pair = weighted if type(weighted) is tuple and len(weighted) == 2 else (1.0, weighted)
-    check_plain_number(f"{where}: the weight", pair[0])
-    require(pair[1], Loss, where)
-    return Part(name, *pair)  # pyright: ignore[reportArgumentType]
+    is_pair = type(weighted) is tuple and len(weighted) == 2
+    weight, loss = cast(Any, weighted if is_pair else (1.0, weighted))
+    check_plain_number(f"{where}: the weight", weight)
+    require(loss, Loss, where)
+    return Part(name, float(weight), loss)
 
 
 def _scaled(weight: float, tree: PyTree) -> PyTree:
