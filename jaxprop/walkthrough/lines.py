@@ -35,11 +35,11 @@ def equation(start: str, terms: Sequence[Sequence[str]], end: str) -> str:
         end: what is on the right of it.
     """
     shown = [product(terms[0]), *("·".join(map(bracketed, term)) for term in terms[1:])]
-    for most in range(TERMS, 1, -1):
-        line = start + total(shown, most) + end
-        if cell_len(line) <= WIDTH - INDENT:
-            break
-    return line  # pyright: ignore[reportPossiblyUnbound]
+    sums = [total(shown, most) for most in range(TERMS, 1, -1)]
+    if len(shown) > 1:
+        sums.append(f"{shown[0]} + …")
+    lines = [f"{start}{each}{end}" for each in sums]
+    return next((line for line in lines if cell_len(line) <= WIDTH - INDENT), lines[-1])
 
 
 def product(factors: Sequence[str], dot: str = "·") -> str:
