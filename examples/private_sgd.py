@@ -20,8 +20,9 @@ import dp_accounting
 import jax
 import jax.numpy as jnp
 import optax
-from digits import above_zero, load, natural, positive
+from digits import load
 from dp_accounting.pld import PLDAccountant
+from options import Parser, above_zero, natural, positive, run
 
 import jaxprop as jp
 
@@ -77,21 +78,18 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an MLP on scikit-learn's digits privately.")
-    for name, kind, default, meaning in (
+    parser = Parser("Train an MLP on scikit-learn's digits privately.")
+    parser.add(
         ("epochs", positive, 40, "number of epochs"),
         ("batch", positive, 128, "expected number of images per step"),
         ("rate", above_zero, 0.1, "learning rate of SGD with momentum 0.9"),
-        ("max-norm", above_zero, 1.0, "bound on the norm of each per-example gradient"),
+        ("max-norm", above_zero, 1.0, "bound of a per-example gradient's norm"),
         ("noise", above_zero, 1.5, "noise multiplier"),
         ("delta", above_zero, 1e-5, "delta of differential privacy"),
         ("seed", natural, 0, "seed of the run"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{meaning} (default: %(default)s)"
-        )
-    train(parser.parse_args())
+    )
+    train(parser.parse())
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
