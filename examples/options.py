@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable, Collection
@@ -101,4 +102,5 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)  # at once: a save in the background would fail, and say so at length

@@ -73,8 +73,8 @@ def test_every_script_ends_by_the_same_rules():
     [(False, b"digits.py: interrupted\n", 130), (True, b"", -signal.SIGPIPE)],
     ids=["ctrl-c", "closed pipe"],
 )
-def test_an_end_from_outside_leaves_no_traceback(closed, said, code):
-    argv = command("digits.py", "--epochs", 2000)
+def test_an_end_from_outside_leaves_no_traceback(closed, said, code, tmp_path):
+    argv = command("digits.py", "--epochs", 2000, "--checkpoints", tmp_path)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(argv, env=ENVIRONMENT, **pipes) as running:
         assert running.stdout.readline().startswith(b"epoch")

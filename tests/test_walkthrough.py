@@ -253,6 +253,13 @@ def test_wrong_config_is_one_line_and_exit_2(capsys, tmp_path, old, new, message
     assert err.count("\n") == 1
 
 
+def test_too_many_weights_is_said_before_they_are_drawn(capsys, tmp_path):
+    path = tmp_path / "net.toml"
+    path.write_text(DEEP.replace("units = 4", "units = 9000").replace("units = 2", "units = 8000"))
+    assert main(["--config", str(path)]) == 2
+    assert "layers[1] has 8000 x 9000 weights" in capsys.readouterr().err
+
+
 def test_too_many_units_is_said_before_they_are_drawn(capsys, tmp_path):
     path = tmp_path / "net.toml"
     path.write_text(DEEP.replace("units = 4", "units = 3000000000"))

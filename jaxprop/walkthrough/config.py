@@ -31,6 +31,9 @@ ACTIVATIONS: dict[Activation, Layer | None] = {
 }
 
 
+MOST_WEIGHTS = 1_000_000  # to draw for a layer
+
+
 class ConfigError(Exception):
     """An error in a network file or on the command line, in one line that names the key."""
 
@@ -201,6 +204,11 @@ def _units(entry: object, key: str, width: int, seed: Array, index: int) -> Unit
         if not isinstance(bias, bool):
             raise ConfigError(f"{key}.bias must be true or false, not {bias!r}")
         units = _whole(entry["units"], f"{key}.units", least=1, most=10_000)
+        if units * width > MOST_WEIGHTS:
+            raise ConfigError(
+                f"{key} has {units} x {width} weights; there is a chain for each, of at most "
+                f"{MOST_WEIGHTS:,} in a layer"
+            )
         return _drawn(activation, units, bias, width, jax.random.fold_in(seed, index))
     if "bias" in entry:
         raise ConfigError(f"{key}.bias goes with units; beside weights, write biases = [...]")

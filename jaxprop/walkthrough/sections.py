@@ -48,7 +48,7 @@ class Most(NamedTuple):
         )
 
 
-READABLE = Most(layers=6, units=8, chains=24, numbers=24)
+READABLE = Most(layers=6, units=8, chains=24, numbers=12)
 ALL = Most(sys.maxsize, sys.maxsize, sys.maxsize, sys.maxsize)
 
 
