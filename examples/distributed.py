@@ -74,7 +74,7 @@ def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
             print(line, flush=True)
 
     size = sum(leaf.size for leaf in jax.tree.leaves(run["params"]))
-    say(f"{size:,} params, {mesh.size} devices of {jax.process_count()} processes")
+    say(f"{size:,} params; devices: {mesh.size}, processes: {jax.process_count()}")
     first = int(run["done"])
     if first:
         say(f"resumed after step {first}")

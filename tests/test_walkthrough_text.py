@@ -5,11 +5,13 @@ import math
 import re
 import sys
 
+import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings, strategies as st
 from rich.cells import cell_len
 from test_walkthrough import printed
 
+import jaxprop as jp
 from jaxprop.cli import main
 from jaxprop.explanation import numerals
 from jaxprop.walkthrough.config import WORKED_EXAMPLE, Config, Units, dump
@@ -98,6 +100,15 @@ def test_an_equation_fits_the_terminal(terms):
     line = equation("∂E/∂h12 = ", shown, " = -0.12345678")
     assert cell_len(line) <= 78
     assert not re.search(r"[·+] ?-", line)
+
+
+def test_an_explanation_writes_its_numbers_in_the_same_way():
+    params = (jp.AffineParams(jnp.array([[-0.5], [0.25]]), None),)
+    x, target = jnp.array([[-2.0, 100.0]]), jnp.array([[30.0]])
+    net = jp.chain(jp.Dense(1, bias=False))
+    text = str(jp.explain(net, jp.HalfSquaredError(), params, x, target))
+    assert "x        -2.0000000 100.0000000" in text
+    assert "x (-2.00000000) · ct (-4.00000000) = 8.00000000" in text
 
 
 # What is counted.
