@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     walk.add_argument("--weight", metavar="NAME", help="show this weight's chain only, such as w3")
     walk.add_argument(
-        "--all", action="store_true", help="print all of a large network, not the beginnings"
+        "--all",
+        action="store_true",
+        help="print all of a large network, not the first of everything",
     )
     walk.add_argument("--config", metavar="FILE", help="a network in TOML (see --print-config)")
     output = walk.add_mutually_exclusive_group()

@@ -166,6 +166,17 @@ def test_a_large_network_is_readable(capsys, tmp_path):
     assert all(f"\n  w{i} " in every for i in range(1, 1201))
 
 
+def test_a_large_network_in_korean_has_the_same_numbers(capsys, tmp_path):
+    english = show(capsys, tmp_path, LARGE, "--steps", "3")
+    korean = show(capsys, tmp_path, LARGE, "--steps", "3", "--lang", "ko")
+    numbers = re.compile(r"\d\.\d{8}")
+    assert sorted(numbers.findall(english)) == sorted(numbers.findall(korean))
+    assert "층별 요약 (3번의 갱신 중 1번째)" in korean
+    assert all(cell_len(line) <= 80 for line in korean.splitlines())
+    allowed = {"tanh", "float", "jax.grad", "all", "weight", "json", "none"}
+    assert set(re.findall(r"[A-Za-z.]{3,}", korean)) <= allowed
+
+
 def test_a_deep_network_shows_both_ends(capsys, tmp_path):
     config = net(*[((0.9,),)] * 40, inputs=(1.0,))
     text = show(capsys, tmp_path, config)
