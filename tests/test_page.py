@@ -1,5 +1,6 @@
 """The page, clicked through in a real browser: every number on it is the walk's."""
 
+import itertools
 import json
 import re
 import shutil
@@ -441,7 +442,7 @@ def changed(config, tab):
     tab.focus("#drag")
     tab.keyboard.press("ArrowRight")
     rate = float(tab.input_value("#number"))
-    assert rate == pytest.approx(1.02 * config.learning_rate)
+    assert rate == pytest.approx(1.02 * config.learning_rate)  # a 200th of the slider
     first = config.layers[0]
     weights = ((-1.25, *first.weights[0][1:]), *first.weights[1:])
     return config._replace(
@@ -462,16 +463,16 @@ def test_values_can_be_changed(show, text):
     assert tab.inner_text("#changed").startswith("Changed: learning rate, x2, t1, w1.")
     assert tab.is_hidden("#source")
     walks = descent(new, 3, 3)
-    for frame in (0, 2):
+    for frame, count in ((0, 3), (2, None)):
         walk = walks[frame][0]
         tab.evaluate(f"visit(0, {frame})")
-        for key, formula, table in expected(walk, by_jax=False):
+        for key, formula, table in itertools.islice(expected(walk, by_jax=False), count):
             seen = tab.evaluate(READ)
             assert seen["key"] == key
             numbers = shown(seen["formula"])
             if key.startswith("backward"):
                 *numbers, quotient = numbers
-                assert quotient == pytest.approx(numbers[-1], rel=1e-3, abs=1e-9)
+                assert quotient == pytest.approx(formula[-1], rel=6e-4, abs=1e-10)
             assert numbers == exactly(formula)
             assert shown(seen["table"]) == exactly(table)
             check_drawing(seen, walk)

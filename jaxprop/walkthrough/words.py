@@ -86,7 +86,7 @@ KOREAN = {
     "Arrow keys: left and right for the stage, up and down for the step of descent.": (
         "화살표 키: 왼쪽·오른쪽은 단계, 위·아래는 경사 하강 횟수."
     ),
-    "A line is a weight, the thicker the larger: click it for its stage, drag its number to change it.": (
+    "A line is a weight, the thicker the larger: click it for its stage, drag its number.": (
         "선은 가중치이며 클수록 굵습니다. 누르면 그 단계로 가고, 숫자를 끌면 값이 바뀝니다."
     ),
     "The number after ∂ at a unit is the derivative of the error by its value.": (

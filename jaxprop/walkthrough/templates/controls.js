@@ -120,6 +120,17 @@ for (const button of all("[data-language]")) {
     draw();
   });
 }
+// A click on a name goes to its stage, on the way that the walk is on, and has its value ready to be
+// changed.
+$("network").addEventListener("click", (event) => {
+  const name = nameAt(event);
+  if (name === undefined || dragged) return;
+  if (name in state.values) choose(name);
+  const ways = stages[state.stage].way === "backward" ? ["backward", "arrival", "forward"] : ["forward", "backward"];
+  const keys = [...ways.map((way) => `${way} ${name}`), ...(name === "E" ? ["error"] : [])];
+  const at = keys.map((key) => stages.findIndex((stage) => stage.key === key)).find((i) => i >= 0);
+  if (at !== undefined) visit(at);
+});
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowDown: [0, -1], ArrowUp: [0, 1] };
 document.addEventListener("keydown", (event) => {
   const move = KEYS[event.key];

@@ -24,6 +24,7 @@ function keepInView({ lit }) {
   box.scrollBy((inner.left + inner.right - outer.left - outer.right) / 2, (inner.top + inner.bottom - outer.top - outer.bottom) / 2);
 }
 
+const nameAt = (event) => event.target.closest("[data-name]")?.dataset.name;
 const drawnAs = (name) => document.querySelector(`#network [data-name="${name}"]`);
 
 // The numbers in the drawing: those that the walk has come to, and no others.
@@ -84,6 +85,13 @@ function writeLayers() {
     const units = count.dataset.count;
     count.textContent = say(units === "1" ? "{count} unit" : "{count} units", { count: units });
   }
+}
+
+// A label that is hidden is shown while its weight is pointed at.
+for (const [kind, near] of [["pointerover", true], ["pointerout", false]]) {
+  $("network").addEventListener(kind, (event) => {
+    document.querySelector(`#network .label[data-name="${nameAt(event)}"]`)?.classList.toggle("near", near);
+  });
 }
 
 const SVG = "http://www.w3.org/2000/svg";

@@ -7,9 +7,10 @@ const round = (number) => Number(number.toPrecision(12));
 
 // The slider's range and step; anything may be typed.
 function reach(name) {
-  if (name === "rate") return { min: Math.min(0, 4 * given(name)), max: 4 * Math.max(0, given(name)) || 1, step: Math.abs(given(name)) / 50 || 0.02 };
-  const most = Math.max(1, Math.ceil(2 * Math.abs(given(name))));
-  return { min: -most, max: most, step: most / 100 };
+  const size = Math.abs(given(name));
+  const most = name === "rate" ? 4 * size || 1 : Math.max(1, Math.ceil(2 * size));
+  const min = name === "rate" && given(name) >= 0 ? 0 : -most;
+  return { min, max: most, step: (most - min) / 200 };
 }
 
 function change(name, number) {
@@ -56,18 +57,17 @@ function drawEditor() {
 // In the words of the language.
 function nameEditor() {
   const names = Object.keys(data.values);
-  const group = (label, members) => element("", "optgroup", { label }, ...members.map((name) => element("", "option", { value: name }, called(name))));
+  const option = (name) => element("", "option", { value: name }, called(name));
+  const group = (label, members) => element("", "optgroup", { label }, ...members.map(option));
   $("name").replaceChildren(
-    element("", "option", { value: "rate" }, called("rate")),
+    option("rate"),
     group(say("inputs"), names.filter((name) => name.startsWith("x"))),
     group(say("targets"), names.filter((name) => name.startsWith("t"))),
     ...data.stages.map((stage) => group(say("{layer} layer", { layer: layerName(stage.name) }), weightsOf([stage]))),
   );
 }
 
-$("name").addEventListener("change", (event) => {
-  choose(event.target.value);
-});
+$("name").addEventListener("change", (event) => choose(event.target.value));
 $("drag").addEventListener("input", (event) => change(editor.name, round(event.target.valueAsNumber)));
 $("number").addEventListener("input", ({ target }) => {
   const valid = Number.isFinite(target.valueAsNumber);
@@ -82,36 +82,19 @@ $("reset").addEventListener("click", () => {
 });
 
 // A number in the drawing is dragged sideways by a mouse or a pen; a finger scrolls the drawing.
-let drag = null;
+let held = null;
 let dragged = false;
 $("network").addEventListener("pointerdown", (event) => {
-  const name = event.target.closest("[data-name]")?.dataset.name;
+  const name = nameAt(event);
   dragged = false;
-  if (event.pointerType !== "touch" && name in state.values) drag = { name, from: state.values[name], x: event.clientX };
+  if (event.pointerType !== "touch" && name in state.values) held = { name, from: state.values[name], x: event.clientX };
 });
 addEventListener("pointermove", (event) => {
-  if (!drag) return;
-  const by = Math.round(event.clientX - drag.x);
+  if (!held) return;
+  const by = Math.round(event.clientX - held.x);
   if (!dragged && Math.abs(by) < 4) return;
   dragged = true;
-  choose(drag.name);
-  change(drag.name, round(drag.from + by * reach(drag.name).step));
+  choose(held.name);
+  change(held.name, round(held.from + by * reach(held.name).step));
 });
-for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => (drag = null));
-
-// A click on a name goes to its stage, and has its value ready to be changed.
-$("network").addEventListener("click", (event) => {
-  const name = event.target.closest("[data-name]")?.dataset.name;
-  if (name === undefined || dragged) return;
-  if (name in state.values) choose(name);
-  const ways = stages[state.stage].way === "backward" ? ["backward ", "arrival ", "forward "] : ["forward ", "backward "];
-  const keys = [...ways.map((way) => way + name), ...(name === "E" ? ["error"] : [])];
-  const key = keys.find((wanted) => stages.some((stage) => stage.key === wanted));
-  if (key) visit(stages.findIndex((stage) => stage.key === key));
-});
-for (const [kind, near] of [["pointerover", true], ["pointerout", false]]) {
-  $("network").addEventListener(kind, (event) => {
-    const name = event.target.closest(".edge")?.dataset.name;
-    document.querySelector(`#network .label[data-name="${name}"]`)?.classList.toggle("near", near);
-  });
-}
+for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => (held = null));

@@ -107,8 +107,10 @@ function frameOf(stages, n, d, after) {
   return { error: finite(n.E), errorAfter: finite(after.E), units, weights, quotient: (w) => quotient(stages, n, w) };
 }
 
+// The central difference quotient; 0 where it is all rounding.
 function quotient(stages, n, w) {
   const step = 6e-6 * Math.max(1, Math.abs(n[w]));
   const error = (weight) => walkForward(stages, { ...n, [w]: weight }).E;
-  return finite((error(n[w] + step) - error(n[w] - step)) / (2 * step));
+  const difference = error(n[w] + step) - error(n[w] - step);
+  return Math.abs(difference) <= 4 * Number.EPSILON * n.E ? 0 : finite(difference / (2 * step));
 }
