@@ -1,12 +1,10 @@
 """The page, clicked through in a real browser: every number on it is the walk's."""
 
-import itertools
 import json
 import re
-import shutil
-import tomllib
 
 import pytest
+from reading import DEEP, READ, check_drawing, config_of, exactly, expected, in_a_browser, shown
 
 from jaxprop.cli import main
 from jaxprop.walkthrough import config as configs
@@ -14,28 +12,6 @@ from jaxprop.walkthrough.descent import descent
 from jaxprop.walkthrough.page import STEPS, page
 from jaxprop.walkthrough.words import KOREAN, particles, words
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-
-DEEP = """
-inputs = [0.5, -1, 2]
-targets = [1, 0]
-learning_rate = 0.1
-seed = 4
-[[layers]]
-activation = "gelu"
-units = 5
-bias = true
-[[layers]]
-activation = "none"
-units = 2
-[[layers]]
-activation = "softplus"
-weights = [[0.5, -0.25], [1e-5, 2]]
-biases = [0.1, -0.1]
-"""
 DENSE = """
 inputs = [0.5, -1, 2, 0.3, -0.7]
 targets = [1, 0, 0.5]
@@ -45,21 +21,6 @@ layers = [
     {activation = "tanh", units = 8, bias = true},
     {activation = "gelu", units = 6, bias = true},
     {activation = "sigmoid", units = 3, bias = true},
-]
-"""
-EVERY_ACTIVATION = """
-inputs = [0.5, -1.5]
-targets = [1, 0, 0.5]
-learning_rate = 0.1
-seed = 1
-layers = [
-    {activation = "tanh", units = 3},
-    {activation = "gelu", units = 3, bias = true},
-    {activation = "none", units = 3},
-    {activation = "silu", units = 3},
-    {activation = "softplus", units = 3, bias = true},
-    {activation = "relu", units = 3},
-    {activation = "sigmoid", units = 3},
 ]
 """
 WIDE = """
@@ -74,138 +35,6 @@ bias = true
 activation = "none"
 units = 2
 """
-READ = """() => {
-  const values = (root) => [...root.querySelectorAll(".value")].map((node) => node.textContent);
-  const texts = (selector) => [...document.querySelectorAll(selector)].map((n) => n.textContent);
-  const nodes = Object.fromEntries([...document.querySelectorAll("#network .node")].map((node) => [
-    node.dataset.unit,
-    [...node.querySelectorAll(".value, .below, .derivative")].map((text) => text.textContent),
-  ]));
-  const labels = Object.fromEntries([...document.querySelectorAll("#network .label")].map((label) =>
-    [label.dataset.weight, label.querySelector(".number").textContent]));
-  const lit = [...document.querySelectorAll("#network .edge:is(.lit, .main)")].map((edge) =>
-    edge.dataset.weight || `${edge.dataset.source}E`);
-  return {
-    key: document.getElementById("panel").dataset.key,
-    formula: values(document.getElementById("formula")),
-    table: values(document.getElementById("table")),
-    title: document.getElementById("title").textContent,
-    spoken: document.getElementById("spoken").textContent,
-    last: document.getElementById("next").disabled,
-    nodes, labels, lit,
-  };
-}"""
-
-
-def config_of(text):
-    return configs.parse(tomllib.loads(text))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def show(browser, tmp_path):
-    """Open a page; at the end, nothing went wrong in it and nothing was asked of the network."""
-    wrong, asked, contexts = [], [], []
-
-    def opened(text, **options):
-        path = tmp_path / "page.html"
-        path.write_text(text, encoding="utf-8")
-        contexts.append(browser.new_context(reduced_motion="reduce", **options))
-        contexts[-1].set_default_timeout(120_000)
-        tab = contexts[-1].new_page()
-        tab.on("pageerror", lambda error: wrong.append(error))
-        tab.on("console", lambda message: wrong.append(message.text))
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.goto(path.as_uri())
-        return tab
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert wrong == []
-    assert [url for url in asked if not url.startswith("file:")] == []
-
-
-def number(text):
-    return float(re.sub(r"[a-zA-Z∂]+\d* ", "", text).replace("−", "-"))
-
-
-def shown(texts):
-    return [number(text) for text in texts if text]
-
-
-def exactly(numbers):
-    """As eight decimals show them, or an exponent with four."""
-    return [pytest.approx(n, rel=5.1e-5 if abs(n) < 1e-4 else 0, abs=5.1e-9) for n in numbers]
-
-
-def roughly(number):
-    """As the drawing shows it: four decimals, or an exponent with one."""
-    return pytest.approx(number, rel=0.051, abs=5.1e-5 if 1e-3 <= abs(number) < 1e4 else 0)
-
-
-def expected(walk, by_jax=True):
-    """(key, numbers of the formula, of the table) of every stage, from the walkthrough alone.
-
-    Without by_jax, the last number of a weight's stage is left out.
-    """
-    inputs = dict(zip(walk.stages[0].inputs, walk.config.inputs, strict=True))
-    outputs = walk.stages[-1].units
-    for stage in walk.stages:
-        for row, unit in enumerate(stage.units):
-            terms = [n for w in stage.weights[row] for n in (w.old, w.d_z)]
-            terms += [bias.old for bias in stage.biases[row : row + 1]]
-            yield f"forward {unit.name}", [*terms, unit.z, unit.value], []
-            inputs[unit.name] = unit.value
-    errors = [unit.error for unit in outputs]
-    each = [n for unit in outputs for n in (unit.target, unit.value, unit.error)]
-    yield "error", [*each, *errors, walk.error], []
-    for stage in reversed(walk.stages):
-        is_output = stage is walk.stages[-1]
-        for unit in stage.units if not is_output else ():
-            paths = [n for path in unit.paths for n in (path.d_z, path.weight)]
-            yield f"arrival {unit.name}", [*paths, unit.d_value], []
-        for row, unit in enumerate(stage.units):
-            for w in (*stage.weights[row], *stage.biases[row : row + 1]):
-                first = [unit.value, unit.target, unit.d_value] if is_output else []
-                chain = [w.d_value, w.slope, w.d_z, w.product, *([w.jax_grad] if by_jax else [])]
-                yield f"backward {w.name}", [*first, *chain], []
-    weights = walk.chains()
-    rows = [n for w in weights for n in (w.old, w.product, w.new)]
-    yield "update", [walk.config.learning_rate], rows
-    after = [n for unit in outputs for n in (unit.target, unit.value_after, unit.error_after)]
-    errors = [unit.error_after for unit in outputs]
-    yield "after", [*after, *errors, walk.error_after, walk.error, walk.error_after], []
-
-
-def check_drawing(seen, walk):
-    """Of the nodes and weights, those numbers that are there."""
-    after, updated = seen["key"] == "after", seen["key"] in ("update", "after")
-    for name, value in zip(walk.stages[0].inputs, walk.config.inputs, strict=True):
-        assert number(seen["nodes"][name][0]) == roughly(value)
-    for stage in walk.stages:
-        for row, unit in enumerate(stage.units):
-            value, *below, derivative = seen["nodes"][unit.name]
-            if value:
-                assert number(value) == roughly(unit.value_after if after else unit.value)
-            if derivative:
-                assert number(derivative) == roughly(unit.d_value)
-            wanted = [b.new if updated else b.old for b in stage.biases[row : row + 1]]
-            wanted += [] if unit.target is None else [unit.target]
-            assert shown(below) == list(map(roughly, wanted))
-            for w in stage.weights[row]:
-                assert number(seen["labels"][w.name]) == roughly(w.new if updated else w.old)
-    (error,) = [text for text in seen["nodes"]["E"] if text] or [None]
-    if error is not None:
-        assert number(error) == roughly(walk.error_after if after else walk.error)
 
 
 @in_a_browser
@@ -388,142 +217,6 @@ def test_playing_and_pausing(show):
     tab.click("#stage-play")
     tab.click("#next")
     assert tab.evaluate("state.playing") is None
-
-
-def numbers(value):
-    """Every number in nested dicts and lists, in order, with its way there."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in items:
-        if isinstance(item, dict | list):
-            yield from ((f"{key} {way}", n) for way, n in numbers(item))
-        else:
-            yield str(key), item
-
-
-@in_a_browser
-def test_the_page_s_arithmetic_is_the_library_s(show):
-    config = config_of(EVERY_ACTIVATION)
-    tab = show(page(config, steps=4))
-    library, own = tab.evaluate("""() => {
-      const plain = ({ quotient, ...frame }) => frame;
-      const { frames, curve } = descend(data.stages, data.values, 4, 4);
-      return [[data.frames, data.curve], [frames.map(plain), curve]];
-    }""")
-    for stage, z_signs in zip(
-        tab.evaluate("data.stages.map(({ activation }) => activation)"),
-        tab.evaluate("""data.stages.map(({ units }) =>
-          units.map(({ name }) => Math.sign(data.frames[0].units[name].z)))"""),
-        strict=True,
-    ):
-        assert stage == "none" or set(z_signs) == {-1, 1}, f"{stage}: both sides of zero"
-    theirs, ours = dict(numbers(library)), dict(numbers(own))
-    assert set(theirs) == set(ours)
-    only = {way for way, n in theirs.items() if n is None}
-    assert all(way.endswith((" dZ", " error", " errorAfter")) for way in only)
-    compared = [
-        way for way in theirs if way not in only and not re.search(r" weights w\d+ 2$", way)
-    ]
-    assert len(compared) > 1000
-    for way in compared:
-        if ours[way] is None:  # jax.grad
-            continue
-        assert ours[way] == pytest.approx(theirs[way], rel=1e-11, abs=1e-15), way
-
-
-def changed(config, tab):
-    """Change one value of each kind in the page as a reader would; return the config they make."""
-    typed = {"x2": 0.7, "w1": -1.25}
-    for name, value in typed.items():
-        tab.select_option("#name", name)
-        tab.fill("#number", str(value))
-    tab.select_option("#name", "t1")
-    tab.fill("#drag", "-0.24")
-    tab.select_option("#name", "rate")
-    tab.focus("#drag")
-    tab.keyboard.press("ArrowRight")
-    rate = float(tab.input_value("#number"))
-    assert rate == pytest.approx(1.02 * config.learning_rate)  # a 200th of the slider
-    first = config.layers[0]
-    weights = ((-1.25, *first.weights[0][1:]), *first.weights[1:])
-    return config._replace(
-        inputs=(config.inputs[0], 0.7, *config.inputs[2:]),
-        targets=(-0.24, *config.targets[1:]),
-        learning_rate=rate,
-        layers=(first._replace(weights=weights), *config.layers[1:]),
-    )
-
-
-@in_a_browser
-@pytest.mark.parametrize("text", [EVERY_ACTIVATION, pytest.param(DEEP, marks=pytest.mark.full)])
-def test_values_can_be_changed(show, text):
-    config = config_of(text)
-    tab = show(page(config, steps=3))
-    before = tab.evaluate("document.getElementById('panel').textContent")
-    new = changed(config, tab)
-    assert tab.inner_text("#changed").startswith("Changed: learning rate, x2, t1, w1.")
-    assert tab.is_hidden("#source")
-    walks = descent(new, 3, 3)
-    for frame, count in ((0, 3), (2, None)):
-        walk = walks[frame][0]
-        tab.evaluate(f"visit(0, {frame})")
-        for key, formula, table in itertools.islice(expected(walk, by_jax=False), count):
-            seen = tab.evaluate(READ)
-            assert seen["key"] == key
-            numbers = shown(seen["formula"])
-            if key.startswith("backward"):
-                *numbers, quotient = numbers
-                assert quotient == pytest.approx(formula[-1], rel=6e-4, abs=1e-10)
-            assert numbers == exactly(formula)
-            assert shown(seen["table"]) == exactly(table)
-            check_drawing(seen, walk)
-            _ = seen["last"] or tab.click("#next")
-    tab.click("#reset")
-    tab.evaluate("visit(0, 0)")
-    assert tab.evaluate("document.getElementById('panel').textContent") == before
-    assert tab.evaluate("state.frames === data.frames")
-    assert tab.is_disabled("#reset")
-
-
-@in_a_browser
-def test_a_number_of_the_drawing_is_dragged(show):
-    tab = show(page(configs.WORKED_EXAMPLE, steps=2))
-    for name, wanted in {
-        "w3": 0.4 + 30 * 0.01,
-        "x1": 0.1 + 30 * 0.01,
-        "t2": 0.6 + 30 * 0.02,
-    }.items():
-        box = tab.locator(
-            f"#network .label[data-name={name}], #network .node [data-name={name}]"
-        ).bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        tab.mouse.move(x, y)
-        tab.mouse.down()
-        tab.mouse.move(x + 20, y)
-        tab.mouse.move(x + 30, y)
-        tab.mouse.up()
-        tab.mouse.move(x + 90, y)
-        assert float(tab.input_value("#number")) == pytest.approx(wanted)
-        assert tab.input_value("#stage") == "0"  # a drag is no click
-    assert number(tab.evaluate(READ)["labels"]["w3"]) == roughly(0.7)
-
-
-@in_a_browser
-def test_what_is_typed_may_be_no_number_or_too_large(show):
-    config = configs.WORKED_EXAMPLE
-    layers = tuple(units._replace(activation="none") for units in config.layers)
-    tab = show(page(config._replace(layers=layers), steps=9))
-    error = "document.querySelector('#network [data-name=E] .value').textContent"
-    tab.fill("#number", "")
-    assert tab.get_attribute("#number", "aria-invalid") == "true"
-    assert tab.is_disabled("#reset")
-    tab.press("#number", "Tab")
-    assert tab.input_value("#number") == "0.5"
-    assert tab.get_attribute("#number", "aria-invalid") is None
-    tab.fill("#number", "1e200")
-    tab.evaluate("visit(stages.length - 1, 8)")
-    assert tab.evaluate(error) == "—"
-    tab.click("#reset")
-    assert tab.evaluate(error) != "—"
 
 
 @in_a_browser
