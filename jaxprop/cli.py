@@ -17,7 +17,7 @@ from jaxprop.bench import BenchError, bench, regressions
 from jaxprop.walkthrough import text
 from jaxprop.walkthrough.config import WORKED_EXAMPLE, Config, ConfigError, dump, load
 from jaxprop.walkthrough.descent import walkthrough
-from jaxprop.walkthrough.page import page
+from jaxprop.walkthrough.page import STEPS, page
 from jaxprop.walkthrough.sections import ALL, READABLE
 from jaxprop.walkthrough.words import LANGUAGES
 
@@ -60,9 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument(
         "--steps",
         type=_positive,
-        default=1,
         metavar="N",
-        help="descend N steps (default: %(default)s)",
+        help=f"descend N steps (default: 1; {STEPS} with --html)",
     )
     walk.add_argument("--weight", metavar="NAME", help="show this weight's chain only, such as w3")
     walk.add_argument(
@@ -112,11 +111,12 @@ def _walkthrough(args: argparse.Namespace) -> int:
     if args.print_config:
         print(dump(config), end="")
         return 0
-    if args.weight is not None and args.steps > 1:
+    steps = args.steps or 1
+    if args.weight is not None and steps > 1:
         raise ConfigError("--weight shows the first step: leave out --steps")
     if args.html is not None:
         return _html(config, args)
-    walk = walkthrough(config, args.steps)
+    walk = walkthrough(config, steps)
     names = [weight.name for weight in walk.chains()]
     if args.weight is not None and args.weight not in names:
         known = f"{names[0]} to {names[-1]}" if len(names) > 8 else ", ".join(names)
@@ -138,7 +138,7 @@ def _html(config: Config, args: argparse.Namespace) -> int:
     if importlib.util.find_spec("jinja2") is None:
         raise ConfigError("--html needs jinja2: pip install 'jaxprop-vjp[html]'")
     try:
-        Path(args.html).write_text(page(config, args.steps, args.lang), encoding="utf-8")
+        Path(args.html).write_text(page(config, args.steps or STEPS, args.lang), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {args.html}: {(error.strerror or '').lower()}") from error
     return 0
