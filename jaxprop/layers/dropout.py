@@ -39,7 +39,7 @@ class Dropout(Layer):
 
     @property
     def takes(self) -> type[Key] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return Key if self.training else None
+        return Key if self.training and self.rate > 0 else None
 
     def __post_init__(self) -> None:
         check_flags(self, "training")
