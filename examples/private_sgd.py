@@ -6,8 +6,8 @@
 Each step draws every training image with the same small probability. This is the Poisson sampling
 that the privacy accountant assumes. The size of a draw varies, but a jitted step needs a fixed one,
 so the batch is padded with images of weight zero, and the sum divided by the expected size.
-Google's dp-accounting computes epsilon, for adding or removing one image, from the noise multiplier,
-the sampling rate and the number of steps.
+Google's dp-accounting computes epsilon, for adding or removing one image, from the noise
+multiplier, the sampling rate and the number of steps.
 """
 
 import argparse
