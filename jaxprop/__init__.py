@@ -14,6 +14,7 @@ against the other. The names, by group:
                  Embedding Positions SinusoidalPositions Rotary  Attention
                  LayerNorm RMSNorm GroupNorm BatchNorm
                  Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Flatten Reshape Pad
+                 Item
                  Rnn Lstm Gru
     combinators  chain (a Chain) skip branch repeat recompute shared tied cast frozen
     losses       CrossEntropy HalfSquaredError BinaryCrossEntropy
@@ -82,6 +83,7 @@ from jaxprop.layers import (
     GlobalAvgPool,
     GroupNorm,
     Gru,
+    Item,
     LayerNorm,
     Lstm,
     MaxPool,
@@ -151,6 +153,7 @@ __all__ = [
     "GlobalAvgPool",
     "GroupNorm",
     "Gru",
+    "Item",
     "LayerNorm",
     "Lstm",
     "MaxPool",

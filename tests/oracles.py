@@ -14,7 +14,8 @@ from jaxprop.core.tree import learned, merged
 def per_example_grads(net, loss):
     def f(params, x, target):
         def own(arrays, x, target):
-            return jp.loss_fn(net, loss)(merged(params, arrays), x[None], target[None])
+            x, target = jax.tree.map(lambda leaf: leaf[None], (x, target))
+            return jp.loss_fn(net, loss)(merged(params, arrays), x, target)
 
         return jax.vmap(jax.grad(own), (None, 0, 0))(learned(params), x, target)
 
@@ -80,11 +81,13 @@ def ggn_blocks(net, loss):
     """For each example and each param, J^T H J of that param alone: like params, (N, P, P)."""
 
     def own(params, x, target):
+        x = jax.tree.map(lambda leaf: leaf[None], x)
+
         def output(arrays):
-            return net.forward(merged(params, arrays), x[None])[0].ravel()
+            return net.forward(merged(params, arrays), x)[0].ravel()
 
         y = output(learned(params))
-        shape = net.forward(params, x[None])[0].shape
+        shape = net.forward(params, x)[0].shape
 
         def value(y):
             return loss.forward(y.reshape(shape), target[None])[0][0]

@@ -16,7 +16,12 @@ class Row(NamedTuple):
     x: Any
 
     def __repr__(self) -> str:
-        return f"{self.layer} on {'x'.join(map(str, self.x.shape))}"
+        return f"{self.layer} on {' and '.join('x'.join(map(str, x.shape)) for x in arrays(self.x))}"
+
+
+def arrays(x: Any) -> list[Any]:
+    """The arrays of an input; there are several if it is a tuple."""
+    return jax.tree.leaves(x)
 
 
 def normal(*shape: int) -> Any:
@@ -73,6 +78,34 @@ ACTIVATIONS = (
     jp.Softplus(),
 )
 
+CROSS = jp.branch(jp.Dense(4), jp.Dense(8), join="tuple")
+DECODER_BLOCK = jp.branch(
+    jp.branch(
+        jp.Item(0),
+        jp.chain(
+            jp.branch(
+                jp.chain(jp.Item(0), jp.LayerNorm(), jp.Dense(4)),
+                jp.chain(jp.Item(1), jp.Dense(8)),
+                join="tuple",
+            ),
+            jp.Attention(2, causal=False),
+            jp.Dense(4),
+        ),
+    ),
+    jp.Item(1),
+    join="tuple",
+)
+DECODER = jp.chain(
+    jp.branch(
+        jp.chain(jp.Item(1), jp.Embedding(7, 4)),
+        jp.chain(jp.Item(0), jp.Embedding(7, 4)),
+        join="tuple",
+    ),
+    DECODER_BLOCK,
+    jp.Item(0),
+    jp.Dense(2),
+)
+
 TABLE = [
     Row(jp.Dense(3), normal(5, 4)),
     Row(jp.Dense(1), normal(1, 1)),
@@ -102,6 +135,24 @@ TABLE = [
     Row(jp.Attention(2, save="logsumexp", block=2), normal(2, 5, 12)),
     Row(jp.Attention(1, save="logsumexp"), normal(1, 1, 3)),
     Row(jp.Attention(3, causal=False, save="logsumexp", block=3), normal(2, 7, 27)),
+    Row(jp.Attention(4, kv_heads=2), normal(2, 5, 16)),
+    Row(jp.Attention(3, kv_heads=1, window=2), normal(2, 4, 5)),
+    Row(jp.Attention(2, causal=False, window=3), normal(2, 6, 6)),
+    Row(jp.Attention(2, save="logsumexp", block=2, window=3), normal(2, 7, 6)),
+    Row(jp.Attention(2), (normal(2, 5, 12), normal(2, 2, 5, 5))),
+    Row(
+        jp.Attention(4, save="logsumexp", block=3, kv_heads=2),
+        (normal(3, 4, 8), normal(3, 1, 4, 4)),
+    ),
+    Row(jp.Attention(2, causal=False), (normal(2, 3, 4), normal(2, 5, 8))),
+    Row(
+        jp.Attention(4, causal=False, save="logsumexp", block=2, kv_heads=2),
+        (normal(2, 3, 4), normal(2, 5, 4), normal(2, 4, 3, 5)),
+    ),
+    Row(jp.Item(1), (normal(3, 2), normal(3, 5, 2), normal(3, 1))),
+    Row(jp.chain(CROSS, jp.Attention(2, causal=False), jp.Dense(3)), normal(2, 3, 4)),
+    Row(DECODER, (ids(2, 3), ids(2, 4))),
+    Row(jp.chain(jp.repeat(DECODER_BLOCK, 2), jp.Item(0)), (normal(2, 3, 4), normal(2, 5, 4))),
     Row(jp.Positions(5), normal(3, 5, 4)),
     Row(jp.Positions(7), normal(2, 3, 1)),
     Row(jp.SinusoidalPositions(), normal(2, 3, 5)),
@@ -199,8 +250,11 @@ def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
 
     They are drawn by NumPy, since to compile each row's init takes longer than most tests.
     """
-    floating = np.issubdtype(row.x.dtype, np.floating)
-    x = jax.device_put(row.x.astype(dtype) if floating else row.x)
+
+    def given(x: Any) -> Any:
+        return jax.device_put(x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x)
+
+    x = jax.tree.map(given, row.x)
     rng = np.random.default_rng(2)
 
     def drawn(node: Any) -> Any:

@@ -16,26 +16,28 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.step import Visit
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
-Join = Literal["sum", "concatenate"]
+Join = Literal["sum", "concatenate", "tuple"]
 
 
 class Branch(Several):
-    """y = f_1(x) + ... + f_k(x), or the f_i(x) beside each other on the last axis.
+    """y = f_1(x) + ... + f_k(x), or the f_i(x) beside each other on the last axis, or as a tuple.
 
     A copy has the sum for its transpose, and a sum the copy: with d_i what f_i pulls back from ct
     (or from its own part of ct), dE/dx = d_1 + ... + d_k.
 
     Attributes:
         layers: the layers, each of which is given x.
-        join: "sum" or "concatenate".
+        join: "sum", "concatenate" or "tuple".
     """
 
     join: Join = "sum"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.join not in ("sum", "concatenate"):
-            raise ValueError(f"branch: join is 'sum' or 'concatenate', not {self.join!r}")
+        if self.join not in ("sum", "concatenate", "tuple"):
+            raise ValueError(
+                f"branch: join is 'sum' or 'concatenate' or 'tuple', not {self.join!r}"
+            )
 
     def __repr__(self) -> str:
         join = "" if self.join == "sum" else f", join={self.join!r}"
@@ -48,9 +50,9 @@ class Branch(Several):
                 p, y = layer.init_with_output(jax.random.fold_in(key, index), structs(x))
             params.append(p)
             ys.append(y)
-        return tuple(params), jax.eval_shape(lambda *ys: self._joined(x, list(ys)), *ys)
+        return tuple(params), jax.eval_shape(lambda *ys: self.joined(x, list(ys)), *ys)
 
-    def forward(self, params: Params, x: PyTree) -> tuple[Array, Residuals]:
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         ys, residuals = [], []
         for index, (layer, p) in enumerate(zip(self.layers, params, strict=True)):
             with in_layer(index, layer):
@@ -58,8 +60,8 @@ class Branch(Several):
             ys.append(y)
             residuals.append(r)
         # A width is static, and survives a scan as the shape of an array.
-        widths = () if self.join == "sum" else tuple(map(empty_like, ys))
-        return self._joined(x, ys), (tuple(residuals), widths)
+        widths = tuple(map(empty_like, ys)) if self.join == "concatenate" else ()
+        return self.joined(x, ys), (tuple(residuals), widths)
 
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
@@ -68,6 +70,7 @@ class Branch(Several):
         residuals, widths = residuals
         ends = [sum(w.shape[-1] for w in widths[: i + 1]) for i in range(len(widths))]
         cts = jnp.split(ct, ends[:-1], axis=-1) if widths else [ct] * len(self.layers)
+        cts = ct if self.join == "tuple" else cts
         visited, d_x = [], None
         steps = zip(self.layers, place, residuals, cts, strict=True)
         for index, (layer, p, r, ct) in enumerate(steps):
@@ -77,7 +80,14 @@ class Branch(Several):
             d_x = d if d_x is None else jax.tree.map(jnp.add, d_x, d)
         return tuple(visited), d_x
 
-    def _joined(self, x: PyTree, ys: list[Array]) -> Array:
+    def joined(self, x: PyTree, ys: list[PyTree]) -> PyTree:
+        """Return the layers' outputs on x, joined.
+
+        Raises:
+            ValueError: for outputs whose shapes do not fit together.
+        """
+        if self.join == "tuple":
+            return tuple(ys)
         same = [y.shape if self.join == "sum" else y.shape[:-1] for y in ys]
         if len(set(same)) > 1:
             raise ValueError(
@@ -94,7 +104,9 @@ def branch(*layers: Layer, join: Join = "sum") -> Branch:
 
     Args:
         layers: at least one layer.
-        join: "sum" adds the outputs up; "concatenate" puts them beside each other on the last axis.
+        join: "sum" adds the outputs up; "concatenate" puts them beside each other on the last axis;
+            "tuple" hands all of them on, to a layer that takes several inputs (``jp.Attention``) or
+            one of them (``jp.Item``).
 
     Raises:
         ValueError: for no layers, and for outputs whose shapes do not fit together.

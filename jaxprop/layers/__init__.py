@@ -8,6 +8,7 @@ from jaxprop.layers.dense import AffineParams, Dense
 from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
 from jaxprop.layers.group_norm import GroupNorm
+from jaxprop.layers.item import Item
 from jaxprop.layers.normalization import LayerNorm, NormParams, RMSNorm
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.pooling import AvgPool, GlobalAvgPool, MaxPool
@@ -33,6 +34,7 @@ __all__ = [
     "GlobalAvgPool",
     "GroupNorm",
     "Gru",
+    "Item",
     "LayerNorm",
     "Leading",
     "Lstm",
