@@ -62,7 +62,7 @@ class Tied(Combinator):
         table, of_body = params
         rows, of_rows = self.embedding.forward(table, x)
         h, residuals = self.body.forward(of_body, rows)
-        return self.scores(table, h), (of_rows, residuals, h)
+        return self._scores(table, h), (of_rows, residuals, h)
 
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
@@ -87,7 +87,7 @@ class Tied(Combinator):
             )
         return joint((d_table, Outer(ct, h)))
 
-    def scores(self, params: Params, h: Float[Array, "n ... d"]) -> Float[Array, "n ... v"]:
+    def _scores(self, params: Params, h: Float[Array, "n ... d"]) -> Float[Array, "n ... v"]:
         table = arrays(params)
         if h.shape[-1] != table.shape[-1]:
             raise ValueError(

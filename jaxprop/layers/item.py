@@ -1,4 +1,4 @@
-"""One entry of a tuple."""
+"""One part of an x that is a dict or a tuple."""
 
 from __future__ import annotations
 
@@ -9,56 +9,54 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.arrays import empty_like
-from jaxprop.core.checks import is_whole
+from jaxprop.core.child import Child
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Cotangent, PyTree, Residuals
 
 
 class Item(Layer):
-    """y = x[index], an entry of a tuple, so dE/dx[index] = ct, and 0 for the other entries.
+    """y = x_i, one part of x, so dE/dx_i = ct, and 0 for the other parts.
 
-    x is a tuple, as ``jp.branch(..., join="tuple")`` gives one, or as the net is given. There are
-    no params.
+    x is a dict or a tuple, as ``jp.branch(..., join="tuple")`` gives one, or as the net is given.
+    There are no params.
 
     Args:
-        index: which entry, from 0.
+        part: i, a key of a dict, an index of a tuple, or a field of a named tuple.
 
     Raises:
-        TypeError: for an index that is not a whole number, and for x that is not a tuple.
-        ValueError: for a negative index, and for a tuple that is too short.
+        ValueError: for an x without that part.
 
     Example:
         >>> import jaxprop as jp
-        >>> encoder = jp.chain(jp.Item(0), jp.Embedding(50, 8), jp.Dense(8))
-        >>> decoder = jp.chain(jp.Item(1), jp.Embedding(50, 8))
-        >>> both = jp.branch(decoder, encoder, join="tuple")
+        >>> source = jp.chain(jp.Item(0), jp.Embedding(50, 8))
+        >>> target = jp.chain(jp.Item(1), jp.Embedding(50, 8))
+        >>> jp.branch(target, source, join="tuple")  # of a pair of ids, a pair of rows
+        branch(chain(Item(1), Embedding(50, 8)), chain(Item(0), Embedding(50, 8)), join='tuple')
     """
 
-    index: int
-
-    def __post_init__(self) -> None:
-        if not is_whole(self.index):
-            raise TypeError(f"Item: index is a whole number, not {self.index!r}")
-        if self.index < 0:
-            raise ValueError(f"Item: index is not negative, not {self.index}")
+    part: str | int
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
-        if type(x) is not tuple:
-            raise TypeError(f"{self} takes a tuple x, not {shapes(x)}")
-        if len(x) <= self.index:
-            raise ValueError(f"{self} takes a tuple of more entries than {shapes(x)}")
-        return ()
+        try:
+            if not hasattr(x, "dtype"):
+                self._place.of(x)
+                return ()
+        except (AttributeError, IndexError, KeyError, TypeError):
+            pass
+        raise ValueError(f"{self}: x is {shapes(x)}, which has no part {self.part!r}")
 
-    def forward(self, params: tuple[()], x: tuple[PyTree, ...]) -> tuple[PyTree, Residuals]:
-        others = (() if i == self.index else entry for i, entry in enumerate(x))
-        return x[self.index], jax.tree.map(empty_like, tuple(others))
+    def forward(self, params: tuple[()], x: PyTree) -> tuple[PyTree, Residuals]:
+        return self._place.of(x), jax.tree.map(empty_like, self._place.put(x, ()))
 
     def backward(
         self, params: tuple[()], residuals: Residuals, ct: Cotangent
     ) -> tuple[tuple[()], Cotangent]:
-        d_x = jax.tree.map(_zeros, residuals)
-        return (), (*d_x[: self.index], ct, *d_x[self.index + 1 :])
+        return (), self._place.put(jax.tree.map(_zeros, residuals), ct)
+
+    @property
+    def _place(self) -> Child:
+        return Child(self, self.part)
 
 
 def _zeros(empty: Array) -> Any:
