@@ -16,7 +16,9 @@ class Row(NamedTuple):
     x: Any
 
     def __repr__(self) -> str:
-        return f"{self.layer} on {' and '.join('x'.join(map(str, x.shape)) for x in arrays(self.x))}"
+        return (
+            f"{self.layer} on {' and '.join('x'.join(map(str, x.shape)) for x in arrays(self.x))}"
+        )
 
 
 def arrays(x: Any) -> list[Any]:

@@ -60,25 +60,25 @@ def some(*shape):
 
 
 CASES = {
-    "grouped": (dict(kv_heads=2), packed(7, 2), None),
-    "one head of keys": (dict(kv_heads=1, causal=False), packed(7, 1), None),
-    "window": (dict(window=3), packed(7), None),
-    "window of one": (dict(window=1), packed(7), None),
-    "long window": (dict(window=50, kv_heads=2), packed(200, 2), None),
-    "window, both sides": (dict(window=70, causal=False), packed(200), None),
-    "window wider than x": (dict(window=9), packed(7), None),
-    "mask": (dict(causal=False), packed(7), some(N, 7, 7)),
-    "mask, causal": (dict(kv_heads=2), packed(150, 2), some(N, 150, 150)),
-    "mask of heads": (dict(window=5), packed(7), some(N, HEADS, 7, 7)),
-    "bias": (dict(), (packed(150), normal(N, HEADS, 150, 150)), None),
-    "one bias": (dict(causal=False, kv_heads=2), (packed(7, 2), normal(N, 1, 7, 7)), None),
-    "bias and mask": (dict(window=80), (packed(150), normal(N, 1, 150, 150)), some(N, 150, 150)),
-    "memory": (dict(causal=False, kv_heads=2), crossed(7, 9, 2), None),
-    "long memory": (dict(causal=False), crossed(1, 70), None),
-    "masked memory": (dict(causal=False), crossed(7, 5), some(N, 1, 5)[:, 0]),
-    "mask of a memory": (dict(causal=False, kv_heads=1), crossed(7, 5, 1), some(N, 7, 5)),
+    "grouped": ({"kv_heads": 2}, packed(7, 2), None),
+    "one head of keys": ({"kv_heads": 1, "causal": False}, packed(7, 1), None),
+    "window": ({"window": 3}, packed(7), None),
+    "window of one": ({"window": 1}, packed(7), None),
+    "long window": ({"window": 50, "kv_heads": 2}, packed(200, 2), None),
+    "window, both sides": ({"window": 70, "causal": False}, packed(200), None),
+    "window wider than x": ({"window": 9}, packed(7), None),
+    "mask": ({"causal": False}, packed(7), some(N, 7, 7)),
+    "mask, causal": ({"kv_heads": 2}, packed(150, 2), some(N, 150, 150)),
+    "mask of heads": ({"window": 5}, packed(7), some(N, HEADS, 7, 7)),
+    "bias": ({}, (packed(150), normal(N, HEADS, 150, 150)), None),
+    "one bias": ({"causal": False, "kv_heads": 2}, (packed(7, 2), normal(N, 1, 7, 7)), None),
+    "bias and mask": ({"window": 80}, (packed(150), normal(N, 1, 150, 150)), some(N, 150, 150)),
+    "memory": ({"causal": False, "kv_heads": 2}, crossed(7, 9, 2), None),
+    "long memory": ({"causal": False}, crossed(1, 70), None),
+    "masked memory": ({"causal": False}, crossed(7, 5), some(N, 1, 5)[:, 0]),
+    "mask of a memory": ({"causal": False, "kv_heads": 1}, crossed(7, 5, 1), some(N, 7, 5)),
     "all at once": (
-        dict(causal=False, kv_heads=2),
+        {"causal": False, "kv_heads": 2},
         (*crossed(7, 9, 2), normal(N, HEADS, 7, 9)),
         some(N, HEADS, 7, 9),
     ),
@@ -140,6 +140,23 @@ def test_a_key_that_no_query_sees_and_a_query_that_sees_none_do_not_matter(heads
 
 
 @saves
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_bias_of_minus_infinity_is_a_mask(causal, save):
+    layer = jp.Attention(HEADS, causal, save, block=2)
+    mask, bias = some(N, HEADS, 5, 5), normal(N, HEADS, 5, 5)
+    mask[:, 1:, [0, 2]] = False
+    x, ct = jnp.asarray(packed(5)), jnp.asarray(normal(N, 5, HEADS * FEATURES))
+    hidden = jnp.asarray(np.where(mask, bias, -np.inf))
+    got = both_ways(layer, (), (x, hidden), ct)
+    spoiled = jnp.asarray(np.where(mask, bias, np.nan))
+    expected = both_ways(layer, jp.Mask(jnp.asarray(mask)), (x, spoiled), ct)
+    assert relative_error(got, expected) <= 1e-12
+    assert np.all(np.asarray(got[1][1])[~mask] == 0)
+    y = np.asarray(got[0]).reshape(N, 5, HEADS, FEATURES)
+    assert np.all(y[:, [0, 2], 1:] == 0)
+
+
+@saves
 def test_a_padded_memory_is_no_memory(save):
     layer = jp.Attention(HEADS, causal=False, save=save, block=2)
     q, memory = crossed(3, 5)
@@ -175,7 +192,7 @@ def test_a_window_takes_memory_linear_in_t(save, causal):
 
 
 class Scale(jp.Layer):
-    """A user's, whose cotangent is a plain array: within ``shared`` it is taken again by example."""
+    """A user's, whose cotangent is a plain array: in ``shared`` it is taken again by example."""
 
     def init(self, key, x):
         return jnp.ones(x.shape[-1], x.dtype)
@@ -240,10 +257,14 @@ def test_errors():
     x = jnp.ones((3, 4, 12))
     layer = jp.Attention(2)
     for shape, hint in (((4, 4), r"broadcast_to\(mask, \(3, 4, 4\)\)"), ((3, 4, 5), "")):
-        with pytest.raises(ValueError, match=r"or bool\[3, 4, 4\] or bool\[3, 2, 4, 4\]" + ".*" + hint):
+        with pytest.raises(
+            ValueError, match=r"or bool\[3, 4, 4\] or bool\[3, 2, 4, 4\]" + ".*" + hint
+        ):
             layer.forward(jp.Mask(jnp.ones(shape, bool)), x)
     for shape in ((4,), (1, 2, 3, 4, 5)):
-        with pytest.raises(ValueError, match=r"mask is bool \(N, T\), .* or for attention \(N, T, S"):
+        with pytest.raises(
+            ValueError, match=r"mask is bool \(N, T\), .* or for attention \(N, T, S"
+        ):
             layer.bind((), mask=jnp.ones(shape, bool))
     pooled = jp.chain(jp.Dense(12), layer, jp.GlobalAvgPool())
     params = pooled.bind(pooled.init(jax.random.key(0), x), mask=jnp.ones((3, 4, 4), bool))
@@ -266,7 +287,9 @@ def test_errors():
     for fields in ({}, {"causal": False, "window": 2}):
         with pytest.raises(ValueError, match="write causal=False, and no window"):
             jp.Attention(2, **fields).forward((), (x[..., :4], memory))
-    with pytest.raises(ValueError, match=r"\(N, T, D \+ 2 kv_heads d\), .* 4 heads dividing D, not"):
+    with pytest.raises(
+        ValueError, match=r"\(N, T, D \+ 2 kv_heads d\), .* 4 heads dividing D, not"
+    ):
         jp.Attention(4, kv_heads=2).forward((), jnp.ones((3, 4, 12)))
     with pytest.raises(TypeError, match="takes floating x, not int32"):
         layer.forward((), (x, bias.astype(jnp.int32)))
@@ -274,7 +297,7 @@ def test_errors():
         jp.Attention(4, kv_heads=3)
     with pytest.raises(ValueError, match="window is at least 1, not 0"):
         jp.Attention(4, window=0)
-    with pytest.raises(TypeError, match="kv_heads is a whole number, not 2.0"):
+    with pytest.raises(TypeError, match=r"kv_heads is a whole number, not 2\.0"):
         jp.Attention(4, kv_heads=2.0)
     with pytest.raises(TypeError, match="masked is True or False"):
         jp.Attention(4, masked=1)

@@ -9,7 +9,7 @@ import pytest
 from table import Around, Doubled, normal, relative_error
 
 import jaxprop as jp
-from jaxprop.models import Gpt2Config, decoder, decoding, generate, gpt2
+from jaxprop.models import Gpt2Config, decoder, decoding, generate, generation, gpt2
 
 GPT = Gpt2Config(vocab=11, length=12, features=8, heads=2, layers=2)
 ROTARY = jp.chain(jp.Dense(12), jp.Rotary(2), jp.Attention(2), jp.Dense(4))
@@ -53,7 +53,6 @@ def test_in_pieces_and_one_by_one(name):
     def one_by_one(params, x):
         start, step = decoder(net, 12)
 
-
         def ahead(state, x):
             y, state = step(params, state, x[:, None])
             return state, y
@@ -71,9 +70,7 @@ def test_gpt2_generates_what_its_logits_say(scan, dtype):
     """The most likely token of the whole forward, each time, and at a low temperature too."""
     net = jp.cast(gpt2(GPT, scan=scan, recomputing=not scan), dtype)
     prompt = jnp.array([[1, 7, 3], [2, 2, 10]], jnp.int32)
-    params = jax.tree.map(
-        lambda p: 10 * p.astype(jnp.float32), net.init(jax.random.key(0), prompt)
-    )
+    params = jax.tree.map(lambda p: 10 * p.astype(jnp.float32), net.init(jax.random.key(0), prompt))
     ids = generate(net, params, prompt, 9)
     assert ids.dtype == prompt.dtype
     np.testing.assert_array_equal(ids[:, :3], prompt)
@@ -104,9 +101,9 @@ def test_generate_compiles_once():
     prompt = jnp.ones((1, 2), int)
     params = net.init(jax.random.key(0), prompt)
     generate(net, params, prompt, 3)
-    before = decoding._generated._cache_size()
+    before = generation._generated._cache_size()
     generate(gpt2(GPT), jax.tree.map(lambda p: 2 * p, params), prompt, 3)
-    assert decoding._generated._cache_size() == before
+    assert generation._generated._cache_size() == before
 
 
 def test_a_decoder_with_a_memory():

@@ -237,7 +237,6 @@ def axes_of_examples(params: Params) -> PyTree:
 def of_one_example(params: Params) -> Params:
     """Return params for a batch of one, where a mask is that of the example, without its axis."""
 
-
     def alone(node: NotLearned) -> NotLearned:
         if not isinstance(node, Mask):
             return node

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,7 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask, SideInput
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.layers.heads import (
-    Heads,
     Inputs,
-    Seen,
     check_inputs,
     joined,
     mask_of_scores,
@@ -29,40 +27,9 @@ from jaxprop.layers.heads import (
     selected,
     split,
 )
+from jaxprop.layers.scores import Keys, Queries, Seen, attend, pull
 
 Save = Literal["weights", "logsumexp"]
-
-
-class Queries(NamedTuple):
-    """A block of queries.
-
-    Attributes:
-        q: scale q, (N, heads, B, d).
-        at: their positions, (1, 1, B, 1).
-        seen: which keys each may see, (N, heads or 1, B, K); None for all of them.
-        bias: what is added to the scores, (N, heads or 1, B, K); None for nothing.
-    """
-
-    q: Heads
-    at: Array
-    seen: Seen | None = None
-    bias: Heads | None = None
-
-
-class Keys(NamedTuple):
-    """The keys that a block of queries meets, with their values.
-
-    Attributes:
-        k: (N, heads, K, d).
-        v: (N, heads, K, d).
-        start: the position of the first one.
-        real: which of them are real, (N, 1, 1, K); None for all of them.
-    """
-
-    k: Heads
-    v: Heads
-    start: int = 0
-    real: Seen | None = None
 
 
 class Attention(Layer):
@@ -79,7 +46,7 @@ class Attention(Layer):
         dE/dbias = dE/ds
 
     (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762). A sum's transpose is the copy and the
-    other way round: dE/dk and dE/dv are summed over the query heads that share the key (``kv_heads``;
+    other way round: dE/dk and dE/dv are summed over the query heads that share a key (``kv_heads``;
     Ainslie et al. 2023, https://arxiv.org/abs/2305.13245), and dE/dbias over the heads where one
     bias is for all of them. ``save`` names the residuals:
 
@@ -96,9 +63,9 @@ class Attention(Layer):
     q, then those of k, then of v, each with its heads one after the other; (N, T, 3D) where
     ``kv_heads`` is left out. It may also be a tuple:
 
-    - ``(x, bias)``, with the bias (N, heads, T, T), or (N, 1, T, T) for all heads alike. A learned
-      one is a layer in front, side by side with the one that makes x (``jp.branch(..., join=
-      "tuple")``).
+    - ``(x, bias)``, with the bias (N, heads, T, T), or (N, 1, T, T) for all heads alike. Where it
+      is -inf a key is not seen. A learned bias is a layer in front, in a ``jp.branch(...,
+      join="tuple")`` beside the layer that makes x.
     - ``(queries, memory)`` for cross attention: (N, T, D) and (N, S, 2 kv_heads d), k and v packed.
     - ``(queries, memory, bias)``.
 
@@ -107,8 +74,8 @@ class Attention(Layer):
     There is nothing to learn: params are ``()``, or a ``jp.Mask`` that ``net.bind(params, mask=)``
     puts in their place. A padding mask is (N, T), of the memory (N, S): padded positions are taken
     for zeros, whatever x holds there, and get no weight as keys. A full mask, (N, T, S) or (N,
-    heads, T, S), says which query sees which key; a key that no query sees is taken for zeros. For a
-    query with no key left, y and the cotangents are 0.
+    heads, T, S), says which query sees which key; keys that no query sees are taken for zeros. For
+    a query with no key left, y and the cotangents are 0.
 
     Args:
         heads: the number of heads, which divides D.
@@ -168,7 +135,7 @@ class Attention(Layer):
         mask = mask_of_scores(self, params, given)
         given = selected(self, given, mask)
         parts = [
-            self._run(functools.partial(self.attend, keys), (), (queries,))[0]
+            self._run(functools.partial(attend, self, keys), (), (queries,))[0]
             for _, queries, keys in self._parts(given, mask)
         ]
         ys, kept = zip(*parts, strict=True)
@@ -187,85 +154,20 @@ class Attention(Layer):
         mean = jnp.sum(wide(ct) * wide(y), -1, keepdims=True)
         d_q, d_k, d_v, d_bias = [], [], [], []
         for (rows, queries, keys), saved in zip(self._parts(given, mask), kept, strict=True):
-            pull = functools.partial(self.pull, keys)
             zeros = (jnp.zeros_like(keys.k, mean.dtype),) * 2
             block = queries, ct[:, :, rows], mean[:, :, rows], saved
-            (of_q, of_bias), of_keys = self._run(pull, zeros, block)
+            back = functools.partial(pull, self, keys)
+            (of_q, of_bias), of_keys = self._run(back, zeros, block)
             d_q.append(of_q)
             for d, here in zip((d_k, d_v), of_keys, strict=True):
                 d.append(_placed(here, keys.start, s))
             if of_bias is not None:
                 d_bias.append(_placed(of_bias, keys.start, s, axis=3))
-        d_x = joined(self, given, jnp.concatenate(d_q, 2) * scale(d_q[0]), sum(d_k), sum(d_v))
+        d_k, d_v = (sum(d[1:], start=d[0]) for d in (d_k, d_v))
+        d_x = joined(self, given, jnp.concatenate(d_q, 2) * scale(d_q[0]), d_k, d_v)
         if d_bias:
             d_x = d_x._replace(bias=jnp.concatenate(d_bias, 2))
         return (), selected(self, d_x, mask).like(x)
-
-    def attend(self, keys: Keys, queries: Queries) -> tuple[tuple[Heads, Residuals], tuple[()]]:
-        """Return ``((y, residuals), ())`` of a block of queries."""
-        s, seen = self._scores(queries, keys)
-        top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
-        e = jnp.exp(s - top)
-        if keys.real is None and queries.seen is None:
-            total = e.sum(-1, keepdims=True)
-        else:
-            e = jnp.where(seen, e, 0)
-            total = e.sum(-1, keepdims=True)
-            total = jnp.where(total > 0, total, 1)
-        e, r = e.astype(queries.q.dtype), 1 / total
-        y = _product("nhqk,nhkd->nhqd", e, keys.v) * r
-        return (y, (e, r) if self.save == "weights" else top + jnp.log(total)), ()
-
-    def pull(
-        self, keys: Keys, queries: Queries, ct: Heads, mean: Heads, saved: Residuals
-    ) -> tuple[tuple[Heads, Heads | None], tuple[Heads, Heads]]:
-        """Return ``((d_q, d_bias), (d_k, d_v))``, pulled back from a block of queries."""
-        q = queries.q
-        if self.save == "weights":
-            p, r = saved
-            ct, mean = (wide(ct) * r).astype(ct.dtype), mean * r
-        else:
-            s, seen = self._scores(queries, keys)
-            p = jnp.exp(s - saved)
-            unmasked = keys.real is None and queries.seen is None
-            p = (p if unmasked else jnp.where(seen, p, 0)).astype(q.dtype)
-        d_v = _product("nhqk,nhqd->nhkd", p, ct)
-        d_p = _product("nhqd,nhkd->nhqk", ct, keys.v)
-        d_s = wide(p) * (d_p - mean)
-        d_bias = queries.bias
-        if d_bias is not None:
-            d_bias = d_s.sum(1, keepdims=True) if d_bias.shape[1] < d_s.shape[1] else d_s
-        d_s = d_s.astype(q.dtype)
-        d_q = _product("nhqk,nhkd->nhqd", d_s, keys.k)
-        return (d_q, d_bias), (_product("nhqk,nhqd->nhkd", d_s, q), d_v)
-
-    def band(self, at: Array, keys: int, start: int = 0) -> Seen | None:
-        """Return which keys come near enough before a query, (1, 1, T, K); None for all of them.
-
-        Args:
-            at: the positions of queries, (1, 1, T, 1).
-            keys: K.
-            start: the position of the first key.
-        """
-        if not self.causal and self.window is None:
-            return None
-        there = jnp.arange(start, start + keys).reshape(1, 1, 1, -1)
-        if self.window is None:
-            return at >= there
-        behind = at - there
-        return (behind < self.window) & (behind >= 0 if self.causal else behind > -self.window)
-
-    def _scores(self, queries: Queries, keys: Keys) -> tuple[Heads, Seen | None]:
-        """Return s, and where a query sees a key (None if everywhere); elsewhere s is minimal."""
-        s = _product("nhqd,nhkd->nhqk", queries.q, keys.k)
-        if queries.bias is not None:
-            s = s + queries.bias.astype(s.dtype)
-        masks = self.band(queries.at, keys.k.shape[2], keys.start), keys.real, queries.seen
-        masks = [mask for mask in masks if mask is not None]
-        if not masks:
-            return s, None
-        seen = functools.reduce(jnp.logical_and, masks)
-        return jnp.where(seen, s, jnp.finfo(s.dtype).min), seen
 
     def _parts(self, x: Inputs, mask: Seen | None) -> list[tuple[slice, Queries, Keys]]:
         """Return parts of the queries, each with the keys that they may see.
@@ -327,8 +229,3 @@ def _placed(z: Array, start: int, size: int, axis: int = 2) -> Array:
     around = [(0, 0)] * z.ndim
     around[axis] = start, size - start - z.shape[axis]
     return jnp.pad(z, around)
-
-
-def _product(spec: str, a: Array, b: Array) -> Array:
-    """Return the einsum of a and b, accumulated in at least float32."""
-    return jnp.einsum(spec, a, b, preferred_element_type=wide(a).dtype)

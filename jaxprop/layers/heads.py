@@ -13,12 +13,10 @@ from jaxprop.core.arrays import wide
 from jaxprop.core.describe import shapes
 from jaxprop.core.tree import Mask
 from jaxprop.core.types import Cotangent, Params, PyTree
+from jaxprop.layers.scores import Heads, Seen, band
 
 if TYPE_CHECKING:
     from jaxprop.layers.attention import Attention
-
-Heads = Float[Array, "n h t d"]
-Seen = Bool[Array, "n h t s"]
 
 
 class Inputs(NamedTuple):
@@ -49,7 +47,8 @@ class Inputs(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """N, T and S."""
-        return *self.x.shape[:2], (self.x if self.memory is None else self.memory).shape[1]
+        n, t, _ = self.x.shape
+        return n, t, t if self.memory is None else self.memory.shape[1]
 
 
 def check_inputs(layer: Attention, x: PyTree) -> None:
@@ -127,8 +126,8 @@ def selected(layer: Attention, x: Inputs, mask: Seen | None) -> Inputs:
         if x.memory is None:
             return x._replace(x=_zeroed(keys, x.x))
         return x._replace(memory=_zeroed(keys, x.memory))
-    band = layer.band(positions(0, t), s)
-    seen = mask if band is None else mask & band
+    near = band(layer, positions(0, t), s)
+    seen = mask if near is None else mask & near
     queries, keys = seen.any((1, 3)), seen.any((1, 2))
     if x.memory is not None:
         return x._replace(x=_zeroed(queries, x.x), memory=_zeroed(keys, x.memory))

@@ -1,6 +1,6 @@
 """Well-known networks, built of this library's layers."""
 
-from jaxprop.models.decoding import decoder, generate
+from jaxprop.models.generation import decoder, generate
 from jaxprop.models.images import all_cnn_c, three_c3d
 from jaxprop.models.language import Gpt2Config, gpt2
 from jaxprop.models.published import gpt2_params, gpt2_tensors, load_gpt2
