@@ -3,7 +3,8 @@
 from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
 from jaxprop.layers.attention import Attention
 from jaxprop.layers.batch_norm import BatchNorm, BatchNormParams
-from jaxprop.layers.convolution import Conv, ConvTranspose
+from jaxprop.layers.conv_transpose import ConvTranspose
+from jaxprop.layers.convolution import Conv
 from jaxprop.layers.dense import AffineParams, Dense
 from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
