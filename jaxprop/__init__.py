@@ -15,7 +15,7 @@ against the other. The names, by group:
                  LayerNorm RMSNorm GroupNorm BatchNorm
                  Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Flatten Reshape Pad
                  Rnn Lstm Gru
-    combinators  chain (a Chain) skip branch repeat recompute shared tied cast frozen
+    combinators  chain (a Chain) skip branch bidirectional repeat recompute shared tied cast frozen
     losses       CrossEntropy HalfSquaredError BinaryCrossEntropy
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
     updates      make_update learned_only inference_mode update_batch_stats
@@ -34,6 +34,7 @@ import jaxprop._command  # noqa: F401
 from jaxprop import forms, models, plot, quantity, sharding
 from jaxprop.checking.check import check_layer
 from jaxprop.checking.losses import check_loss
+from jaxprop.combinators.bidirectional import bidirectional
 from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
 from jaxprop.combinators.chain import Chain, chain
@@ -167,6 +168,7 @@ __all__ = [
     "Softplus",
     "Tanh",
     # combinators
+    "bidirectional",
     "branch",
     "cast",
     "chain",

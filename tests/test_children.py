@@ -392,7 +392,7 @@ def test_a_place_that_is_not_known_is_refused():
         jp.AvgPool((2,)),
         jp.Lstm(4),
         jp.Gru(4),
-        jp.Rnn(4),
+        jp.Pad(((1, 1),), mode="edge"),
         jp.GroupNorm(2),
         jp.BatchNorm(),
         jp.Flatten(),

@@ -13,9 +13,9 @@ from jaxprop.layers.normalization import LayerNorm, NormParams, RMSNorm
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.pooling import AvgPool, GlobalAvgPool, MaxPool
 from jaxprop.layers.positions import Leading, Positions, Rotary, SinusoidalPositions
+from jaxprop.layers.recurrence import RecurrentParams
 from jaxprop.layers.recurrent import Gru, Lstm, Rnn
 from jaxprop.layers.shape import Flatten, Pad, Reshape
-from jaxprop.layers.through_time import RecurrentParams
 
 __all__ = [
     "AffineParams",
