@@ -10,10 +10,11 @@
 A layer holds its hand-written ``backward`` next to its ``forward``; ``jp.check_layer`` holds one
 against the other. The names, by group:
 
-    layers       Dense  Sigmoid Tanh Relu Gelu Silu Softplus  Dropout
+    layers       Dense  Sigmoid LogSigmoid Tanh Relu LeakyRelu Elu Gelu Silu Softplus  Dropout
                  Embedding Positions SinusoidalPositions Rotary  Attention
                  LayerNorm RMSNorm GroupNorm BatchNorm
-                 Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Flatten Reshape Pad
+                 Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Pad
+                 Flatten Reshape Moveaxis Take
                  Rnn Lstm Gru
     combinators  chain (a Chain) skip branch bidirectional repeat recompute shared tied cast frozen
     losses       CrossEntropy HalfSquaredError BinaryCrossEntropy
@@ -77,6 +78,7 @@ from jaxprop.layers import (
     Dense,
     Dropout,
     Elementwise,
+    Elu,
     Embedding,
     Flatten,
     Gelu,
@@ -84,8 +86,11 @@ from jaxprop.layers import (
     GroupNorm,
     Gru,
     LayerNorm,
+    LeakyRelu,
+    LogSigmoid,
     Lstm,
     MaxPool,
+    Moveaxis,
     NormParams as NormParams,
     Pad,
     Positions,
@@ -99,6 +104,7 @@ from jaxprop.layers import (
     Silu,
     SinusoidalPositions,
     Softplus,
+    Take,
     Tanh,
 )
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError
@@ -139,6 +145,11 @@ from jaxprop.training.update import Update as Update, make_update
 
 __all__ = [
     # layers
+    "Take",
+    "Moveaxis",
+    "LogSigmoid",
+    "LeakyRelu",
+    "Elu",
     "Attention",
     "AvgPool",
     "BatchNorm",

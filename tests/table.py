@@ -67,10 +67,13 @@ ACTIVATIONS = (
     jp.Sigmoid(),
     jp.Tanh(),
     jp.Relu(),
+    jp.LeakyRelu(0.3),
+    jp.Elu(0.7),
     jp.Gelu(),
     jp.Gelu(approximate=False),
     jp.Silu(),
     jp.Softplus(),
+    jp.LogSigmoid(),
 )
 
 TABLE = [
@@ -106,6 +109,7 @@ TABLE = [
     Row(jp.Positions(7), normal(2, 3, 1)),
     Row(jp.SinusoidalPositions(), normal(2, 3, 5)),
     Row(jp.Rotary(2), normal(2, 5, 12)),
+    Row(jp.Rotary(1, interleaved=True), normal(3, 4, 12)),
     Row(jp.chain(jp.Dense(12), jp.Rotary(2), jp.Attention(2), jp.Dense(3)), normal(2, 3, 4)),
     Row(jp.chain(jp.Dense(12), jp.Attention(2), jp.Dense(3)), normal(3, 5, 4)),
     Row(jp.skip(jp.Tanh()), normal(3, 4)),
@@ -165,6 +169,10 @@ IMAGES = [
     Row(jp.AvgPool((3,), 1, 1, count_include_pad=False), normal(3, 4, 2)),
     Row(jp.GlobalAvgPool(), normal(2, 3, 2, 4)),
     Row(jp.Flatten(), normal(3, 2, 2)),
+    Row(jp.Take(-1), normal(3, 4, 2)),
+    Row(jp.Take(1, axis=2), normal(2, 2, 3, 1)),
+    Row(jp.Moveaxis(1, -1), normal(2, 3, 4, 2)),
+    Row(jp.Moveaxis((1, -1), (2, 1)), normal(2, 3, 4, 2)),
     Row(jp.Reshape((3, 2)), normal(2, 6)),
     Row(jp.Pad(((1, 0), (2, 1)), 0.5), normal(2, 2, 3, 2)),
     *(

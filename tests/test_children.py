@@ -390,8 +390,6 @@ def test_a_place_that_is_not_known_is_refused():
         jp.Conv(4, window=(3,)),
         jp.MaxPool((2,)),
         jp.AvgPool((2,)),
-        jp.Lstm(4),
-        jp.Gru(4),
         jp.Pad(((1, 1),), mode="edge"),
         jp.GroupNorm(2),
         jp.BatchNorm(),

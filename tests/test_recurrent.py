@@ -13,7 +13,7 @@ import jaxprop as jp
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.tree import bare, learned
 
-LAYERS = (jp.Rnn, jp.Lstm, jp.Gru)
+LAYERS, LOSS = (jp.Rnn, jp.Lstm, jp.Gru), jp.CrossEntropy()
 kinds = pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
 
 
@@ -115,25 +115,22 @@ def lengths(*each):
     return jnp.arange(max(each)) < jnp.array(each)[:, None]
 
 
-@kinds
-def test_quantities_of_a_masked_batch_are_those_of_each_example_alone(kind):
-    net = jp.chain(jp.bidirectional(kind(3)), kind(2, output="last"), jp.Dense(3))
-    params, x = at(Row(net, normal(4, 5, 2)))
-    target, loss, sizes = jnp.array([0, 2, 1, 1]), jp.CrossEntropy(), (5, 2, 3, 1)
-    x = jnp.where(lengths(*sizes)[..., None], x, np.nan)
+def test_quantities_of_a_masked_batch_are_those_of_each_example_alone():
+    net = jp.chain(jp.bidirectional(jp.Rnn(2)), jp.Gru(2, True), jp.Lstm(3, output="last"))
+    params, x = at(Row(net, normal(2, 4, 2)))
+    target = jnp.array([0, 2])
 
-    def asked(f, mean):
-        got = jax.jit(f(net, loss))(params, x, target, mask=lengths(*sizes))
-        alone = [
-            f(net, loss)(params, x[n : n + 1, :t], target[n : n + 1]) for n, t in enumerate(sizes)
-        ]
-        join = (lambda *leaves: sum(leaves) / 4) if mean else (lambda *g: jnp.concatenate(g))
-        assert relative_error(got, jax.tree.map(join, *alone)) <= 1e-12
+    @jax.jit
+    def asked(x, target, mask):
+        args, own = (params, x, target), (jp.per_example_grads, jp.per_example_sq_norms)
+        means = jp.value_and_grad, jp.second_moment, jp.kronecker_factors
+        return [[f(net, LOSS)(*args, mask=mask) for f in each] for each in (own, means)]
 
-    for f in (jp.per_example_grads, jp.per_example_sq_norms):
-        asked(f, mean=False)
-    for f in (jp.value_and_grad, jp.autodiff, jp.second_moment, jp.kronecker_factors, jp.diag_ggn):
-        asked(f, mean=True)
+    dirty = jnp.where(lengths(4, 2)[..., None], x, np.nan)
+    own, means = asked(dirty, target, lengths(4, 2))
+    (a, mean_a), (b, mean_b) = asked(x[:1], target[:1], None), asked(x[1:, :2], target[1:], None)
+    assert relative_error(own, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), a, b)) <= 1e-12
+    assert relative_error(means, jax.tree.map(lambda a, b: (a + b) / 2, mean_a, mean_b)) <= 1e-12
 
 
 def test_a_mask_goes_wherever_a_layer_stands():
@@ -256,27 +253,32 @@ def test_what_does_not_fit_is_said(kind):
 
 @kinds
 @pytest.mark.parametrize("how", ["auto", "explicit", "shard_map"])
-def test_sharded_over_the_batch(kind, how):
+@pytest.mark.parametrize("masked", [False, True])
+def test_sharded_over_the_batch(kind, masked, how):
     net, loss, P = jp.chain(kind(3)), jp.HalfSquaredError(), PartitionSpec
     x, target = jnp.asarray(normal(8, 5, 2)), jnp.asarray(normal(8, 5, 3))
     params = net.init(jax.random.key(0), x)
-    f = jp.value_and_grad(net, loss)
-    expected = jax.jit(f)(params, x, target)
+    mask = jnp.asarray(normal(8, 5) < 0.5) if masked else None
+
+    def f(params, x, target, mask):
+        return jp.value_and_grad(net, loss)(params, x, target, mask=mask)
+
+    expected = jax.jit(f)(params, x, target, mask)
     kinds = jax.sharding.AxisType
     mesh = jax.make_mesh((4,), ("d",), axis_types=(getattr(kinds, how.title(), kinds.Auto),))
+    specs = P(), P("d"), P("d"), P("d")
     if how == "shard_map":
 
-        def mean(params, x, target):
-            value, grads = f(params, x, target)
+        def mean(*args):
+            value, grads = f(*args)
             return jax.lax.pmean(value, "d"), jax.tree.map(lambda g: g / 4, grads)
 
-        sharded = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P())
-        assert relative_error(jax.jit(sharded)(params, x, target), expected) <= 1e-12
+        sharded = jax.shard_map(mean, mesh=mesh, in_specs=specs, out_specs=P())
+        assert relative_error(jax.jit(sharded)(params, x, target, mask), expected) <= 1e-12
         return
-    specs = P(), P("d"), P("d")
     args = [
         jax.device_put(tree, NamedSharding(mesh, spec))
-        for tree, spec in zip((params, x, target), specs, strict=True)
+        for tree, spec in zip((params, x, target, mask), specs, strict=True)
     ]
     with jax.set_mesh(mesh):
         assert relative_error(jax.jit(f)(*args), expected) <= 1e-12

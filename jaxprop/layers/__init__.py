@@ -1,7 +1,19 @@
 """The layers, a file for each family."""
 
-from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
+from jaxprop.layers.activations import (
+    Elementwise,
+    Elu,
+    Gelu,
+    LeakyRelu,
+    LogSigmoid,
+    Relu,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Tanh,
+)
 from jaxprop.layers.attention import Attention
+from jaxprop.layers.axes import Moveaxis, Take
 from jaxprop.layers.batch_norm import BatchNorm, BatchNormParams
 from jaxprop.layers.conv_transpose import ConvTranspose
 from jaxprop.layers.convolution import Conv
@@ -28,6 +40,7 @@ __all__ = [
     "Dense",
     "Dropout",
     "Elementwise",
+    "Elu",
     "Embedding",
     "Flatten",
     "Gelu",
@@ -36,8 +49,11 @@ __all__ = [
     "Gru",
     "LayerNorm",
     "Leading",
+    "LeakyRelu",
+    "LogSigmoid",
     "Lstm",
     "MaxPool",
+    "Moveaxis",
     "NormParams",
     "Pad",
     "Patches",
@@ -53,5 +69,6 @@ __all__ = [
     "Silu",
     "SinusoidalPositions",
     "Softplus",
+    "Take",
     "Tanh",
 ]
