@@ -10,13 +10,13 @@
 A layer holds its hand-written ``backward`` next to its ``forward``; ``jp.check_layer`` holds one
 against the other. The names, by group:
 
-    layers       Dense  Sigmoid Tanh Relu Gelu Silu Softplus  Dropout
+    layers       Dense  Sigmoid LogSigmoid Tanh Relu LeakyRelu Elu Gelu Silu Softplus  Dropout
                  Embedding Positions SinusoidalPositions Rotary  Attention
                  LayerNorm RMSNorm GroupNorm BatchNorm
-                 Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Flatten Reshape Pad
-                 Item
+                 Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Pad
+                 Flatten Reshape Moveaxis Take Item
                  Rnn Lstm Gru
-    combinators  chain (a Chain) skip branch repeat recompute shared tied cast frozen
+    combinators  chain (a Chain) skip branch bidirectional repeat recompute shared tied cast frozen
     losses       CrossEntropy HalfSquaredError BinaryCrossEntropy
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
     updates      make_update DynamicLossScale learned_only inference_mode update_batch_stats
@@ -35,6 +35,7 @@ import jaxprop._command  # noqa: F401
 from jaxprop import forms, models, plot, quantity, sharding
 from jaxprop.checking.check import check_layer
 from jaxprop.checking.losses import check_loss
+from jaxprop.combinators.bidirectional import bidirectional
 from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
 from jaxprop.combinators.chain import Chain, chain
@@ -77,6 +78,7 @@ from jaxprop.layers import (
     Dense,
     Dropout,
     Elementwise,
+    Elu,
     Embedding,
     Flatten,
     Gelu,
@@ -85,8 +87,11 @@ from jaxprop.layers import (
     Gru,
     Item,
     LayerNorm,
+    LeakyRelu,
+    LogSigmoid,
     Lstm,
     MaxPool,
+    Moveaxis,
     NormParams as NormParams,
     Pad,
     Positions,
@@ -100,6 +105,7 @@ from jaxprop.layers import (
     Silu,
     SinusoidalPositions,
     Softplus,
+    Take,
     Tanh,
 )
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError
@@ -142,6 +148,11 @@ from jaxprop.training.update import Update as Update, make_update
 
 __all__ = [
     # layers
+    "Take",
+    "Moveaxis",
+    "LogSigmoid",
+    "LeakyRelu",
+    "Elu",
     "Attention",
     "AvgPool",
     "BatchNorm",
@@ -172,6 +183,7 @@ __all__ = [
     "Softplus",
     "Tanh",
     # combinators
+    "bidirectional",
     "branch",
     "cast",
     "chain",

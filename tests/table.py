@@ -74,10 +74,13 @@ ACTIVATIONS = (
     jp.Sigmoid(),
     jp.Tanh(),
     jp.Relu(),
+    jp.LeakyRelu(0.3),
+    jp.Elu(0.7),
     jp.Gelu(),
     jp.Gelu(approximate=False),
     jp.Silu(),
     jp.Softplus(),
+    jp.LogSigmoid(),
 )
 
 CROSS = jp.branch(jp.Dense(4), jp.Dense(8), join="tuple")
@@ -160,6 +163,7 @@ TABLE = [
     Row(jp.Positions(7), normal(2, 3, 1)),
     Row(jp.SinusoidalPositions(), normal(2, 3, 5)),
     Row(jp.Rotary(2), normal(2, 5, 12)),
+    Row(jp.Rotary(1, interleaved=True), normal(3, 4, 12)),
     Row(jp.chain(jp.Dense(12), jp.Rotary(2), jp.Attention(2), jp.Dense(3)), normal(2, 3, 4)),
     Row(jp.chain(jp.Dense(12), jp.Attention(2), jp.Dense(3)), normal(3, 5, 4)),
     Row(jp.skip(jp.Tanh()), normal(3, 4)),
@@ -188,6 +192,10 @@ TABLE = [
         for layer in (jp.Rnn, jp.Lstm, jp.Gru)
         for features, shape in ((4, (3, 5, 2)), (3, (2, 1, 4)))
     ),
+    Row(jp.Rnn(3, reverse=True), normal(2, 4, 3)),
+    Row(jp.Lstm(3, output="last"), normal(3, 4, 2)),
+    Row(jp.Gru(2, reverse=True, output="last"), normal(2, 3, 3)),
+    Row(jp.bidirectional(jp.Lstm(2)), normal(2, 4, 3)),
     Row(jp.chain(jp.Lstm(1), jp.Gru(2)), normal(1, 7, 1)),
     Row(jp.chain(jp.chain(jp.Dense(4), jp.Relu()), jp.skip(jp.chain(jp.Dense(4)))), normal(3, 2)),
 ]
@@ -199,17 +207,32 @@ IMAGES = [
     Row(jp.Conv(3, (3,), 2), normal(3, 6, 2)),
     Row(jp.Conv(2, (1,)), normal(2, 3, 4)),
     Row(jp.Conv(2, (2, 1, 2)), normal(2, 3, 2, 3, 1)),
+    Row(jp.Conv(2, (4, 3), (2, 1), "CIRCULAR", (1, 2)), normal(2, 4, 5, 3)),
+    Row(jp.Conv(4, (3, 2), 1, "REFLECT", groups=2), normal(3, 2, 4, 2)),
+    Row(jp.Conv(3, (3,), padding="CAUSAL", dilation=2), normal(2, 6, 2)),
+    Row(jp.Conv(2, (3, 1), 2, 1), normal(1, 4, 3, 1)),
     Row(jp.ConvTranspose(2, (3, 2), (2, 3)), normal(2, 3, 2, 3)),
+    Row(jp.ConvTranspose(4, (3, 2), (2, 1), dilation=(2, 3), groups=2), normal(2, 3, 4, 4)),
     Row(jp.ConvTranspose(2, (2,), padding="VALID", bias=False), normal(1, 4, 2)),
     Row(jp.MaxPool((2, 2)), np.round(normal(3, 5, 4, 2))),
     Row(jp.MaxPool((3, 2), (2, 1), "SAME"), np.round(normal(1, 5, 4, 2))),
     Row(jp.MaxPool((2,), 3, ((1, 0),)), normal(2, 7, 3)),
     Row(jp.AvgPool((2, 3), (2, 2), "SAME"), normal(2, 5, 4, 2)),
     Row(jp.AvgPool((2, 1, 2)), normal(1, 4, 3, 3, 2)),
+    Row(jp.AvgPool((3, 2), (2, 1), "SAME", count_include_pad=False), normal(2, 5, 4, 2)),
+    Row(jp.AvgPool((3,), 1, 1, count_include_pad=False), normal(3, 4, 2)),
     Row(jp.GlobalAvgPool(), normal(2, 3, 2, 4)),
     Row(jp.Flatten(), normal(3, 2, 2)),
+    Row(jp.Take(-1), normal(3, 4, 2)),
+    Row(jp.Take(1, axis=2), normal(2, 2, 3, 1)),
+    Row(jp.Moveaxis(1, -1), normal(2, 3, 4, 2)),
+    Row(jp.Moveaxis((1, -1), (2, 1)), normal(2, 3, 4, 2)),
     Row(jp.Reshape((3, 2)), normal(2, 6)),
     Row(jp.Pad(((1, 0), (2, 1)), 0.5), normal(2, 2, 3, 2)),
+    *(
+        Row(jp.Pad(((1, 2), (0, 1)), mode=mode), normal(2, 3, 2, 2))
+        for mode in ("wrap", "reflect", "edge")
+    ),
     Row(
         jp.chain(jp.Conv(3, (2, 2)), jp.Relu(), jp.MaxPool((2, 2)), jp.Flatten(), jp.Dense(2)),
         normal(3, 4, 5, 2),

@@ -55,7 +55,8 @@ class Layer(Static):
 
     Attributes:
         takes: the side input, ``jp.Key`` or ``jp.Mask``, that a step may put in the place of the
-            layer's params ``()``. ``forward`` and ``backward`` find it there.
+            layer's params ``()``, or where ``with_side_input`` puts it. ``forward`` and
+            ``backward`` find it there.
         mixes_positions: whether a position of y depends on other positions of x, in a layer that
             takes no mask. It then refuses to stand in a net that is given one.
         hands_down_types: whether ``forward`` and ``backward`` are given params with their types, as
@@ -178,6 +179,19 @@ class Layer(Static):
         """
         check_side_inputs(self, key, mask)
         return bound(self, params, key, None if mask is None else Mask(mask))
+
+    def with_side_input(self, params: Params, given: SideInput) -> Params:
+        """Return params with a side input that this layer takes.
+
+        By default it stands in the place of params ``()``. A layer that has params too keeps a
+        place for it among them, ``()`` without it, and puts it there.
+
+        Args:
+            params: the layer's own params.
+            given: a ``jp.Key`` or a ``jp.Mask``, as ``takes`` says.
+        """
+        del params
+        return given
 
     def rounded(self, params: Params, dtype: Any) -> Params:
         """Return params as ``jp.cast`` computes with them: floating ones in dtype."""

@@ -34,9 +34,9 @@ def takes_side_input(layer: Layer, kind: type[SideInput]) -> bool:
 def bound(layer: Layer, params: Params, key: Array | None, mask: Mask | None) -> Params:
     """Return params with the side inputs, each in the place of a layer that takes it."""
     if layer.takes is Key and key is not None:
-        return Key(key)
+        return layer.with_side_input(params, Key(key))
     if layer.takes is Mask and mask is not None:
-        return mask
+        return layer.with_side_input(params, mask)
     if key is None and mask is None:
         return params
     layer.check_places(params)
