@@ -174,6 +174,7 @@ TABLE = [
     Row(jp.SinusoidalPositions(), normal(2, 3, 5)),
     Row(jp.Rotary(2), normal(2, 5, 12)),
     Row(jp.Rotary(1, interleaved=True), normal(3, 4, 12)),
+    Row(jp.Rotary(2, kv_heads=1), normal(2, 5, 8)),
     Row(jp.chain(jp.Dense(12), jp.Rotary(2), jp.Attention(2), jp.Dense(3)), normal(2, 3, 4)),
     Row(jp.chain(jp.Dense(12), jp.Attention(2), jp.Dense(3)), normal(3, 5, 4)),
     Row(jp.skip(jp.Tanh()), normal(3, 4)),

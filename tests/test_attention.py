@@ -208,6 +208,16 @@ def test_rotary_turns_pairs_of_features_by_complex_numbers(interleaved):
     np.testing.assert_allclose(turned[..., 0, :] + 1j * turned[..., 1, :], expected, atol=1e-14)
 
 
+def test_rotary_of_fewer_heads_is_that_of_each_head():
+    x = jnp.asarray(normal(2, 9, 8 * 4))
+    q, k, v = jnp.split(x, [16, 24], -1)
+    y, _ = jp.Rotary(4, kv_heads=2).forward((), x)
+    of_q, _ = jp.Rotary(4).forward((), jnp.concatenate([q, q, q], -1))
+    of_k, _ = jp.Rotary(2).forward((), jnp.concatenate([k, k, k], -1))
+    expected = jnp.concatenate([of_q[..., :16], of_k[..., :8], v], -1)
+    assert relative_error(y, expected) <= 1e-15
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_scores_depend_on_the_distance_only(interleaved):
     """The same q and k everywhere: <q_t, k_s> is one number for each t - s."""

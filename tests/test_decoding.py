@@ -20,6 +20,10 @@ NETS = {
     "one head of keys": jp.Attention(2, kv_heads=1),
     "window": jp.Attention(6, kv_heads=3, window=3),
     "rotary": jp.chain(ROTARY, jp.skip(jp.chain(jp.Silu(), ROTARY))),
+    "recurrent": jp.chain(jp.Lstm(4), jp.repeat(jp.skip(jp.Gru(4)), 2), jp.Rnn(3)),
+    "grouped rotary": jp.chain(
+        jp.Dense(16), jp.Rotary(4, interleaved=True, kv_heads=2), jp.Attention(4, kv_heads=2)
+    ),
     "deep": jp.chain(jp.Dense(4), jp.repeat(jp.repeat(jp.skip(jp.recompute(GROUPED)), 2), 3)),
     "shared": jp.chain(jp.Dense(4), jp.shared(ROTARY, 3), jp.frozen(GROUPED), jp.Dropout(0.5)),
     "branch": jp.chain(
@@ -177,7 +181,9 @@ BY_ITSELF = "does not treat each position by itself"
     ("net", "message"),
     [
         (jp.Attention(2, causal=False), "it must be causal"),
-        (jp.Gru(3), BY_ITSELF),
+        (jp.Gru(3, reverse=True), "it must start from zeros"),
+        (jp.Lstm(3, output="last"), "it must start from zeros"),
+        (jp.Take(-1), BY_ITSELF),
         (jp.Conv(3, (3,)), BY_ITSELF),
         (jp.GlobalAvgPool(), BY_ITSELF),
         (jp.Flatten(), BY_ITSELF),

@@ -8,7 +8,6 @@ import pytest
 from table import relative_error
 
 import jaxprop as jp
-from jaxprop.combinators.on import on
 
 D, VOCAB = 4, 7
 LOSS = jp.CrossEntropy()
@@ -40,7 +39,7 @@ def network():
         *(jp.Item(0), jp.Embedding(VOCAB, D), jp.SinusoidalPositions()),
         jp.repeat(jp.chain(attend(causal=False), widen()), 2),
     )
-    block = jp.chain(on(0, attend(masked=False)), cross(), on(0, widen()))
+    block = jp.chain(jp.on(0, attend(masked=False)), cross(), jp.on(0, widen()))
     target = jp.chain(jp.Item(1), jp.Embedding(VOCAB, D), jp.SinusoidalPositions())
     return jp.chain(
         jp.branch(target, encoder, join="tuple"),

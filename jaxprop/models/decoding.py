@@ -7,6 +7,7 @@ has a rule for each class that needs one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -34,6 +35,7 @@ from jaxprop.core.tree import Mask, arrays
 from jaxprop.core.types import Params, PyTree
 from jaxprop.layers import Attention, Item, Positions, Rotary, SinusoidalPositions
 from jaxprop.layers.heads import Inputs, positions, split
+from jaxprop.layers.recurrence import Recurrence
 from jaxprop.layers.scores import Keys, Queries, attend
 
 State: TypeAlias = Any
@@ -111,6 +113,21 @@ def _attention(
     q = q.reshape(n, heads // layer.groups, layer.groups * t, d)
     (y, _), _ = attend(layer, Keys(k, v), Queries(q, at))
     return y.reshape(n, heads, t, d).swapaxes(1, 2).reshape(n, t, -1).astype(x.dtype), (k, v)
+
+
+@step.register
+def _recurrent(
+    layer: Recurrence, params: Params, state: State | None, x: PyTree, now: Now
+) -> tuple[PyTree, State]:
+    """Keep the last state, from which the layer then starts."""
+    masked = isinstance(params.mask, Mask)
+    if isinstance(x, tuple) or layer.reverse or layer.output != "sequence" or masked:
+        raise ValueError(
+            f"{layer} cannot go on from position to position: it must start from zeros and give "
+            "all states, forwards and without a mask"
+        )
+    both = dataclasses.replace(layer, output="both")
+    return both.forward(params, x if state is None else (x, state))[0]
 
 
 @step.register(Positions)
