@@ -99,7 +99,7 @@ DECODER_BLOCK = jp.branch(
         jp.Item(0),
         jp.chain(
             jp.branch(
-                jp.chain(jp.Item(0), jp.LayerNorm(), jp.Dense(4)),
+                jp.Item(0),
                 jp.chain(jp.Item(1), jp.Dense(8)),
                 join="tuple",
             ),

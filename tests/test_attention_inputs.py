@@ -1,10 +1,12 @@
 """Attention with fewer heads of keys, windows, masks, biases and memories, against jax.nn's."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from table import normal, relative_error
 
@@ -306,3 +308,51 @@ def test_errors():
     for part, given in ((0, x), (2, (x, x)), ("a", {"b": x}), ("a", (x, x))):
         with pytest.raises(ValueError, match=r"Item\(.*\): x is .*float64.*, which has no part"):
             jp.Item(part).forward((), given)
+
+
+class Near(jp.Layer):
+    """A user's learned bias, a number for each head and each distance up to T."""
+
+    heads: int
+
+    def init(self, key, x):
+        return jax.random.normal(key, (self.heads, x.shape[1]), x.dtype)
+
+    def forward(self, params, x):
+        bias = params[:, self._distance(x.shape[1])]
+        return jnp.broadcast_to(bias, (x.shape[0], *bias.shape)), x
+
+    def backward(self, params, x, ct):
+        n, t, _ = x.shape
+        zeros = jnp.zeros((n, self.heads, t), ct.dtype)
+        each = zeros.at[:, :, self._distance(t)].add(ct)
+        return jp.Stacked(each), jnp.zeros_like(x)
+
+    def _distance(self, t):
+        return abs(np.arange(t)[:, None] - np.arange(t))
+
+
+@saves
+def test_a_learned_bias_is_a_layer_in_front(save):
+    attention = jp.Attention(2, save=save, block=2)
+    net = jp.chain(jp.branch(jp.Dense(12), Near(2), join="tuple"), attention, jp.Dense(2))
+    x, target = jnp.asarray(normal(3, 4, 5)), jnp.asarray(normal(3, 4, 2))
+    jp.check_layer(net, x)
+    params = net.init(jax.random.key(0), x)
+    each = oracles.per_example_grads(net, LOSS)(params, x, target)
+    norms = jp.per_example_sq_norms(net, LOSS)(params, x, target)
+    assert relative_error(norms, oracles.per_example_sq_norms.of(each)) <= 1e-12
+    grads = jp.value_and_grad(net, LOSS)(params, x, target)[1]
+    assert np.abs(grads[0][1]).max() > 1e-4
+
+
+def test_no_shape_is_broadcast_unasked():
+    for case in ("grouped", "mask of heads", "window", "bias and mask", "masked memory"):
+        fields, x, mask = CASES[case]
+        params = () if mask is None else jp.Mask(jnp.asarray(mask))
+        layer, x = jp.Attention(HEADS, **fields), jax.tree.map(jnp.asarray, x)
+        ct = jnp.ones((N, jax.tree.leaves(x)[0].shape[1], HEADS * FEATURES))
+        for save in ("weights", "logsumexp"):
+            layer = dataclasses.replace(layer, save=save)
+            with jax.numpy_rank_promotion("raise"):
+                jax.eval_shape(functools.partial(both_ways, layer), params, x, ct)
