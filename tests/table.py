@@ -207,6 +207,8 @@ TABLE = [
     Row(jp.Lstm(3, output="last"), normal(3, 4, 2)),
     Row(jp.Gru(2, reverse=True, output="last"), normal(2, 3, 3)),
     Row(jp.bidirectional(jp.Lstm(2)), normal(2, 4, 3)),
+    Row(jp.chain(jp.Lstm(2, output="both"), jp.Lstm(2, reverse=True)), normal(3, 3, 2)),
+    Row(jp.chain(jp.Gru(3, output="both"), jp.Gru(3, output="last")), normal(2, 4, 2)),
     Row(jp.chain(jp.Lstm(1), jp.Gru(2)), normal(1, 7, 1)),
     Row(jp.chain(jp.chain(jp.Dense(4), jp.Relu()), jp.skip(jp.chain(jp.Dense(4)))), normal(3, 2)),
 ]

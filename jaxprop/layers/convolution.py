@@ -34,7 +34,8 @@ class Conv(Layer):
 
     x is (N, *spatial, C), floating, with one to three spatial axes, as many as ``window`` has. y is
     (N, *outputs, features). w is (*window, C / groups, features) and starts as LeCun normal, b is
-    (features,) and starts as zeros.
+    (features,) and starts as zeros. Shapes, initial params and "SAME" by default are Flax's;
+    PyTorch adds no padding by default, has the channels first, and starts w and b as uniform.
 
     Args:
         features: the number of channels of y.

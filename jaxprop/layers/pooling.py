@@ -42,7 +42,8 @@ class MaxPool(Layer):
 
     Args:
         window: the size of the window along each spatial axis.
-        strides: s, one number for all axes or a tuple; None for the window.
+        strides: s, one number for all axes or a tuple; None for the window, as in PyTorch, not
+            for 1, as in Flax.
         padding: "SAME", "VALID", or how many entries of minus infinity are added: a whole number,
             or a (low, high) pair for each axis, each smaller than the window.
 
@@ -95,7 +96,8 @@ class AvgPool(Layer):
 
     Args:
         window: the size of the window along each spatial axis.
-        strides: s, one number for all axes or a tuple; None for the window.
+        strides: s, one number for all axes or a tuple; None for the window, as in PyTorch, not
+            for 1, as in Flax.
         padding: "SAME", "VALID", or how many zeros are added: a whole number, or a (low, high)
             pair for each axis, each smaller than the window.
         count_include_pad: whether K counts the taps that lie in the padding.

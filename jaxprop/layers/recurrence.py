@@ -63,7 +63,8 @@ class Recurrence(Layer):
     """The base of the recurrent layers, from x (N, T, I) to the hidden states h (N, T, features).
 
     x may be a pair of such an x and the state to start from, in the place of zeros. The state is h
-    (N, F), or (h, c) for ``Lstm``. d_x is then such a pair too.
+    (N, F), or (h, c) for ``Lstm``. d_x is then such a pair too. In a chain, a layer whose output is
+    "both" gives the next one its last state to start from.
 
     A ``jp.Mask``, which ``net.bind(params, mask=)`` puts into the params, says which steps are
     real. The others do not count, wherever they stand: the state goes past them as it is, y is 0
@@ -101,9 +102,12 @@ class Recurrence(Layer):
         check_x(self, x, "N, T, I")
         if not x.shape[1] or not x.shape[2]:
             raise ValueError(f"{self} takes x of at least one step and one feature, not {x.shape}")
-        if any(state.shape != (x.shape[0], self.features) for state in start):
-            expected = self._state((f"({x.shape[0]}, {self.features})",) * self.states)
-            raise ValueError(f"{self} starts from a state {expected}, not {shapes(start)}")
+        expected = (x.shape[0], self.features)
+        if any(state.shape != expected for state in start):
+            raise ValueError(
+                f"{self} starts from {self._state((expected,) * self.states)}, not "
+                f"{shapes(self._state(start))}"
+            )
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
         for_w, *for_u = jax.random.split(key, 1 + self.gates)
         width, square = self.gates * self.features, (self.features, self.features)

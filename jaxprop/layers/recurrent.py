@@ -52,8 +52,10 @@ class Rnn(Recurrence):
 
     x is (N, T, I), floating, and y is (N, T, F) with F = ``features``; x may be a pair (x, h) with
     the state to start from. params are ``RecurrentParams``: w (I, F), LeCun normal at first; u
-    (F, F), orthogonal; b (F,), zeros (where PyTorch has two, to be added up); and for a step a
-    ``jp.Mask``.
+    (F, F), orthogonal; b (F,), zeros (PyTorch has two, which add up).
+
+    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts there too, says which steps are real. At
+    the others the state stays as it is, and y is 0.
 
     Args:
         features: the size of the hidden state.
@@ -111,9 +113,12 @@ class Lstm(Recurrence):
     x is (N, T, I), floating, and y is (N, T, F) with F = ``features``; x may be a pair (x, (h, c))
     with the state to start from. params are ``RecurrentParams``: w (I, 4F), LeCun normal at first;
     u (F, 4F), orthogonal for each gate; b (4F,), zeros but for the part of f, which starts as ones
-    so that a new cell remembers; and for a step a ``jp.Mask``. The parts stand in the order
-    i, f, g, o, as in PyTorch, which has two biases, to be added up, and starts them at random. Flax
-    starts all of b as zeros, and its carry is (c, h).
+    so that a new cell remembers. The parts stand in the order i, f, g, o, as in PyTorch, which has
+    two biases, to be added up, and starts them at random. Flax starts all of b as zeros, and its
+    carry is (c, h).
+
+    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts there too, says which steps are real. At
+    the others the state stays as it is, and y is 0.
 
     Args:
         features: the size of the hidden state.
@@ -189,7 +194,10 @@ class Gru(Recurrence):
 
     x is (N, T, I), floating, and y is (N, T, F) with F = ``features``; x may be a pair (x, h) with
     the state to start from. params are ``RecurrentParams``: w (I, 3F), LeCun normal at first; u
-    (F, 3F), orthogonal for each gate; b (3F,) and b_u (F,), zeros; and for a step a ``jp.Mask``.
+    (F, 3F), orthogonal for each gate; b (3F,) and b_u (F,), zeros.
+
+    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts there too, says which steps are real. At
+    the others the state stays as it is, and y is 0.
 
     Args:
         features: the size of the hidden state.
