@@ -53,7 +53,7 @@ class Attention(Layer):
     - ``"weights"``: e = exp(s - max s) and 1 / sum e, which multiplies y and ct instead of e.
       Nothing is computed twice. Causal queries are split into up to 8 parts, each with the keys up
       to its last query only. That takes little more than half of the N heads T^2 numbers, and of
-      the work.
+      the work. With a window, for either ``save``, a part has the keys near it alone.
     - ``"logsumexp"``: log sum exp s, (N, heads, T). backward computes p = exp(s - logsumexp) again,
       at the price of one more product, for ``block`` queries at a time. Memory is linear in T (Rabe
       and Staats 2021, https://arxiv.org/abs/2112.05682; Dao et al. 2022,
@@ -74,8 +74,9 @@ class Attention(Layer):
     There is nothing to learn: params are ``()``, or a ``jp.Mask`` that ``net.bind(params, mask=)``
     puts in their place. A padding mask is (N, T), of the memory (N, S): padded positions are taken
     for zeros, whatever x holds there, and get no weight as keys. A full mask, (N, T, S) or (N,
-    heads, T, S), says which query sees which key; keys that no query sees are taken for zeros. For
-    a query with no key left, y and the cotangents are 0.
+    heads, T, S), says which query sees which key; keys that no query sees are taken for zeros. One
+    for all examples is ``jnp.broadcast_to(mask, (N, T, S))``: two axes are those of padding. For a
+    query with no key left, y and the cotangents are 0.
 
     Args:
         heads: the number of heads, which divides D.
@@ -85,7 +86,7 @@ class Attention(Layer):
         kv_heads: the number of heads of k and of v, each for as many neighbouring heads of q; None
             for ``heads``, and 1 for multi-query attention.
         window: how many positions up to its own a position attends to, and without ``causal`` as
-            many from its own on; None for all. The work and the memory are in proportion to it.
+            many from its own on; None for all.
         masked: whether the layer takes the step's mask. False is for one that does not attend to
             what the mask is of, as a decoder's own attention where the memory is padded.
 
@@ -141,7 +142,7 @@ class Attention(Layer):
         ys, kept = zip(*parts, strict=True)
         y = jnp.concatenate(ys, 2).swapaxes(1, 2).reshape(*given.sizes[:2], -1)
         y = y.astype(given.x.dtype)
-        return y, (given.like(x), y, kept)
+        return y, (x if mask is None else given.like(x), y, kept)
 
     def backward(
         self, params: Params, residuals: Residuals, ct: Float[Array, "n t d"]
