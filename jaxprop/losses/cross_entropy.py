@@ -55,7 +55,8 @@ class CrossEntropy(Loss):
 
     The target may be a pair (target, weights), the weights of the positions (N, T), of any real
     dtype. An example's loss is then sum_t w_t E_t / sum_t w_t over its positions (0 where that sum
-    is), and a position of weight 0 is padding. Class weights do not enter the mean: E_t counts once
+    is), and a position of weight 0 is padding. (Weights of whole examples are ``weights=`` of the
+    functions that take the batch.) Class weights do not enter the mean: E_t counts once
     and is larger. (PyTorch divides by the batch's sum of class weights.)
 
     In a traced program a class of C or more, and a probability or a weight that is negative, make
@@ -198,7 +199,8 @@ class CrossEntropy(Loss):
             )
         if weights is not None and y.ndim == 2:
             raise ValueError(
-                f"{self}: weights are of an example's positions, and y {y.shape} has none"
+                f"{self}: weights beside the target are of an example's positions, and y {y.shape} "
+                "has none; for weights of the examples give weights= to the function of the batch"
             )
         if not soft:
             words = f"{self} takes a target below {classes}"
