@@ -16,8 +16,10 @@ against the other. The names, by group:
                  Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Pad
                  Flatten Reshape Moveaxis Take
                  Rnn Lstm Gru
-    combinators  chain (a Chain) skip branch bidirectional repeat recompute shared tied cast frozen
-    losses       CrossEntropy HalfSquaredError BinaryCrossEntropy
+    combinators  chain (a Chain) skip branch on bidirectional repeat recompute shared tied cast
+                 frozen
+    losses       CrossEntropy HalfSquaredError BinaryCrossEntropy  loss total_loss
+                 LinearCrossEntropy (a layer) with Mean
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
     updates      make_update DynamicLossScale learned_only inference_mode update_batch_stats
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms gram second_moment
@@ -40,6 +42,7 @@ from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
 from jaxprop.combinators.chain import Chain, chain
 from jaxprop.combinators.frozen import frozen
+from jaxprop.combinators.on import on
 from jaxprop.combinators.recompute import recompute
 from jaxprop.combinators.repeat import repeat
 from jaxprop.combinators.shared import shared
@@ -87,6 +90,7 @@ from jaxprop.layers import (
     Gru,
     LayerNorm,
     LeakyRelu,
+    LinearCrossEntropy,
     LogSigmoid,
     Lstm,
     MaxPool,
@@ -107,7 +111,14 @@ from jaxprop.layers import (
     Take,
     Tanh,
 )
-from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError
+from jaxprop.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    HalfSquaredError,
+    Mean,
+    loss,
+    total_loss,
+)
 from jaxprop.quantity import (
     Aux as Aux,
     Clipped as Clipped,
@@ -166,6 +177,7 @@ __all__ = [
     "GroupNorm",
     "Gru",
     "LayerNorm",
+    "LinearCrossEntropy",
     "Lstm",
     "MaxPool",
     "Pad",
@@ -186,6 +198,7 @@ __all__ = [
     "cast",
     "chain",
     "frozen",
+    "on",
     "recompute",
     "repeat",
     "shared",
@@ -195,6 +208,9 @@ __all__ = [
     "BinaryCrossEntropy",
     "CrossEntropy",
     "HalfSquaredError",
+    "Mean",
+    "loss",
+    "total_loss",
     # gradients and updates
     "DynamicLossScale",
     "autodiff",

@@ -14,6 +14,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.checks import check_number
+from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 
 X = Float[Array, "n ..."]
@@ -24,6 +25,11 @@ class Elementwise(Layer):
 
     ``backward`` of a cotangent of ones is f' itself, the local derivative.
     """
+
+    def init(self, key: Array, x: X) -> tuple[()]:
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{self} takes an array x, not {shapes(x)}")
+        return ()
 
 
 class Sigmoid(Elementwise):
