@@ -235,6 +235,9 @@ def test_what_does_not_fit_is_said(kind):
         kind(2, output="state")
     with pytest.raises(ValueError, match=r"takes x, or a pair \(x, .*\), not"):
         kind(2).init(key, (jnp.ones((1, 3, 4)),))
+    state = public((jnp.ones((1, 2), jnp.int32),) * kind.states)
+    with pytest.raises(TypeError, match=r"starts from a floating state, not .*int32"):
+        kind(2).init(key, (jnp.ones((1, 3, 4)), state))
     state = public((jnp.ones((2, 2)),) * kind.states)
     with pytest.raises(ValueError, match=r"starts from \(+1, 2\).*, not .*\[2,2\]"):
         kind(2).init(key, (jnp.ones((1, 3, 4)), state))

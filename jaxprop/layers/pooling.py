@@ -138,10 +138,10 @@ class AvgPool(Layer):
         return (), total.astype(ct.dtype)
 
     def _count(self, windows: Windows, spatial: Sizes, dtype: Any) -> int | Array:
-        """Return K: one number, or one for each window, (*outputs, 1)."""
+        """Return K: one number, or one for each window, (1, *outputs, 1)."""
         if self.count_include_pad:
             return windows.taps
-        return jnp.asarray(windows.counts(spatial)[..., None], dtype)
+        return jnp.asarray(windows.counts(spatial)[None, ..., None], dtype)
 
 
 class GlobalAvgPool(Layer):

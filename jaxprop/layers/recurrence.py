@@ -102,6 +102,8 @@ class Recurrence(Layer):
         check_x(self, x, "N, T, I")
         if not x.shape[1] or not x.shape[2]:
             raise ValueError(f"{self} takes x of at least one step and one feature, not {x.shape}")
+        if not all(jnp.issubdtype(state.dtype, jnp.floating) for state in start):
+            raise TypeError(f"{self} starts from a floating state, not {shapes(start)}")
         expected = (x.shape[0], self.features)
         if any(state.shape != expected for state in start):
             raise ValueError(
