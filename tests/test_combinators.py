@@ -159,15 +159,15 @@ def test_a_mask_inside_a_shared_layer_without_forms():
             return jnp.ones(x.shape[-1], x.dtype)
 
         def forward(self, params, x):
-            return x * params, x
+            return x * params[None, None], x
 
         def backward(self, params, x, ct):
-            return jnp.sum(ct * x, axis=(0, 1)), ct * params
+            return jnp.sum(ct * x, axis=(0, 1)), ct * params[None, None]
 
     attend = jp.Attention(2, save="logsumexp")
     net = jp.shared(jp.chain(Scale(), jp.Dense(12), attend, jp.Dense(4)), 2)
     x, target = jax.random.normal(jax.random.key(1), (2, 3, 5, 4))
-    mask = jnp.arange(5) < jnp.array([[5], [3], [2]])
+    mask = jnp.arange(5)[None] < jnp.array([[5], [3], [2]])
     params = net.bind(net.init(jax.random.key(0), x), mask=mask)
     together = jp.quantities(net, jp.HalfSquaredError(), each=jp.PerExampleGrads())
     each = jax.jit(together)(params, x, target)["each"]

@@ -58,7 +58,8 @@ def test_constant_rows(layer):
     d_params, d_x = by_hand(layer, params, x, ct)
     assert not d_params.scale.any()
     assert jnp.isfinite(d_x).all()
-    assert jnp.abs(d_x).max() <= jnp.abs(ct * params.scale).max() * 2 / np.sqrt(layer.eps)
+    bound = jnp.abs(ct * jnp.expand_dims(params.scale, range(ct.ndim - 1))).max()
+    assert jnp.abs(d_x).max() <= bound * 2 / np.sqrt(layer.eps)
 
 
 @layers

@@ -319,7 +319,7 @@ def test_a_mask_goes_into_the_seats(fused):
     net = jp.chain(jp.repeat(jp.skip(jp.chain(jp.Dense(3 * D), jp.Attention(2))), 2), jp.Dense(3))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, D)))
     params = net.init(jax.random.key(0), x)
-    mask = jnp.arange(5) < jnp.array([5, 2, 3, 1])[:, None]
+    mask = jnp.arange(5)[None] < jnp.array([5, 2, 3, 1])[:, None]
     target = jnp.where(mask, 1, -1)
     _, grads = jp.value_and_grad(net, LOSS)(net.bind(params, mask=mask), x, target)
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)

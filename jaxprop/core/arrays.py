@@ -20,6 +20,14 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.float32) if narrow else x
 
 
+def aligned(v: Array, x: Array) -> Array:
+    """Return v, whose axes are the last ones of x, with an axis of length 1 for each other of x.
+
+    It is what NumPy's broadcasting does unasked, and ``jax.numpy_rank_promotion`` may forbid.
+    """
+    return jax.lax.expand_dims(v, range(x.ndim - v.ndim))
+
+
 def on_device(leaf: Any) -> Any:
     """Return a NumPy array as JAX's, in the dtype that JAX gives it; anything else as it is.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import aligned, wide
 from jaxprop.core.checks import check_counts, check_flags
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
@@ -172,7 +172,7 @@ class Attention(Layer):
         keys = k.shape[2]
         if not self.causal and mask is None:
             return s, None
-        seen = at >= (jnp.arange(keys) if self.causal else 0)
+        seen = at >= (aligned(jnp.arange(keys), at) if self.causal else 0)
         if mask is not None:
             seen = seen & mask[:, None, None, :keys]
         return jnp.where(seen, s, jnp.finfo(s.dtype).min), seen

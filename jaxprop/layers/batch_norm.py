@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxprop.core.arrays import rounded, wide
+from jaxprop.core.arrays import aligned, rounded, wide
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Unlearned
@@ -102,12 +102,13 @@ class BatchNorm(Layer):
 
     def backward(self, params: BatchNormParams, x: X, ct: X) -> tuple[BatchNormParams, X]:
         n, rstd = self._standardized(params, x)
-        slope, wide_ct = wide(params.scale) * rstd, wide(ct)
+        slope, wide_ct = aligned(wide(params.scale), x) * rstd, wide(ct)
         if not self.training:
             d_params = BatchNormParams(Sum(wide_ct * n), Sum(ct), (), ())
             return d_params, (slope * wide_ct).astype(x.dtype)
         d_scale, d_bias = (jnp.sum(d, _all_but_last(x)) for d in (wide_ct * n, wide_ct))
-        d_x = slope * (wide_ct - (d_bias + n * d_scale) / (x.size // x.shape[-1]))
+        along = aligned(d_bias, x) + n * aligned(d_scale, x)
+        d_x = slope * (wide_ct - along / (x.size // x.shape[-1]))
         return BatchNormParams(d_scale, d_bias, (), ()), d_x.astype(x.dtype)
 
     def rounded(self, params: BatchNormParams, dtype: DTypeLike) -> BatchNormParams:
@@ -139,8 +140,8 @@ class BatchNorm(Layer):
     def _standardized(self, params: BatchNormParams, x: X) -> tuple[X, Array]:
         """Return ``(n, rstd)``."""
         if not self.training:
-            rstd = jax.lax.rsqrt(params.var + float(self.eps))
-            return (wide(x) - params.mean) * rstd, rstd
+            rstd = aligned(jax.lax.rsqrt(params.var + float(self.eps)), x)
+            return (wide(x) - aligned(params.mean, x)) * rstd, rstd
         axes = _all_but_last(x)
         centered = wide(x) - wide(x).mean(axes, keepdims=True)
         rstd = rstd_of(centered, lambda x: x.mean(axes, keepdims=True), self.eps)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import aligned
 from jaxprop.core.checks import check_counts, check_flags, check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
@@ -181,7 +182,7 @@ def _affine(params: AffineParams, x: X, windows: Windows, groups: int) -> Y:
         dimension_numbers=_dimensions(windows),
         feature_group_count=groups,
     )
-    return y if params.b is None else y + params.b
+    return y if params.b is None else y + aligned(params.b, y)
 
 
 def _d_x(w: Array, ct: Y, windows: Windows, groups: int, spatial: Sizes) -> X:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import aligned
 from jaxprop.core.checks import check_counts, check_flags, check_x
 from jaxprop.core.forms import Outer, Sum
 from jaxprop.core.layer import Layer
@@ -68,7 +69,7 @@ class Dense(Layer):
         self, params: AffineParams, x: Float[Array, "n ... i"]
     ) -> tuple[Float[Array, "n ... o"], Float[Array, "n ... i"]]:
         y = x @ params.w
-        return (y if params.b is None else y + params.b), x
+        return (y if params.b is None else y + aligned(params.b, y)), x
 
     def backward(
         self, params: AffineParams, x: Float[Array, "n ... i"], ct: Float[Array, "n ... o"]

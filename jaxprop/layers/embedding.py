@@ -59,7 +59,7 @@ class Rows(Factored):
             return super().inner_products()
 
         def with_all(one: tuple[Array, Array]) -> Array:
-            same = one[0][:, None, None] == ids
+            same = one[0][:, None, None] == ids[None]
             return jnp.einsum("tms,td,msd->m", same.astype(ct.dtype), one[1], ct)
 
         return jax.lax.map(with_all, (ids, ct))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import aligned, wide
 from jaxprop.core.checks import check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
@@ -90,7 +90,7 @@ class LayerNorm(Layer):
         x, mean, rstd = residuals
         n, wide_ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
         mean_dn, mean_dn_n = _mean_along(wide_ct, scale), _mean_along(wide_ct * n, scale)
-        d_x = rstd * (wide_ct * scale - mean_dn - n * mean_dn_n)
+        d_x = rstd * (wide_ct * aligned(scale, n) - mean_dn - n * mean_dn_n)
         return NormParams(Sum(wide_ct * n), Sum(ct)), d_x.astype(x.dtype)
 
 
@@ -133,7 +133,7 @@ class RMSNorm(Layer):
     ) -> tuple[NormParams, X]:
         x, rstd = residuals
         n, wide_ct, scale = wide(x) * rstd, wide(ct), wide(params.scale)
-        d_x = rstd * (wide_ct * scale - n * _mean_along(wide_ct * n, scale))
+        d_x = rstd * (wide_ct * aligned(scale, n) - n * _mean_along(wide_ct * n, scale))
         return NormParams(Sum(wide_ct * n)), d_x.astype(x.dtype)
 
 
@@ -148,7 +148,7 @@ def _mean_along(x: Array, v: Array | None = None) -> Array:
         return x @ v[:, None]
 
     def reduction(x: Array, v: Array) -> Array:
-        return jnp.sum(x * v, -1, keepdims=True)
+        return jnp.sum(x * aligned(v, x), -1, keepdims=True)
 
     v = jnp.ones(x.shape[-1], x.dtype) if v is None else v
     return jax.lax.platform_dependent(x, v, cpu=product, default=reduction) / x.shape[-1]
@@ -178,8 +178,8 @@ def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
 
 def scaled(params: Params, n: Array, x: Array) -> Array:
     """Return n * scale + bias in the dtype of x."""
-    y = n * wide(params.scale)
-    return (y if params.bias is None else y + wide(params.bias)).astype(x.dtype)
+    y = n * aligned(wide(params.scale), n)
+    return (y if params.bias is None else y + aligned(wide(params.bias), y)).astype(x.dtype)
 
 
 def affine(layer: Layer, x: PyTree) -> NormParams:

@@ -84,7 +84,7 @@ class Positions(Layer):
         return jax.nn.initializers.normal(0.02)(key, (self.length, x.shape[2]), dtype)
 
     def forward(self, params: Float[Array, "r d"], x: X) -> tuple[X, tuple[()]]:
-        return x + params[: x.shape[1]], ()
+        return x + params[: x.shape[1]][None], ()
 
     def backward(
         self, params: Float[Array, "r d"], residuals: tuple[()], ct: X
@@ -113,7 +113,8 @@ class SinusoidalPositions(Layer):
         _, t, d = x.shape
         column = np.arange(d)
         angles = _angles(t, 10000.0, 2 * (column // 2) / d)
-        return x + jnp.asarray(np.where(column % 2, np.cos(angles), np.sin(angles)), x.dtype), ()
+        table = np.where(column % 2, np.cos(angles), np.sin(angles))
+        return x + jnp.asarray(table[None], x.dtype), ()
 
     def backward(self, params: tuple[()], residuals: tuple[()], ct: X) -> tuple[tuple[()], X]:
         return (), ct
@@ -175,7 +176,7 @@ class Rotary(Layer):
     def _turned(self, x: X, sign: int) -> X:
         n, t, c = x.shape
         half = c // (6 * self.heads)
-        angles = _angles(t, self.base, np.arange(half) / half)[:, None, None]
+        angles = _angles(t, self.base, np.arange(half) / half)[None, :, None, None]
         wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
         cos, sin = jnp.asarray(np.cos(angles), wide), jnp.asarray(sign * np.sin(angles), wide)
         qk, v = jnp.split(x, [2 * c // 3], -1)
