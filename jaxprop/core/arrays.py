@@ -62,6 +62,18 @@ def rounded(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(narrow, tree)
 
 
+def known(holds: Callable[[], bool]) -> bool:
+    """Return whether a comparison of sizes is known to hold.
+
+    In ``jax.export`` a size may be a symbol, of which the answer is open: it is then False. What is
+    chosen by it must be right either way.
+    """
+    try:
+        return bool(holds())
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+
+
 def empty_like(x: Array) -> Array:
     """Return an array without elements that keeps x's shape, (N, 0, *shape[1:]), and its dtype.
 

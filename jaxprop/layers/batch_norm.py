@@ -12,11 +12,13 @@ from jax.typing import DTypeLike
 from jaxprop.core.arrays import aligned, rounded, wide
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import Unlearned
 from jaxprop.core.types import PyTree
 from jaxprop.layers.normalization import X, affine, check_eps, moments, rstd_of, scaled
 
 
+@serializable
 class BatchNormParams(NamedTuple):
     """The params of a BatchNorm, or their cotangents.
 

@@ -244,6 +244,6 @@ def _check_fields(layer: Conv | ConvTranspose) -> None:
 
 
 def _check_ct(layer: Layer, x: X, ct: Y, windows: Windows) -> None:
-    expected = (len(x), *windows.outputs(x.shape[1:-1]))
+    expected = (x.shape[0], *windows.outputs(x.shape[1:-1]))
     if ct.shape[:-1] != expected:
         raise ValueError(f"{layer}: ct has shape {ct.shape}, but x has {x.shape}")

@@ -13,9 +13,11 @@ from jaxprop.core.arrays import aligned
 from jaxprop.core.checks import check_counts, check_flags, check_x
 from jaxprop.core.forms import Outer, Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
 
+@serializable
 class AffineParams(NamedTuple):
     """The params of an affine layer, or their cotangents.
 

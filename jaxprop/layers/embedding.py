@@ -15,9 +15,11 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, gram, of_real, weighted
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import laid_out
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
 
+@serializable
 class Rows(Factored):
     """The form of a table (V, D): g_n = sum over positions t of ct[n, t] in the row ids[n, t].
 
@@ -152,7 +154,7 @@ def _first(ids: Int[Array, " t"]) -> Int[Array, " t"]:
     order = jnp.argsort(ids, stable=True)
     in_order = ids[order]
     starts = jnp.append(True, in_order[1:] != in_order[:-1])
-    start = jax.lax.cummax(jnp.where(starts, jnp.arange(len(ids)), 0))
+    start = jax.lax.cummax(jnp.where(starts, jnp.arange(ids.shape[0]), 0))
     return jnp.zeros_like(order).at[order].set(order[start])
 
 

@@ -19,12 +19,14 @@ from jaxprop.core.arrays import aligned, wide
 from jaxprop.core.checks import check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import Params, PyTree
 
 X = Float[Array, "n ... c"]
 PerRow = Float[Array, "n ... 1"]
 
 
+@serializable
 class NormParams(NamedTuple):
     """The params of a normalization, or their cotangents.
 

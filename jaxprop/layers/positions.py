@@ -17,11 +17,13 @@ from jaxprop.core.checks import check_counts, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked
 from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
 X = Float[Array, "n t d"]
 
 
+@serializable
 class Leading(Factored):
     """The form of a table (R, ...) whose first T rows are used: g_n = ct[n] there, 0 elsewhere.
 
@@ -52,7 +54,7 @@ class Leading(Factored):
         return self._padded(Stacked(self.ct).squares())
 
     def _padded(self, g: Float[Array, "t ..."]) -> Float[Array, "r ..."]:
-        return jnp.pad(g, ((0, self.rows - len(g)), *[(0, 0)] * (g.ndim - 1)))
+        return jnp.pad(g, ((0, self.rows - g.shape[0]), *[(0, 0)] * (g.ndim - 1)))
 
 
 class Positions(Layer):

@@ -13,12 +13,14 @@ from jaxtyping import Float
 from jaxprop.core.arrays import wide
 from jaxprop.core.checks import check_counts, check_x
 from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
 X = Float[Array, "n t i"]
 Y = Float[Array, "n t f"]
 
 
+@serializable
 class RecurrentParams(NamedTuple):
     """The params of a recurrent layer with G gates side by side, or their cotangents.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import known, wide
 from jaxprop.core.forms import Factored
 from jaxprop.core.mesh import like
 from jaxprop.core.step import Total
@@ -133,7 +133,7 @@ class NoiseScale(Quantity):
         return Total(sum(each[1:], start=each[0]) if each else ())
 
     def finish(self, settled: PyTree, examples: int) -> Float[Array, ""]:
-        if examples < 2:
+        if known(lambda: examples < 2):
             raise ValueError("the noise scale is estimated from at least 2 examples, not 1")
         mean_of_squares, square_of_mean = everything(settled)
         trace = (mean_of_squares - square_of_mean) * examples / (examples - 1)

@@ -20,6 +20,7 @@ from jaxprop.core.forms import norm_of_all, norms
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.mesh import shard_map_axes
+from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import check_learned, for_optimizer, merged
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import forward, loss_fn
@@ -29,6 +30,7 @@ from jaxprop.training.fused import FusedUpdate, NormsOfMean, mean_with, norms_of
 from jaxprop.training.gradients import ValueAndGrad
 
 
+@serializable
 class Skipping(NamedTuple):
     """An optimizer's state, and how many steps were skipped because they were not finite.
 

@@ -30,7 +30,9 @@ class Update:
     """``update(params, state, x, target, key=None, mask=None) -> (params, state, value)``, jitted.
 
     What ``jp.make_update`` returns. ``update.init(params)`` is the state to start from, and
-    ``update.lower(...)`` what ``jax.jit`` calls by that name.
+    ``update.trace(...)`` and ``update.lower(...)`` what ``jax.jit`` calls by these names, so that
+    ``jax.export.export(update)`` takes it too. To write the result to disk the types of optax's
+    state must be known there: ``jax.export.register_namedtuple_serialization``.
     """
 
     def __init__(
@@ -68,6 +70,10 @@ class Update:
         if self._donate:
             params, state = fit_to_donate((params, state))
         return self._step(params, state, x, target, key, mask)
+
+    def trace(self, *args: Any, **given: Any) -> Any:
+        """Return the step traced for these arguments, as ``jax.jit(...).trace`` does."""
+        return self._step.trace(*args, **given)
 
     def lower(self, *args: Any, **given: Any) -> Any:
         """Return the step lowered for these arguments, as ``jax.jit(...).lower`` does."""
