@@ -76,7 +76,7 @@ def test_one_program_for_any_batch_size(row):
     y, _ = jax.eval_shape(row.layer.forward, params, x)
     target = jnp.asarray(normal(*y.shape)) / 2
     program = read_back(f, params, x, target)
-    for examples in (len(x), 2):
+    for examples in (3, 2):
         batch = [jnp.resize(array, (examples, *array.shape[1:])) for array in (x, target)]
         got, expected = program(params, *batch), jax.jit(f)(params, *batch)
         assert jax.tree.structure(got) == jax.tree.structure(expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -31,6 +33,32 @@ def shard_map_axes() -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, of_type in types if of_type == AxisType.Manual)
+
+
+def split_over(x: Array) -> tuple[str, ...]:
+    """Return the mesh axes of a ``jax.shard_map`` along which each device has another part of x.
+
+    Where it keeps no account of that (``check_vma=False``) they are all of its axes.
+    """
+    axes = shard_map_axes()
+    if not axes or not _varying(jax.lax.axis_index(axes)):
+        return axes
+    return tuple(axis for axis in axes if axis in _varying(x))
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """Return the axes along which devices are known to differ in x; newer JAX has another name."""
+    of_x: Any = jax.typeof(x)
+    return of_x.manual_axis_type.varying if hasattr(of_x, "manual_axis_type") else of_x.vma
+
+
+def is_bound(axis: str) -> bool:
+    """Return whether an axis of this name is there, of a ``jax.shard_map`` or a ``jax.vmap``."""
+    try:
+        jax.lax.axis_index(axis)
+    except NameError:
+        return False
+    return True
 
 
 def like(primal: Array, cotangent: Array) -> Array:

@@ -171,13 +171,6 @@ def rstd_of(x: Array, mean: Callable[[Array], Array], eps: float) -> Array:
     return jnp.where(large, rstd * small, rstd)
 
 
-def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Return ``(mean, var)`` over the axes, which are kept with length 1."""
-    x = wide(x)
-    mean = x.mean(axes, keepdims=True)
-    return mean, jnp.mean((x - mean) ** 2, axes, keepdims=True)
-
-
 def scaled(params: Params, n: Array, x: Array) -> Array:
     """Return n * scale + bias in the dtype of x."""
     y = n * aligned(wide(params.scale), n)
