@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxprop.core.describe import structs
+from jaxprop.core.types import PyTree
+
+T = TypeVar("T")
 
 
 def is_explicit(x: Array) -> bool:
@@ -25,6 +31,24 @@ def laid_out(x: Array, *axes: str | tuple[str, ...] | None) -> NamedSharding | N
     if not is_explicit(x):
         return None
     return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*axes))
+
+
+def by_xla(f: Callable[..., T], specs: Callable[[T], PyTree], *args: PyTree) -> T:
+    """Return f(*args) on a mesh of Explicit axes, with all arrays within f where XLA wants them.
+
+    Args:
+        f: a function of trees of arrays. It is traced once more for the shapes of its result.
+        specs: a function of that result, with a ``jax.ShapeDtypeStruct`` for each array, that
+            returns a ``PartitionSpec`` for each.
+        args: the arguments, one of them at least with an array on such a mesh.
+    """
+    mesh = jax.typeof(next(filter(is_explicit, jax.tree.leaves(args)))).sharding.mesh
+    out = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs(jax.eval_shape(f, *structs(args))),
+        is_leaf=lambda node: isinstance(node, PartitionSpec),
+    )
+    return jax.sharding.auto_axes(f, out_sharding=out)(*args)
 
 
 def shard_map_axes() -> tuple[str, ...]:

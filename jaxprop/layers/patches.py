@@ -10,11 +10,12 @@ from dataclasses import field
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import known, sum_over, wide
 from jaxprop.core.forms import Factored, Outer, Sum, norms_of_all, of_real, weighted
-from jaxprop.core.mesh import is_explicit
+from jaxprop.core.mesh import by_xla, is_explicit
 from jaxprop.core.serialization import serializable
 from jaxprop.layers.windows import Windows
 
@@ -48,10 +49,13 @@ class Patches(Factored):
         return self._folded(self._outers(Outer.per_example, self.x, self.ct))
 
     def sum(self) -> Array:
-        if self.groups > 1 or max(self.windows.spread) > 1:
-            return self._convolved()
+        as_convolution = self.groups > 1 or max(self.windows.spread) > 1
         if is_explicit(self.x):
+            if as_convolution:
+                return by_xla(Patches._convolved, lambda g: PartitionSpec(), self)
             return self._in_one()
+        if as_convolution:
+            return self._convolved()
         return jax.lax.platform_dependent(
             self, cpu=Patches._block_by_block, default=Patches._convolved
         )
