@@ -212,16 +212,19 @@ def without_unmarked(params: Params, d_params: Cotangent) -> Params:
 
 
 def axes_of_examples(params: Params) -> PyTree:
-    """Return ``jax.vmap``'s axes for params of single examples: 0 for a mask, else None."""
+    """Return ``jax.vmap``'s axes for params of single examples: a mask's, else None."""
     return jax.tree.map(
-        lambda node: 0 if isinstance(node, Mask) else None, params, is_leaf=is_not_learned
+        lambda node: node.value.ndim - 2 if isinstance(node, Mask) else None,
+        params,
+        is_leaf=is_not_learned,
     )
 
 
 def of_one_example(params: Params) -> Params:
     """Return params for a batch of one, where a mask is that of the example, without its axis."""
     return _replaced(
-        params, lambda node: Mask(node.value[None]) if isinstance(node, Mask) else node
+        params,
+        lambda node: Mask(jnp.expand_dims(node.value, -2)) if isinstance(node, Mask) else node,
     )
 
 
