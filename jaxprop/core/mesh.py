@@ -42,13 +42,21 @@ def by_xla(f: Callable[..., T], specs: Callable[[T], PyTree], *args: PyTree) -> 
             returns a ``PartitionSpec`` for each.
         args: the arguments, one of them at least with an array on such a mesh.
     """
-    mesh = jax.typeof(next(filter(is_explicit, jax.tree.leaves(args)))).sharding.mesh
+    leaves, structure = jax.tree.flatten(args)
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
+
+    def of_arrays(*arrays: Array) -> T:
+        each = iter(arrays)
+        given = [next(each) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
+        return f(*jax.tree.unflatten(structure, given))
+
+    mesh = jax.typeof(next(filter(is_explicit, arrays))).sharding.mesh
     out = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
-        specs(jax.eval_shape(f, *structs(args))),
+        specs(jax.eval_shape(of_arrays, *structs(arrays))),
         is_leaf=lambda node: isinstance(node, PartitionSpec),
     )
-    return jax.sharding.auto_axes(f, out_sharding=out)(*args)
+    return jax.sharding.auto_axes(of_arrays, out_sharding=out)(*arrays)
 
 
 def shard_map_axes() -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jaxprop.core.checks import check_flags
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Key
 from jaxprop.core.types import Params
@@ -26,15 +27,22 @@ class Dropout(Layer):
 
     Args:
         rate: the probability with which an entry is dropped, in [0, 1).
+        training: whether it takes a key, and drops; ``jp.inference_mode`` says False.
 
     Raises:
+        TypeError: for a training that is not a bool.
         ValueError: for a rate outside [0, 1).
     """
 
     rate: float
-    takes = Key
+    training: bool = True
+
+    @property
+    def takes(self) -> type[Key] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return Key if self.training and self.rate > 0 else None
 
     def __post_init__(self) -> None:
+        check_flags(self, "training")
         if not 0 <= self.rate < 1:
             raise ValueError(f"Dropout takes a rate in [0, 1), not {self.rate!r}")
 
