@@ -13,6 +13,9 @@ from jax import Array
 from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.types import PyTree
 
+_OPEN = "InconclusiveDimensionOperation"  # in jax.errors, and in older JAX in jax.core
+_INCONCLUSIVE: Any = getattr(jax.errors if hasattr(jax.errors, _OPEN) else jax.core, _OPEN)
+
 
 def wide(x: Array) -> Array:
     """Return x in at least float32, where it is floating."""
@@ -70,7 +73,7 @@ def known(holds: Callable[[], bool]) -> bool:
     """
     try:
         return bool(holds())
-    except jax.errors.InconclusiveDimensionOperation:
+    except _INCONCLUSIVE:
         return False
 
 
