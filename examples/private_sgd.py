@@ -72,7 +72,9 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
         sys.exit(f"{drawn.max()} images were drawn for {room} places: epsilon would be wrong")
     accuracy = float(jnp.mean(NET(params, test_x).argmax(axis=-1) == test_y))
     spent = epsilon(args.noise, rate, steps, args.delta)
-    print(f"{steps} steps of {drawn.mean():.0f} images on average, {clipped.mean():.0%} of them clipped")
+    print(
+        f"{steps} steps of {drawn.mean():.0f} images on average, {clipped.mean():.0%} of them clipped"
+    )
     print(f"epsilon {spent:.2f} at delta {args.delta:g}")
     print(f"accuracy {accuracy:.2%} on {len(test_y)} digits held out of training")
     return spent, accuracy

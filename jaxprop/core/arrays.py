@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, core, errors
 
 from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.types import PyTree
 
 _OPEN = "InconclusiveDimensionOperation"  # in jax.errors, and in older JAX in jax.core
-_INCONCLUSIVE: Any = getattr(jax.errors if hasattr(jax.errors, _OPEN) else jax.core, _OPEN)
+_INCONCLUSIVE: Any = getattr(errors if hasattr(errors, _OPEN) else core, _OPEN)
 
 
 def wide(x: Array) -> Array:

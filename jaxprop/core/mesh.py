@@ -56,7 +56,8 @@ def by_xla(f: Callable[..., T], specs: Callable[[T], PyTree], *args: PyTree) -> 
         specs(jax.eval_shape(of_arrays, *structs(arrays))),
         is_leaf=lambda node: isinstance(node, PartitionSpec),
     )
-    return jax.sharding.auto_axes(of_arrays, out_sharding=out)(*arrays)
+    automatic: Any = jax.sharding.auto_axes(of_arrays, out_sharding=out)
+    return automatic(*arrays)
 
 
 def shard_map_axes() -> tuple[str, ...]:

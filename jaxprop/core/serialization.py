@@ -23,10 +23,11 @@ def serializable(cls: Node) -> Node:
             that makes another type of one, its metadata has the function that makes the field of
             what was ``read``.
     """
+    node: Any = cls
     name = f"jaxprop.{cls.__name__}"
     if issubclass(cls, tuple):
-        return export.register_namedtuple_serialization(cls, serialized_name=name)
-    fields = dataclasses.fields(cls)
+        return export.register_namedtuple_serialization(node, serialized_name=name)
+    fields = dataclasses.fields(node)
     static = [field for field in fields if field.metadata.get("static")]
     names = [field.name for field in fields if field not in static]
 
@@ -37,12 +38,12 @@ def serializable(cls: Node) -> Node:
         values = zip(static, json.loads(text.decode()), strict=True)
         return tuple(field.metadata.get("read", _tuples)(_tuples(value)) for field, value in values)
 
-    def made(values: tuple[Any, ...], children: Any) -> Any:
-        rest = dict(zip((field.name for field in static), values, strict=True))
-        return cls(**dict(zip(names, children, strict=True)), **rest)
+    def made(aux_data: Any, children: Any) -> Any:
+        rest = dict(zip((field.name for field in static), aux_data, strict=True))
+        return node(**dict(zip(names, children, strict=True)), **rest)
 
     return export.register_pytree_node_serialization(
-        cls,
+        node,
         serialized_name=name,
         serialize_auxdata=written,
         deserialize_auxdata=read,
