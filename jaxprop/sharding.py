@@ -10,9 +10,10 @@ params, gradients, any optax state, or the ``jax.ShapeDtypeStruct`` of these.
     jp.sharding.fully_sharded(params, mesh, "data")     # FSDP, for the net gathered(net, mesh)
     jp.sharding.tensor_parallel(params, mesh, "model")
 
-The rules and the quantities are for meshes of Auto axes; for others the rules raise ``ValueError``.
-On meshes of Explicit axes (the default of newer JAX) losses, gradients and updates work with the
-batch split and params replicated.
+The rules are for meshes of Auto axes; for others they raise ``ValueError``. On meshes of Explicit
+axes (the default of newer JAX) losses, gradients, updates and quantities work with the batch split
+and params replicated; what is of each example is then split as the batch is. A visit of one's own
+that asks a form for more than its sum wraps that in ``jax.sharding.auto_axes``.
 
 Every quantity is correct under every rule. Squared norms and second moments along positions, and
 clipping, go through the examples one after the other. They are fast only under ``jax.shard_map``,

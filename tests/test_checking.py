@@ -26,10 +26,10 @@ class Scale(jp.Layer):
             "no example axis": (x, x.mean(0)),
             "examples last": (x.T,),
         }
-        return x * params["w"], saved.get(self.mistake, (x,))
+        return x * params["w"][None], saved.get(self.mistake, (x,))
 
     def backward(self, params, residuals, ct):
-        x, w = residuals[0], params["w"]
+        x, w = residuals[0], params["w"][None]
         if self.mistake == "examples last":
             x = x.T
         d_params, d_x = {"w": jp.Sum(x * ct)}, ct * w
@@ -119,10 +119,10 @@ class Coupled(jp.Layer):
     """Centred over the batch: right as a whole, and not the sum of its examples."""
 
     def forward(self, params, x):
-        return x - x.mean(0), x
+        return x - x.mean(0, keepdims=True), x
 
     def backward(self, params, x, ct):
-        return (), ct - ct.mean(0)
+        return (), ct - ct.mean(0, keepdims=True)
 
 
 def test_examples_one_by_one():
@@ -136,7 +136,7 @@ def test_a_layer_that_says_it_is_coupled_is_spared_its_examples_one_by_one():
         wrong: bool = False
 
         def forward(self, params, x):
-            return x - x.mean(0), x
+            return x - x.mean(0, keepdims=True), x
 
         def backward(self, params, x, ct):
             return (), ct if self.wrong else ct - ct.mean(0)
@@ -360,7 +360,7 @@ class Scaled(jp.Loss):
 
     def hessian_root(self, error):
         size = 1.0 if self.wrong == "hessian_root" else np.sqrt(3)
-        return size * jnp.eye(error.shape[-1])[:, None] * jnp.ones_like(error)
+        return size * jnp.eye(error.shape[-1])[:, None] * jnp.ones_like(error)[None]
 
     def sample(self, key, error):
         size = 1.1 if self.wrong == "covariance" else 1.0

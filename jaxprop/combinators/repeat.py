@@ -14,6 +14,7 @@ from jaxprop.core.child import Child
 from jaxprop.core.combinator import Combinator, in_layer, over_layers
 from jaxprop.core.describe import shapes, structs
 from jaxprop.core.layer import Layer
+from jaxprop.core.residuals import OfLayers, residual_axes
 from jaxprop.core.step import Replacing, Visit
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
@@ -131,7 +132,7 @@ class Repeat(Combinator):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Distinct:
+class Distinct(OfLayers):
     """The residuals of a layer, or of a stack of them, each array once.
 
     Two parts of a layer often save the same array. And where it saves its x and its y, its x is the
@@ -142,12 +143,14 @@ class Distinct:
         places: for each leaf of the residuals, which of them it is; -1 for an x that is not kept.
         structure: that of the residuals.
         y: which of them is y, where x is not kept; else None.
+        axes: for each leaf, the axis of the examples in the residuals of one layer.
     """
 
     leaves: tuple[Array, ...]
     places: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     structure: Any = dataclasses.field(metadata={"static": True})
     y: int | None = dataclasses.field(metadata={"static": True})
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, residuals: Residuals, x: PyTree, y: PyTree) -> Distinct:
@@ -159,7 +162,13 @@ class Distinct:
             del distinct[id(x)]
         place = {key: index for index, key in enumerate(distinct)}
         places = tuple(place.get(id(leaf), -1) for leaf in leaves)
-        return cls(tuple(distinct.values()), places, structure, place[id(y)] if twice else None)
+        where = dict(zip(map(id, leaves), jax.tree.leaves(residual_axes(residuals)), strict=True))
+        axes = tuple(where[key] for key in distinct)
+        of_y = place[id(y)] if twice else None
+        return cls(tuple(distinct.values()), places, structure, of_y, axes)
+
+    def axes_of_examples(self) -> Distinct:
+        return dataclasses.replace(self, leaves=tuple(axis + 1 for axis in self.axes))
 
     def before(self, index: Array, first: PyTree) -> PyTree:
         """Return the x of one layer of a stack, the y of the layer before, where it is not kept.

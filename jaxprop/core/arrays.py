@@ -8,16 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, core, errors
 
 from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.types import PyTree
+
+_OPEN = "InconclusiveDimensionOperation"  # in jax.errors, and in older JAX in jax.core
+_INCONCLUSIVE: Any = getattr(errors if hasattr(errors, _OPEN) else core, _OPEN)
 
 
 def wide(x: Array) -> Array:
     """Return x in at least float32, where it is floating."""
     narrow = x.dtype.itemsize < 4 and jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.float32) if narrow else x
+
+
+def aligned(v: Array, x: Array) -> Array:
+    """Return v, whose axes are the last ones of x, with an axis of length 1 for each other of x.
+
+    It is what NumPy's broadcasting does unasked, and ``jax.numpy_rank_promotion`` may forbid.
+    """
+    return jax.lax.expand_dims(v, range(x.ndim - v.ndim))
 
 
 def on_device(leaf: Any) -> Any:
@@ -52,6 +63,18 @@ def rounded(tree: PyTree, dtype: Any) -> PyTree:
         return jnp.asarray(leaf).astype(dtype) if floating else leaf
 
     return jax.tree.map(narrow, tree)
+
+
+def known(holds: Callable[[], bool]) -> bool:
+    """Return whether a comparison of sizes is known to hold.
+
+    In ``jax.export`` a size may be a symbol, of which the answer is open: it is then False. What is
+    chosen by it must be right either way.
+    """
+    try:
+        return bool(holds())
+    except _INCONCLUSIVE:
+        return False
 
 
 def weighted(x: Array, weights: Array) -> Array:

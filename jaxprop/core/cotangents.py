@@ -9,6 +9,7 @@ from jax import Array
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked, is_factored
 from jaxprop.core.mesh import like
+from jaxprop.core.residuals import check_residuals, residual_axes
 from jaxprop.core.step import Step
 from jaxprop.core.tree import axes_of_examples, learned_cotangents, of_one_example
 from jaxprop.core.types import Cotangent, Params, PyTree
@@ -70,14 +71,17 @@ def factored(step: Step) -> Cotangent:
 
 def _each(step: Step) -> Cotangent:
     """Return d_params of every example alone, behind an example axis."""
+    axes = residual_axes(step.residuals)
+    check_residuals(step.layer, step.residuals, jax.tree.leaves(step.ct)[0].shape[0])
 
     def alone(params: Params, residuals: PyTree, ct: PyTree) -> Cotangent:
         params = of_one_example(params)
-        residuals, ct = jax.tree.map(lambda leaf: leaf[None], (residuals, ct))
+        residuals = jax.tree.map(jnp.expand_dims, residuals, axes)
+        ct = jax.tree.map(lambda leaf: leaf[None], ct)
         d_params, _ = step.layer.backward(params, residuals, ct)
         return summed(learned_cotangents(params, d_params))
 
-    each = jax.vmap(alone, (axes_of_examples(step.params), 0, 0))
+    each = jax.vmap(alone, (axes_of_examples(step.params), axes, 0))
     return each(step.params, step.residuals, step.ct)
 
 

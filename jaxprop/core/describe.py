@@ -24,6 +24,23 @@ def shapes(tree: PyTree) -> str:
     return repr(jax.tree.map(short, tree))
 
 
+def first_difference(got: PyTree, expected: PyTree) -> tuple[str, str, str] | None:
+    """Return where two trees first differ in structure or shape, and what each has there.
+
+    Returns:
+        ``(path, got, expected)`` in words, or None where they do not differ.
+    """
+    ours, theirs = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (got, expected)
+    )
+    for path in (*theirs, *ours):
+        both = [shapes(tree[path]) if path in tree else "not there" for tree in (ours, theirs)]
+        if "not there" in both or np.shape(ours[path]) != np.shape(theirs[path]):
+            return path, both[0], both[1]
+    return None
+
+
 def structs(x: PyTree) -> PyTree:
     """Return x with a ``jax.ShapeDtypeStruct`` for each array, in the dtype that JAX gives it.
 

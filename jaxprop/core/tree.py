@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.core.describe import shapes
+from jaxprop.core.serialization import serializable
 from jaxprop.core.static import Static
 from jaxprop.core.types import Cotangent, Params, PyTree
 
@@ -39,6 +40,7 @@ class NotLearned:
         return f"{type(self).__name__}({self.value!r})"
 
 
+@serializable
 class Unlearned(NotLearned):
     """An array of the params that is not learned, of any dtype.
 
@@ -61,6 +63,7 @@ class SideInput(NotLearned):
     """An array that a step hands to a layer, in the place of its params, through ``net.bind``."""
 
 
+@serializable
 class Key(SideInput):
     """A key of ``jax.random.key`` that a step hands to a layer.
 
@@ -69,6 +72,7 @@ class Key(SideInput):
     """
 
 
+@serializable
 class Mask(SideInput):
     """A mask that a step hands to a layer.
 

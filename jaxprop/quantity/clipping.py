@@ -16,6 +16,7 @@ from jaxprop.core.checks import check_flags, check_number
 from jaxprop.core.combinator import layers_with_params
 from jaxprop.core.forms import is_factored, norms_of_all
 from jaxprop.core.mesh import like
+from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import like_params, without_unmarked
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, Whole, everything, map_forms, unmarked
@@ -23,6 +24,7 @@ from jaxprop.quantity.base import PerExample, Quantity, Whole, everything, map_f
 NOISE = 0x6E6F6973  # folded into the key, so that noise is drawn apart from what the layers draw
 
 
+@serializable
 class ClippedMean(NamedTuple):
     """The mean of clipped gradients, and what was clipped.
 

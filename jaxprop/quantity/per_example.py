@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import known, wide
 from jaxprop.core.batch import Examples
 from jaxprop.core.forms import Factored
 from jaxprop.core.mesh import like
@@ -170,7 +170,7 @@ class NoiseScale(Quantity):
         return Total(sum(each[1:], start=each[0]) if each else ())
 
     def finish(self, settled: PyTree, examples: Examples) -> Float[Array, ""]:
-        if examples.number < 2:
+        if known(lambda: examples.number < 2):
             raise ValueError("the noise scale is estimated from at least 2 examples, not 1")
         mean_of_squares, square_of_mean = everything(settled)
         n = examples.total

@@ -14,10 +14,12 @@ from jaxtyping import Float
 
 from jaxprop.core.checks import check_count, check_number
 from jaxprop.core.mesh import shard_map_axes
+from jaxprop.core.serialization import serializable
 from jaxprop.core.static import Static
 from jaxprop.core.types import Params, PyTree
 
 
+@serializable
 class Skipping(NamedTuple):
     """An optimizer's state, and how many steps were skipped because they were not finite.
 
@@ -30,6 +32,7 @@ class Skipping(NamedTuple):
     skipped: Array
 
 
+@serializable
 class Scaling(NamedTuple):
     """What ``Skipping`` holds, and the loss scale of the next step.
 

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from jaxprop.core.checks import check_count, check_number
+from jaxprop.core.describe import first_difference
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.tree import check_learned, for_optimizer
@@ -31,7 +32,9 @@ class Update:
     With ``aux=True`` it returns ``(params, state, (value, aux))``.
 
     What ``jp.make_update`` returns. ``update.init(params)`` is the state to start from, and
-    ``update.lower(...)`` what ``jax.jit`` calls by that name.
+    ``update.trace(...)`` and ``update.lower(...)`` what ``jax.jit`` calls by these names, so that
+    ``jax.export.export(update)`` takes it too. To write the result to disk the types of optax's
+    state must be known there: ``jax.export.register_namedtuple_serialization``.
     """
 
     def __init__(
@@ -69,13 +72,37 @@ class Update:
             divisor: what sums over examples are divided by; the sum of the weights by default.
 
         Raises:
-            ValueError: for a net with a layer that draws, such as ``Dropout``, without a key.
+            ValueError: for a net with a layer that draws, such as ``Dropout``, without a key, and
+                for the state of another optimizer or of other params.
         """
         if state is None:
             raise TypeError("state is None: start from state = update.init(params)")
         if self._donate:
             params, state = fit_to_donate((params, state))
-        return self._step(params, state, x, target, key, mask, weights, divisor)
+        try:
+            return self._step(params, state, x, target, key, mask, weights, divisor)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if "start from state" not in str(error):
+                self._check_state(params, state, error)
+            raise
+
+    def _check_state(self, params: Params, state: PyTree, error: Exception) -> None:
+        """Raise ``ValueError`` from the error where state is not like that which init makes."""
+        try:
+            expected = jax.eval_shape(self._init, params)
+        except Exception:
+            return
+        difference = first_difference(state, expected)
+        if difference is not None:
+            path, got, want = difference
+            raise ValueError(
+                f"state{path} is {got}, but for this optimizer and these params it is {want}: "
+                "start from state = update.init(params)"
+            ) from error
+
+    def trace(self, *args: Any, **given: Any) -> Any:
+        """Return the step traced for these arguments, as ``jax.jit(...).trace`` does."""
+        return self._step.trace(*args, **given)
 
     def lower(self, *args: Any, **given: Any) -> Any:
         """Return the step lowered for these arguments, as ``jax.jit(...).lower`` does."""
