@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxprop.core.checks import require
+from jaxprop.core.checks import check_count, require
 from jaxprop.core.combinator import Wrapper, map_layers
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
@@ -72,6 +72,7 @@ def fully_sharded(tree: PyTree, mesh: Mesh, *axes: str, smallest: int = 2**12) -
         (None, None, 'data')
     """
     _check_tree(tree)
+    check_count("smallest", smallest, least=0)
     sizes = _sizes(mesh, *axes) or dict(mesh.shape)
 
     def place(leaf: Array) -> NamedSharding:
@@ -120,6 +121,8 @@ def tensor_parallel(tree: PyTree, mesh: Mesh, axis: str, *, vocab: int | None = 
         ('model', None)
     """
     _check_tree(tree)
+    if vocab is not None:
+        check_count("vocab", vocab)
     size = _sizes(mesh, axis)[axis]
 
     def is_dense(node: object) -> bool:
@@ -221,6 +224,6 @@ def _sizes(mesh: Mesh, *axes: str) -> dict[str, int]:
             "jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)"
         )
     for name in axes:
-        if name not in mesh.shape:
+        if name not in mesh.axis_names:
             raise ValueError(f"the mesh has the axes {mesh.axis_names}, and no {name!r}")
     return {name: mesh.shape[name] for name in axes}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.checks import check_x
 from jaxprop.core.layer import Layer
 
 X = Float[Array, "n ..."]
@@ -23,6 +24,10 @@ class Elementwise(Layer):
 
     ``backward`` of a cotangent of ones is f' itself, the local derivative.
     """
+
+    def init(self, key: Array, x: X) -> tuple[()]:
+        check_x(self, x, "N, ...")
+        return ()
 
 
 class Sigmoid(Elementwise):

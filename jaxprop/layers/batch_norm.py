@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxprop.core.arrays import rounded, wide
+from jaxprop.core.checks import check_flags, check_share
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Unlearned
@@ -77,12 +78,8 @@ class BatchNorm(Layer):
 
     def __post_init__(self) -> None:
         check_eps(self, self.eps)
-        if isinstance(self.momentum, bool) or not isinstance(self.momentum, int | float):
-            raise TypeError(f"BatchNorm takes momentum as a number, not {self.momentum!r}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"BatchNorm takes a momentum in [0, 1), not {self.momentum}")
-        if not isinstance(self.training, bool):
-            raise TypeError(f"BatchNorm: training is True or False, not {self.training!r}")
+        check_share("BatchNorm: momentum", self.momentum)
+        check_flags(self, "training")
 
     @property
     def batch_coupled(self) -> bool:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jaxprop.core.checks import check_share, check_x
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Key
-from jaxprop.core.types import Params
+from jaxprop.core.types import Params, PyTree
 
 Kept = Bool[Array, "n ..."] | tuple[()]
 
@@ -28,15 +29,19 @@ class Dropout(Layer):
         rate: the probability with which an entry is dropped, in [0, 1).
 
     Raises:
-        ValueError: for a rate outside [0, 1).
+        TypeError: for a rate that is not a number, and for x that is not floating.
+        ValueError: for a rate outside [0, 1), and for x without an example axis.
     """
 
     rate: float
     takes = Key
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < 1:
-            raise ValueError(f"Dropout takes a rate in [0, 1), not {self.rate!r}")
+        check_share("Dropout: rate", self.rate)
+
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
+        check_x(self, x, "N, ...")
+        return ()
 
     def forward(
         self, params: Params, x: Float[Array, "n ..."]

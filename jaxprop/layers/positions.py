@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.checks import check_counts, check_x
+from jaxprop.core.checks import check_counts, check_number, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked
 from jaxprop.core.layer import Layer
@@ -140,7 +140,7 @@ class Rotary(Layer):
         base: the base of the angles, a positive number.
 
     Raises:
-        TypeError: for heads that are not a whole number, and for x that is not floating.
+        TypeError: for an argument of the wrong type, and for x that is not floating.
         ValueError: for heads below 1 or a base that is not positive, and for x of another shape.
 
     Example:
@@ -154,8 +154,7 @@ class Rotary(Layer):
 
     def __post_init__(self) -> None:
         check_counts(self, "heads")
-        if not self.base > 0:
-            raise ValueError(f"Rotary: base is positive, not {self.base!r}")
+        check_number("Rotary: base", self.base, positive=True)
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, T, D")

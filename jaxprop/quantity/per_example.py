@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.arrays import wide
+from jaxprop.core.checks import check_flags
 from jaxprop.core.forms import Factored
 from jaxprop.core.mesh import like
 from jaxprop.core.step import Total
@@ -59,6 +60,9 @@ class SqNorms(Quantity):
     """
 
     per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(self, "per_layer")
 
     def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
         norms = PerExample(total(lambda form: form.sq_norms(), forms), axis=-1)

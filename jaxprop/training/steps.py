@@ -228,8 +228,9 @@ def _pair(result: Any) -> tuple[Array, Params]:
 
 
 def _check_grads(grads: Params, params: Params) -> None:
-    """Raise ``ValueError`` unless there is a gradient for every param that is learned."""
-    if jax.tree.structure(grads) != jax.tree.structure(params):
+    """Raise ``ValueError`` unless there is a gradient like every param that is learned."""
+    same = jax.tree.structure(grads) == jax.tree.structure(params)
+    if not same or jax.tree.map(jnp.shape, grads) != jax.tree.map(jnp.shape, params):
         raise ValueError(
             f"the gradients are {shapes(grads)}, but the learned params {shapes(params)}: an array "
             "without a gradient is marked in init, by jp.Unlearned(array)"

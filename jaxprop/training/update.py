@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,8 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.checks import check_count, check_number
+from jaxprop.core.arrays import check_fit
+from jaxprop.core.checks import check_count, check_flag, check_number
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.tree import check_learned, for_optimizer
@@ -22,7 +24,7 @@ from jaxprop.quantity.micro_batches import check_apart
 from jaxprop.training import gradients
 from jaxprop.training.donation import fit_to_donate, owned
 from jaxprop.training.gradients import Differentiate, ValueAndGrad
-from jaxprop.training.optimizer import check_optimizer
+from jaxprop.training.optimizer import check_optimizer, check_state
 from jaxprop.training.steps import Skipping, fused_step, make_apply, whole_step
 
 
@@ -38,7 +40,13 @@ class Update:
     ) -> None:
         self._init = init
         self._donate = donate
-        self._step = jax.jit(step, donate_argnames=("params", "state") if donate else ())
+
+        @functools.wraps(step)
+        def checked(params: Params, state: PyTree, *args: Any, **given: Any) -> Any:
+            check_state(init, params, state)
+            return step(params, state, *args, **given)
+
+        self._step = jax.jit(checked, donate_argnames=("params", "state") if donate else ())
 
     def init(self, params: Params) -> PyTree:
         """Return the state to start from, in memory of its own."""
@@ -65,6 +73,7 @@ class Update:
         """
         if state is None:
             raise TypeError("state is None: start from state = update.init(params)")
+        check_fit({"x": x, "target": target})
         if self._donate:
             params, state = fit_to_donate((params, state))
         return self._step(params, state, x, target, key, mask)
@@ -130,6 +139,8 @@ def make_update(
     """
     check_net_and_loss(net, loss)
     check_optimizer(optimizer)
+    for name, flag in {"fused": fused, "skip_nonfinite": skip_nonfinite, "donate": donate}.items():
+        check_flag(name, flag)
     if max_norm is not None:
         check_number("max_norm", max_norm, positive=True)
     if fused and value_and_grad is not None:
@@ -146,6 +157,7 @@ def make_update(
         step = whole_step(net, loss, apply, need_norm, _made(make, net, loss, micro_batches))
 
     def init(params: Params) -> PyTree:
+        net.check_places(params)
         check_learned(params)
         state = owned(optimizer.init, for_optimizer(params))
         return Skipping(state, jnp.zeros((), jnp.int32)) if skip_nonfinite else state
