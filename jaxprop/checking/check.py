@@ -12,8 +12,9 @@ from jax.tree_util import keystr
 from jaxprop.checking.differences import differences_of
 from jaxprop.checking.oracles import ORACLES, Drawn, backward_of, by_oracles, d_name
 from jaxprop.checking.points import float64, is_floating, normal, with_noise
-from jaxprop.core.checks import require
+from jaxprop.core.checks import check_number, require
 from jaxprop.core.combinator import Combinator
+from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
@@ -58,13 +59,14 @@ def check_layer(
         AssertionError: for the first disagreement. The message names the layer, the leaf
             (``d_params.w``), the index of the worst element, both values and the relative error.
         TypeError: for a layer, x or params that cannot be checked, such as complex numbers.
-        ValueError: if neither params nor x hold floats.
+        ValueError: if neither params nor x hold floats, and for x without an example.
 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
         >>> jp.check_layer(jp.Dense(3), jnp.ones((4, 2)))
     """
     require(layer, Layer, "check_layer: layer")
+    check_number("check_layer: rtol", rtol)
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
         x = float64("x", x)
@@ -72,6 +74,8 @@ def check_layer(
             params = float64("params", jax.jit(layer.init)(jax.random.key(seed), x))
             params = with_noise(rng, params, 0.1)
         params = float64("params", params)
+        if not all(leaf.ndim and len(leaf) for leaf in jax.tree.leaves(x)):
+            raise ValueError(f"check_layer takes x of at least one example, not {shapes(x)}")
         if not any(leaf.size and is_floating(leaf) for leaf in jax.tree.leaves((params, x))):
             raise ValueError(f"{layer}: nothing to check, neither params nor x hold floats")
         y, residuals = layer.forward(params, x)
