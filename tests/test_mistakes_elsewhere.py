@@ -1,4 +1,4 @@
-"""Mistakes with explanations, models, pictures, shardings and the command, and their sentences."""
+"""Mistakes with explanations, models, pictures and shardings, each with its sentence."""
 
 import functools
 
@@ -10,7 +10,6 @@ from jax.sharding import AxisType
 from mistakes import CE, IDS, KEY, NET, OTHER, PARAMS, SE, TARGET, X, check, mistakes, without_x64
 
 import jaxprop as jp
-from jaxprop.cli import main
 
 GPT = jp.models.Gpt2Config(vocab=9, length=4, features=8, heads=2, layers=1)
 
@@ -317,25 +316,3 @@ ROWS = EXPLANATIONS | MODELS | PICTURES | SHARDINGS
 @pytest.mark.parametrize("mistake", ROWS.values(), ids=ROWS)
 def test_a_mistake_elsewhere_has_its_sentence(mistake):
     check(mistake)
-
-
-@pytest.mark.parametrize(
-    ("args", "sentence"),
-    [
-        (["--weight", "w99"], "--weight w99: no such weight; there are w1, w2"),
-        (["--weight", "w1", "--steps", "2"], "--weight shows the first step: leave out --steps"),
-        (["--config", "/no/such.toml"], "/no/such.toml: no such file or directory"),
-        (["--html", "/no/such.html"], "--html /no/such.html: no such file or directory"),
-        (["bench", "--only", "nothing"], "nothing"),
-        (["bench", "--baseline", "/no/such.json"], "/no/such.json: no such file or directory"),
-        (["bench", "--json", "/no/such.json"], "--json /no/such.json: no such directory"),
-        (["bench", "--json", "."], "--json .: is a directory"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(capsys, args, sentence):
-    assert main(args) == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("jaxprop: ")
-    assert sentence in err
-    assert err.count("\n") == 1

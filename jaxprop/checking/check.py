@@ -74,10 +74,10 @@ def check_layer(
             params = float64("params", jax.jit(layer.init)(jax.random.key(seed), x))
             params = with_noise(rng, params, 0.1)
         params = float64("params", params)
-        if not all(leaf.ndim and len(leaf) for leaf in jax.tree.leaves(x)):
-            raise ValueError(f"check_layer takes x of at least one example, not {shapes(x)}")
         if not any(leaf.size and is_floating(leaf) for leaf in jax.tree.leaves((params, x))):
             raise ValueError(f"{layer}: nothing to check, neither params nor x hold floats")
+        if not all(leaf.ndim and len(leaf) for leaf in jax.tree.leaves(x)):
+            raise ValueError(f"check_layer takes x of at least one example, not {shapes(x)}")
         y, residuals = layer.forward(params, x)
         examples = len(jax.tree.leaves(x)[0])
         _check_forward(layer, y, residuals, examples)

@@ -147,10 +147,7 @@ def _cotangents(
     layer: Layer, params: Params, x: PyTree, residuals: Residuals, ct: Cotangent
 ) -> tuple[Cotangent, Answer]:
     """Return d_params with its forms, and the cotangents with forms summed."""
-    result = layer.backward(params, residuals, ct)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise AssertionError(f"{layer}: backward returns {shapes(result)}, not (d_params, d_x)")
-    d_params, d_x = result
+    d_params, d_x = layer.backward(params, residuals, ct)
     d_params = learned_cotangents(params, d_params)
     return d_params, in_form(layer, params, x, summed(d_params), d_x)
 
