@@ -10,10 +10,11 @@ from jax import Array
 from jax.tree_util import keystr
 
 from jaxprop.checking.differences import differences_of
-from jaxprop.checking.oracles import ORACLES, Drawn, backward_of, by_oracles, d_name
+from jaxprop.checking.oracles import ONE_BY_ONE, ORACLES, Drawn, backward_of, by_oracles, d_name
 from jaxprop.checking.points import float64, is_floating, normal, with_noise
 from jaxprop.core.checks import check_number, require
 from jaxprop.core.combinator import Combinator
+from jaxprop.core.coupling import coupled, couples
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask, is_not_learned
@@ -91,7 +92,12 @@ def check_layer(
             expected = expected_of(params, x, ct, drawn)
             for words in ORACLES:
                 if words in expected.answers:
-                    _compare(layer, got, expected.answers[words], words, rtol, ct)
+                    try:
+                        _compare(layer, got, expected.answers[words], words, rtol, ct)
+                    except AssertionError:
+                        if words == ONE_BY_ONE and couples(layer, params, x):
+                            raise AssertionError(coupled(layer)) from None
+                        raise
             if expected.shares is not None and expected.squares is not None:
                 (shares, alone), (squares, moments) = expected.shares, expected.squares
                 _compare(layer, shares, alone, "each example alone", rtol, ct, by_example=True)

@@ -144,7 +144,8 @@ class Layer(Static):
         """Whether an example's y depends on the batch's other examples.
 
         It then has no gradient of its own, and per-example quantities raise. A layer that couples
-        them says so (``batch_coupled = True``, or a property); one that holds another is asked.
+        them says so (``batch_coupled = True``, or a property); one that holds another is asked. One
+        that does not say so is tried on two examples where it matters, and may be found out.
         """
         return any(child.layer.batch_coupled for child in self.children())
 

@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxprop.core.arrays import wide
 from jaxprop.core.checks import check_count
+from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Key, Mask, is_not_learned
@@ -45,6 +46,7 @@ def in_micro_batches(net: Layer, parts: Parts, micro_batches: int) -> Parts:
 
     def accumulated(params: Params, x: PyTree, target: PyTree, key: Array | None) -> PyTree:
         check_examples((x, target), micro_batches)
+        check_uncoupled(net, params, x)
         whole = jax.eval_shape(lambda: parts(params, x, target, key))
         pieces = _pieces(whole, micro_batches)
 

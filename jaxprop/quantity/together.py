@@ -13,6 +13,7 @@ from jax import Array
 
 from jaxprop.core.checks import require
 from jaxprop.core.cotangents import factored
+from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -74,6 +75,7 @@ def together(
     def taken_together(
         params: Params, x: PyTree, target: PyTree, key: Array | None
     ) -> dict[str, Any]:
+        check_uncoupled(net, params, x)
         for_samples = None if key is None else jax.random.fold_in(key, SAMPLES)
         value, taken = parts(params, x, target, for_samples)
         batch = Batch(net, params, jax.tree.leaves(x)[0].shape[0], key)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from jaxprop.core.arrays import sum_over, wide
 from jaxprop.core.combinator import stack_depths
 from jaxprop.core.cotangents import gradient
+from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import norm_of_all, norms
 from jaxprop.core.layer import Layer
@@ -208,6 +209,7 @@ def _all_but_last(
 ) -> tuple[Before, tuple[Params, PyTree, PyTree]]:
     """Return the sums over all micro-batches but the last, and the arguments of that one."""
     check_examples((x, target), micro_batches)
+    check_uncoupled(net, params, x)
 
     def args(i: Any) -> tuple[Params, PyTree, PyTree]:
         return part(params, x, target, None, i, micro_batches)[:3]
