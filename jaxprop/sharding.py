@@ -46,10 +46,11 @@ def fully_sharded(tree: PyTree, mesh: Mesh, *axes: str, smallest: int = 2**12) -
     et al. 2020, https://arxiv.org/abs/1910.02054). Use it with ``gathered(net, mesh)``, and with
     the batch split over the same mesh axes.
 
-    The mesh axes are placed one after the other, on the same axis of the leaf if they divide it: a
-    mesh of (64, 8) splits (1600, 6400), where a mesh of 512 divides neither axis. A leaf is not
-    split over a mesh axis that divides none of its own. Axis 0 is split only if no other can be: in
-    a ``repeat`` it is the axis of layers, from which a scan takes params one by one.
+    The mesh axes are placed one after the other, on the same axis of the leaf if they divide it: of
+    (48, 1600, 6400) a mesh of (64, 8) splits the last two axes, where one of 512 divides none. A
+    leaf is not split over a mesh axis that divides none of its own. Axis 0 is split only if no
+    other can be: in a ``repeat`` it is the axis of layers, from which a scan takes params one by
+    one.
 
     Args:
         tree: a tree of arrays or ``jax.ShapeDtypeStruct``.

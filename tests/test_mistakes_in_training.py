@@ -124,6 +124,10 @@ OPTIONS = mistakes(
         "loss_scale is a number, not 'big'",
     ),
     scale_of_none=(lambda: jp.value_and_grad(NET, CE, loss_scale=None), "loss_scale is a number"),
+    two_passes_of_an_int=(
+        lambda: jp.clipped_grad(NET, CE, 1.0, two_pass=1),
+        "Clipped: two_pass is True or False, not 1",
+    ),
     fused_as_a_word=(lambda: update(fused="yes"), "fused is True or False, not 'yes'"),
     skipping_of_none=(
         lambda: update(skip_nonfinite=None),
@@ -166,6 +170,7 @@ OPTIONS = mistakes(
     ValueError,
     max_norm_of_zero=(lambda: jp.clipped_grad(NET, CE, 0), "max_norm must be positive, not 0"),
     max_norm_of_a_negative=(lambda: update(max_norm=-1.0), "max_norm must be positive, not -1.0"),
+    max_norm_of_infinity=(lambda: jp.Clipped(float("inf")), "max_norm must be finite, not inf"),
     max_norm_of_nan=(lambda: jp.Clipped(float("nan")), "max_norm must be positive, not nan"),
     max_norm_of_a_negative_array=(
         lambda: jp.Clipped(jnp.array(-1.0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
@@ -91,13 +92,14 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} is True or False, not {given(value)}")
 
 
-def check_number(name: str, value: object, *, positive: bool = False) -> None:
+def check_number(name: str, value: object, *, positive: bool = False, finite: bool = False) -> None:
     """Raise unless value is a number that is not negative, or a scalar array of such a one.
 
     Args:
         name: the argument's name, with which a message begins.
         value: the argument. What it is in a traced program is not known.
         positive: whether 0 is refused too.
+        finite: whether infinity is refused too.
 
     Raises:
         TypeError: for what is not a number.
@@ -112,6 +114,8 @@ def check_number(name: str, value: object, *, positive: bool = False) -> None:
     if not (value > 0 if positive else value >= 0):  # pyright: ignore[reportOperatorIssue]
         must = "must be positive" if positive else "must not be negative"
         raise ValueError(f"{name} {must}, not {value}")
+    if finite and not value < math.inf:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"{name} must be finite, not {value}")
 
 
 def check_share(name: str, value: object) -> None:

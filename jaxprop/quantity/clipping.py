@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.checks import check_number
+from jaxprop.core.checks import check_flags, check_number
 from jaxprop.core.combinator import layers_with_params
 from jaxprop.core.forms import is_factored, norms_of_all
 from jaxprop.core.mesh import like
@@ -34,8 +34,8 @@ class Clipped(Quantity):
     multiplier.
 
     Attributes:
-        max_norm: the bound on |g_n|, positive; a number, or a scalar array (which ``jax.jit`` may
-            trace).
+        max_norm: the bound on |g_n|, positive and finite; a number, or a scalar array (which
+            ``jax.jit`` may trace).
         noise_multiplier: the standard deviation of the noise in units of the bound, likewise. With
             more than 0, or where it is an array, the function takes a key, a new one each step, and
             raises ``TypeError`` for params narrower than float32, which would round the noise away.
@@ -56,8 +56,9 @@ class Clipped(Quantity):
     like_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_number("max_norm", self.max_norm, positive=True)
-        check_number("noise_multiplier", self.noise_multiplier)
+        check_number("max_norm", self.max_norm, positive=True, finite=True)
+        check_number("noise_multiplier", self.noise_multiplier, finite=True)
+        check_flags(self, "per_layer", "two_pass")
         if self.per_layer and self.two_pass:
             raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
 

@@ -134,7 +134,8 @@ def make_update(
         donate: whether the memory of params and state is used for the results.
 
     Raises:
-        TypeError: for what is not a net, a loss or an optimizer.
+        TypeError: for what is not a net, a loss or an optimizer, and for an option of the wrong
+            type. ``update`` raises it for a state that is not of this optimizer and these params.
         ValueError: for a max_norm that is not positive, and for options that exclude each other.
     """
     check_net_and_loss(net, loss)
