@@ -39,6 +39,12 @@ class Mine(jp.Layer):
         return (), jax.vjp(self.f, x)[1](ct)[0]
 
 
+def members(cls):
+    """What a class defines, for a class like it."""
+    names = ("__annotations__", "__module__", "forward", "walk", "centered")
+    return {name: vars(cls)[name] for name in names}
+
+
 class Gated(jp.Combinator):
     """A user's combinator, y = f(x) less the mean over the batch of f(x) where it is centered."""
 
@@ -118,6 +124,12 @@ def test_every_maker_finds_it(make):
     with pytest.raises(ValueError, match=FOUND) as caught:
         jax.eval_shape(make(net), params, X, X)
     assert "in layer 1: Centered()" in caught.value.__notes__
+
+
+def test_a_combinator_that_says_so_is_refused():
+    said = type(Gated)("Said", (jp.Combinator,), {**members(Gated), "batch_coupled": True})
+    with pytest.raises(ValueError, match=r"Said\(Tanh\(\)\) couples the examples of a batch"):
+        norms(jp.skip(said(jp.Tanh())))
 
 
 def test_a_fused_update_in_micro_batches_finds_it():

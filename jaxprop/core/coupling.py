@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxprop.core.combinator import Wrapper, map_children
+from jaxprop.core.combinator import Combinator, Wrapper, map_children
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.tree import SideInput, is_not_learned
@@ -22,18 +22,20 @@ RTOL = 1e-3  # an iteration that stops by the worst example moves the others by 
 
 
 def check_uncoupled(net: Layer, params: Params, x: PyTree) -> None:
-    """Raise ``ValueError`` for a layer that couples the examples of a batch without saying so.
+    """Raise ``ValueError`` for a layer that couples the examples of a batch.
 
-    Layers of this library say so. Any other is tried, once for its shapes, while tracing: on two
-    examples of random numbers, where one should not notice that the other is changed. It is a help
-    and no proof. A layer is not tried with more than a million numbers, with side inputs, in
-    ``jax.shard_map``, or if it calls back to Python (as ``jax.debug.print`` does).
+    A layer that says so is met on the walk back, unless it is a combinator that couples what its
+    layers do not. Any layer that is not of this library is tried, once for its shapes, while
+    tracing: on two examples of random numbers, where one should not notice that the other is
+    changed. It is a help and no proof. A layer is not tried with more than a million numbers, with
+    side inputs, in ``jax.shard_map``, or if it calls back to Python (as ``jax.debug.print`` does).
 
     Args:
         net: the network.
         params: its params, side inputs included.
         x: the inputs.
     """
+    _check_combinators(net)
     if _holds_others(net) and not net.batch_coupled and not shard_map_axes():
         leaves, structure = jax.tree.flatten((params, x))
         _try_all(net, structure, tuple(map(_struct, leaves)))
@@ -78,6 +80,17 @@ class Tried(Wrapper):
         self, params: Params, residuals: Residuals, ct: Cotangent
     ) -> tuple[Cotangent, Cotangent]:
         return self.layer.backward(params, residuals, ct)
+
+
+def _check_combinators(layer: Layer) -> None:
+    inner = [child.layer for child in layer.children()]
+    if isinstance(layer, Combinator) and layer.batch_coupled:
+        if not any(each.batch_coupled for each in inner):
+            raise ValueError(
+                f"{layer} couples the examples of a batch: an example has no gradient of its own"
+            )
+        for each in inner:
+            _check_combinators(each)
 
 
 def _is_other(layer: Layer) -> bool:
