@@ -91,7 +91,7 @@ def _held_to_values(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def held(self: Loss, y: PyTree, target: PyTree) -> tuple[Array, Residuals]:
         result = forward(self, y, target)
-        values = result[0] if isinstance(result, tuple) and len(result) == 2 else None
+        values: Any = result[0] if isinstance(result, tuple) and len(result) == 2 else None
         if not is_array(values) or not jnp.issubdtype(values.dtype, jnp.floating):
             raise TypeError(
                 f"{self}: forward returns {shapes(result)}, not (values, residuals) with a "

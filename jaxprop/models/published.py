@@ -117,24 +117,12 @@ def gpt2_tensors(params: Params) -> dict[str, Array]:
     Raises:
         ValueError: for other params.
     """
-    match params:
-        case (
-            table,
-            (
-                positions,
-                (
-                    (NormParams(), AffineParams(), (), AffineParams()) as attend,
-                    (NormParams(), AffineParams(), (), AffineParams()) as widen,
-                ),
-                NormParams() as last,
-            ),
-        ) if np.ndim(attend[0].scale) == 2:
-            pass
-        case _:
-            raise ValueError(
-                "gpt2_tensors takes the params of a gpt2 with scan and without dropout, not "
-                f"{shapes(params)}"
-            )
+    if not _is_scanned(params):
+        raise ValueError(
+            "gpt2_tensors takes the params of a gpt2 with scan and without dropout, not "
+            f"{shapes(params)}"
+        )
+    table, (positions, (attend, widen), last) = params
     tensors = {"wte.weight": table, "wpe.weight": positions}
     tensors |= {"ln_f.weight": last.scale, "ln_f.bias": last.bias}
     norms = {"ln_1": attend[0], "ln_2": widen[0]}
@@ -147,6 +135,18 @@ def gpt2_tensors(params: Params) -> dict[str, Array]:
             tensors[f"h.{layer}.{name}.weight"] = weight
             tensors[f"h.{layer}.{name}.bias"] = bias
     return tensors
+
+
+def _is_scanned(params: Params) -> bool:
+    """Return whether params are those of a gpt2 whose blocks are stacked, without dropout."""
+    branch = NormParams, AffineParams, tuple, AffineParams
+    match params:
+        case (_, (_, (attend, widen), NormParams())):
+            for layers in attend, widen:
+                if tuple(map(type, layers)) != branch:
+                    return False
+            return np.ndim(attend[0].scale) == 2
+    return False
 
 
 def load_gpt2(path: str | PathLike[str], *, heads: int | None = None) -> tuple[Layer, Params]:
