@@ -5,7 +5,7 @@
 
 Each step draws every training image with the same small probability. This is the Poisson sampling
 that the privacy accountant assumes. The size of a draw varies, but a jitted step needs a fixed one,
-so the batch is padded with targets of -1, which have weight zero. Google's dp-accounting computes
+so the batch is padded with images of weight zero, and the sum divided by the expected size. Google's dp-accounting computes
 epsilon, for adding or removing one image, from the noise multiplier, the sampling rate and the
 number of steps.
 """
@@ -43,34 +43,35 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
     if rate > 1 or args.delta >= 1:
         sys.exit(f"--batch is at most the {count} images to train on, and --delta below 1")
     room = min(count, args.batch + 10 * math.isqrt(args.batch) + 20)  # ten standard deviations
-    clipped = jp.clipped_grad(NET, LOSS, args.max_norm, noise_multiplier=args.noise)
-    optimizer = optax.sgd(args.rate, momentum=0.9)
+    private = functools.partial(
+        jp.clipped_grad, max_norm=args.max_norm, noise_multiplier=args.noise, drop_nonfinite=True
+    )
+    update = jp.make_update(
+        NET, LOSS, optax.sgd(args.rate, momentum=0.9), value_and_grad=private, aux=True
+    )
 
     def step(carry: Any, key: Any) -> tuple[Any, Any]:
-        params, state = carry
         for_draw, for_noise = jax.random.split(key)
         drawn = jax.random.bernoulli(for_draw, rate, (count,))
         (rows,) = jnp.nonzero(drawn, size=room, fill_value=-1)
-        target = jnp.where(rows < 0, -1, train_y[rows])
-        _, grads = clipped(params, train_x[rows], target, key=for_noise)
-        grads = jax.tree.map(lambda g: g * room / args.batch, grads)  # divide by the expected size
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), drawn.sum()
+        batch = train_x[rows], train_y[rows]
+        given = {"key": for_noise, "weights": rows >= 0, "divisor": args.batch}
+        params, state, (_, aux) = update(*carry, *batch, **given)
+        return (params, state), (drawn.sum(), aux.clipped)
 
     @functools.partial(jax.jit, static_argnums=2)
     def run(params: Any, key: Any, steps: int) -> tuple[Any, Any]:
-        carry = params, optimizer.init(params)
-        (params, _), drawn = jax.lax.scan(step, carry, jax.random.split(key, steps))
-        return params, drawn
+        carry = params, update.init(params)
+        (params, _), seen = jax.lax.scan(step, carry, jax.random.split(key, steps))
+        return params, seen
 
     for_init, for_run = jax.random.split(jax.random.key(args.seed))
-    params, drawn = run(NET.init(for_init, train_x[:1]), for_run, steps)
+    params, (drawn, clipped) = run(NET.init(for_init, train_x[:1]), for_run, steps)
     if drawn.max() > room:
         sys.exit(f"{drawn.max()} images were drawn for {room} places: epsilon would be wrong")
-    logits, _ = NET.forward(params, test_x)
-    accuracy = float(jnp.mean(logits.argmax(axis=-1) == test_y))
+    accuracy = float(jnp.mean(NET(params, test_x).argmax(axis=-1) == test_y))
     spent = epsilon(args.noise, rate, steps, args.delta)
-    print(f"{steps} steps, on average {drawn.mean():.0f} images each")
+    print(f"{steps} steps of {drawn.mean():.0f} images on average, {clipped.mean():.0%} clipped")
     print(f"epsilon {spent:.2f} at delta {args.delta:g}")
     print(f"accuracy {accuracy:.2%} on {len(test_y)} digits held out of training")
     return spent, accuracy

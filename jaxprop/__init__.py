@@ -18,7 +18,7 @@ against the other. The names, by group:
     combinators  chain (a Chain) skip branch repeat recompute shared tied cast frozen
     losses       CrossEntropy HalfSquaredError BinaryCrossEntropy
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
-    updates      make_update learned_only inference_mode update_batch_stats
+    updates      make_update DynamicLossScale learned_only inference_mode update_batch_stats
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms gram second_moment
                  variance noise_scale diag_ggn kronecker_factors ggn_root
     to see       explain find_nonfinite
@@ -102,6 +102,7 @@ from jaxprop.layers import (
 )
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError
 from jaxprop.quantity import (
+    Aux as Aux,
     Clipped as Clipped,
     DiagGGN as DiagGGN,
     GGNRoot as GGNRoot,
@@ -109,6 +110,7 @@ from jaxprop.quantity import (
     Gram as Gram,
     KroneckerFactors as KroneckerFactors,
     NoiseScale as NoiseScale,
+    Output as Output,
     PerExample as PerExample,
     PerExampleGrads as PerExampleGrads,
     Quantity as Quantity,
@@ -129,11 +131,11 @@ from jaxprop.quantity.functions import (
     variance,
 )
 from jaxprop.quantity.together import quantities
+from jaxprop.training.apply import DynamicLossScale, Scaling as Scaling, Skipping as Skipping
 from jaxprop.training.custom import custom_vjp
 from jaxprop.training.gradients import autodiff, value_and_grad
 from jaxprop.training.optimizer import learned_only
 from jaxprop.training.statistics import inference_mode, update_batch_stats
-from jaxprop.training.steps import Skipping as Skipping
 from jaxprop.training.update import Update as Update, make_update
 
 __all__ = [
@@ -181,6 +183,7 @@ __all__ = [
     "CrossEntropy",
     "HalfSquaredError",
     # gradients and updates
+    "DynamicLossScale",
     "autodiff",
     "custom_vjp",
     "inference_mode",

@@ -17,7 +17,7 @@ from jaxprop.bench import BenchError, bench, regressions
 from jaxprop.walkthrough import text
 from jaxprop.walkthrough.config import WORKED_EXAMPLE, Config, ConfigError, dump, load
 from jaxprop.walkthrough.descent import walkthrough
-from jaxprop.walkthrough.page import page
+from jaxprop.walkthrough.page import STEPS, page
 from jaxprop.walkthrough.words import LANGUAGES
 
 MOST_STEPS = 10**9
@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         description="One step of gradient descent on the classic 2-2-2 network, or on yours, with "
         "every number of the chain rule, by hand and by jax.grad.",
     )
-    walk.add_argument("--steps", type=_positive, default=1, metavar="N", help="descend N steps")
+    walk.add_argument(
+        "--steps", type=_positive, metavar="N", help=f"descend N steps (1; {STEPS} with --html)"
+    )
     walk.add_argument("--weight", metavar="NAME", help="show this weight's chain only, such as w3")
     walk.add_argument("--config", metavar="FILE", help="a network in TOML (see --print-config)")
     output = walk.add_mutually_exclusive_group()
@@ -93,11 +95,12 @@ def _walkthrough(args: argparse.Namespace) -> int:
     if args.print_config:
         print(dump(config), end="")
         return 0
-    if args.weight is not None and args.steps > 1:
+    steps = args.steps or 1
+    if args.weight is not None and steps > 1:
         raise ConfigError("--weight shows the first step: leave out --steps")
     if args.html is not None:
         return _html(config, args)
-    walk = walkthrough(config, args.steps)
+    walk = walkthrough(config, steps)
     names = [weight.name for weight in walk.chains()]
     if args.weight is not None and args.weight not in names:
         known = f"{names[0]} to {names[-1]}" if len(names) > 8 else ", ".join(names)
@@ -119,7 +122,7 @@ def _html(config: Config, args: argparse.Namespace) -> int:
     if importlib.util.find_spec("jinja2") is None:
         raise ConfigError("--html needs jinja2: pip install 'jaxprop-vjp[html]'")
     try:
-        Path(args.html).write_text(page(config, args.steps, args.lang), encoding="utf-8")
+        Path(args.html).write_text(page(config, args.steps or STEPS, args.lang), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {args.html}: {(error.strerror or '').lower()}") from error
     return 0

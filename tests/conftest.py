@@ -52,3 +52,39 @@ def standard_promotion():
     """JAX's default promotion, for what is not ours: optax's adam multiplies integers by floats."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, started once a module."""
+    from reading import CHROMIUM
+
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Open a page; at the end, nothing went wrong in it and nothing was asked of the network."""
+    wrong, asked, contexts = [], [], []
+
+    def opened(text, **options):
+        path = tmp_path / "page.html"
+        path.write_text(text, encoding="utf-8")
+        contexts.append(browser.new_context(reduced_motion="reduce", **options))
+        contexts[-1].set_default_timeout(120_000)
+        tab = contexts[-1].new_page()
+        tab.on("pageerror", lambda error: wrong.append(error))
+        tab.on("console", lambda message: wrong.append(message.text))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(path.as_uri())
+        return tab
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert wrong == []
+    assert [url for url in asked if not url.startswith("file:")] == []

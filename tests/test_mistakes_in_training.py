@@ -243,6 +243,9 @@ UPDATES = mistakes(
         lambda: update(value_and_grad="autodiff"),
         "is a maker, such as jp.value_and_grad",
     ),
+    maker_of_none=(lambda: by(lambda net, loss: None), "makes a function of a batch, not None"),
+    maker_that_wants_a_bound=(lambda: by(jp.clipped_grad), "bind what else it takes by functools."),
+    maker_of_jax=(lambda: by(jax.value_and_grad), "for jax.value_and_grad write jp.autodiff"),
     maker_of_norms=(lambda: by(jp.per_example_sq_norms), "returns (value, grads), not float64[4]"),
     maker_of_grads_alone=(
         lambda: by(lambda net, loss: lambda params, x, target: params),

@@ -2,38 +2,26 @@
 
 import json
 import re
-import shutil
-import tomllib
 
 import pytest
+from reading import DEEP, READ, check_drawing, config_of, exactly, expected, in_a_browser, shown
 
 from jaxprop.cli import main
 from jaxprop.walkthrough import config as configs
 from jaxprop.walkthrough.descent import descent
-from jaxprop.walkthrough.page import page
-from jaxprop.walkthrough.words import KOREAN
+from jaxprop.walkthrough.page import STEPS, page
+from jaxprop.walkthrough.words import KOREAN, particles, words
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-
-DEEP = """
-inputs = [0.5, -1, 2]
-targets = [1, 0]
+DENSE = """
+inputs = [0.5, -1, 2, 0.3, -0.7]
+targets = [1, 0, 0.5]
 learning_rate = 0.1
 seed = 4
-[[layers]]
-activation = "gelu"
-units = 5
-bias = true
-[[layers]]
-activation = "none"
-units = 2
-[[layers]]
-activation = "softplus"
-weights = [[0.5, -0.25], [1e-5, 2]]
-biases = [0.1, -0.1]
+layers = [
+    {activation = "tanh", units = 8, bias = true},
+    {activation = "gelu", units = 6, bias = true},
+    {activation = "sigmoid", units = 3, bias = true},
+]
 """
 WIDE = """
 inputs = [0.5, -1]
@@ -47,135 +35,6 @@ bias = true
 activation = "none"
 units = 2
 """
-READ = """() => {
-  const values = (root) => [...root.querySelectorAll(".value")].map((node) => node.textContent);
-  const texts = (selector) => [...document.querySelectorAll(selector)].map((n) => n.textContent);
-  const nodes = Object.fromEntries([...document.querySelectorAll("#network .node")].map((node) => [
-    node.dataset.unit,
-    [...node.querySelectorAll(".value, .below, .derivative")].map((text) => text.textContent),
-  ]));
-  const labels = Object.fromEntries([...document.querySelectorAll("#network .label")].map((label) =>
-    [label.dataset.weight, label.querySelector("tspan").textContent]));
-  const lit = [...document.querySelectorAll("#network .edge:is(.lit, .main)")].map((edge) =>
-    edge.dataset.weight || `${edge.dataset.source}E`);
-  return {
-    key: document.getElementById("panel").dataset.key,
-    formula: values(document.getElementById("formula")),
-    table: values(document.getElementById("table")),
-    title: document.getElementById("title").textContent,
-    spoken: document.getElementById("spoken").textContent,
-    last: document.getElementById("next").disabled,
-    nodes, labels, lit,
-  };
-}"""
-
-
-def config_of(text):
-    return configs.parse(tomllib.loads(text))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def show(browser, tmp_path):
-    """Open a page; at the end, nothing went wrong in it and nothing was asked of the network."""
-    wrong, asked, contexts = [], [], []
-
-    def opened(text, **options):
-        path = tmp_path / "page.html"
-        path.write_text(text, encoding="utf-8")
-        contexts.append(browser.new_context(reduced_motion="reduce", **options))
-        contexts[-1].set_default_timeout(120_000)
-        tab = contexts[-1].new_page()
-        tab.on("pageerror", lambda error: wrong.append(error))
-        tab.on("console", lambda message: wrong.append(message.text))
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.goto(path.as_uri())
-        return tab
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert wrong == []
-    assert [url for url in asked if not url.startswith("file:")] == []
-
-
-def number(text):
-    return float(re.sub(r"[a-zA-Z∂]+\d* ", "", text).replace("−", "-"))
-
-
-def shown(texts):
-    return [number(text) for text in texts if text]
-
-
-def exactly(numbers):
-    """As eight decimals show them, or an exponent with four."""
-    return [pytest.approx(n, rel=5.1e-5 if abs(n) < 1e-4 else 0, abs=5.1e-9) for n in numbers]
-
-
-def roughly(number):
-    """As the drawing shows it: four decimals, or an exponent with one."""
-    return pytest.approx(number, rel=0.051, abs=5.1e-5 if 1e-3 <= abs(number) < 1e4 else 0)
-
-
-def expected(walk):
-    """(key, numbers of the formula, of the table) of every stage, from the walkthrough alone."""
-    inputs = dict(zip(walk.stages[0].inputs, walk.config.inputs, strict=True))
-    outputs = walk.stages[-1].units
-    for stage in walk.stages:
-        for row, unit in enumerate(stage.units):
-            terms = [n for w in stage.weights[row] for n in (w.old, w.d_z)]
-            terms += [bias.old for bias in stage.biases[row : row + 1]]
-            yield f"forward {unit.name}", [*terms, unit.z, unit.value], []
-            inputs[unit.name] = unit.value
-    errors = [unit.error for unit in outputs]
-    each = [n for unit in outputs for n in (unit.target, unit.value, unit.error)]
-    yield "error", [*each, *errors, walk.error], []
-    for stage in reversed(walk.stages):
-        is_output = stage is walk.stages[-1]
-        for unit in stage.units if not is_output else ():
-            paths = [n for path in unit.paths for n in (path.d_z, path.weight)]
-            yield f"arrival {unit.name}", [*paths, unit.d_value], []
-        for row, unit in enumerate(stage.units):
-            for w in (*stage.weights[row], *stage.biases[row : row + 1]):
-                first = [unit.value, unit.target, unit.d_value] if is_output else []
-                chain = [w.d_value, w.slope, w.d_z, w.product, w.jax_grad]
-                yield f"backward {w.name}", [*first, *chain], []
-    weights = walk.chains()
-    rows = [n for w in weights for n in (w.old, w.product, w.new)]
-    yield "update", [walk.config.learning_rate], rows
-    after = [n for unit in outputs for n in (unit.target, unit.value_after, unit.error_after)]
-    errors = [unit.error_after for unit in outputs]
-    yield "after", [*after, *errors, walk.error_after, walk.error, walk.error_after], []
-
-
-def check_drawing(seen, walk):
-    """Of the nodes and weights, those numbers that are there."""
-    after, updated = seen["key"] == "after", seen["key"] in ("update", "after")
-    for name, value in zip(walk.stages[0].inputs, walk.config.inputs, strict=True):
-        assert number(seen["nodes"][name][0]) == roughly(value)
-    for stage in walk.stages:
-        for row, unit in enumerate(stage.units):
-            value, *below, derivative = seen["nodes"][unit.name]
-            if value:
-                assert number(value) == roughly(unit.value_after if after else unit.value)
-            if derivative:
-                assert number(derivative) == roughly(unit.d_value)
-            wanted = [b.new if updated else b.old for b in stage.biases[row : row + 1]]
-            wanted += [] if unit.target is None else [unit.target]
-            assert shown(below) == list(map(roughly, wanted))
-            for w in stage.weights[row]:
-                assert number(seen["labels"][w.name]) == roughly(w.new if updated else w.old)
-    (error,) = [text for text in seen["nodes"]["E"] if text] or [None]
-    if error is not None:
-        assert number(error) == roughly(walk.error_after if after else walk.error)
 
 
 @in_a_browser
@@ -239,7 +98,7 @@ def test_keys_sliders_and_languages(show):
     assert tab.inner_text("#title") == "w5까지 역전파"
     assert tab.evaluate("document.documentElement.lang") == "ko"
     assert tab.evaluate("document.getElementById('curve').hidden") is False
-    ours = show(page(configs.WORKED_EXAMPLE, language="ko"))
+    ours = show(page(configs.WORKED_EXAMPLE, steps=1, language="ko"))
     assert ours.inner_text("h1") == KOREAN["Backpropagation, one number at a time"]
     assert ours.is_hidden("#frame")
 
@@ -265,6 +124,138 @@ def test_it_fits_the_screen(show, text, width):
 
 
 @in_a_browser
+def test_the_formula_and_its_weights_are_on_a_small_screen(show):
+    tab = show(page(config_of(DENSE), steps=2), viewport={"width": 390, "height": 800})
+    seen = tab.evaluate("""() => [...stages.keys()].filter(
+      (i) => !stages[i].key.startsWith("backward") || i % 4 === 0
+    ).map((i) => {
+      go(i);
+      const box = document.querySelector(".drawing").getBoundingClientRect();
+      const main = drawnAs(stages[i].lit.main)?.getBoundingClientRect() ?? box;
+      const [x, y] = [(main.left + main.right) / 2, (main.top + main.bottom) / 2];
+      return {
+        key: stages[i].key,
+        formula: document.getElementById("formula").getBoundingClientRect().bottom,
+        drawn: x > box.left && x < box.right && y > box.top && y < box.bottom,
+        scale: document.getElementById("network").getScreenCTM().a,
+      };
+    })""")
+    assert len(seen) > 60
+    assert [stage["key"] for stage in seen if stage["formula"] > 800] == []
+    assert [stage["key"] for stage in seen if not stage["drawn"]] == []
+    assert min(stage["scale"] for stage in seen) * 12.5 > 9
+
+
+@in_a_browser
+def test_the_drawing_has_names_and_widths(show):
+    tab = show(page(config_of(DENSE), steps=1))
+    visible = """() => [...document.querySelectorAll("#network .label")]
+      .filter((label) => label.getBoundingClientRect().width).map((label) => label.dataset.name)"""
+    assert tab.evaluate(visible) == [f"w{i}" for i in range(1, 6)]
+    tab.evaluate("visit(stages.findIndex((stage) => stage.key === 'backward w50'))")
+    assert tab.evaluate(visible) == ["w50"]
+    tab.dispatch_event("#network .edge[data-name=w7] .hit", "pointerover")
+    assert tab.evaluate(visible) == ["w7", "w50"]
+    tab.dispatch_event("#network .edge[data-name=w7] .hit", "pointerout")
+    assert tab.evaluate(visible) == ["w50"]
+    small = show(page(configs.WORKED_EXAMPLE))
+    assert small.evaluate(visible) == [f"w{i}" for i in range(1, 9)]
+    names = small.evaluate(
+        "[...document.querySelectorAll('#network .label .name')].map((name) => name.textContent)"
+    )
+    assert names == [f"w{i}" for i in range(1, 9)]
+    widths = small.evaluate("""() => Object.fromEntries(
+      [...document.querySelectorAll("#network .edge[data-name]:not(.main)")].map((edge) =>
+        [edge.dataset.name, parseFloat(getComputedStyle(edge.firstElementChild).strokeWidth)]))""")
+    assert widths["w7"] > widths["w8"] > widths["w5"] > widths["w4"] > 0.8
+
+
+@in_a_browser
+def test_a_click_on_a_name_goes_to_its_stage(show):
+    tab = show(page(config_of(DEEP), steps=2), has_touch=True)
+    key = "document.getElementById('panel').dataset.key"
+    for name, wanted in {
+        "w26": "backward w26",
+        "b2": "backward b2",
+        "h3": "arrival h3",  # the way back, where we are
+        "E": "error",
+        "h4": "forward h4",
+        "t2": "forward h4",  # has no stage of its own: its value is what can be changed
+    }.items():
+        tab.tap(f"#network .node [data-name={name}], #network .label[data-name={name}]")
+        assert tab.evaluate(key) == wanted
+    assert tab.input_value("#name") == "t2"
+    tab.focus("#outline [data-group='backward hidden-1']")
+    tab.keyboard.press("Enter")
+    assert tab.evaluate(key) == "arrival h1"
+    tab.select_option("#pick", label="w3")
+    assert tab.evaluate(key) == "backward w3"
+    assert tab.get_attribute("#outline [aria-current]", "data-group") == "backward hidden-1"
+    tab.focus("#pick")
+    tab.keyboard.press("ArrowDown")
+    assert tab.input_value("#frame") == "0"  # there it is no step of descent
+
+
+@in_a_browser
+def test_playing_and_pausing(show):
+    tab = show(page(configs.WORKED_EXAMPLE, steps=3))
+    tab.clock.install()
+    key = "document.getElementById('panel').dataset.key"
+    tab.click("#stage-play")
+    assert tab.get_attribute("#stage-play", "aria-label") == "Pause"
+    tab.clock.run_for(4000)
+    assert tab.evaluate(key) == "forward o1"
+    tab.click("#stage-play")
+    tab.clock.run_for(4000)
+    assert tab.evaluate(key) == "forward o1"
+    tab.click("#frame-play")
+    tab.clock.run_for(600)
+    assert tab.input_value("#frame") == "1"
+    tab.clock.run_for(6000)
+    assert (tab.input_value("#frame"), tab.evaluate(key)) == ("2", "forward o1")
+    assert tab.get_attribute("#frame-play", "aria-label") == "Play"
+    tab.click("#stage-play")
+    tab.click("#next")
+    assert tab.evaluate("state.playing") is None
+
+
+@in_a_browser
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_a_formula_has_one_font(browser, language):
+    tab = browser.new_page()
+    tab.set_content(page(configs.WORKED_EXAMPLE, steps=1, language=language))
+    devtools = tab.context.new_cdp_session(tab)
+    devtools.send("DOM.enable")
+    devtools.send("CSS.enable")
+    fonts = set()
+    for stage in range(0, 17, 2):
+        tab.evaluate(f"go({stage})")
+        root = devtools.send("DOM.getDocument")["root"]["nodeId"]
+        leaves = {"nodeId": root, "selector": "math :is(mi, mo, mn, mtext)"}
+        for node in devtools.send("DOM.querySelectorAll", leaves)["nodeIds"]:
+            used = devtools.send("CSS.getPlatformFontsForNode", {"nodeId": node})["fonts"]
+            fonts |= {font["familyName"] for font in used}
+    tab.close()
+    assert len(fonts) == 1
+
+
+@in_a_browser
+def test_particles_follow_their_sound(show):
+    said = {
+        "h1은(는)": "h1은", "h2는": "h2는", "h12은(는)": "h12는", "w10을(를)": "w10을",
+        "w3(으)로": "w3으로", "w8(으)로": "w8로", "o2(으)로": "o2로", "E이(가)": "E가",
+        "층과(와)": "층과", "오차이(가)": "오차가", "길(으)로": "길로",
+        "x6은(는) w4을(를)": "x6은 w4를",
+    }  # fmt: skip
+    assert {text: particles(text) for text in said} == said
+    assert words("ko")("Back to {unit}", unit="h1") == "h1까지 역전파"
+    tab = show(page(configs.WORKED_EXAMPLE, steps=1, language="ko"))
+    texts = [*said, *(f"{letter}{i}(으)로" for letter in "xwbho" for i in range(130))]
+    assert tab.evaluate("(texts) => texts.map(withParticles)", texts) == list(map(particles, texts))
+    assert tab.inner_text("#sentence").endswith("활성화 함수를 거치면 h1이 됩니다.")
+
+
+@in_a_browser
 def test_dark_and_light(show):
     text = page(configs.WORKED_EXAMPLE)
     grounds = []
@@ -276,6 +267,8 @@ def test_dark_and_light(show):
         ground, ink = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in style]
         assert abs(ground - ink) > 450
         grounds.append(ground)
+    motion = "getComputedStyle(document.querySelector('.drawing')).scrollBehavior"
+    assert tab.evaluate(motion) == "auto"  # less motion is asked for
     assert grounds[0] > 700
     assert grounds[1] < 100
 
@@ -337,7 +330,8 @@ def test_every_word_on_the_page_is_translated():
     said = re.findall(r'(?:data-say|data-label)="([^"]*)"', made) + re.findall(
         r'say\("([^"]*)"', made
     )
-    said += re.findall(r'\? "([A-Z][^"]*)" : "([A-Z][^"]*)"', made)[0]
+    for pair in re.findall(r'\? "([A-Z][^"]+)"\s*: "([A-Z][^"]+)"', made):
+        said += pair
     assert len(said) > 20
     assert [words for words in said if words not in KOREAN] == []
 
@@ -347,6 +341,8 @@ def test_the_command_writes_it(capsys, tmp_path):
     assert main(["--html", str(path), "--steps", "2", "--lang", "ko"]) == 0
     assert capsys.readouterr().out == ""
     assert path.read_text(encoding="utf-8").startswith('<!doctype html>\n<html lang="ko">')
+    assert main(["--html", str(path)]) == 0
+    assert f'max="{STEPS - 1}"' in path.read_text(encoding="utf-8")
     assert main(["--html", str(tmp_path / "no" / "page.html")]) == 2
     assert "page.html: no such file or directory" in capsys.readouterr().err
     assert main(["--html", str(path), "--weight", "w3"]) == 2

@@ -61,16 +61,18 @@ def test_the_floors_are_those_of_the_package():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_readme_code_runs(capsys):
+def test_readme_code_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 12
+    assert len(blocks) == 14
     namespace = {}
     for block in blocks:
         exec(block, namespace)
     out = capsys.readouterr().out
     assert float(re.search(r"loss (\S+)", out).group(1)) < 1.0
+    assert float(re.findall(r"held out (\S+)%", out)[-1]) > 90
     assert len(blocks[0].strip().splitlines()) <= 11
-    assert len([line for line in blocks[3].splitlines() if line]) <= 15
+    assert len([line for line in blocks[5].splitlines() if line]) <= 15
     text = (ROOT / "README.md").read_text()
     assert re.search(r"```text\n(\(Affine.*)\n```", text).group(1) in out.splitlines()
 

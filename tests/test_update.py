@@ -225,7 +225,7 @@ def test_fused_with_keys_ids_and_forms():
     assert relative_error(*ends) <= 1e-10
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     ends = [
-        trained(jp.make_update(net, LOSS, optax.sgd(0.1), fused=fused), narrow, x, target, 3)
+        trained(jp.make_update(net, LOSS, optax.sgd(0.1), fused=fused), narrow, x, target, 3, key)
         for fused in (True, False)
     ]
     assert relative_error(*ends) <= 2**-6

@@ -378,7 +378,7 @@ def test_korean(capsys):
     for word in re.findall(r"[A-Za-z.]{4,}", korean):
         assert word in ("sigmoid", "float", "jax.grad"), word
     one = printed(capsys, "--weight", "w3", "--lang", "ko")
-    assert one.startswith("w3, x1에서 h2(으)로 (은닉층)")
+    assert one.startswith("w3, x1에서 h2로 (은닉층)")
 
 
 @pytest.mark.parametrize("text", [configs.dump(WORKED_EXAMPLE), DEEP])

@@ -70,6 +70,22 @@ def rounded(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(narrow, tree)
 
 
+def weighted(x: Array, weights: Array) -> Array:
+    """Return x with each example's part, along axis 0, times its weight."""
+    return x * jnp.expand_dims(weights.astype(x.dtype), range(1, x.ndim))
+
+
+def selected(kept: Array, tree: PyTree) -> PyTree:
+    """Return the tree with zeros in its floating arrays for the examples that are not kept."""
+
+    def one(leaf: Any) -> Any:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            return leaf
+        return jnp.where(jnp.expand_dims(kept, range(1, jnp.ndim(leaf))), leaf, 0)
+
+    return jax.tree.map(one, tree)
+
+
 def empty_like(x: Array) -> Array:
     """Return an array without elements that keeps x's shape, (N, 0, *shape[1:]), and its dtype.
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from jax import Array
 
+from jaxprop.core.batch import Batch, weighted_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import OfBatch, Params, PyTree
 
@@ -17,7 +18,7 @@ def of_batch(
     name: str,
     doc: str | None,
     net: Layer,
-    f: Callable[[Params, PyTree, PyTree, Array | None], T],
+    f: Callable[[Params, Batch], T],
 ) -> OfBatch[T]:
     """Return f as a plain function of params and a batch, under the name of its maker.
 
@@ -25,7 +26,7 @@ def of_batch(
         name: the maker's name, for ``help``, ``repr`` and error messages.
         doc: the function's docstring.
         net: the network.
-        f: a function of (params, x, target, key), whose params hold the side inputs.
+        f: a function of (params, batch), whose params hold the side inputs.
     """
 
     def function(
@@ -35,8 +36,11 @@ def of_batch(
         *,
         key: Array | None = None,
         mask: Array | None = None,
+        weights: Array | None = None,
+        divisor: float | Array | None = None,
     ) -> T:
-        return f(net.bind(params, key=key, mask=mask), x, target, key)
+        batch = weighted_batch(net, x, target, key, weights, divisor)
+        return f(net.bind(params, key=key, mask=mask), batch)
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = doc and doc.split("\n\n    Attributes:")[0]

@@ -107,6 +107,19 @@ class Layer(Static):
         and ``()`` for whatever is not. d_x has the shape and dtype of x; it is None for integers.
         """
 
+    def __call__(
+        self, params: Params, x: PyTree, *, key: Array | None = None, mask: Array | None = None
+    ) -> PyTree:
+        """Return y alone: a prediction, for ``jp.inference_mode(net)``.
+
+        Args:
+            params: the layer's params.
+            x: its input.
+            key: a side input, as ``bind`` takes it.
+            mask: likewise.
+        """
+        return self.forward(self.bind(params, key=key, mask=mask), x)[0]
+
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:

@@ -34,6 +34,11 @@ class OfBatch(Protocol[T_co]):
         key: a key of ``jax.random.key``, a new one each step, for layers that draw, such as
             ``Dropout``, and for whatever else is random, such as noise.
         mask: bool (N, T), True where a position is real, for the layers that take a mask.
+        weights: (N,), what each example counts in every mean, at least 0; bools for a mask of
+            examples. One that counts 0 is padding: whatever it holds, it has no part in a mean, and
+            what is returned of it alone is 0. By default each counts 1.
+        divisor: what sums over examples are divided by for a mean; the sum of the weights by
+            default.
     """
 
     def __call__(
@@ -44,4 +49,6 @@ class OfBatch(Protocol[T_co]):
         *,
         key: Array | None = None,
         mask: Array | None = None,
+        weights: Array | None = None,
+        divisor: float | Array | None = None,
     ) -> T_co: ...

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.batch import Batch, Examples
 from jaxprop.core.checks import require
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
@@ -37,10 +37,10 @@ def loss_fn(net: Layer, loss: Loss) -> OfBatch[Float[Array, ""]]:
     """
     check_net_and_loss(net, loss)
 
-    def mean_loss(params: Params, x: PyTree, target: PyTree, key: Array | None) -> Float[Array, ""]:
-        y, _ = net.forward(params, x)
-        values, _ = loss.forward(y, target)
-        return _mean(loss, values, y)
+    def mean_loss(params: Params, batch: Batch) -> Float[Array, ""]:
+        y, _ = net.forward(params, batch.x)
+        values, _ = loss.forward(y, batch.target)
+        return _examples(loss, values, y, batch).mean(values)
 
     return of_batch("loss_fn", "Return the mean over examples of the loss.", net, mean_loss)
 
@@ -64,10 +64,8 @@ def walk(net: Layer, loss: Loss, visit: Visit) -> OfBatch[tuple[Array, Visited, 
     if not callable(visit):
         raise TypeError(f"visit is a function of a jp.Step, not {visit!r}")
 
-    def walked(
-        params: Params, x: PyTree, target: PyTree, key: Array | None
-    ) -> tuple[Array, Visited, Cotangent]:
-        ahead = forward(net, loss, params, x, target)
+    def walked(params: Params, batch: Batch) -> tuple[Array, Visited, Cotangent]:
+        ahead = forward(net, loss, params, batch)
         return ahead.value, *ahead.back(ahead.mean_gradient(), visit)
 
     return of_batch("walk", "Return the loss, what was visited, and d_x.", net, walked)
@@ -77,36 +75,41 @@ class Forward(NamedTuple):
     """What a pass forward leaves: the loss, and the way back.
 
     Attributes:
-        value: the mean over examples of the loss.
-        examples: N.
+        y: the net's output.
+        values: the loss of each example.
+        value: their mean.
+        examples: what the examples count.
         loss: the loss.
         residuals: what the loss saved.
         back: ``back(ct, visit, places=params) -> (visited, d_x)``, the walk from a cotangent of the
             net's output, which may be taken more than once.
     """
 
+    y: PyTree
+    values: Float[Array, " n"]
     value: Float[Array, ""]
-    examples: int
+    examples: Examples
     loss: Loss
     residuals: Residuals
     back: Callable[..., tuple[Visited, Cotangent]]
 
     def own_gradient(self) -> Cotangent:
         """Return the cotangent of the net's output for each example's own loss."""
-        return self.loss.backward(self.residuals)
+        return self.examples.counting(self.loss.backward(self.residuals))
 
     def mean_gradient(self) -> Cotangent:
         """Return the cotangent of the net's output for the mean over examples."""
-        return jax.tree.map(lambda ct: ct / self.examples, self.own_gradient())
+        return self.examples.mean_cotangent(self.own_gradient())
 
 
-def forward(net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree) -> Forward:
+def forward(net: Layer, loss: Loss, params: Params, batch: Batch) -> Forward:
     """Go forward through the net and the loss, once for any number of ways back."""
     with jax.named_scope("forward"):
-        y, residuals = net.forward(params, x)
+        y, residuals = net.forward(params, batch.x)
     with jax.named_scope("loss"):
-        values, loss_residuals = loss.forward(y, target)
-        value = _mean(loss, values, y)
+        values, loss_residuals = loss.forward(y, batch.target)
+        examples = _examples(loss, values, y, batch)
+        value = examples.mean(values)
 
     def back(ct: Cotangent, visit: Visit, places: PyTree = params) -> tuple[Visited, Cotangent]:
         check_cotangent(loss, ct, y)
@@ -114,7 +117,8 @@ def forward(net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree) -
             ct = jax.tree.map(lambda ct, y: ct.astype(y.dtype), ct, y)
             return net.walk(places, residuals, ct, visit)
 
-    return Forward(value, values.shape[0], loss, loss_residuals, back)
+    examples = examples._replace(real=loss.real(loss_residuals))
+    return Forward(y, values, value, examples, loss, loss_residuals, back)
 
 
 def check_net_and_loss(net: Layer, loss: Loss) -> None:
@@ -123,13 +127,11 @@ def check_net_and_loss(net: Layer, loss: Loss) -> None:
     require(loss, Loss, "loss")
 
 
-def _mean(loss: Loss, values: Float[Array, " n"], y: PyTree) -> Float[Array, ""]:
-    examples = jax.tree.leaves(y)[0].shape[0]
-    if values.shape != (examples,):
+def _examples(loss: Loss, values: Float[Array, " n"], y: PyTree, batch: Batch) -> Examples:
+    number = jax.tree.leaves(y)[0].shape[0]
+    if values.shape != (number,):
         raise ValueError(
             f"{loss}: forward gives values of shape {values.shape}, not one for each of the "
-            f"{examples} examples"
+            f"{number} examples"
         )
-    if not examples:
-        raise ValueError("the batch is empty: the mean over 0 examples does not exist")
-    return jnp.mean(values)
+    return batch.examples(number)

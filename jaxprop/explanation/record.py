@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.arrays import check_fit
+from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_count
 from jaxprop.core.combinator import Wrapper, map_layers, seen_through
 from jaxprop.core.cotangents import factored, gradient
@@ -85,10 +86,10 @@ def _explained(
     net: Layer, loss: Loss, keep: int, params: Params, x: PyTree, target: PyTree
 ) -> Explanation:
     def walked(kept: bool) -> Explanation:
-        ahead = forward(map_layers(net, Recorded), RecordedLoss(loss), params, x, target)
+        ahead = forward(map_layers(net, Recorded), RecordedLoss(loss), params, Batch(x, target))
         y, values, _ = ahead.residuals
         ct, ones = ahead.own_gradient(), jnp.ones_like(values)
-        collected, _ = ahead.back(ct, lambda step: _read(step, ahead.examples, kept))
+        collected, _ = ahead.back(ct, lambda step: _read(step, ahead.examples.number, kept))
         at_loss = _summaries(y, values, ones, ct)
         whole = Kept(y, values, ones, None, ct, (), (), ()) if kept else None
         return Explanation(net, ahead.value, collected, Terms(loss, at_loss, whole))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.checks import check_share, check_x
+from jaxprop.core.checks import check_flags, check_share, check_x
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Key
 from jaxprop.core.types import Params, PyTree
@@ -27,17 +27,24 @@ class Dropout(Layer):
 
     Args:
         rate: the probability with which an entry is dropped, in [0, 1).
+        training: whether it takes a key, and drops; ``jp.inference_mode`` says False.
 
     Raises:
-        TypeError: for a rate that is not a number, and for x that is not floating.
+        TypeError: for a rate that is not a number, a training that is not a bool, and for x that is
+            not floating.
         ValueError: for a rate outside [0, 1), and for x without an example axis.
     """
 
     rate: float
-    takes = Key
+    training: bool = True
+
+    @property
+    def takes(self) -> type[Key] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return Key if self.training and self.rate > 0 else None
 
     def __post_init__(self) -> None:
         check_share("Dropout: rate", self.rate)
+        check_flags(self, "training")
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, ...")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jaxprop.core.arrays import of_indices, wide
+from jaxprop.core.arrays import of_indices, weighted, wide
 from jaxprop.core.checks import check_counts
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, gram, of_real, weighted
+from jaxprop.core.forms import Factored, gram, of_real
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.types import PyTree
@@ -45,9 +45,9 @@ class Rows(Factored):
         ids, ct = self._sequences()
         return self._table(ids.ravel(), ct.reshape(-1, ct.shape[-1]))
 
-    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "v d"]:
+    def scaled(self, weights: Float[Array, " n"]) -> Rows:
         ids, ct = self._sequences()
-        return Rows(ids, weighted(wide(ct), weights), self.vocab).sum()
+        return Rows(ids, weighted(ct, weights), self.vocab)
 
     def sq_norms(self) -> Float[Array, " n"]:
         return jnp.sum(self.squares(), axis=(1, 2))
@@ -77,9 +77,11 @@ class Rows(Factored):
     def of_squares(self, squares: Float[Array, "n t d"]) -> Float[Array, "v d"]:
         return Rows(self.ids, squares, self.vocab).sum()
 
-    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "v v"]:
+    def gram_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "v v"]:
         """Return the counts of each id, on a diagonal."""
-        one = of_real(jnp.ones(self.ids.shape, wide(self.ct).dtype), real)
+        one = of_real(jnp.ones(self.ids.shape, wide(self.ct).dtype), real, weights) ** 2
         counts = jnp.zeros(self.vocab, one.dtype)
         ids = _inside(self.ids, self.vocab)
         return jnp.diag(counts.at[ids.ravel()].add(one.ravel(), mode="drop"))

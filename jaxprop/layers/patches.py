@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import sum_over, wide
-from jaxprop.core.forms import Factored, Outer, Sum, norms_of_all, of_real, weighted
+from jaxprop.core.arrays import sum_over, weighted, wide
+from jaxprop.core.forms import Factored, Outer, Sum, norms_of_all, of_real
 from jaxprop.core.mesh import is_explicit
 from jaxprop.layers.windows import Windows
 
@@ -53,9 +53,9 @@ class Patches(Factored):
             self, cpu=Patches._block_by_block, default=Patches._convolved
         )
 
-    def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
+    def scaled(self, weights: Float[Array, " n"]) -> Patches:
         ct = weighted(wide(self.ct), weights)
-        return Patches(wide(self.x), ct, self.windows, self.groups).sum()
+        return Patches(wide(self.x), ct, self.windows, self.groups)
 
     def sq_norms(self) -> Float[Array, " n"]:
         return self._for_each(Outer.sq_norms, lambda groups: groups.sum(axis=0))
@@ -72,7 +72,9 @@ class Patches(Factored):
 
         return self._folded(_added(squares, 1, self.x, self.ct)[:, None])[0]
 
-    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "i i"]:
+    def gram_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "i i"]:
         """Return the Gram matrix of the patches, summed over examples and positions.
 
         With that of ct it is the factor of Grosse and Martens 2016,
@@ -80,6 +82,7 @@ class Patches(Factored):
 
         Args:
             real: False where an example is padding, or all its positions are.
+            weights: what each example counts; 1 by default.
 
         Raises:
             TypeError: for several groups, whose weights are not one matrix.
@@ -96,7 +99,7 @@ class Patches(Factored):
 
         if real is not None:
             real = jnp.any(real, axis=tuple(range(1, real.ndim)))
-        return self._in_blocks(functools.partial(_added, gram), of_real(self.x, real))
+        return self._in_blocks(functools.partial(_added, gram), of_real(self.x, real, weights))
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
         return Sum(self.ct).gram_of_ct()

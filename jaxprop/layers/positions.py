@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import weighted, wide
 from jaxprop.core.checks import check_counts, check_number, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked
@@ -39,8 +40,8 @@ class Leading(Factored):
     def sum(self) -> Float[Array, "r ..."]:
         return self._padded(Stacked(self.ct).sum())
 
-    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "r ..."]:
-        return self._padded(Stacked(self.ct).weighted_sum(weights))
+    def scaled(self, weights: Float[Array, " n"]) -> Leading:
+        return Leading(weighted(wide(self.ct), weights), self.rows)
 
     def sq_norms(self) -> Float[Array, " n"]:
         return Stacked(self.ct).sq_norms()

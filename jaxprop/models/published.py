@@ -143,7 +143,7 @@ def _is_scanned(params: Params) -> bool:
     match params:
         case (_, (_, (attend, widen), NormParams())):
             for layers in attend, widen:
-                if tuple(map(type, layers)) != branch:
+                if not isinstance(layers, tuple) or tuple(map(type, layers)) != branch:
                     return False
             return np.ndim(attend[0].scale) == 2
     return False

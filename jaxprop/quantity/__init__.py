@@ -5,13 +5,15 @@ their own, such as ``jp.per_example_sq_norms``.
 """
 
 from jaxprop.core.forms import Kronecker
+from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import PerExample, Quantity
-from jaxprop.quantity.clipping import Clipped
+from jaxprop.quantity.clipping import Clipped, ClippedMean
 from jaxprop.quantity.curvature import AddedUp, DiagGGN, GGNRoot, KroneckerFactors
 from jaxprop.quantity.per_example import (
     Gradient,
     Gram,
     NoiseScale,
+    Output,
     PerExampleGrads,
     SecondMoment,
     SqNorms,
@@ -21,7 +23,9 @@ from jaxprop.quantity.source import HessianRoot, LossGradient, Source
 
 __all__ = [
     "AddedUp",
+    "Aux",
     "Clipped",
+    "ClippedMean",
     "DiagGGN",
     "GGNRoot",
     "Gradient",
@@ -31,6 +35,7 @@ __all__ = [
     "KroneckerFactors",
     "LossGradient",
     "NoiseScale",
+    "Output",
     "PerExample",
     "PerExampleGrads",
     "Quantity",

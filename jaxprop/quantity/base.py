@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax import Array
 
+from jaxprop.core.batch import Examples
 from jaxprop.core.forms import Factored, is_factored
 from jaxprop.core.layer import Layer
 from jaxprop.core.static import Static
@@ -33,19 +34,19 @@ class PerExample:
     axis: int = dataclasses.field(metadata={"static": True})
 
 
-class Batch(NamedTuple):
+class Whole(NamedTuple):
     """What a quantity may know of the whole batch at the end.
 
     Attributes:
         net: the network.
         params: its params, side inputs included.
-        examples: N.
+        examples: what the examples count.
         key: the key that was given, or None.
     """
 
     net: Layer
     params: Params
-    examples: int
+    examples: Examples
     key: Array | None
 
 
@@ -92,22 +93,23 @@ class Quantity(Static):
         return None
 
     @abc.abstractmethod
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         """Return what is taken at one layer.
 
         Args:
             params: the layer's learned params.
             forms: like params, with each example's own cotangent in a form.
-            examples: N.
+            examples: how many there are (``examples.number``), and what each counts in a mean
+                (``examples.shares()``, as ``form.weighted_sum`` takes it).
         """
 
-    def gather(self, params: Params, taken: PyTree, examples: int) -> PyTree:
+    def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
         """Return what is made of what was taken at all layers, for the same examples.
 
         Args:
             params: the net's learned params.
             taken: what ``take`` returned, in the structure of the net's params.
-            examples: N.
+            examples: what the examples count.
         """
         del params, examples
         return taken
@@ -120,18 +122,23 @@ class Quantity(Static):
         """
         return taken
 
-    def finish(self, settled: PyTree, examples: int) -> PyTree:
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         """Return the result: settled is in the structure of the net's params."""
         del examples
         return unmarked(settled)
 
-    def end(self, settled: PyTree, batch: Batch) -> PyTree:
+    def end(self, settled: PyTree, batch: Whole) -> PyTree:
         """Return ``finish`` of settled, completed where params are not learned."""
         result = self.finish(settled, batch.examples)
         if not self.like_params:
             return result
         shape = next((leaf.shape[: self.axes] for leaf in jax.tree.leaves(result)), ())
         return like_params(batch.params, result, shape=shape)
+
+
+def of_examples(tree: PyTree) -> PyTree:
+    """Return the tree with each array, with the example on axis 0, marked so."""
+    return jax.tree.map(lambda leaf: PerExample(leaf, axis=0), tree)
 
 
 def unmarked(tree: PyTree) -> PyTree:

@@ -3,35 +3,62 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import weighted
+from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags, check_number
 from jaxprop.core.combinator import layers_with_params
 from jaxprop.core.forms import is_factored, norms_of_all
 from jaxprop.core.mesh import like
-from jaxprop.core.tree import without_unmarked
+from jaxprop.core.tree import like_params, without_unmarked
 from jaxprop.core.types import Params, PyTree
-from jaxprop.quantity.base import Batch, PerExample, Quantity, everything, unmarked
+from jaxprop.quantity.base import PerExample, Quantity, Whole, everything, map_forms, unmarked
 
 NOISE = 0x6E6F6973  # folded into the key, so that noise is drawn apart from what the layers draw
+
+
+class ClippedMean(NamedTuple):
+    """The mean of clipped gradients, and what was clipped.
+
+    Attributes:
+        grads: the mean; like params.
+        norms: (N,), the norm of each example's gradient before it was clipped; with ``per_layer``
+            like params, with (N,) where a layer's params stand, (L, N) inside ``repeat``.
+        clipped: the share of the examples whose gradient was clipped; with ``per_layer`` one for
+            each layer, likewise.
+    """
+
+    grads: Params
+    norms: PyTree
+    clipped: PyTree
+
+
+class Bounded(NamedTuple):
+    """What ``Clipped`` takes: the mean of some params' clipped gradients, and the norms."""
+
+    mean: PyTree
+    norms: PerExample
 
 
 class Clipped(Quantity):
     """The mean of clipped gradients, 1/N sum_n g_n min(1, max_norm / |g_n|); like params.
 
     The g_n are not kept: one walk back leaves the factors, the norms come from them, and so does
-    the weighted sum. An example whose gradient is not finite makes the mean not finite.
+    the weighted sum. An example whose gradient is not finite makes the mean not finite, unless it
+    is dropped.
 
     With a noise_multiplier it is DP-SGD (Abadi et al. 2016, https://arxiv.org/abs/1607.00133):
     normal noise of standard deviation noise_multiplier * max_norm is added to each entry of the
     *sum* of clipped gradients before the division by N. This is the definition of
     ``optax.contrib.differentially_private_aggregate``, and of the accountants that take a noise
-    multiplier.
+    multiplier. A Poisson sample has another size each step: pad it with examples that weigh 0, and
+    give its expected size as the ``divisor``; of an empty one the noise is left.
 
     Attributes:
         max_norm: the bound on |g_n|, positive and finite; a number, or a scalar array (which
@@ -46,19 +73,22 @@ class Clipped(Quantity):
             layer's cotangents are needed after it. Through ``repeat`` this saves their memory; for
             unrolled layers it is up to XLA's schedule, which on a CPU goes back through the whole
             chain first, and saves nothing.
+        drop_nonfinite: whether an example whose gradient is not finite counts as a gradient of 0;
+            with per_layer, that layer's part of it.
+        norms: whether the result is a ``ClippedMean``, with the norms beside the mean.
     """
 
     max_norm: float | Array
     noise_multiplier: float | Array = 0.0
     per_layer: bool = False
     two_pass: bool = False
-
-    like_params: ClassVar[bool] = True
+    drop_nonfinite: bool = False
+    norms: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(self, "per_layer", "two_pass", "drop_nonfinite", "norms")
         check_number("max_norm", self.max_norm, positive=True, finite=True)
         check_number("noise_multiplier", self.noise_multiplier, finite=True)
-        check_flags(self, "per_layer", "two_pass")
         if self.per_layer and self.two_pass:
             raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
 
@@ -66,31 +96,58 @@ class Clipped(Quantity):
     def before(self) -> Quantity | None:
         return Norms() if self.two_pass else None
 
-    def take(self, params: Params, forms: PyTree, examples: int, before: PyTree = None) -> PyTree:
+    def take(
+        self, params: Params, forms: PyTree, examples: Examples, before: PyTree = None
+    ) -> PyTree:
         if self.two_pass:
-            return _mean(params, forms, self._weights(before))
+            return self._bounded(params, forms, before, examples)
         if self.per_layer and jax.tree.leaves(params):
-            return _mean(params, forms, self._weights(_norms(forms)))
+            return self._bounded(params, forms, _norms(forms), examples)
         return forms
 
-    def gather(self, params: Params, taken: PyTree, examples: int) -> PyTree:
+    def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
         if not self.two_pass and not self.per_layer:
-            weights = self._weights(_norms(taken))
-            taken = _mean(without_unmarked(params, taken), taken, weights)
+            params = without_unmarked(params, taken)
+            taken = self._bounded(params, taken, _norms(taken), examples)
+        elif self.two_pass:  # each layer was told all norms
+            told = jax.tree.leaves(_each(taken, "norms"))[:1]
+            norms = [PerExample(each.reshape(-1, each.shape[-1])[0], axis=-1) for each in told]
+            taken = Bounded(_each(taken, "mean"), *norms) if norms else ()
         if not jax.tree.leaves(taken):
             everything(taken)
         return taken
 
-    def end(self, settled: PyTree, batch: Batch) -> PyTree:
+    def end(self, settled: PyTree, batch: Whole) -> PyTree:
+        mean, norms = (_each(settled, field) for field in Bounded._fields)
         if not (isinstance(self.noise_multiplier, int | float) and self.noise_multiplier == 0):
-            settled = self._noisy(settled, batch)
-        return super().end(settled, batch)
+            mean = self._noisy(mean, batch)
+        grads = like_params(batch.params, mean)
+        if not self.norms:
+            return grads
+        norms = unmarked(norms)
+        return ClippedMean(
+            grads,
+            norms,
+            jax.tree.map(lambda norms: batch.examples.mean(norms > self.max_norm), norms),
+        )
 
-    def _weights(self, norms: Float[Array, " n"]) -> Float[Array, " n"]:
-        """Return min(1, max_norm / |g_n|) / N."""
-        return self.max_norm / jnp.maximum(norms, self.max_norm) / norms.size
+    def _bounded(
+        self, params: Params, forms: PyTree, norms: Float[Array, " n"], examples: Examples
+    ) -> Bounded:
+        """Return the mean of the gradients times min(1, max_norm / |g_n|), and the |g_n|."""
+        weights = self.max_norm / jnp.maximum(norms, self.max_norm)
+        if examples.weights is None:
+            weights = examples.over(weights)
+        else:
+            weights = weighted(weights, examples.shares())
+        if self.drop_nonfinite:
+            finite = jnp.isfinite(norms)
+            forms = map_forms(lambda form: form.only(finite), forms)
+            weights = jnp.where(finite, weights, 0)
+        mean = jax.tree.map(lambda p, form: like(p, form.weighted_sum(weights)), params, forms)
+        return Bounded(mean, PerExample(norms, axis=-1))
 
-    def _noisy(self, grads: PyTree, batch: Batch) -> PyTree:
+    def _noisy(self, grads: PyTree, batch: Whole) -> PyTree:
         leaves, structure = jax.tree.flatten(grads)
         if batch.key is None:
             raise ValueError("a noise_multiplier needs a key, a new one each step")
@@ -98,7 +155,7 @@ class Clipped(Quantity):
             raise TypeError("noise is for params of float32 or float64: narrower ones round it")
         layers = layers_with_params(batch.net, batch.params) if self.per_layer else 1
         bound = self.max_norm * math.sqrt(layers)
-        deviation = self.noise_multiplier * bound / batch.examples
+        deviation = self.noise_multiplier * bound / batch.examples.divisor
         keys = jax.random.split(jax.random.fold_in(batch.key, NOISE), len(leaves))
         noisy = [
             leaf + (deviation * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
@@ -110,10 +167,10 @@ class Clipped(Quantity):
 class Norms(Quantity):
     """|g_n| over all params, in a way that neither cancels nor overflows; (N,)."""
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         return PerExample(_norms(forms), axis=-1) if jax.tree.leaves(forms) else ()
 
-    def finish(self, settled: PyTree, examples: int) -> Float[Array, " n"]:
+    def finish(self, settled: PyTree, examples: Examples) -> Float[Array, " n"]:
         norms = unmarked(settled)
         return norms_of_all(norms) if jax.tree.leaves(norms) else everything(norms)
 
@@ -124,5 +181,7 @@ def _norms(forms: PyTree) -> Float[Array, " n"]:
     return norms_of_all([form.norms() for form in leaves]) if leaves else everything(())
 
 
-def _mean(params: Params, forms: PyTree, weights: Float[Array, " n"]) -> PyTree:
-    return jax.tree.map(lambda param, form: like(param, form.weighted_sum(weights)), params, forms)
+def _each(settled: PyTree, field: str) -> PyTree:
+    return jax.tree.map(
+        lambda node: getattr(node, field), settled, is_leaf=lambda node: isinstance(node, Bounded)
+    )

@@ -8,31 +8,19 @@ its root is J_n^T S_n: one walk back for each column of S_n (``HessianRoot``).
 from __future__ import annotations
 
 import abc
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool
 
+from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags
 from jaxprop.core.forms import Factored, Kronecker, is_factored
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, is_marked, map_forms
-from jaxprop.quantity.per_example import per_example
+from jaxprop.quantity.per_example import per_example, rooted
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source, check_samples
-
-
-class Counted(NamedTuple):
-    """The examples of a batch.
-
-    Attributes:
-        examples: how many.
-        real: False where one, or a position of one, is padding; None where all are real.
-    """
-
-    examples: int
-    real: Bool[Array, "n ..."] | None = None
 
 
 class AddedUp(Quantity):
@@ -43,15 +31,15 @@ class AddedUp(Quantity):
     """
 
     @abc.abstractmethod
-    def part(self, forms: PyTree) -> PyTree:
+    def part(self, forms: PyTree, examples: Examples) -> PyTree:
         """Return of one column what is added up over the columns, at one layer."""
 
     @abc.abstractmethod
-    def whole(self, forms: PyTree, parts: PyTree, batch: Counted) -> PyTree:
+    def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
         """Return what is taken, from the sum of the parts and the forms of any one column."""
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
-        return self.whole(forms, self.part(forms), Counted(examples))
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
+        return self.whole(forms, self.part(forms, examples), examples)
 
 
 class DiagGGN(AddedUp):
@@ -75,12 +63,12 @@ class DiagGGN(AddedUp):
     def source(self) -> Source:
         return HessianRoot(self.samples)
 
-    def part(self, forms: PyTree) -> PyTree:
-        return map_forms(lambda form: form.squares(), forms)
+    def part(self, forms: PyTree, examples: Examples) -> PyTree:
+        return map_forms(lambda form: rooted(form, examples).squares(), forms)
 
-    def whole(self, forms: PyTree, parts: PyTree, batch: Counted) -> PyTree:
+    def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
         return jax.tree.map(
-            lambda form, squares: form.of_squares(squares) / batch.examples,
+            lambda form, squares: examples.over(form.of_squares(squares)),
             forms,
             parts,
             is_leaf=is_factored,
@@ -122,14 +110,26 @@ class KroneckerFactors(AddedUp):
     def source(self) -> Source:
         return LossGradient() if self.empirical else HessianRoot(self.samples)
 
-    def part(self, forms: PyTree) -> PyTree:
-        return map_forms(lambda form: form.gram_of_ct(), forms)
+    def part(self, forms: PyTree, examples: Examples) -> PyTree:
+        return map_forms(lambda form: rooted(form, examples).gram_of_ct(), forms)
 
-    def whole(self, forms: PyTree, parts: PyTree, batch: Counted) -> PyTree:
+    def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
         def factors(form: Factored, of_ct: Array) -> Kronecker:
-            return Kronecker(form.gram_of_x(batch.real) / batch.examples, of_ct / batch.examples)
+            of_x = form.gram_of_x(examples.real, examples.weights)
+            return Kronecker(examples.over(of_x), examples.over(of_ct))
 
         return jax.tree.map(factors, forms, parts, is_leaf=is_factored)
+
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
+        """Of two means only one is over a divisor that was given; the other is over the total."""
+        if examples.divisor is examples.total:
+            return settled
+        counted = examples.counted()
+        return jax.tree.map(
+            lambda of: Kronecker(of.a * counted.astype(of.a.dtype), of.b),
+            settled,
+            is_leaf=lambda node: isinstance(node, Kronecker),
+        )
 
 
 class GGNRoot(Quantity):
@@ -155,10 +155,10 @@ class GGNRoot(Quantity):
     def source(self) -> Source:
         return HessianRoot(self.samples)
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         return per_example(params, forms)
 
-    def finish(self, settled: PyTree, examples: int) -> PyTree:
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         """Behind the columns and the examples come the layers of a ``repeat``, as in params."""
 
         def ahead(each: PerExample) -> PyTree:

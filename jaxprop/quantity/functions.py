@@ -17,16 +17,20 @@ from typing import Any
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.batch import Batch
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import OfBatch, Params, PyTree
+from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import Quantity
 from jaxprop.quantity.clipping import Clipped
 from jaxprop.quantity.curvature import DiagGGN, GGNRoot, KroneckerFactors
 from jaxprop.quantity.per_example import (
+    FiniteLoss,
     Gram,
     NoiseScale,
+    Output,
     PerExampleGrads,
     SecondMoment,
     SqNorms,
@@ -131,15 +135,17 @@ def clipped_grad(
     *,
     per_layer: bool = False,
     two_pass: bool = False,
+    drop_nonfinite: bool = False,
     micro_batches: int = 1,
-) -> OfBatch[tuple[Float[Array, ""], Params]]:
+    aux: bool = False,
+) -> OfBatch[tuple[Any, Params]]:
     """Return ``f(params, x, target) -> (value, grads)``, the mean of the clipped gradients.
 
     With g_n the gradient of example n's own loss, grads is 1/N sum_n g_n min(1, max_norm / |g_n|).
     It can stand for ``value_and_grad`` in ``make_update``. An example whose gradient is not finite
-    makes grads not finite. Where a net computes in bfloat16, XLA may round an array for one of its
-    uses and not for another, and a norm under ``jit`` comes out a little over its bound (1e-4 of it
-    was seen).
+    makes grads not finite, unless it is dropped. Where a net computes in bfloat16, XLA may round an
+    array for one of its uses and not for another, and a norm under ``jit`` comes out a little over
+    its bound (1e-4 of it was seen).
 
     Args:
         net: the network. A layer that couples the examples of a batch raises ``ValueError``.
@@ -149,21 +155,31 @@ def clipped_grad(
             (``jp.quantity.Clipped``). With more than 0, ``f`` takes a key, a new one each step.
         per_layer: whether each layer's part of g_n is bounded by max_norm by itself.
         two_pass: whether to walk back twice, which needs less memory through ``repeat``.
+        drop_nonfinite: whether an example whose gradient is not finite counts as a gradient of 0,
+            and one whose loss is not as a loss of 0.
         micro_batches: into how many parts the batch is split. Noise is drawn once.
+        aux: whether ``f`` returns ``((value, aux), grads)``, with a ``jp.Aux`` that holds the net's
+            output, the norms, and the share of the examples that was clipped.
 
     Raises:
         ValueError: for a bound that is not positive, a negative noise_multiplier, and per_layer
             with two_pass; ``f`` raises it for noise without a key.
         TypeError: ``f`` raises it for noise on params narrower than float32.
     """
-    clipped = Clipped(max_norm, noise_multiplier, per_layer, two_pass)
-    f = together(net, loss, {"grads": clipped}, micro_batches)
+    asked: dict[str, Quantity] = {
+        "mean": Clipped(max_norm, noise_multiplier, per_layer, two_pass, drop_nonfinite, norms=True)
+    }
+    if aux:
+        asked["y"] = Output()
+    if drop_nonfinite:
+        asked["finite"] = FiniteLoss()
+    f = together(net, loss, asked, micro_batches)
 
-    def value_and_clipped(
-        params: Params, x: PyTree, target: PyTree, key: Array | None
-    ) -> tuple[Float[Array, ""], Params]:
-        result = f(params, x, target, key)
-        return result["value"], result["grads"]
+    def value_and_clipped(params: Params, batch: Batch) -> tuple[Any, Params]:
+        result = f(params, batch)
+        value = result["finite" if drop_nonfinite else "value"]
+        grads, norms, clipped = result["mean"]
+        return (value, Aux(result["y"], norms, clipped)) if aux else value, grads
 
     doc = "Return the loss, and the mean of the clipped gradients."
     return of_batch("clipped_grad", doc, net, value_and_clipped)
@@ -226,7 +242,7 @@ def _alone(
 ) -> OfBatch[Any]:
     """Return the function of a batch that returns one quantity, under the name of its maker."""
     f = together(net, loss, {"it": quantity}, micro_batches)
-    return of_batch(name, type(quantity).__doc__, net, lambda *args: f(*args)["it"])
+    return of_batch(name, type(quantity).__doc__, net, lambda params, batch: f(params, batch)["it"])
 
 
 def _exact_or_sampled(
@@ -237,9 +253,9 @@ def _exact_or_sampled(
         together(net, loss, {"it": quantity}, micro_batches) for quantity in (exact, sampled)
     )
 
-    def either(params: Params, x: PyTree, target: PyTree, key: Array | None) -> Any:
-        if key is None and sampled.samples != 1:
+    def either(params: Params, batch: Batch) -> Any:
+        if batch.key is None and sampled.samples != 1:
             raise TypeError("to sample takes a key; without one the whole root is used")
-        return (without_key if key is None else with_key)(params, x, target, key)["it"]
+        return (without_key if batch.key is None else with_key)(params, batch)["it"]
 
     return of_batch(name, type(exact).__doc__, net, either)

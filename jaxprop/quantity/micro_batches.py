@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.arrays import wide
+from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_count
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
@@ -18,9 +19,9 @@ from jaxprop.core.tree import Key, Mask, is_not_learned
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import is_marked
 
-Parts = Callable[[Params, PyTree, PyTree, Array | None], PyTree]
-"""A function of (params, x, target, key) whose result for a batch is made up of those for its
-parts: arrays are means over examples, or marked as ``PerExample``."""
+Parts = Callable[[Params, Batch], PyTree]
+"""A function of (params, batch) whose result for a batch is made up of those for its parts: arrays
+are means over examples, or marked as ``PerExample``."""
 
 
 def in_micro_batches(net: Layer, parts: Parts, micro_batches: int) -> Parts:
@@ -44,14 +45,14 @@ def in_micro_batches(net: Layer, parts: Parts, micro_batches: int) -> Parts:
         return parts
     check_apart(net)
 
-    def accumulated(params: Params, x: PyTree, target: PyTree, key: Array | None) -> PyTree:
-        check_examples((x, target), micro_batches)
-        check_uncoupled(net, params, x)
-        whole = jax.eval_shape(lambda: parts(params, x, target, key))
+    def accumulated(params: Params, batch: Batch) -> PyTree:
+        batch = dividing(batch, micro_batches)
+        check_uncoupled(net, params, batch.x)
+        whole = jax.eval_shape(lambda: parts(params, batch))
         pieces = _pieces(whole, micro_batches)
 
         def add(totals: list[Array], i: Array) -> tuple[list[Array], None]:
-            of_part = parts(*part(params, x, target, key, i, micro_batches))
+            of_part = parts(*part(params, batch, i, micro_batches))
             each = zip(pieces, totals, jax.tree.leaves(of_part), strict=True)
             return [piece.add(total, leaf, i) for piece, total, leaf in each], None
 
@@ -63,9 +64,20 @@ def in_micro_batches(net: Layer, parts: Parts, micro_batches: int) -> Parts:
     return accumulated
 
 
-def part(
-    params: Params, x: PyTree, target: PyTree, key: Array | None, i: Array, micro_batches: int
-) -> tuple[Params, PyTree, PyTree, Array | None]:
+def dividing(batch: Batch, micro_batches: int) -> Batch:
+    """Return the batch with a divisor such that the mean over it is that of its parts' means.
+
+    Raises:
+        ValueError: unless the examples divide into so many equal parts.
+    """
+    check_examples((batch.x, batch.target), micro_batches)
+    if batch.weights is None and batch.divisor is None:
+        return batch
+    divisor = batch.examples(jax.tree.leaves(batch.x)[0].shape[0]).divisor
+    return batch._replace(divisor=divisor / micro_batches)
+
+
+def part(params: Params, batch: Batch, i: Array | int, micro_batches: int) -> tuple[Params, Batch]:
     """Return the arguments of the i-th micro-batch: its examples, and its own masks and keys."""
 
     def of(node: Any) -> Any:
@@ -75,9 +87,12 @@ def part(
             return Key(_folded(node.value, i))
         return node
 
-    x, target = jax.tree.map(lambda leaf: _every(leaf, 0, i, micro_batches), (x, target))
-    own = None if key is None else jax.random.fold_in(key, i)
-    return jax.tree.map(of, params, is_leaf=is_not_learned), x, target, own
+    x, target, weights = jax.tree.map(
+        lambda leaf: _every(leaf, 0, i, micro_batches), (batch.x, batch.target, batch.weights)
+    )
+    key = None if batch.key is None else jax.random.fold_in(batch.key, i)
+    params = jax.tree.map(of, params, is_leaf=is_not_learned)
+    return params, Batch(x, target, key, weights, batch.divisor)
 
 
 def check_apart(net: Layer) -> None:
@@ -160,12 +175,12 @@ def _pieces(whole: PyTree, micro_batches: int) -> list[_Piece]:
     ]
 
 
-def _folded(keys: Array, i: Array) -> Array:
+def _folded(keys: Array, i: Array | int) -> Array:
     """Return keys of any shape, each folded with i."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys.reshape(-1), i).reshape(keys.shape)
 
 
-def _every(leaf: Any, axis: int, i: Array, micro_batches: int) -> Array:
+def _every(leaf: Any, axis: int, i: Array | int, micro_batches: int) -> Array:
     """Return leaf[i::micro_batches] along the axis."""
     parts = _split(jnp.asarray(leaf), axis, micro_batches)
     return jax.lax.dynamic_index_in_dim(parts, i, axis + 1, keepdims=False)

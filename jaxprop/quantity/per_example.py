@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -11,12 +12,22 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.arrays import wide
+from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags
 from jaxprop.core.forms import Factored
 from jaxprop.core.mesh import like
 from jaxprop.core.step import Total
 from jaxprop.core.types import Params, PyTree
-from jaxprop.quantity.base import PerExample, Quantity, everything, is_marked, total, unmarked
+from jaxprop.core.walk import Forward
+from jaxprop.quantity.base import (
+    PerExample,
+    Quantity,
+    everything,
+    is_marked,
+    of_examples,
+    total,
+    unmarked,
+)
 
 
 class Moments(NamedTuple):
@@ -31,8 +42,34 @@ class Gradient(Quantity):
 
     like_params: ClassVar[bool] = True
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         return jax.tree.map(lambda p, form: like(p, _mean(form, examples)), params, forms)
+
+
+class OfForward(Quantity):
+    """A quantity that is taken of the pass forward alone."""
+
+    @abc.abstractmethod
+    def of_forward(self, ahead: Forward) -> PyTree:
+        """Return what is taken, a mean over examples or marked as ``PerExample``."""
+
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
+        return ()
+
+
+class Output(OfForward):
+    """The net's output y, for an accuracy, say."""
+
+    def of_forward(self, ahead: Forward) -> PyTree:
+        return of_examples(ahead.y)
+
+
+class FiniteLoss(OfForward):
+    """The mean of the loss, without the examples whose loss is not finite."""
+
+    def of_forward(self, ahead: Forward) -> Float[Array, ""]:
+        finite = jnp.where(jnp.isfinite(ahead.values), ahead.values, 0)
+        return ahead.examples.mean(finite)
 
 
 class PerExampleGrads(Quantity):
@@ -41,10 +78,10 @@ class PerExampleGrads(Quantity):
     like_params: ClassVar[bool] = True
     axes: ClassVar[int] = 1
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         return per_example(params, forms)
 
-    def finish(self, settled: PyTree, examples: int) -> PyTree:
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         """Behind the example axis come the layers of a ``repeat``, as in params."""
         return jax.tree.map(
             lambda each: jnp.moveaxis(each.value, each.axis, 0), settled, is_leaf=is_marked
@@ -64,11 +101,11 @@ class SqNorms(Quantity):
     def __post_init__(self) -> None:
         check_flags(self, "per_layer")
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         norms = PerExample(total(lambda form: form.sq_norms(), forms), axis=-1)
         return norms if self.per_layer else Total(norms)
 
-    def finish(self, settled: PyTree, examples: int) -> PyTree:
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         norms = unmarked(settled)
         return norms if self.per_layer else everything(norms)
 
@@ -78,10 +115,10 @@ class Gram(Quantity):
 
     of_pairs: ClassVar[bool] = True
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         return Total(total(lambda form: form.inner_products(), forms))
 
-    def finish(self, settled: PyTree, examples: int) -> Float[Array, "n n"]:
+    def finish(self, settled: PyTree, examples: Examples) -> Float[Array, "n n"]:
         return everything(settled)
 
 
@@ -90,8 +127,8 @@ class SecondMoment(Quantity):
 
     like_params: ClassVar[bool] = True
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
-        return jax.tree.map(lambda _, form: form.second_moment() / examples, params, forms)
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
+        return jax.tree.map(lambda _, form: _mean_of_squares(form, examples), params, forms)
 
 
 class Variance(Quantity):
@@ -102,9 +139,9 @@ class Variance(Quantity):
 
     like_params: ClassVar[bool] = True
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         def moments(_: Array, form: Factored) -> Moments:
-            return Moments(_mean(form, examples), form.second_moment() / examples)
+            return Moments(_mean(form, examples), _mean_of_squares(form, examples))
 
         return jax.tree.map(moments, params, forms)
 
@@ -124,9 +161,9 @@ class NoiseScale(Quantity):
     of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one batch.
     """
 
-    def take(self, params: Params, forms: PyTree, examples: int) -> PyTree:
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         def moments(_: Array, form: Factored) -> Moments:
-            return Moments(wide(_mean(form, examples)), jnp.mean(form.sq_norms()))
+            return Moments(wide(_mean(form, examples)), examples.mean(form.sq_norms()))
 
         return jax.tree.map(moments, params, forms)
 
@@ -136,12 +173,18 @@ class NoiseScale(Quantity):
         )
         return Total(sum(each[1:], start=each[0]) if each else ())
 
-    def finish(self, settled: PyTree, examples: int) -> Float[Array, ""]:
-        if examples < 2:
+    def finish(self, settled: PyTree, examples: Examples) -> Float[Array, ""]:
+        if examples.number < 2:
             raise ValueError("the noise scale is estimated from at least 2 examples, not 1")
         mean_of_squares, square_of_mean = everything(settled)
-        trace = (mean_of_squares - square_of_mean) * examples / (examples - 1)
-        return trace * (examples - 1) / (examples * square_of_mean - mean_of_squares)
+        n = examples.total
+        if isinstance(n, Array):
+            n = n.astype(mean_of_squares.dtype)
+        if examples.divisor is not examples.total:  # then neither is a mean yet
+            counted = examples.counted().astype(mean_of_squares.dtype)
+            mean_of_squares, square_of_mean = mean_of_squares * counted, square_of_mean * counted**2
+        trace = (mean_of_squares - square_of_mean) * n / (n - 1)
+        return trace * (n - 1) / (n * square_of_mean - mean_of_squares)
 
 
 def per_example(params: Params, forms: PyTree) -> PyTree:
@@ -153,8 +196,17 @@ def per_example(params: Params, forms: PyTree) -> PyTree:
     return jax.tree.map(each, params, forms)
 
 
-def _mean(form: Factored, examples: int) -> Array:
-    return form.weighted_sum(jnp.full(examples, 1 / examples))
+def _mean(form: Factored, examples: Examples) -> Array:
+    return form.weighted_sum(examples.shares())
+
+
+def _mean_of_squares(form: Factored, examples: Examples) -> Array:
+    return examples.over(rooted(form, examples).second_moment())
+
+
+def rooted(form: Factored, examples: Examples) -> Factored:
+    """Return the form with the root of its weight in each example, for sums of squares."""
+    return form if examples.weights is None else form.scaled(jnp.sqrt(examples.weights))
 
 
 def _map_moments(f: Callable[[Moments], Array], taken: PyTree) -> PyTree:

@@ -76,13 +76,16 @@ class HessianRoot(Source):
         loss, residuals, samples = ahead.loss, ahead.residuals, self.samples
         if samples is None:
             return Columns(
-                loss.hessian_columns(residuals), lambda c: loss.hessian_column(residuals, c)
+                loss.hessian_columns(residuals),
+                lambda c: ahead.examples.counting(loss.hessian_column(residuals, c)),
             )
         if key is None:
             raise TypeError("to sample takes a key; without samples the whole root is used")
         keys = jax.random.split(key, samples)
         scale = 1 / math.sqrt(samples)
-        return Columns(
-            samples,
-            lambda c: jax.tree.map(lambda s: s * scale, loss.sample(keys[c], residuals)),
-        )
+
+        def column(c: int | Array) -> Cotangent:
+            sampled = jax.tree.map(lambda s: s * scale, loss.sample(keys[c], residuals))
+            return ahead.examples.counting(sampled)
+
+        return Columns(samples, column)

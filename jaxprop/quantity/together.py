@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.batch import Batch
 from jaxprop.core.checks import require
 from jaxprop.core.cotangents import factored
 from jaxprop.core.coupling import check_uncoupled
@@ -21,9 +22,10 @@ from jaxprop.core.step import Step
 from jaxprop.core.tree import learned
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Visited
 from jaxprop.core.walk import Forward, check_net_and_loss, forward
-from jaxprop.quantity.base import Batch, Quantity, is_marked
-from jaxprop.quantity.curvature import AddedUp, Counted
+from jaxprop.quantity.base import Quantity, Whole, is_marked
+from jaxprop.quantity.curvature import AddedUp
 from jaxprop.quantity.micro_batches import in_micro_batches
+from jaxprop.quantity.per_example import OfForward
 from jaxprop.quantity.source import Columns, Source
 
 FORMS = "jaxprop.forms"
@@ -65,24 +67,24 @@ def quantities(
 
 def together(
     net: Layer, loss: Loss, asked: Mapping[str, Quantity], micro_batches: int
-) -> Callable[[Params, PyTree, PyTree, Array | None], dict[str, Any]]:
-    """Return the quantities asked for as a function of (params, x, target, key)."""
+) -> Callable[[Params, Batch], dict[str, Any]]:
+    """Return the quantities asked for as a function of (params, batch)."""
     check_net_and_loss(net, loss)
     _check_asked(asked, micro_batches)
     settle_early = micro_batches == 1
     parts = in_micro_batches(net, _parts(net, loss, asked, settle_early), micro_batches)
 
-    def taken_together(
-        params: Params, x: PyTree, target: PyTree, key: Array | None
-    ) -> dict[str, Any]:
-        check_uncoupled(net, params, x)
+    def taken_together(params: Params, batch: Batch) -> dict[str, Any]:
+        check_uncoupled(net, params, batch.x)
+        key = batch.key
         for_samples = None if key is None else jax.random.fold_in(key, SAMPLES)
-        value, taken = parts(params, x, target, for_samples)
-        batch = Batch(net, params, jax.tree.leaves(x)[0].shape[0], key)
+        value, taken = parts(params, batch._replace(key=for_samples))
+        examples = batch.examples(jax.tree.leaves(batch.x)[0].shape[0])
+        whole = Whole(net, params, examples, key)
         result = {"value": value}
         for name, quantity in asked.items():
             settled = taken[name] if settle_early else quantity.settle(taken[name])
-            result[name] = quantity.end(settled, batch)
+            result[name] = quantity.end(settled, whole)
         return result
 
     return taken_together
@@ -92,17 +94,19 @@ def _parts(
     net: Layer, loss: Loss, asked: Mapping[str, Quantity], settle: bool
 ) -> Callable[..., tuple[Array, dict[str, PyTree]]]:
     by_source: dict[Source, dict[str, Quantity]] = {}
+    of_forward: dict[str, OfForward] = {}
     for name, quantity in asked.items():
-        by_source.setdefault(quantity.source, {})[name] = quantity
+        if isinstance(quantity, OfForward):
+            of_forward[name] = quantity
+        else:
+            by_source.setdefault(quantity.source, {})[name] = quantity
 
-    def parts(
-        params: Params, x: PyTree, target: PyTree, key: Array | None
-    ) -> tuple[Array, dict[str, PyTree]]:
-        ahead = forward(net, loss, params, x, target)
-        taken: dict[str, PyTree] = {}
+    def parts(params: Params, batch: Batch) -> tuple[Array, dict[str, PyTree]]:
+        ahead = forward(net, loss, params, batch)
+        taken = {name: quantity.of_forward(ahead) for name, quantity in of_forward.items()}
         for source, group in by_source.items():
             walks = _Walks(group, ahead, learned(params), settle)
-            taken |= walks.of(source, key)
+            taken |= walks.of(source, batch.key)
         return ahead.value, taken
 
     return parts
@@ -159,7 +163,7 @@ class _Walks:
 
         def of_column(step: Step, forms: PyTree) -> dict[str, PyTree]:
             return {
-                name: added[name].part(forms)
+                name: added[name].part(forms, self.ahead.examples)
                 if name in added
                 else self._take(name, step, forms, {})
                 for name in self.asked
@@ -188,18 +192,15 @@ class _Walks:
         taken, _ = jax.lax.scan(another, start, jnp.arange(1, columns.number))
         forms = _picked(visited, FORMS)
         return taken | {
-            name: quantity.whole(forms, taken[name], self._counted())
+            name: quantity.whole(forms, taken[name], self.ahead.examples)
             for name, quantity in added.items()
         }
 
     def _take(self, name: str, step: Step, forms: PyTree, known: Mapping[str, PyTree]) -> PyTree:
         """Return what one quantity takes at one layer."""
         quantity = self.asked[name]
-        if isinstance(quantity, AddedUp):
-            here = quantity.whole(forms, quantity.part(forms), self._counted())
-        else:
-            extra = {"before": known[name]} if name in known else {}
-            here = quantity.take(step.learned, forms, self.ahead.examples, **extra)
+        extra = {"before": known[name]} if name in known else {}
+        here = quantity.take(step.learned, forms, self.ahead.examples, **extra)
         return quantity.settle(here) if self.settle else here
 
     def _gathered(self, visited: Visited) -> dict[str, PyTree]:
@@ -207,9 +208,6 @@ class _Walks:
             name: quantity.gather(self.params, _picked(visited, name), self.ahead.examples)
             for name, quantity in self.asked.items()
         }
-
-    def _counted(self) -> Counted:
-        return Counted(self.ahead.examples, self.ahead.loss.real(self.ahead.residuals))
 
     def _before(self, ct: Cotangent) -> dict[str, PyTree]:
         """Return the results of what some quantities need to know beforehand, from a walk."""

@@ -31,6 +31,7 @@ class FusedUpdate(Replacing):
         depths: like the learned params, the number of each one's axes of layers.
         grads: like the learned params, the sums of earlier micro-batches' gradients, or None.
         micro_batches: how many there are.
+        scale: what the cotangent of the net's output was multiplied by.
 
     Raises:
         ValueError: where the update of a param depends on another's gradient or state, or that of
@@ -46,6 +47,7 @@ class FusedUpdate(Replacing):
         depths: PyTree,
         grads: Params | None = None,
         micro_batches: int = 1,
+        scale: float | Array = 1.0,
     ) -> None:
         def update(grads: Any, state: Any, params: Any, seen: Any) -> tuple[Any, Any]:
             return apply(grads, state, params, seen, _no_value_fn)
@@ -53,7 +55,7 @@ class FusedUpdate(Replacing):
         arrays = for_optimizer(params)
         with jax.disable_jit():  # all equations side by side, none inside another
             closed = jax.make_jaxpr(update)(arrays, state, arrays, seen)
-        self._all, self._micro_batches = params, micro_batches
+        self._all, self._micro_batches, self._scale = params, micro_batches, scale
         self._params, self._of_params = jax.tree.flatten(arrays)
         self._state, self._of_state = jax.tree.flatten(state)
         self._depths = jax.tree.leaves(depths)
@@ -77,7 +79,7 @@ class FusedUpdate(Replacing):
         return jax.tree.map(
             lambda node, grad: self._updated(node, grad) if is_attached(node) else node,
             step.place,
-            merged(step.params, gradient(step)),
+            merged(step.params, gradient(step, self._scale)),
             is_leaf=is_attached,
         )
 
@@ -139,10 +141,11 @@ class NormsOfMean(Placed):
 
     Args:
         micro_batches: how many there are.
+        scale: what the cotangent of the net's output was multiplied by.
     """
 
-    def __init__(self, micro_batches: int) -> None:
-        self._micro_batches = micro_batches
+    def __init__(self, micro_batches: int, scale: float | Array = 1.0) -> None:
+        self._micro_batches, self._scale = micro_batches, scale
 
     def params(self, place: PyTree) -> Params:
         return bare(place)
@@ -150,24 +153,26 @@ class NormsOfMean(Placed):
     def __call__(self, step: Step) -> list[Array]:
         places = jax.tree.leaves(step.place, is_leaf=is_attached)
         before = [place.grad for place in places if is_attached(place)]
-        grads = jax.tree.leaves(gradient(step))
+        grads = jax.tree.leaves(gradient(step, self._scale))
         pairs = zip(before, grads, strict=True)
         means = [mean_with(total, grad, self._micro_batches) for total, grad in pairs]
         return [norms(mean[None])[0] for mean in means]
 
 
-def norms_of_gradient(step: Step) -> list[Array]:
+def norms_of_gradient(step: Step, scale: float | Array = 1.0) -> list[Array]:
     """Return |gradient| of each of a layer's params, from its factors where these are all of it.
 
-    What rounds a gradient to narrower params may make it infinite; in ``jax.shard_map`` it is a sum
-    over devices.
+    The cotangent that the walk started from was multiplied by the scale. What rounds a gradient to
+    narrower params may make it infinite; in ``jax.shard_map`` it is a sum over devices.
     """
 
     def norm(leaf: Any) -> Array:
         return leaf.norm_of_sum() if isinstance(leaf, Factored) else norms(leaf[None])[0]
 
     narrow = any(wide(param).dtype != param.dtype for param in jax.tree.leaves(step.learned))
-    whole = gradient(step) if narrow or shard_map_axes() else step.d_params
+    unscaled = isinstance(scale, int | float) and scale == 1
+    summed = narrow or shard_map_axes() or not unscaled
+    whole = gradient(step, scale) if summed else step.d_params
     return list(map(norm, jax.tree.leaves(whole, is_leaf=is_factored)))
 
 

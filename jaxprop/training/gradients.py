@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_number
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.functions import of_batch
@@ -15,8 +16,10 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Step
 from jaxprop.core.tree import check_learned, learned, like_params, merged
-from jaxprop.core.types import OfBatch, Params, PyTree
-from jaxprop.core.walk import check_net_and_loss, forward, loss_fn
+from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree
+from jaxprop.core.walk import check_net_and_loss, forward
+from jaxprop.quantity.aux import Aux
+from jaxprop.quantity.base import of_examples, unmarked
 from jaxprop.quantity.micro_batches import Parts, in_micro_batches
 
 Value = Float[Array, ""]
@@ -30,7 +33,12 @@ class Differentiate(Protocol):
 
 
 def value_and_grad(
-    net: Layer, loss: Loss, *, loss_scale: float | Array = 1.0, micro_batches: int = 1
+    net: Layer,
+    loss: Loss,
+    *,
+    loss_scale: float | Array = 1.0,
+    micro_batches: int = 1,
+    aux: bool = False,
 ) -> ValueAndGrad:
     """Return ``f(params, x, target) -> (value, grads)`` by the hand-written chain.
 
@@ -48,6 +56,8 @@ def value_and_grad(
             (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
         micro_batches: into how many equal parts the batch is split, which are gone through one
             after the other in the memory of one.
+        aux: whether ``f`` returns ``((value, aux), grads)``, with a ``jp.Aux`` that holds the net's
+            output y.
 
     Raises:
         TypeError: for what is not a net, or not a loss, and for a loss_scale that is no number.
@@ -57,22 +67,20 @@ def value_and_grad(
     check_net_and_loss(net, loss)
     check_number("loss_scale", loss_scale, positive=True)
 
-    def parts(params: Params, x: PyTree, target: PyTree, key: Array | None) -> tuple[Value, Params]:
-        ahead = forward(net, loss, params, x, target)
-        ct = ahead.mean_gradient()
-        if not isinstance(loss_scale, int | float) or loss_scale != 1:
-            ct = jax.tree.map(lambda ct: ct * loss_scale, ct)
+    def parts(params: Params, batch: Batch) -> tuple[Any, Params]:
+        ahead = forward(net, loss, params, batch)
+        ct = scaled_up(ahead.mean_gradient(), loss_scale)
 
         def visit(step: Step) -> Params:
             return gradient(step, loss_scale)
 
         grads, _ = ahead.back(ct, visit)
-        return ahead.value, grads
+        return (ahead.value, Aux(of_examples(ahead.y))) if aux else ahead.value, grads
 
     return _in_form("value_and_grad", net, in_micro_batches(net, parts, micro_batches))
 
 
-def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1) -> ValueAndGrad:
+def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1, aux: bool = False) -> ValueAndGrad:
     """Return ``f(params, x, target) -> (value, grads)`` by ``jax.grad`` of ``jp.loss_fn``.
 
     What it returns has the structure of ``jp.value_and_grad``'s: it differentiates by what is
@@ -83,6 +91,7 @@ def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1) -> ValueAndGrad:
         net: the network.
         loss: the loss.
         micro_batches: into how many equal parts the batch is split.
+        aux: whether ``f`` returns ``((value, aux), grads)``, as that of ``jp.value_and_grad``.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -92,26 +101,34 @@ def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1) -> ValueAndGrad:
         >>> jax.tree.structure(by_hand) == jax.tree.structure(by_jax)
         True
     """
-    mean_loss = loss_fn(net, loss)
+    check_net_and_loss(net, loss)
 
-    def parts(params: Params, x: PyTree, target: PyTree, key: Array | None) -> tuple[Value, Params]:
+    def parts(params: Params, batch: Batch) -> tuple[Any, Params]:
         check_learned(params)
 
-        def of_learned(arrays: Params) -> Value:
-            return mean_loss(merged(params, arrays), x, target)
+        def of_learned(arrays: Params) -> tuple[Value, PyTree]:
+            ahead = forward(net, loss, merged(params, arrays), batch)
+            return ahead.value, ahead.y
 
-        return jax.value_and_grad(of_learned)(learned(params))
+        of_pair = jax.value_and_grad(of_learned, has_aux=True)
+        (value, y), grads = of_pair(learned(params))
+        return (value, Aux(of_examples(y))) if aux else value, grads
 
     return _in_form("autodiff", net, in_micro_batches(net, parts, micro_batches))
+
+
+def scaled_up(ct: Cotangent, scale: float | Array) -> Cotangent:
+    """Return the cotangent that a walk starts from, times the loss scale."""
+    if isinstance(scale, int | float) and scale == 1:
+        return ct
+    return jax.tree.map(lambda ct: ct * scale, ct)
 
 
 def _in_form(name: str, net: Layer, differentiate: Parts) -> ValueAndGrad:
     """Return the function of a batch whose gradients have the structure of params."""
 
-    def in_form(
-        params: Params, x: PyTree, target: PyTree, key: Array | None
-    ) -> tuple[Value, Params]:
-        value, grads = differentiate(params, x, target, key)
-        return value, like_params(params, grads)
+    def in_form(params: Params, batch: Batch) -> tuple[Any, Params]:
+        value, grads = differentiate(params, batch)
+        return unmarked(value), like_params(params, grads)
 
     return of_batch(name, "Return the mean of the loss, and its gradient.", net, in_form)

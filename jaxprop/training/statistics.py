@@ -6,11 +6,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxprop.core.checks import require
 from jaxprop.core.combinator import Wrapper, map_children
 from jaxprop.core.layer import Layer
 from jaxprop.core.step import Step
+from jaxprop.core.tree import SideInput
 from jaxprop.core.types import Params, PyTree
 from jaxprop.layers import BatchNorm
 
@@ -32,21 +34,40 @@ def inference_mode(net: Layer) -> Layer:
     return dataclasses.replace(net, training=False) if trains else net
 
 
-def update_batch_stats(net: Layer, params: Params, x: PyTree) -> Params:
+def holds_batch_stats(net: Layer) -> bool:
+    """Return whether some BatchNorm in the net is in training."""
+    here = isinstance(net, BatchNorm) and net.training
+    return here or any(holds_batch_stats(child.layer) for child in net.children())
+
+
+def update_batch_stats(
+    net: Layer,
+    params: Params,
+    x: PyTree,
+    *,
+    key: Array | None = None,
+    mask: Array | None = None,
+) -> Params:
     """Return params with each BatchNorm's running statistics moved towards those of the batch x.
 
     For a BatchNorm in training, running = momentum * running + (1 - momentum) * the batch's, where
-    that is finite; all else is as it was. In one ``jax.jit`` with ``value_and_grad`` of the same
-    params, or with ``update`` of the params that it returns, the way forward is computed once:
+    that is finite; all else is as it was. The update of ``jp.make_update`` does it by itself. In a
+    loop of one's own, in one ``jax.jit`` with ``value_and_grad`` of the same params, the way
+    forward is computed once:
 
         @jax.jit
         def step(params, state, x, target):
-            return update(jp.update_batch_stats(net, params, x), state, x, target)
+            value, grads = jp.value_and_grad(net, loss)(params, x, target)
+            updates, state = optimizer.update(grads, state, params)
+            params = jp.update_batch_stats(net, params, x)
+            return optax.apply_updates(params, updates), state, value
 
     Args:
         net: the network.
         params: its params.
         x: a batch of inputs.
+        key: the key of the step, for layers that draw.
+        mask: the mask of the step.
 
     Raises:
         ValueError: for a BatchNorm that is ``shared``, or in a layer that does not say where its
@@ -61,6 +82,8 @@ def update_batch_stats(net: Layer, params: Params, x: PyTree) -> Params:
             layer, residuals = layer.inside(residuals)
         if isinstance(layer, BatchNorm) and layer.training:
             return layer.with_batch_stats(step.params, residuals)
+        if isinstance(step.params, SideInput):
+            return ()
         if any(child.layer.batch_coupled for child in layer.children()):
             raise ValueError(
                 f"{layer}: a layer around a BatchNorm is a jp.Wrapper, which says where its "
@@ -68,6 +91,7 @@ def update_batch_stats(net: Layer, params: Params, x: PyTree) -> Params:
             )
         return step.params
 
-    y, residuals = net.forward(params, x)
+    bound = net.bind(params, key=key, mask=mask)
+    y, residuals = net.forward(bound, x)
     unused = jax.tree.map(jnp.zeros_like, y)
-    return net.walk(params, residuals, unused, visit)[0]
+    return net.walk(bound, residuals, unused, visit)[0]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
-from jaxtyping import Float
 
-from jaxprop.core.arrays import sum_over, wide
+from jaxprop.core.arrays import wide
+from jaxprop.core.batch import Batch, weighted_batch
 from jaxprop.core.combinator import stack_depths
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.coupling import check_uncoupled
@@ -20,112 +19,37 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.forms import norm_of_all, norms
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
-from jaxprop.core.mesh import shard_map_axes
-from jaxprop.core.tree import check_learned, for_optimizer, merged
+from jaxprop.core.side_inputs import takes_side_input
+from jaxprop.core.tree import Key, Unlearned, check_learned, for_optimizer, is_not_learned, merged
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import forward, loss_fn
-from jaxprop.quantity.micro_batches import check_examples, part
+from jaxprop.quantity.aux import Aux
+from jaxprop.quantity.micro_batches import dividing, part
+from jaxprop.training.apply import Apply, Options, Seen
 from jaxprop.training.attached import attached
 from jaxprop.training.fused import FusedUpdate, NormsOfMean, mean_with, norms_of_gradient
-from jaxprop.training.gradients import ValueAndGrad
+from jaxprop.training.gradients import ValueAndGrad, scaled_up
+from jaxprop.training.statistics import holds_batch_stats, update_batch_stats
 
-
-class Skipping(NamedTuple):
-    """An optimizer's state, and how many steps were skipped because they were not finite.
-
-    Attributes:
-        state: the optimizer's state.
-        skipped: int32, a scalar.
-    """
-
-    state: PyTree
-    skipped: Array
-
-
-class Seen(NamedTuple):
-    """What an update knows of the whole batch.
-
-    Attributes:
-        value: the loss.
-        norm: the norm of the gradient, where it is needed.
-        finite: whether both are finite.
-    """
-
-    value: Float[Array, ""]
-    norm: Any = None
-    finite: Any = None
-
-    @classmethod
-    def with_norm(cls, value: Array, norm: Array) -> Seen:
-        """Return what is seen; in ``jax.shard_map`` finite is what is so on all devices."""
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        axes = shard_map_axes()
-        if axes:
-            finite &= jax.lax.axis_index(axes) >= 0  # always so, but on each device its own answer
-            finite = jax.lax.pmin(finite.astype(jnp.int32), axes) > 0
-        return cls(value, norm, finite)
-
-
-Apply = Callable[..., tuple[Params, PyTree]]
-Run = Callable[..., tuple[Params, PyTree, Array]]
-
-
-def make_apply(
-    optimizer: optax.GradientTransformationExtraArgs,
-    max_norm: float | Array | None,
-    skip_nonfinite: bool,
-) -> Apply:
-    """Return ``apply(grads, state, params, seen, value_fn) -> (params, state)``."""
-    taken = _extra_args(optimizer)
-
-    def apply(
-        grads: Params,
-        state: PyTree,
-        params: Params,
-        seen: Seen,
-        value_fn: Callable[[Params], Array],
-    ) -> tuple[Params, PyTree]:
-        if max_norm is not None:
-            scale = jnp.where(seen.norm < max_norm, 1, max_norm / seen.norm)
-            grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        extra = {"value": seen.value, "grad": grads, "value_fn": value_fn}
-        given = {name: extra[name] for name in taken}
-        updates, state = optimizer.update(grads, state, params, **given)
-        return optax.apply_updates(params, updates), state
-
-    def apply_if_finite(
-        grads: Params,
-        state: PyTree,
-        params: Params,
-        seen: Seen,
-        value_fn: Callable[[Params], Array],
-    ) -> tuple[Params, PyTree]:
-        if not isinstance(state, Skipping):
-            raise TypeError("with skip_nonfinite start from state = update.init(params)")
-        old = params, state.state
-        params, inner = jax.tree.map(
-            lambda new, old: jax.lax.select(seen.finite, new, old),
-            apply(grads, state.state, params, seen, value_fn),
-            old,
-        )
-        return params, Skipping(inner, state.skipped + (~seen.finite).astype(jnp.int32))
-
-    return apply_if_finite if skip_nonfinite else apply
-
-
-def _extra_args(optimizer: optax.GradientTransformationExtraArgs) -> tuple[str, ...]:
-    """Return which extra arguments the optimizer's update takes."""
-    names = ("value", "grad", "value_fn")
-    parameters = inspect.signature(optimizer.update).parameters
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
-        return names
-    return tuple(name for name in names if name in parameters)
+Run = Callable[..., tuple[Params, PyTree, Any]]
 
 
 def whole_step(
-    net: Layer, loss: Loss, apply: Apply, need_norm: bool, differentiate: ValueAndGrad
+    net: Layer,
+    loss: Loss,
+    apply: Apply,
+    options: Options,
+    differentiate: Callable[[float | Array], ValueAndGrad],
 ) -> Run:
-    """Return a step that finds all gradients, and then updates all params."""
+    """Return a step that finds all gradients, and then updates all params.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        apply: what is made of gradients.
+        options: what the update is asked to do.
+        differentiate: how to differentiate, for a loss scale.
+    """
     mean_loss = loss_fn(net, loss)
 
     def step(
@@ -135,28 +59,42 @@ def whole_step(
         target: PyTree,
         key: Array | None = None,
         mask: Array | None = None,
-    ) -> tuple[Params, PyTree, Array]:
+        weights: Array | None = None,
+        divisor: float | Array | None = None,
+    ) -> tuple[Params, PyTree, Any]:
         check_learned(params)
-        given = {name: value for name, value in (("key", key), ("mask", mask)) if value is not None}
+        _check_key(net, key)
+        every = {"key": key, "mask": mask, "weights": weights, "divisor": divisor}
+        given = {name: value for name, value in every.items() if value is not None}
 
         def value_fn(arrays: Params) -> Array:
             return mean_loss(merged(params, arrays), x, target, **given)
 
-        value, grads = _pair(differentiate(params, x, target, **given))
+        result, grads = _pair(differentiate(options.scale(state))(params, x, target, **given))
+        value, aux = _pair(result) if options.aux else (result, None)
         grads, arrays = for_optimizer(grads), for_optimizer(params)
         _check_grads(grads, arrays)
         seen = Seen(value)
-        if need_norm:
+        if options.need_norm:
             each = jax.tree.map(lambda grad: norms(grad[None])[0], grads)
             seen = Seen.with_norm(value, norm_of_all(each))
         arrays, state = apply(grads, state, arrays, seen, value_fn)
-        return merged(params, arrays), state, value
+        params = _with_batch_stats(net, params, x, key, mask, seen if options.skips else None)
+        return merged(params, arrays), state, _result(value, aux, seen)
 
     return step
 
 
-def fused_step(net: Layer, loss: Loss, apply: Apply, need_norm: bool, micro_batches: int) -> Run:
-    """Return a step that updates each layer's params as what the walk back collects."""
+def fused_step(net: Layer, loss: Loss, apply: Apply, options: Options) -> Run:
+    """Return a step that updates each layer's params as what the walk back collects.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        apply: what is made of gradients.
+        options: what the update is asked to do.
+    """
+    micro_batches = options.micro_batches
 
     def step(
         params: Params,
@@ -165,68 +103,127 @@ def fused_step(net: Layer, loss: Loss, apply: Apply, need_norm: bool, micro_batc
         target: PyTree,
         key: Array | None = None,
         mask: Array | None = None,
-    ) -> tuple[Params, PyTree, Array]:
+        weights: Array | None = None,
+        divisor: float | Array | None = None,
+    ) -> tuple[Params, PyTree, Any]:
         check_learned(params)
-        bound, depths = net.bind(params, key=key, mask=mask), stack_depths(net, params)
-        of_last, before = (bound, x, target), None
+        _check_key(net, key)
+        scale, depths = options.scale(state), stack_depths(net, params)
+        bound = net.bind(params, key=key, mask=mask)
+        last, before = (bound, weighted_batch(net, x, target, None, weights, divisor)), None
         if micro_batches > 1:
-            before, of_last = _all_but_last(net, loss, bound, x, target, micro_batches)
-        ahead = forward(net, loss, *of_last)
-        ct, value = ahead.mean_gradient(), ahead.value
+            before, last = _all_but_last(net, loss, *last, options, scale)
+        ahead = forward(net, loss, *last)
+        ct, value, y = scaled_up(ahead.mean_gradient(), scale), ahead.value, ahead.y
         if before is not None:
             value = mean_with(before.value, value, micro_batches)
+            y = _interleaved(before.y, y)
         seen = Seen(value)
-        if need_norm:
+        if options.need_norm:
             if before is None:
-                each, _ = ahead.back(ct, norms_of_gradient)
+                each, _ = ahead.back(ct, functools.partial(norms_of_gradient, scale=scale))
             else:
-                visit = NormsOfMean(micro_batches)
-                each, _ = ahead.back(ct, visit, attached(of_last[0], before.grads))
+                visit = NormsOfMean(micro_batches, scale)
+                each, _ = ahead.back(ct, visit, attached(last[0], before.grads))
             seen = Seen.with_norm(value, norm_of_all(each))
         grads = None if before is None else before.grads
-        visit = FusedUpdate(apply, of_last[0], state, seen, depths, grads, micro_batches)
+        visit = FusedUpdate(apply, last[0], state, seen, depths, grads, micro_batches, scale)
         places, _ = ahead.back(ct, visit, visit.places())
         arrays, state = visit.results(places)
-        return merged(params, arrays), state, value
+        params = _with_batch_stats(net, params, x, key, mask, seen if options.skips else None)
+        return merged(params, arrays), state, _result(value, Aux(y) if options.aux else None, seen)
 
     return step
 
 
 class Before(NamedTuple):
-    """The sums over all micro-batches but the last.
+    """What all micro-batches but the last leave.
 
     Attributes:
-        value: of the loss.
-        grads: of the gradients, like the learned params, in at least float32.
+        value: the sum of the losses.
+        grads: the sums of the gradients, like the learned params, in at least float32.
+        y: the outputs, behind an axis of micro-batches, or ``()`` where nobody asks.
     """
 
     value: Array
     grads: Params
+    y: PyTree
 
 
 def _all_but_last(
-    net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree, micro_batches: int
-) -> tuple[Before, tuple[Params, PyTree, PyTree]]:
-    """Return the sums over all micro-batches but the last, and the arguments of that one."""
-    check_examples((x, target), micro_batches)
-    check_uncoupled(net, params, x)
+    net: Layer, loss: Loss, params: Params, batch: Batch, options: Options, scale: float | Array
+) -> tuple[Before, tuple[Params, Batch]]:
+    """Return what all micro-batches but the last leave, and the arguments of that one."""
+    batch = dividing(batch, options.micro_batches)
+    check_uncoupled(net, params, batch.x)
 
-    def args(i: Any) -> tuple[Params, PyTree, PyTree]:
-        return part(params, x, target, None, i, micro_batches)[:3]
+    def args(i: Array | int) -> tuple[Params, Batch]:
+        return part(params, batch, i, options.micro_batches)
 
-    def of_part(i: Array) -> Before:
+    def of_part(i: Array | int) -> tuple[tuple[Array, Params], PyTree]:
         ahead = forward(net, loss, *args(i))
-        grads, _ = ahead.back(ahead.mean_gradient(), gradient)
-        return Before(ahead.value, jax.tree.map(wide, grads))
+        ct = scaled_up(ahead.mean_gradient(), scale)
+        grads, _ = ahead.back(ct, functools.partial(gradient, scale=scale))
+        return (ahead.value, jax.tree.map(wide, grads)), ahead.y if options.aux else ()
 
-    return sum_over(of_part, jnp.arange(micro_batches - 1)), args(micro_batches - 1)
+    def add(sums: PyTree, i: Array) -> tuple[PyTree, PyTree]:
+        more, y = of_part(i)
+        return jax.tree.map(jnp.add, sums, more), y
+
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: of_part(0)[0]))
+    last = options.micro_batches - 1
+    (value, grads), y = jax.lax.scan(add, start, jnp.arange(last))
+    return Before(value, grads, y), args(last)
 
 
-def _pair(result: Any) -> tuple[Array, Params]:
+def _interleaved(before: PyTree, last: PyTree) -> PyTree:
+    """Return the outputs of all examples: those of the i-th part are [i::micro_batches]."""
+
+    def joined(before: Array, last: Array) -> Array:
+        parts = jnp.concatenate([before, last[None]])
+        return parts.swapaxes(0, 1).reshape(-1, *last.shape[1:])
+
+    return jax.tree.map(joined, before, last) if jax.tree.leaves(before) else last
+
+
+def _with_batch_stats(
+    net: Layer, params: Params, x: PyTree, key: Array | None, mask: Array | None, seen: Seen | None
+) -> Params:
+    """Return params with each BatchNorm's running statistics moved, unless the step is skipped."""
+    if not holds_batch_stats(net):
+        return params
+    moved = update_batch_stats(net, params, x, key=key, mask=mask)
+
+    def kept(old: Any, new: Any) -> Any:
+        if not isinstance(old, Unlearned):
+            return old
+        if seen is None:
+            return new
+        return jax.tree.map(functools.partial(jax.lax.select, seen.finite), new, old)
+
+    return jax.tree.map(kept, params, moved, is_leaf=is_not_learned)
+
+
+def _check_key(net: Layer, key: Array | None) -> None:
+    if key is None and takes_side_input(net, Key):
+        raise ValueError(
+            f"update takes key=, a new one each step, for the layers of {net} that draw; to train "
+            "without drawing make the update of jp.inference_mode(net)"
+        )
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
     """Return ``(value, grads)``, and raise ``TypeError`` for anything else."""
     if type(result) is not tuple or len(result) != 2:
         raise TypeError(f"value_and_grad= returns (value, grads), not {shapes(result)}")
     return result
+
+
+def _result(value: Array, aux: Any, seen: Seen) -> Any:
+    """Return what an update returns of its step: the value, with aux where that was asked for."""
+    if aux is None:
+        return value
+    return value, aux._replace(norm=seen.norm) if isinstance(aux, Aux) else aux
 
 
 def _check_grads(grads: Params, params: Params) -> None:

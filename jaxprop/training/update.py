@@ -8,13 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float
 
 from jaxprop.core.arrays import check_fit
-from jaxprop.core.checks import check_count, check_flag, check_number
+from jaxprop.core.checks import check_count, check_flag, check_number, given as described
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.tree import check_learned, for_optimizer
@@ -22,14 +20,17 @@ from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
 from jaxprop.quantity.micro_batches import check_apart
 from jaxprop.training import gradients
+from jaxprop.training.apply import DynamicLossScale, Options, make_apply
 from jaxprop.training.donation import fit_to_donate, owned
 from jaxprop.training.gradients import Differentiate, ValueAndGrad
 from jaxprop.training.optimizer import check_optimizer, check_state
-from jaxprop.training.steps import Skipping, fused_step, make_apply, whole_step
+from jaxprop.training.steps import fused_step, whole_step
 
 
 class Update:
     """``update(params, state, x, target, key=None, mask=None) -> (params, state, value)``, jitted.
+
+    With ``aux=True`` it returns ``(params, state, (value, aux))``.
 
     What ``jp.make_update`` returns. ``update.init(params)`` is the state to start from, and
     ``update.lower(...)`` what ``jax.jit`` calls by that name.
@@ -60,7 +61,9 @@ class Update:
         target: PyTree = None,
         key: Array | None = None,
         mask: Array | None = None,
-    ) -> tuple[Params, PyTree, Float[Array, ""]]:
+        weights: Array | None = None,
+        divisor: float | Array | None = None,
+    ) -> tuple[Params, PyTree, Any]:
         """Return params and state after one step, and the loss before it.
 
         Args:
@@ -70,13 +73,18 @@ class Update:
             target: the targets.
             key: a key of ``jax.random.key``, a new one each step, for layers and noise that draw.
             mask: bool (N, T), True where a position is real.
+            weights: (N,), what each example counts in every mean; 1 by default.
+            divisor: what sums over examples are divided by; the sum of the weights by default.
+
+        Raises:
+            ValueError: for a net with a layer that draws, such as ``Dropout``, without a key.
         """
         if state is None:
             raise TypeError("state is None: start from state = update.init(params)")
         check_fit({"x": x, "target": target})
         if self._donate:
             params, state = fit_to_donate((params, state))
-        return self._step(params, state, x, target, key, mask)
+        return self._step(params, state, x, target, key, mask, weights, divisor)
 
     def lower(self, *args: Any, **given: Any) -> Any:
         """Return the step lowered for these arguments, as ``jax.jit(...).lower`` does."""
@@ -91,8 +99,10 @@ def make_update(
     fused: bool = False,
     max_norm: float | Array | None = None,
     skip_nonfinite: bool = False,
+    loss_scale: float | Array | DynamicLossScale = 1.0,
     micro_batches: int = 1,
     value_and_grad: Differentiate | None = None,
+    aux: bool = False,
     donate: bool = True,
 ) -> Update:
     """Return a jitted ``update(params, state, x, target, key, mask) -> (params, state, value)``.
@@ -100,9 +110,11 @@ def make_update(
     params and state are donated: their memory is used for the results, and the arrays that were
     passed in cannot be used again. Whoever keeps them (the best params so far, a moving average
     that starts from them) copies them first, or says ``donate=False``. Arrays that are not learned
-    stay as they are, and have no optimizer state. In ``jax.shard_map`` ``value`` is the mean over a
-    device's own examples, and the gradient, as that of autodiff there, the sum of what the devices
-    find.
+    stay as they are, and have no optimizer state; but the running statistics of each BatchNorm in
+    training are moved towards those of the batch, as by ``jp.update_batch_stats``. A net with a
+    layer that draws, such as ``Dropout``, takes a key each step. In ``jax.shard_map`` ``value`` is
+    the mean over a device's own examples, and the gradient, as that of autodiff there, the sum of
+    what the devices find.
 
     Args:
         net: the network.
@@ -124,13 +136,20 @@ def make_update(
         skip_nonfinite: leave params and state as they are, and count the step, where the loss or
             the norm of the gradient is not finite. The state is then ``Skipping(state, skipped)``.
             With ``fused`` this too needs the norm's walk.
+        loss_scale: what the walk back is scaled by, as that of ``jp.value_and_grad``, for a net
+            that computes in float16; ``jp.DynamicLossScale()`` finds it as it goes, and skips the
+            steps that overflow. The state is then ``Scaling(state, skipped, scale, steps)``.
         micro_batches: into how many equal parts the batch is split, which are gone through one
             after the other in the memory of one. With ``fused`` the gradients of all but the last
             are summed first, and that sum is as large as params.
         value_and_grad: how to differentiate: a maker that is called with the net and the loss, and
-            with ``micro_batches=`` where there are some; by default ``jp.value_and_grad``. Autodiff
-            is ``jp.autodiff``, and DP-SGD ``functools.partial(jp.clipped_grad, max_norm=1.0,
-            noise_multiplier=1.0)``. Not with ``fused``.
+            with ``micro_batches=``, ``loss_scale=`` and ``aux=`` where these are asked for; by
+            default ``jp.value_and_grad``. Autodiff is ``jp.autodiff``, and DP-SGD
+            ``functools.partial(jp.clipped_grad, max_norm=1.0, noise_multiplier=1.0)``. Not with
+            ``fused``.
+        aux: whether ``update`` returns ``(params, state, (value, aux))``, with a ``jp.Aux`` of what
+            the step found: the net's output, the norm that ``max_norm`` took, and from
+            ``jp.clipped_grad`` the norms and the share that was clipped.
         donate: whether the memory of params and state is used for the results.
 
     Raises:
@@ -140,46 +159,76 @@ def make_update(
     """
     check_net_and_loss(net, loss)
     check_optimizer(optimizer)
-    for name, flag in {"fused": fused, "skip_nonfinite": skip_nonfinite, "donate": donate}.items():
+    flags = {"fused": fused, "skip_nonfinite": skip_nonfinite, "aux": aux, "donate": donate}
+    for name, flag in flags.items():
         check_flag(name, flag)
     if max_norm is not None:
         check_number("max_norm", max_norm, positive=True)
     if fused and value_and_grad is not None:
         raise ValueError("fused walks back by itself: give fused or value_and_grad, not both")
     check_count("micro_batches", micro_batches)
-    need_norm = max_norm is not None or skip_nonfinite
-    apply = make_apply(optax.with_extra_args_support(optimizer), max_norm, skip_nonfinite)
+    if not isinstance(loss_scale, DynamicLossScale):
+        check_number("loss_scale", loss_scale, positive=True)
+    options = Options(max_norm, skip_nonfinite, loss_scale, micro_batches, aux)
+    apply = make_apply(optax.with_extra_args_support(optimizer), options)
     if fused:
         if micro_batches > 1:
             check_apart(net)
-        step = fused_step(net, loss, apply, need_norm, micro_batches)
+        step = fused_step(net, loss, apply, options)
     else:
         make = value_and_grad or gradients.value_and_grad
-        step = whole_step(net, loss, apply, need_norm, _made(make, net, loss, micro_batches))
+        step = whole_step(net, loss, apply, options, _maker(make, net, loss, options))
 
     def init(params: Params) -> PyTree:
         net.check_places(params)
         check_learned(params)
-        state = owned(optimizer.init, for_optimizer(params))
-        return Skipping(state, jnp.zeros((), jnp.int32)) if skip_nonfinite else state
+        return options.around(owned(optimizer.init, for_optimizer(params)))
 
     return Update(step, init, donate)
 
 
-def _made(make: Differentiate, net: Layer, loss: Loss, micro_batches: int) -> ValueAndGrad:
-    """Return how to differentiate, in micro-batches where there are some."""
+def _maker(
+    make: Callable[..., ValueAndGrad], net: Layer, loss: Loss, options: Options
+) -> Callable[[float | Array], ValueAndGrad]:
+    """Return how to differentiate, for a loss scale, after a check that the maker can."""
     if not callable(make) or "params" in inspect.signature(make).parameters:
         raise TypeError(
             f"value_and_grad= is a maker, such as jp.value_and_grad itself, called with the net "
             f"and the loss; not {make!r}"
         )
-    if micro_batches == 1:
-        return make(net, loss)
+    given: dict[str, Any] = {}
+    if options.micro_batches > 1:
+        given["micro_batches"] = options.micro_batches
+    if options.aux:
+        given["aux"] = True
+    unscaled = isinstance(options.loss_scale, int | float) and options.loss_scale == 1
+    scaled = {} if unscaled else {"loss_scale": 1.0}
+    for name, value in (given | scaled).items():
+        try:
+            inspect.signature(make).bind(net, loss, **{name: value})
+        except TypeError:
+            raise TypeError(
+                f"value_and_grad is called with {name}= where that is asked for, and this one does "
+                "not take it; write functools.partial(jp.clipped_grad, max_norm=1.0), say"
+            ) from None
+    if unscaled:
+        made = _made(make, net, loss, **given)
+        return lambda scale: made
+    return lambda scale: _made(make, net, loss, loss_scale=scale, **given)
+
+
+def _made(
+    make: Callable[..., ValueAndGrad], net: Layer, loss: Loss, **options: Any
+) -> ValueAndGrad:
+    """Return what the maker makes, and say how it was called where it fails."""
     try:
-        inspect.signature(make).bind(net, loss, micro_batches=micro_batches)
-    except TypeError:
-        raise TypeError(
-            "value_and_grad is called with micro_batches= where there are some, and this one does "
-            "not take it; write functools.partial(jp.clipped_grad, max_norm=1.0), say"
-        ) from None
-    return make(net, loss, micro_batches=micro_batches)  # pyright: ignore[reportCallIssue]
+        made = make(net, loss, **options)
+    except Exception as error:
+        error.add_note(
+            "value_and_grad= is called with the net and the loss; bind what else it takes by "
+            "functools.partial, and for jax.value_and_grad write jp.autodiff"
+        )
+        raise
+    if not callable(made):
+        raise TypeError(f"value_and_grad= makes a function of a batch, not {described(made)}")
+    return made

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from jaxprop.walkthrough.document import Walkthrough
 
 UNITS = 8  # in a layer; a network with more in one is drawn as a box for each layer
-LABELLED = 4  # units in a layer whose incoming edges always show their weights
+LABELLED = 4  # units on each side of the weights that are all labelled at once
 RADIUS = 28
-LINE = 13  # height of a line of text
+LINE = 14  # height of a line of text
+LABEL = 40  # height of a label: a weight's name, and below it its value
 MARGIN = 14
 
 Box = dict[str, str | float | None]
@@ -88,35 +90,53 @@ def units(walk: Walkthrough) -> Drawing:
     """Return a drawing with a circle for each unit and a line for each weight.
 
     On the way to k units a weight is written 1/(k + 1) along its line: no two lines meet there.
+    Where there are many, a weight is written midway, and only while its stage is shown.
     """
-    columns = [list(walk.stages[0].inputs), *([u.name for u in s.units] for s in walk.stages)]
-    tallest = max(map(len, columns))
-    bias = {w.unit: 1 for stage in walk.stages for w in stage.biases}
-    outputs = set(columns[-1])
-    below = {name: bias.get(name, 0) + (name in outputs) for names in columns for name in names}
-    gap = 2 * RADIUS + 16 + LINE * (max(below.values()) + 1)
-    height = gap * tallest + 2 * MARGIN
+    columns = [walk.stages[0].inputs, *(tuple(u.name for u in s.units) for s in walk.stages)]
+    labelled = [max(len(a), len(b)) <= LABELLED for a, b in itertools.pairwise(columns)]
+    bias = {w.unit for stage in walk.stages for w in stage.biases}
+    below = {name: int(name in bias) for names in columns for name in names}
+    below |= {name: below[name] + 1 for name in columns[-1]}  # the target
+    gaps = _gaps(columns, below, labelled)
+    height = max(gap * len(names) for gap, names in zip(gaps, columns, strict=True)) + 2 * MARGIN
     at: dict[str, tuple[float, float]] = {}
     x = MARGIN + RADIUS + 0.0
     for position, names in enumerate(columns):
         if position:
-            x += 50 * (len(names) + 1) if len(names) <= LABELLED else 170
+            x += 54 * (len(names) + 1) if labelled[position - 1] else 170
         for i, name in enumerate(names):
-            at[name] = x, height / 2 + (i - (len(names) - 1) / 2) * gap - 12
-    at["E"] = x + 100, height / 2 - 12
+            at[name] = x, height / 2 + (i - (len(names) - 1) / 2) * gaps[position] - 12
+    at["E"] = x + 84, height / 2 - 12
     edges = []
-    for stage in walk.stages:
-        count = len(stage.units)
-        t = 1 / (count + 1) if count <= LABELLED else 0.5
+    for stage, together in zip(walk.stages, labelled, strict=True):
+        t = 1 / (len(stage.units) + 1) if together else 0.5
         for row in stage.weights:
-            for w in row:
-                edges.append(_edge(w.name, w.source, w.unit, at, t, count > LABELLED))
-    edges += [_edge("", unit.name, "E", at, 0.5, False) for unit in walk.stages[-1].units]
+            edges += [_edge(w.name, w.source, w.unit, at, t, not together) for w in row]
+    edges += [_edge("", name, "E", at, 0.5, False) for name in columns[-1]]
     nodes = [
-        Node(name, *at[name], below.get(name, 0), 0.0 if name in outputs else -14.0) for name in at
+        Node(name, *at[name], below.get(name, 0), 0.0 if name in columns[-1] else -14.0)
+        for name in at
     ]
     scale = min(max(600 / height, 0.85), 1.7)
     return Drawing(at["E"][0] + RADIUS + MARGIN, height, nodes, edges, [], scale)
+
+
+def _gaps(
+    columns: list[tuple[str, ...]], below: dict[str, int], labelled: list[bool]
+) -> list[float]:
+    """Return the distance between the units of each column: room for their text and the labels.
+
+    Columns with labels between them have the same distance, which keeps the labels apart.
+    """
+    lines = [
+        max(below[name] + (position > 0) for name in names)  # the derivative, not of inputs
+        for position, names in enumerate(columns)
+    ]
+    gaps = [2.0 * RADIUS + 8 + LINE * count for count in lines]
+    beside = {i + side for i, together in enumerate(labelled) if together for side in (0, 1)}
+    room = [LABEL * (len(columns[i + 1]) + 1) for i, together in enumerate(labelled) if together]
+    common = max([*(gaps[i] for i in beside), *room], default=0.0)
+    return [common if i in beside else gap for i, gap in enumerate(gaps)]
 
 
 def layers(walk: Walkthrough) -> Drawing:

@@ -12,17 +12,20 @@ from jaxprop.walkthrough import drawing
 from jaxprop.walkthrough.config import ACTIVATIONS, Config
 from jaxprop.walkthrough.descent import descent
 from jaxprop.walkthrough.document import Stage, Walkthrough
-from jaxprop.walkthrough.words import KOREAN, LANGUAGES, Language
+from jaxprop.walkthrough.words import KOREAN, LANGUAGES, PARTICLES, Language
 
 BUDGET = 500_000  # bytes of numbers in a page, at most
 FRAMES = 200  # steps of descent in a page, at most
+STEPS = 20  # steps of descent in a page by default
 
 
-def page(config: Config, steps: int = 1, language: Language = "en") -> str:
+def page(config: Config, steps: int = STEPS, language: Language = "en") -> str:
     """Return the page as HTML.
 
     It has the first steps of the descent, as many as fit into about 500 kB, and the error curve of
-    them all. A network with many units in a layer is shown layer by layer.
+    them all. Inputs, targets, weights and the learning rate can be changed in it; the page computes
+    the walk anew by an arithmetic of its own. A network with many units in a layer is shown layer
+    by layer, as it is.
 
     Args:
         config: the network.
@@ -42,8 +45,8 @@ def page(config: Config, steps: int = 1, language: Language = "en") -> str:
     data = {
         "language": language,
         "korean": KOREAN,
-        "rate": config.learning_rate,
-        "inputs": dict(zip(first.stages[0].inputs, config.inputs, strict=True)),
+        "particles": PARTICLES,
+        "values": _values(first) if unit_by_unit else {"rate": config.learning_rate},
         "stages": [_names(stage) for stage in first.stages],
         "unitByUnit": unit_by_unit,
         "frames": [_finite(frame(walk, terms)) for walk, terms in walks],
@@ -76,11 +79,21 @@ def _names(stage: Stage) -> dict[str, Any]:
         "name": stage.name,
         "activation": stage.activation,
         "inputs": stage.inputs,
-        "units": [
-            {"name": unit.name, "z": unit.z_name, "target": unit.target} for unit in stage.units
-        ],
+        "units": [{"name": unit.name, "z": unit.z_name} for unit in stage.units],
         "weights": [[weight.name for weight in row] for row in stage.weights],
         "biases": [bias.name for bias in stage.biases],
+    }
+
+
+def _values(walk: Walkthrough) -> dict[str, float]:
+    """Return what can be changed, by name: the learning rate, inputs, targets and weights."""
+    config = walk.config
+    targets = [unit.name.replace("o", "t") for unit in walk.stages[-1].units]
+    return {
+        "rate": config.learning_rate,
+        **dict(zip(walk.stages[0].inputs, config.inputs, strict=True)),
+        **dict(zip(targets, config.targets, strict=True)),
+        **{weight.name: weight.old for weight in walk.chains()},
     }
 
 

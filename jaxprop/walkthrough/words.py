@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,6 +12,15 @@ LANGUAGES: dict[Language, str] = {"en": "English", "ko": "한국어"}
 
 Say = Callable[..., str]
 """A function ``say(english, **values)`` that returns the words with the values put in."""
+
+PARTICLES = {
+    "은(는)": ("은", "는"),
+    "이(가)": ("이", "가"),
+    "을(를)": ("을", "를"),
+    "과(와)": ("과", "와"),
+    "(으)로": ("으로", "로"),
+}
+"""Korean particles in the catalogue: what stands after a consonant, and after a vowel."""
 
 KOREAN = {
     # the terminal
@@ -76,13 +86,42 @@ KOREAN = {
     "Arrow keys: left and right for the stage, up and down for the step of descent.": (
         "화살표 키: 왼쪽·오른쪽은 단계, 위·아래는 경사 하강 횟수."
     ),
+    "A line is a weight, the thicker the larger: click it for its stage, drag its number.": (
+        "선은 가중치이며 클수록 굵습니다. 누르면 그 단계로 가고, 숫자를 끌면 값이 바뀝니다."
+    ),
+    "The number after ∂ at a unit is the derivative of the error by its value.": (
+        "유닛의 ∂ 뒤의 수는 오차를 그 값으로 미분한 것입니다."
+    ),
+    "∂E/∂w is how fast the error E changes as w alone changes.": (
+        "∂E/∂w는 w만 바꿀 때 오차 E가 얼마나 빠르게 변하는가를 나타냅니다."
+    ),
+    "Play": "재생",
+    "Pause": "일시 정지",
+    "Layers": "층",
+    "Stages of this layer": "이 층의 단계",
+    "Change a value": "값 바꾸기",
+    "Name": "이름",
+    "Value": "값",
+    "Drag the value": "값을 끌어서 바꾸기",
+    "Reset": "처음 값으로",
+    "learning rate": "학습률",
+    "inputs": "입력",
+    "targets": "목표",
+    "{layer} layer": "{layer}층",
+    "Weights and biases are those at the start of the descent.": (
+        "가중치와 편향은 경사 하강을 시작할 때의 값입니다."
+    ),
+    "Changed: {names}. All numbers are now computed in this page.": (
+        "바꾼 값: {names}. 이제 모든 숫자는 이 페이지에서 계산합니다."
+    ),
+    "by a difference quotient": "차분으로 구한 값",
     "The error by step of descent": "경사 하강 횟수에 따른 오차",
     "The drawing needs JavaScript; the same numbers are in: jaxprop walkthrough": (
         "그림에는 JavaScript가 필요합니다. 같은 숫자를 jaxprop walkthrough가 출력합니다."
     ),
     "Forward to {unit}": "{unit}까지 순전파",
-    "{unit} adds up what comes in, each times its weight; the activation makes its value of it.": (
-        "{unit}은(는) 들어오는 값에 가중치를 곱해 더하고, 활성화 함수를 거쳐 값을 냅니다."
+    "What comes in, each times its weight, is added up; the activation makes {unit} of it.": (
+        "들어오는 값에 가중치를 곱해 더하고, 활성화 함수를 거치면 {unit}이(가) 됩니다."
     ),
     "The error": "오차",
     "Half the squared distance of each output from its target, added up.": (
@@ -140,6 +179,29 @@ def words(language: Language) -> Say:
 
     def say(english: str, **values: object) -> str:
         known = catalogue[english] if catalogue else english
-        return known.format(**values) if values else known
+        filled = known.format(**values) if values else known
+        return particles(filled) if language == "ko" else filled
 
     return say
+
+
+def particles(text: str) -> str:
+    """Return Korean text with each particle of the catalogue chosen for what stands before it.
+
+    Args:
+        text: the text, in which names such as w3 are read letter by letter and number by number.
+    """
+
+    def chosen(match: re.Match[str]) -> str:
+        last, written = match.groups()
+        after_consonant, after_vowel = PARTICLES[written]
+        syllable = ord(last) - ord("가")
+        final = syllable % 28 if 0 <= syllable < 11172 else _FINALS.get(last.lower(), 0)
+        lateral = written == "(으)로" and final == _LATERAL
+        return last + (after_consonant if final and not lateral else after_vowel)
+
+    return re.sub(rf"(.)({'|'.join(map(re.escape, PARTICLES))})", chosen, text)
+
+
+_LATERAL = 8  # the final consonant ㄹ, after which it is 로
+_FINALS = dict.fromkeys("036mn", 1) | dict.fromkeys("178lr", _LATERAL)

@@ -11,7 +11,7 @@ from jaxprop.core.forms.form import (
     norms_of_all,
     sq_norms,
 )
-from jaxprop.core.forms.outer import Outer, Sum, gram, of_real, weighted
+from jaxprop.core.forms.outer import Outer, Sum, gram, of_real
 
 __all__ = [
     "Factored",
@@ -29,5 +29,4 @@ __all__ = [
     "norms_of_all",
     "of_real",
     "sq_norms",
-    "weighted",
 ]

@@ -29,8 +29,11 @@ class Repeated(Factored):
     def sum(self) -> Float[Array, "l ..."]:
         return jax.vmap(lambda form: form.sum())(self.form)
 
-    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "l ..."]:
-        return jax.vmap(lambda form: form.weighted_sum(weights))(self.form)
+    def only(self, kept: Bool[Array, " n"]) -> Repeated:
+        return Repeated(jax.vmap(lambda form: form.only(kept))(self.form))
+
+    def scaled(self, weights: Float[Array, " n"]) -> Repeated:
+        return Repeated(jax.vmap(lambda form: form.scaled(weights))(self.form))
 
     def sq_norms(self) -> Float[Array, " n"]:
         return jax.lax.map(lambda form: form.sq_norms(), self.form).sum(axis=0)
@@ -47,8 +50,10 @@ class Repeated(Factored):
     def of_squares(self, squares: Array) -> Float[Array, "l ..."]:
         return jax.vmap(lambda form, squares: form.of_squares(squares))(self.form, squares)
 
-    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "l i i"]:
-        return jax.vmap(lambda form: form.gram_of_x(real))(self.form)
+    def gram_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "l i i"]:
+        return jax.vmap(lambda form: form.gram_of_x(real, weights))(self.form)
 
     def gram_of_ct(self) -> Float[Array, "l o o"]:
         return jax.vmap(lambda form: form.gram_of_ct())(self.form)
@@ -72,8 +77,11 @@ class Joint(Factored):
     def sum(self) -> Array:
         return _added([use.sum() for use in self.uses])
 
-    def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
-        return _added([use.weighted_sum(weights) for use in self.uses])
+    def only(self, kept: Bool[Array, " n"]) -> Joint:
+        return Joint(tuple(use.only(kept) for use in self.uses))
+
+    def scaled(self, weights: Float[Array, " n"]) -> Joint:
+        return Joint(tuple(use.scaled(weights) for use in self.uses))
 
     def sq_norms(self) -> Float[Array, " n"]:
         return self._one_by_one(lambda g: sq_norms(g[None])[0])

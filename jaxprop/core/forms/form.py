@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from typing import Any, NamedTuple, dataclass_transform
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import selected, weighted, wide
 from jaxprop.core.types import PyTree
 
 
@@ -62,10 +63,17 @@ class Factored(abc.ABC):
         """Return |sum_n g_n|, the norm of the gradient, also where its square would overflow."""
         return norms(self.sum()[None])[0]
 
+    def scaled(self, weights: Float[Array, " n"]) -> Factored:
+        """Return the form of weights_n g_n, with its factors in at least float32."""
+        return Stacked(weighted(wide(self.per_example()), weights))
+
+    def only(self, kept: Bool[Array, " n"]) -> Factored:
+        """Return the form with zeros in the factors of the examples that are not kept."""
+        return selected(kept, self)
+
     def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
         """Return sum_n weights_n g_n."""
-        g = wide(self.per_example())
-        return jnp.tensordot(weights.astype(g.dtype), g, axes=1)
+        return self.scaled(weights).sum()
 
     def sq_norms(self) -> Float[Array, " n"]:
         """Return |g_n|^2 for each example."""
@@ -96,11 +104,14 @@ class Factored(abc.ABC):
         """Return the second moment from the sum of squares, without a look at the form's own ct."""
         return squares
 
-    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "i i"]:
+    def gram_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "i i"]:
         """Return the Gram matrix of the input, summed over examples and positions.
 
         Args:
             real: False where an example, or a position, is padding that does not count.
+            weights: what each example counts; 1 by default.
 
         Raises:
             TypeError: for a form that has no two factors.
@@ -123,6 +134,10 @@ class Stacked(Factored):
 
     def per_example(self) -> Float[Array, "n ..."]:
         return self.g
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
+        g = wide(self.g)
+        return jnp.tensordot(weights.astype(g.dtype), g, axes=1)
 
 
 def is_factored(leaf: object) -> bool:
@@ -153,4 +168,5 @@ def norm_of_all(norms: PyTree) -> Float[Array, ""]:
 def norms_of_all(norms_of_parts: PyTree) -> Float[Array, " n"]:
     """Return the norm of each example's whole, of which the leaves (..., N) are norms of parts."""
     leaves = jax.tree.leaves(norms_of_parts)
-    return norms(jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in leaves]).T)
+    rows = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in leaves]
+    return norms(jnp.concatenate(rows).T)

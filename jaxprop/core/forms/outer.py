@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import sum_over, wide
+from jaxprop.core.arrays import sum_over, weighted, wide
 from jaxprop.core.forms.form import Factored, norms, sq_norms
 from jaxprop.core.mesh import laid_out
 
@@ -29,8 +29,8 @@ class Sum(Factored):
     def sum(self) -> Float[Array, " o"]:
         return wide(self.ct).sum(axis=tuple(range(self.ct.ndim - 1)))
 
-    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, " o"]:
-        return Sum(weighted(wide(self.ct), weights)).sum()
+    def scaled(self, weights: Float[Array, " n"]) -> Sum:
+        return Sum(weighted(wide(self.ct), weights))
 
     def squares(self) -> Float[Array, "n o"]:
         return wide(self.per_example()) ** 2
@@ -38,8 +38,11 @@ class Sum(Factored):
     def of_squares(self, squares: Float[Array, "n o"]) -> Float[Array, " o"]:
         return squares.sum(axis=0)
 
-    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "1 1"]:
-        return jnp.full((1, 1), len(self.ct), wide(self.ct).dtype)
+    def gram_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "1 1"]:
+        count = len(self.ct) if weights is None else weights.sum()
+        return jnp.full((1, 1), count, wide(self.ct).dtype)
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
         return gram(self.ct)
@@ -82,12 +85,11 @@ class Outer(Factored):
         whole = laid_out(self.x, None, None)
         products = jnp.matmul(x, x.T, out_sharding=whole) * jnp.matmul(ct, ct.T, out_sharding=whole)
         total = products.sum()
-        holds = total > 1e-3 * jnp.abs(products).sum()  # not so of NaN, or of two zeros
-        holds &= jnp.isfinite(total)
+        holds = _holds(total, jnp.abs(products).sum()) & (total > 0) & jnp.isfinite(total)
         return jax.lax.cond(holds, lambda: jnp.sqrt(total), super().norm_of_sum)
 
-    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "i o"]:
-        return Outer(wide(self.x), weighted(wide(self.ct), weights)).sum()
+    def scaled(self, weights: Float[Array, " n"]) -> Outer:
+        return Outer(wide(self.x), weighted(wide(self.ct), weights))
 
     def sq_norms(self) -> Float[Array, " n"]:
         """Return |x|^2 |ct|^2, or along T positions the cheaper of <X X^T, C C^T> and |X^T C|^2."""
@@ -96,9 +98,8 @@ class Outer(Factored):
         if t == 1:
             return sq_norms(x) * sq_norms(ct)
         if t * (i + o) > i * o:
-            return self._sums_of_squares()
-        products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
-        return jnp.maximum(products.sum(axis=(1, 2)), 0)
+            return _sums_of_squares(x, ct)
+        return _sums_of_products(x, ct)
 
     def norms(self) -> Float[Array, " n"]:
         """Return |x| |ct|, or along positions |X^T C|, one example after the other."""
@@ -114,13 +115,7 @@ class Outer(Factored):
         (n, t, i), o = x.shape, ct.shape[-1]
         if n * t * t * (i + o) > (t + n) * i * o:
             return super().inner_products()
-        products = jnp.einsum("nti,msi->ntms", x, x) * jnp.einsum("nto,mso->ntms", ct, ct)
-        return products.sum(axis=(1, 3))
-
-    def _sums_of_squares(self) -> Float[Array, " n"]:
-        """Return |X^T C|^2 as a sum of squares, one example after the other."""
-        pairs = tuple(map(wide, self._sequences()))
-        return jax.lax.map(lambda pair: jnp.sum((pair[0].T @ pair[1]) ** 2), pairs)
+        return _products_of_pairs(x, ct)
 
     def squares(self) -> Array:
         """Return ct^2, for (x^2)^T (ct^2); along T > 1 positions sum_n g_n^2 itself."""
@@ -136,8 +131,10 @@ class Outer(Factored):
             return squares
         return Outer(wide(x[:, 0]) ** 2, squares).sum()
 
-    def gram_of_x(self, real: Bool[Array, "n ..."] | None = None) -> Float[Array, "i i"]:
-        return gram(of_real(self.x, real))
+    def gram_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "i i"]:
+        return gram(of_real(self.x, real, weights))
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
         return gram(self.ct)
@@ -149,6 +146,44 @@ class Outer(Factored):
             self.x.reshape(self.x.shape[0], length, self.x.shape[-1]),
             self.ct.reshape(self.ct.shape[0], length, self.ct.shape[-1]),
         )
+
+
+Sequences = Float[Array, "n t d"]
+
+
+@jax.jit
+def _sums_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
+    """Return <X X^T, C C^T> of each example, or where its terms cancel |X^T C|^2 after all.
+
+    The terms are as large as |X|^2 |C|^2, and so is what they round away.
+    """
+    products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
+    total = products.sum(axis=(1, 2))
+    holds = _holds(total, jnp.abs(products).sum(axis=(1, 2)))
+    return jax.lax.cond(holds, lambda: total, lambda: _sums_of_squares(x, ct))
+
+
+def _sums_of_squares(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
+    """Return |X^T C|^2 as a sum of squares, one example after the other."""
+    return jax.lax.map(lambda pair: jnp.sum((pair[0].T @ pair[1]) ** 2), (x, ct))
+
+
+@jax.jit
+def _products_of_pairs(x: Sequences, ct: Sequences) -> Float[Array, "n n"]:
+    """Return <g_n, g_m> from products of positions, or where these cancel from each g_n."""
+    products = jnp.einsum("nti,msi->ntms", x, x) * jnp.einsum("nto,mso->ntms", ct, ct)
+    total = products.sum(axis=(1, 3))
+    holds = _holds(jnp.diagonal(total), jnp.diagonal(jnp.abs(products).sum(axis=(1, 3))))
+
+    def with_all(pair: tuple[Array, Array]) -> Float[Array, " n"]:
+        return jnp.einsum("mti,io,mto->m", x, pair[0].T @ pair[1], ct)
+
+    return jax.lax.cond(holds, lambda: total, lambda: jax.lax.map(with_all, (x, ct)))
+
+
+def _holds(total: Array, size: Array) -> Array:
+    """Return whether sums are large against their terms, so that little of them is rounding."""
+    return jnp.all(total >= 1e-3 * size)  # not so of NaN
 
 
 def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Array, "i o"]:
@@ -174,19 +209,21 @@ def _transposed_product(
     return jax.lax.optimization_barrier(transposed.ravel()).reshape(transposed.shape).T
 
 
-def weighted(ct: Float[Array, "n ..."], weights: Float[Array, " n"]) -> Float[Array, "n ..."]:
-    """Return ct with each example's part times its weight."""
-    return ct * jnp.expand_dims(weights.astype(ct.dtype), range(1, ct.ndim))
-
-
-def of_real(x: Float[Array, "n ..."], real: Bool[Array, "n ..."] | None) -> Float[Array, "n ..."]:
-    """Return x with zeros for what is padding.
+def of_real(
+    x: Float[Array, "n ..."],
+    real: Bool[Array, "n ..."] | None,
+    weights: Float[Array, " n"] | None = None,
+) -> Float[Array, "n ..."]:
+    """Return x with zeros for what is padding, and the root of its weight in each example.
 
     Args:
         x: an array with the example on axis 0.
         real: False where an example is padding, or where a position of x is. Of positions that x
             does not have, what counts is whether the example has a real one.
+        weights: what each example counts in a sum of squares; 1 by default.
     """
+    if weights is not None:
+        x = weighted(wide(x), jnp.sqrt(weights))
     if real is None:
         return x
     if real.shape != x.shape[: real.ndim]:

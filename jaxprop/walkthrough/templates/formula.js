@@ -8,6 +8,11 @@ function fixed(number) {
   return number.toExponential(4).replace("-", "−").replace("e-", "e−");
 }
 
+// Of a number that is itself an approximation, four digits.
+function rounded(number) {
+  return number === null ? "—" : number.toPrecision(4).replace(/-/g, "−");
+}
+
 function drawn(number) {
   if (number === null) return "—";
   const size = Math.abs(number);
@@ -50,7 +55,8 @@ function value(number, written = fixed) {
   return number < 0 ? math("mrow", math("mo", "("), shown, math("mo", ")")) : shown;
 }
 
-const sign = (text) => element(MATHML, "mo", "()".includes(text) ? {} : { form: "infix" }, text);
+const sign = (text) =>
+  element(MATHML, "mo", "()".includes(text) ? {} : { form: "infix", lspace: "0.2em", rspace: "0.2em" }, text);
 const text = (words) => element(MATHML, "mtext", {}, words);
 
 // Terms with a sign between them, each term a part of its own.
@@ -62,7 +68,7 @@ function line(...parts) {
   const drawnLine = element("", "div", { class: "line" });
   for (const part of parts) {
     if (typeof part === "string") drawnLine.append(element("", "span", { class: "note" }, part));
-    else drawnLine.append(element(MATHML, "math", { displaystyle: "true" }, math("mrow", ...part)));
+    else drawnLine.append(element(MATHML, "math", { displaystyle: "true", lang: "en" }, math("mrow", ...part)));
   }
   return drawnLine;
 }

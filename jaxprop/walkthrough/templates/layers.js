@@ -1,24 +1,20 @@
 // The stages where there are too many units to draw: layer by layer, each array in a few numbers.
 
-function layerName(name, say) {
-  const [kind, number] = name.split("-");
-  return number ? say("hidden-{number}", { number }) : say(kind);
-}
-
-function layerStages(data, frame, say) {
+function layerStages(stages, frame) {
   const measures = ["mean", "rms", "largest", "zeros", "saturated"];
 
   function through(stage, position, way) {
     const rows = Object.entries(frame.stages[position][way]).filter(([, row]) => row);
-    const layer = layerName(stage.name, say);
+    const layer = layerName(stage.name);
     const title = way === "forward" ? "Forward through the {layer} layer" : "Back through the {layer} layer";
     return {
       key: `${way} ${stage.name}`,
+      group: `${way} ${stage.name}`,
       way,
       title: say(title, { layer }),
       sentence: say("What passes through the layer, in a few numbers."),
-      lines: [],
-      table: table(
+      lines: () => [],
+      table: () => table(
         ["", ...rows.map(([what]) => say(what))],
         measures
           .map((measure, i) => [say(measure), ...rows.map(([, row]) => cell(row[i], i < 3 ? written : share))])
@@ -38,10 +34,11 @@ function layerStages(data, frame, say) {
       : "Forward again with the new weights: the error did not fall.";
     return {
       key: after ? "after" : "error",
+      group: after ? "after" : "error",
       way: "forward",
       title: say(after ? "The new error" : "The error"),
       sentence: say(after ? outcome : "Half the squared distance of each output from its target, added up."),
-      lines: [after ? line([result(frame.error), sign("→"), result(total)]) : line([named("E"), sign("="), result(total)])],
+      lines: () => [after ? line([result(frame.error), sign("→"), result(total)]) : line([named("E"), sign("="), result(total)])],
       lit: { units: new Set(), weights: new Set(), main: "E" },
       spoken: `E = ${fixed(total)}`,
       after,
@@ -49,11 +46,7 @@ function layerStages(data, frame, say) {
   }
 
   const written = (number) => (number === null ? "" : fixed(number));
-  const { stages } = data;
-  return [
-    ...stages.map((stage, i) => through(stage, i, "forward")),
-    errorStage(false),
-    ...stages.map((stage, i) => through(stage, i, "backward")).reverse(),
-    errorStage(true),
-  ];
+  const back = stages.map((stage, i) => through(stage, i, "backward")).reverse();
+  back[0].note = say("∂E/∂w is how fast the error E changes as w alone changes.");
+  return [...stages.map((stage, i) => through(stage, i, "forward")), errorStage(false), ...back, errorStage(true)];
 }

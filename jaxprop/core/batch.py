@@ -1,0 +1,146 @@
+"""A batch, and what each of its examples counts in a mean."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from jaxprop.core.arrays import selected, weighted
+from jaxprop.core.checks import check_number, check_values
+from jaxprop.core.describe import shapes
+from jaxprop.core.layer import Layer
+from jaxprop.core.types import Cotangent, PyTree
+
+
+class Batch(NamedTuple):
+    """What a function of a batch is given beside the params.
+
+    Attributes:
+        x: the inputs.
+        target: the targets, or None.
+        key: a key, or None.
+        weights: (N,), what each example counts in a mean, or None where each counts 1.
+        divisor: what weighted sums are divided by; None for the sum of the weights.
+    """
+
+    x: PyTree
+    target: PyTree = None
+    key: Array | None = None
+    weights: Array | None = None
+    divisor: float | Array | None = None
+
+    def examples(self, number: int) -> Examples:
+        """Return what the N examples count."""
+        weights = self.weights
+        if weights is not None:
+            _check_length(weights, number)
+        total = number if weights is None else jnp.sum(weights)
+        if self.divisor is not None:
+            return Examples(number, weights, total, self.divisor)
+        if not number:
+            raise ValueError(
+                "the batch is empty: the mean over 0 examples does not exist; give divisor= for a "
+                "sum over them"
+            )
+        if weights is not None:
+            total = jnp.where(total > 0, total, 1)
+        return Examples(number, weights, total, total)
+
+
+def weighted_batch(
+    net: Layer,
+    x: PyTree,
+    target: PyTree,
+    key: Array | None,
+    weights: Array | None,
+    divisor: float | Array | None,
+) -> Batch:
+    """Return the batch, with zeros for the inputs of examples that count nothing.
+
+    Raises:
+        TypeError: for weights that are not an array of numbers or bools, and a divisor that is not
+            a number.
+        ValueError: for weights of a net that couples the examples of a batch; where their values
+            are known for negative ones; and for a divisor that is not positive.
+    """
+    if divisor is not None:
+        check_number("divisor", divisor, positive=True)
+        divisor = jnp.asarray(divisor, float) if hasattr(divisor, "dtype") else divisor
+    if weights is None:
+        return Batch(x, target, key, None, divisor)
+    if not hasattr(weights, "dtype") or jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        raise TypeError(f"weights are an array of numbers, one for each example, not {weights!r}")
+    check_values("weights must not be negative", weights, lambda weight: weight >= 0)
+    if net.batch_coupled:
+        raise ValueError(
+            f"{net} couples the examples of a batch: one that counts nothing would reach the others"
+        )
+    for leaf in jax.tree.leaves(x):
+        _check_length(weights, leaf.shape[0])
+    weights = jnp.asarray(weights, float)
+    return Batch(selected(weights > 0, x), target, key, weights, divisor)
+
+
+class Examples(NamedTuple):
+    """What the examples of a batch count in its means: sum_n weights_n q_n / divisor.
+
+    Attributes:
+        number: N.
+        weights: (N,), or None where each counts 1.
+        total: the sum of the weights.
+        divisor: what a sum is divided by for the mean: the total, if it was not given.
+        real: (N, ...), False where the target says that an example, or a position of one, is
+            padding; None where all are real.
+    """
+
+    number: int
+    weights: Float[Array, " n"] | None
+    total: float | Array
+    divisor: float | Array
+    real: Bool[Array, "n ..."] | None = None
+
+    def over(self, sums: Array) -> Array:
+        """Return sums over examples, divided for a mean."""
+        divisor = self.divisor
+        return sums / (divisor.astype(sums.dtype) if isinstance(divisor, Array) else divisor)
+
+    def counted(self) -> Array:
+        """Return the divisor in units of what the examples count: 1 where it was not given."""
+        return jnp.asarray(self.divisor, float) / jnp.asarray(self.total, float)
+
+    def shares(self) -> Float[Array, " n"]:
+        """Return what each example's part is multiplied by in a mean."""
+        if self.weights is None:
+            return jnp.full(self.number, 1 / self.divisor)
+        return self.over(self.weights)
+
+    def mean(self, values: Float[Array, "... n"]) -> Float[Array, "..."]:
+        """Return the mean of one value for each example."""
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            values = values.astype(float)
+        if self.weights is not None:
+            values = jnp.where(self.weights > 0, values * self.weights.astype(values.dtype), 0)
+        elif self.divisor is self.number:
+            return jnp.mean(values, axis=-1)
+        return self.over(jnp.sum(values, axis=-1))
+
+    def counting(self, tree: PyTree) -> PyTree:
+        """Return the tree with zeros for the examples that count nothing."""
+        return tree if self.weights is None else selected(self.weights > 0, tree)
+
+    def mean_cotangent(self, ct: Cotangent) -> Cotangent:
+        """Return the cotangent for the mean, from that for each example's own loss."""
+        if self.weights is None:
+            return jax.tree.map(self.over, ct)
+        return jax.tree.map(lambda ct: weighted(ct, self.shares()), ct)
+
+
+def _check_length(weights: Array, examples: int) -> None:
+    if weights.shape != (examples,):
+        raise ValueError(
+            f"weights are one for each of the {examples} examples, not {shapes(weights)}"
+        )

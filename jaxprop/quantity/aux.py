@@ -1,0 +1,29 @@
+"""What a step may return beside the loss and the gradient, from the same walk."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.types import PyTree
+
+
+class Aux(NamedTuple):
+    """What a step found on its way; None for what it had no reason to find.
+
+    Attributes:
+        y: the net's output, for an accuracy, say.
+        norms: (N,), the norm of each example's gradient before it was clipped; with ``per_layer``
+            like params, with (N,) where a layer's params stand, (L, N) inside ``repeat``.
+        clipped: the share of the examples whose gradient was clipped; with ``per_layer`` one for
+            each layer, likewise.
+        norm: the norm of the gradient before ``max_norm`` bounded it, from an update that needs it
+            (``max_norm``, ``skip_nonfinite``, ``jp.DynamicLossScale``).
+    """
+
+    y: PyTree
+    norms: Float[Array, " n"] | PyTree = None
+    clipped: Float[Array, ""] | PyTree = None
+    norm: Float[Array, ""] | None = None

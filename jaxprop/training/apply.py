@@ -1,0 +1,213 @@
+"""What an update makes of gradients: bounded, scaled back, skipped, and given to the optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.checks import check_count, check_number
+from jaxprop.core.mesh import shard_map_axes
+from jaxprop.core.static import Static
+from jaxprop.core.types import Params, PyTree
+
+
+class Skipping(NamedTuple):
+    """An optimizer's state, and how many steps were skipped because they were not finite.
+
+    Attributes:
+        state: the optimizer's state.
+        skipped: int32, a scalar.
+    """
+
+    state: PyTree
+    skipped: Array
+
+
+class Scaling(NamedTuple):
+    """What ``Skipping`` holds, and the loss scale of the next step.
+
+    Attributes:
+        state: the optimizer's state.
+        skipped: int32, a scalar.
+        scale: float32, a scalar.
+        steps: int32, how many steps in a row were finite since the scale was last changed.
+    """
+
+    state: PyTree
+    skipped: Array
+    scale: Array
+    steps: Array
+
+
+class DynamicLossScale(Static):
+    """A loss scale that grows until gradients overflow, and then shrinks.
+
+    A step whose gradient is not finite is skipped, and the scale divided by ``factor``. After
+    ``interval`` finite steps in a row it is multiplied by it (Micikevicius et al. 2018,
+    https://arxiv.org/abs/1710.03740). It does not fall below 1.
+
+    Args:
+        initial: the scale of the first step, at least 1.
+        factor: what the scale is multiplied or divided by, more than 1.
+        interval: after how many finite steps it grows.
+
+    Raises:
+        TypeError: for what is not a number, and an interval that is not a whole number.
+        ValueError: for a number out of its range.
+    """
+
+    initial: float = 2.0**16
+    factor: float = 2.0
+    interval: int = 2000
+
+    def __post_init__(self) -> None:
+        for name, least in (("initial", 1), ("factor", 1)):
+            value = getattr(self, name)
+            check_number(f"DynamicLossScale: {name}", value, positive=True)
+            if value < least or (name == "factor" and value == least):
+                words = "is more than 1" if name == "factor" else "is at least 1"
+                raise ValueError(f"DynamicLossScale: {name} {words}, not {value}")
+        check_count("DynamicLossScale: interval", self.interval)
+
+    def start(self, state: PyTree) -> Scaling:
+        """Return the state to start from, around the optimizer's."""
+        zero = jnp.zeros((), jnp.int32)
+        return Scaling(state, zero, jnp.asarray(self.initial, jnp.float32), zero)
+
+    def after(self, state: Scaling, inner: PyTree, finite: Array) -> Scaling:
+        """Return the state after a step, around the optimizer's new one."""
+        steps = jnp.where(finite, state.steps + 1, 0)
+        grows = steps == self.interval
+        smaller = jnp.maximum(state.scale / self.factor, 1)
+        larger = jnp.where(grows, state.scale * self.factor, state.scale)
+        return Scaling(
+            inner,
+            state.skipped + (~finite).astype(jnp.int32),
+            jnp.where(finite, larger, smaller),
+            jnp.where(grows, 0, steps),
+        )
+
+
+class Options(NamedTuple):
+    """What an update is asked to do beside the optimizer's own.
+
+    Attributes:
+        max_norm: the bound on the gradient's norm, or None.
+        skip_nonfinite: whether a step that is not finite is skipped.
+        loss_scale: a number, or a ``DynamicLossScale``.
+        micro_batches: into how many parts the batch is split.
+        aux: whether more than the loss is returned.
+    """
+
+    max_norm: float | Array | None = None
+    skip_nonfinite: bool = False
+    loss_scale: float | Array | DynamicLossScale = 1.0
+    micro_batches: int = 1
+    aux: bool = False
+
+    @property
+    def skips(self) -> bool:
+        return self.skip_nonfinite or isinstance(self.loss_scale, DynamicLossScale)
+
+    @property
+    def need_norm(self) -> bool:
+        return self.max_norm is not None or self.skips
+
+    def scale(self, state: PyTree) -> float | Array:
+        """Return the loss scale of a step from this state."""
+        if not isinstance(self.loss_scale, DynamicLossScale):
+            return self.loss_scale
+        if not isinstance(state, Scaling):
+            raise TypeError("with a DynamicLossScale start from state = update.init(params)")
+        return state.scale
+
+    def around(self, state: PyTree) -> PyTree:
+        """Return the state to start from, around the optimizer's."""
+        if isinstance(self.loss_scale, DynamicLossScale):
+            return self.loss_scale.start(state)
+        return Skipping(state, jnp.zeros((), jnp.int32)) if self.skip_nonfinite else state
+
+
+class Seen(NamedTuple):
+    """What an update knows of the whole batch.
+
+    Attributes:
+        value: the loss.
+        norm: the norm of the gradient, where it is needed.
+        finite: whether both are finite.
+    """
+
+    value: Float[Array, ""]
+    norm: Any = None
+    finite: Any = None
+
+    @classmethod
+    def with_norm(cls, value: Array, norm: Array) -> Seen:
+        """Return what is seen; in ``jax.shard_map`` finite is what is so on all devices."""
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        axes = shard_map_axes()
+        if axes:
+            finite &= jax.lax.axis_index(axes) >= 0  # always so, but on each device its own answer
+            finite = jax.lax.pmin(finite.astype(jnp.int32), axes) > 0
+        return cls(value, norm, finite)
+
+
+Apply = Callable[..., tuple[Params, PyTree]]
+
+
+def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Options) -> Apply:
+    """Return ``apply(grads, state, params, seen, value_fn) -> (params, state)``."""
+    taken = _extra_args(optimizer)
+    max_norm, loss_scale = options.max_norm, options.loss_scale
+
+    def apply(
+        grads: Params,
+        state: PyTree,
+        params: Params,
+        seen: Seen,
+        value_fn: Callable[[Params], Array],
+    ) -> tuple[Params, PyTree]:
+        if max_norm is not None:
+            scale = jnp.where(seen.norm < max_norm, 1, max_norm / seen.norm)
+            grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        extra = {"value": seen.value, "grad": grads, "value_fn": value_fn}
+        given = {name: extra[name] for name in taken}
+        updates, state = optimizer.update(grads, state, params, **given)
+        return optax.apply_updates(params, updates), state
+
+    def apply_if_finite(
+        grads: Params,
+        state: PyTree,
+        params: Params,
+        seen: Seen,
+        value_fn: Callable[[Params], Array],
+    ) -> tuple[Params, PyTree]:
+        if not isinstance(state, Skipping | Scaling):
+            raise TypeError("with skip_nonfinite start from state = update.init(params)")
+        old = params, state.state
+        params, inner = jax.tree.map(
+            lambda new, old: jax.lax.select(seen.finite, new, old),
+            apply(grads, state.state, params, seen, value_fn),
+            old,
+        )
+        if isinstance(loss_scale, DynamicLossScale) and isinstance(state, Scaling):
+            return params, loss_scale.after(state, inner, seen.finite)
+        return params, Skipping(inner, state.skipped + (~seen.finite).astype(jnp.int32))
+
+    return apply_if_finite if options.skips else apply
+
+
+def _extra_args(optimizer: optax.GradientTransformationExtraArgs) -> tuple[str, ...]:
+    """Return which extra arguments the optimizer's update takes."""
+    names = ("value", "grad", "value_fn")
+    parameters = inspect.signature(optimizer.update).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+        return names
+    return tuple(name for name in names if name in parameters)
