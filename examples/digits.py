@@ -14,13 +14,13 @@ identical to an uninterrupted one.
 import argparse
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from checkpoints import Checkpoints
+from options import Parser, above_zero, natural, picture, positive, run
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from watching import Watch, draw, gradients
@@ -148,68 +148,20 @@ def plot(losses: Any, held_out: float, args: argparse.Namespace) -> None:
     print(f"loss curve in {args.plot}")
 
 
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """Parse a whole number from 0 to 2^31 - 1."""
-    if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^31 - 1, not {text!r}")
-    return int(text)
-
-
-def above_zero(text: str) -> float:
-    """Parse a positive, finite number."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-    return number
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an MLP on scikit-learn's digits.")
-    parser.add_argument(
-        "--grad",
-        choices=DIFFERENTIATE,
-        default="hand",
-        help="the hand-written chain or autodiff (default: %(default)s)",
+    parser = Parser("Train an MLP on scikit-learn's digits.")
+    parser.add(
+        ("grad", DIFFERENTIATE, "hand", "the hand-written chain or autodiff"),
+        ("epochs", positive, 30, "number of epochs"),
+        ("batch", positive, 16, "digits per step"),
+        ("rate", above_zero, 0.03, "initial rate of SGD with momentum"),
+        ("seed", natural, 0, "seed of the run"),
+        ("plot", picture, None, "save the loss curve and the gradients"),
     )
-    parser.add_argument(
-        "--epochs", type=positive, default=30, help="number of epochs (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch", type=positive, default=16, help="digits per step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rate",
-        type=above_zero,
-        default=0.03,
-        help="initial learning rate of SGD with momentum 0.9 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=natural, default=0, help="seed of the run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--checkpoints", type=Path, metavar="DIR", help="save the state after every epoch"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="PNG",
-        help="save the loss curve, and pictures of the gradients",
-    )
-    args = parser.parse_args()
-    if args.resume and args.checkpoints is None:
-        parser.error("--resume needs --checkpoints DIR")
-    if args.plot is not None and not args.plot.absolute().parent.is_dir():
-        parser.error(f"--plot {args.plot}: no such directory")
+    parser.add_checkpoints("after every epoch")
+    args = parser.parse()
     train(args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from checkpoints import Checkpoints
 from corpus import load, starts
 from gpt import LOSS, make_net
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from options import Parser, above_zero, natural, positive, run
 
 import jaxprop as jp
 
@@ -74,7 +74,7 @@ def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
             print(line, flush=True)
 
     size = sum(leaf.size for leaf in jax.tree.leaves(run["params"]))
-    say(f"{size:,} params, {mesh.size} devices of {jax.process_count()} processes")
+    say(f"{size:,} params; devices: {mesh.size}, processes: {jax.process_count()}")
     first = int(run["done"])
     if first:
         say(f"resumed after step {first}")
@@ -102,44 +102,29 @@ def train(args: argparse.Namespace, checkpoints: Checkpoints | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a GPT on many machines.")
+    parser = Parser("Train a GPT on many machines.")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    for name, default, meaning in (
-        ("timeout", 30, "seconds without a heartbeat after which a process counts as dead"),
-        ("processes", 1, "number of processes"),
-        ("process", 0, "index of this process"),
-        ("steps", 1000, "training steps"),
-        ("batch", 16, "windows per step, over all devices"),
-        ("length", 128, "bytes per window"),
-        ("layers", 6, "number of blocks"),
-        ("features", 256, "width of the model"),
-        ("heads", 4, "attention heads"),
-        ("reports", 10, "number of reports"),
-        ("seed", 0, "seed of the run"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
-        )
-    parser.add_argument(
-        "--rate",
-        type=float,
-        default=1e-3,
-        help="initial learning rate of Adam (default: %(default)s)",
+    parser.add(
+        ("processes", positive, 1, "number of processes"),
+        ("process", natural, 0, "index of this process"),
+        ("timeout", positive, 30, "seconds until a silent process is dead"),
+        ("steps", positive, 1000, "training steps"),
+        ("batch", positive, 16, "windows per step, over all devices"),
+        ("length", positive, 128, "bytes per window"),
+        ("layers", positive, 6, "number of blocks"),
+        ("features", positive, 256, "width of the model"),
+        ("heads", positive, 4, "attention heads"),
+        ("rate", above_zero, 1e-3, "initial learning rate of Adam"),
+        ("reports", positive, 10, "number of reports"),
+        ("seed", natural, 0, "seed of the run"),
     )
-    parser.add_argument(
-        "--checkpoints", type=Path, metavar="DIR", help="save the state at every report"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_checkpoints("at every report")
     parser.set_defaults(dtype="float32", recompute=False)
-    args = parser.parse_args()
-    if min(getattr(args, name) for name in (*SIZES, "reports", "timeout")) < 1:
-        parser.error("all sizes and counts are at least 1")
-    if not 0 <= args.process < args.processes:
+    args = parser.parse()
+    if args.process >= args.processes:
         parser.error("--process is from 0 to one less than --processes")
     if args.processes > 1 and args.coordinator is None:
         parser.error("--processes needs --coordinator HOST:PORT")
-    if args.resume and args.checkpoints is None:
-        parser.error("--resume needs --checkpoints DIR")
 
     if args.processes > 1:
         jax.distributed.initialize(
@@ -151,17 +136,19 @@ def main() -> None:
         checkpoints = Checkpoints(args.checkpoints, settings, args.resume)
     try:
         train(args, checkpoints)
-    except (Exception, KeyboardInterrupt):
-        traceback.print_exc()
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, Exception):
+            traceback.print_exc()
         print(f"process {args.process} stops, and the others with it", file=sys.stderr)
         if checkpoints is not None:  # a pending save may wait for a process that has died
             saving = threading.Thread(target=checkpoints.close, daemon=True)
             saving.start()
             saving.join(args.timeout)
-        os._exit(1)  # sys.exit would wait for the other processes, which wait for this one
+        # sys.exit would wait for the other processes, which wait for this one
+        os._exit(1 if isinstance(error, Exception) else 130)
     if checkpoints is not None:
         checkpoints.close()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,6 @@ import argparse
 import functools
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from checkpoints import Checkpoints
 from corpus import load, show, starts
+from options import Parser, above_zero, natural, picture, positive, run
 from scanning import make_steps
 from watching import Watch, draw, gradients
 
@@ -132,7 +132,7 @@ def train(args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a GPT to write Python.")
+    parser = Parser("Train a GPT to write Python.")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--hand", action="store_true", help="differentiate by the hand-written chain (default)"
@@ -141,54 +141,31 @@ def main() -> None:
     how.add_argument(
         "--fused",
         action="store_true",
-        help="differentiate by hand, and update params during the backward pass",
+        help="by hand, and update on the way back",
     )
-    for name, default, meaning in (
-        ("steps", 2000, "training steps"),
-        ("batch", 16, "windows per step"),
-        ("length", 128, "bytes per window"),
-        ("layers", 6, "number of blocks"),
-        ("features", 256, "width of the model"),
-        ("heads", 4, "attention heads"),
-        ("reports", 10, "number of reports"),
-        ("sample", 400, "bytes to sample after training"),
-        ("seed", 0, "seed of the run"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
-        )
-    parser.add_argument(
-        "--rate",
-        type=float,
-        default=2e-3,
-        help="peak learning rate of Adam (default: %(default)s)",
+    parser.add(
+        ("steps", positive, 2000, "training steps"),
+        ("batch", positive, 16, "windows per step"),
+        ("length", positive, 128, "bytes per window"),
+        ("layers", positive, 6, "number of blocks"),
+        ("features", positive, 256, "width of the model"),
+        ("heads", positive, 4, "attention heads"),
+        ("rate", above_zero, 2e-3, "peak learning rate of Adam"),
+        ("dtype", ("float32", "bfloat16"), "float32", "dtype of the computation"),
+        ("reports", positive, 10, "number of reports"),
+        ("sample", positive, 400, "bytes to sample after training"),
+        ("seed", natural, 0, "seed of the run"),
+        ("plot", picture, None, "save pictures of the gradients"),
     )
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="dtype of the computation (default: %(default)s)",
+        "--recompute", action="store_true", help="save only the input of each block"
     )
-    parser.add_argument(
-        "--recompute", action="store_true", help="save only the input of each block (remat)"
-    )
-    parser.add_argument(
-        "--checkpoints", type=Path, metavar="DIR", help="save the state at every report"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="save pictures of the gradients")
-    args = parser.parse_args()
-    counts = ("steps", "batch", "length", "layers", "features", "heads", "reports", "sample")
-    if min(getattr(args, name) for name in counts) < 1:
-        parser.error("all sizes and counts are at least 1")
+    parser.add_checkpoints("at every report")
+    args = parser.parse()
     if args.features % args.heads:
         parser.error("--heads must divide --features")
-    if args.plot is not None and not args.plot.absolute().parent.is_dir():
-        parser.error(f"--plot {args.plot}: no such directory")
-    if args.resume and args.checkpoints is None:
-        parser.error("--resume needs --checkpoints DIR")
     train(args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from options import Parser, above_zero, natural, positive
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -87,43 +88,25 @@ def train(net: jp.Layer, args: argparse.Namespace, observe: Observe) -> float:
     return held_out
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str) -> Parser:
     """Return a parser of the options that ``train`` reads; a script adds its own."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--grad",
-        choices=DIFFERENTIATE,
-        default="hand",
-        help="the hand-written chain or autodiff (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=6, help="number of epochs (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=64, help="images per step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rate", type=float, default=1e-3, help="learning rate of Adam (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--examples",
-        type=int,
-        default=ALL,
-        help="number of images, test images included (default: %(default)s)",
+    parser = Parser(description)
+    parser.add(
+        ("grad", DIFFERENTIATE, "hand", "the hand-written chain or autodiff"),
+        ("epochs", positive, 6, "number of epochs"),
+        ("batch", positive, 64, "images per step"),
+        ("rate", above_zero, 1e-3, "learning rate of Adam"),
+        ("seed", natural, 0, "seed of the run"),
+        ("examples", positive, ALL, "images, held-out ones included"),
     )
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse(parser: Parser) -> argparse.Namespace:
     """Parse the command line, and check the options that ``train`` reads."""
-    args = parser.parse_args()
+    args = parser.parse()
     if not 50 <= args.examples <= ALL:
         parser.error(f"--examples is from 50 to {ALL}")
-    if not 1 <= args.batch <= 4 * args.examples // 5:
-        parser.error("--batch is at least 1 and at most four fifths of --examples")
-    if args.epochs < 1:
-        parser.error("--epochs is at least 1")
+    if args.batch > 4 * args.examples // 5:
+        parser.error("--batch is at most four fifths of --examples")
     return args

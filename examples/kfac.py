@@ -11,14 +11,14 @@ learning rate is tuned for each method. Both start from the same params and see 
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from digits import above_zero, load, natural, positive
+from digits import load
 from jax.scipy.linalg import cho_factor, cho_solve
+from options import Parser, above_zero, natural, picture, positive, run
 
 import jaxprop as jp
 
@@ -146,24 +146,15 @@ def best(run: Any, rates: tuple[float, ...], threshold: float) -> tuple[int, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="KFAC against tuned SGD on scikit-learn's digits.")
-    parser.add_argument(
-        "--steps", type=positive, default=200, help="steps for each rate (default: %(default)s)"
+    parser = Parser("KFAC against tuned SGD on scikit-learn's digits.")
+    parser.add(
+        ("steps", positive, 200, "steps for each rate"),
+        ("batch", positive, 256, "digits per step"),
+        ("threshold", above_zero, 0.02, "training loss to reach"),
+        ("seed", natural, 0, "seed of the run"),
+        ("plot", picture, None, "save the loss curves"),
     )
-    parser.add_argument(
-        "--batch", type=positive, default=256, help="digits per step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=above_zero,
-        default=0.02,
-        help="training loss to reach (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=natural, default=0, help="seed of the run (default: %(default)s)"
-    )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="save the loss curves")
-    args = parser.parse_args()
+    args = parser.parse()
     train_x, train_y, _, _ = load(args.seed)
 
     curves = {}
@@ -198,4 +189,4 @@ def plot(curves: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

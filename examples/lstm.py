@@ -8,7 +8,6 @@ files is held out, and the loss on windows of them is reported in bits per byte.
 two reports are one ``lax.scan``.
 """
 
-import argparse
 import functools
 import math
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from corpus import load, show
+from options import Parser, above_zero, natural, positive, run
 from scanning import make_steps
 
 import jaxprop as jp
@@ -47,30 +47,20 @@ def sample(net: Any, params: Any, key: Any, length: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an LSTM to write Python.")
+    parser = Parser("Train an LSTM to write Python.")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--hand", action="store_true", help="differentiate by the hand-written chain (default)"
     )
     how.add_argument("--auto", action="store_true", help="differentiate by autodiff")
-    for name, default, meaning in (
-        ("steps", 1000, "training steps"),
-        ("seed", 0, "seed of the run"),
-        ("features", 256, "width of the LSTM"),
-        ("batch", 32, "windows per step"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
-        )
-    parser.add_argument(
-        "--rate",
-        type=float,
-        default=4e-3,
-        help="initial learning rate of Adam (default: %(default)s)",
+    parser.add(
+        ("steps", positive, 1000, "training steps"),
+        ("batch", positive, 32, "windows per step"),
+        ("features", positive, 256, "width of the LSTM"),
+        ("rate", above_zero, 4e-3, "initial learning rate of Adam"),
+        ("seed", natural, 0, "seed of the run"),
     )
-    args = parser.parse_args()
-    if min(args.steps, args.features, args.batch) < 1:
-        parser.error("--steps, --features and --batch are at least 1")
+    args = parser.parse()
 
     train, held_out = map(jnp.asarray, load(args.seed))
     for_init, for_steps, for_test, for_sample = jax.random.split(jax.random.key(args.seed), 4)
@@ -101,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,6 +16,8 @@ import argparse
 import os
 from typing import Any, NamedTuple
 
+from options import Parser, positive, run
+
 GPU = {"bytes": 80e9, "bfloat16": 989e12, "float32": 495e12, "memory": 3.35e12}
 NODE = 8  # GPUs that share NVLink, 450 GB/s each way; the node's 8 network cards take 400 GB/s in
 LINK = {"node": 450e9, "network": 400e9}
@@ -183,32 +185,27 @@ def said(size: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a step of a large GPT needs.")
-    for name, default, meaning in (
-        ("layers", 48, "number of blocks"),
-        ("features", 1600, "width of the model"),
-        ("heads", 25, "attention heads"),
-        ("vocab", 50257, "number of tokens in the vocabulary"),
-        ("length", 1024, "tokens per example"),
-        ("batch", 8, "examples per device"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
-        )
+    parser = Parser("What a step of a large GPT needs.")
+    parser.add(
+        ("layers", positive, 48, "number of blocks"),
+        ("features", positive, 1600, "width of the model"),
+        ("heads", positive, 25, "attention heads"),
+        ("vocab", positive, 50257, "number of tokens in the vocabulary"),
+        ("length", positive, 1024, "tokens per example"),
+        ("batch", positive, 8, "examples per device"),
+    )
     parser.add_argument(
         "--devices",
-        type=int,
+        type=positive,
         nargs="+",
         default=[1, 8, 512],
         metavar="N",
-        help="numbers of GPUs, a group of rows for each (default: %(default)s)",
+        help="numbers of GPUs (default: 1 8 512)",
     )
-    args = parser.parse_args()
-    if min(args.layers, args.features, args.heads, args.vocab, args.length, args.batch) < 1:
-        parser.error("all sizes are at least 1")
+    args = parser.parse()
     if args.features % args.heads:
         parser.error("--heads must divide --features")
-    if any(n < 1 or (n > NODE and n % NODE) for n in args.devices):
+    if any(n > NODE and n % NODE for n in args.devices):
         parser.error(f"--devices: up to {NODE}, or whole nodes of {NODE}")
     os.environ["XLA_FLAGS"] = (  # before JAX looks for devices
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
@@ -222,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

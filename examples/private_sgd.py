@@ -5,9 +5,9 @@
 
 Each step draws every training image with the same small probability. This is the Poisson sampling
 that the privacy accountant assumes. The size of a draw varies, but a jitted step needs a fixed one,
-so the batch is padded with images of weight zero, and the sum divided by the expected size. Google's dp-accounting computes
-epsilon, for adding or removing one image, from the noise multiplier, the sampling rate and the
-number of steps.
+so the batch is padded with images of weight zero, and the sum divided by the expected size.
+Google's dp-accounting computes epsilon, for adding or removing one image, from the noise
+multiplier, the sampling rate and the number of steps.
 """
 
 import argparse
@@ -20,8 +20,9 @@ import dp_accounting
 import jax
 import jax.numpy as jnp
 import optax
-from digits import above_zero, load, natural, positive
+from digits import load
 from dp_accounting.pld import PLDAccountant
+from options import Parser, above_zero, natural, positive, run
 
 import jaxprop as jp
 
@@ -71,28 +72,25 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
         sys.exit(f"{drawn.max()} images were drawn for {room} places: epsilon would be wrong")
     accuracy = float(jnp.mean(NET(params, test_x).argmax(axis=-1) == test_y))
     spent = epsilon(args.noise, rate, steps, args.delta)
-    print(f"{steps} steps of {drawn.mean():.0f} images on average, {clipped.mean():.0%} clipped")
+    print(f"{steps} steps of {drawn.mean():.0f} images on average, {clipped.mean():.0%} of them clipped")
     print(f"epsilon {spent:.2f} at delta {args.delta:g}")
     print(f"accuracy {accuracy:.2%} on {len(test_y)} digits held out of training")
     return spent, accuracy
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an MLP on scikit-learn's digits privately.")
-    for name, kind, default, meaning in (
+    parser = Parser("Train an MLP on scikit-learn's digits privately.")
+    parser.add(
         ("epochs", positive, 40, "number of epochs"),
         ("batch", positive, 128, "expected number of images per step"),
         ("rate", above_zero, 0.1, "learning rate of SGD with momentum 0.9"),
-        ("max-norm", above_zero, 1.0, "bound on the norm of each per-example gradient"),
+        ("max-norm", above_zero, 1.0, "bound of a per-example gradient's norm"),
         ("noise", above_zero, 1.5, "noise multiplier"),
         ("delta", above_zero, 1e-5, "delta of differential privacy"),
         ("seed", natural, 0, "seed of the run"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{meaning} (default: %(default)s)"
-        )
-    train(parser.parse_args())
+    )
+    train(parser.parse())
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

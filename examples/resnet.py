@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 from images import LOSS, Observe, make_parser, parse, train
+from options import positive, run
 
 import jaxprop as jp
 
@@ -66,22 +67,17 @@ def noise_scale(net: jp.Layer, examples: int = 512) -> Observe:
 def main() -> None:
     parser = make_parser("Train a small ResNet on digits.")
     parser.set_defaults(epochs=10, batch=32, rate=1e-2)
-    for name, default, meaning in (
-        ("features", 8, "channels of the first stage"),
-        ("stages", 3, "number of stages"),
-        ("blocks", 1, "identical blocks in each stage"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)"
-        )
+    parser.add(
+        ("features", positive, 8, "channels of the first stage"),
+        ("stages", positive, 3, "number of stages"),
+        ("blocks", positive, 1, "identical blocks in each stage"),
+    )
     args = parse(parser)
-    if args.features < GROUPS or args.features % GROUPS:
+    if args.features % GROUPS:
         parser.error(f"--features is a multiple of {GROUPS}")
-    if min(args.stages, args.blocks) < 1:
-        parser.error("--stages and --blocks are at least 1")
     net = make_net(args.features, args.blocks, args.stages)
     train(net, args, noise_scale(net))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

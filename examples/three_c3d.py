@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from images import LOSS, Observe, make_parser, parse, train
+from options import run
 
 import jaxprop as jp
 
@@ -33,13 +34,11 @@ def gradient_norms(net: jp.Layer, examples: int) -> Observe:
 
 def main() -> None:
     parser = make_parser("Train a convolutional network on digits.")
-    parser.add_argument(
-        "--model", choices=NETS, default="3c3d", help="the network (default: %(default)s)"
-    )
+    parser.add(("model", NETS, "3c3d", "the network"))
     args = parse(parser)
     net = NETS[args.model](classes=10)
     train(net, args, gradient_norms(net, args.batch))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

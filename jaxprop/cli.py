@@ -18,6 +18,7 @@ from jaxprop.walkthrough import text
 from jaxprop.walkthrough.config import WORKED_EXAMPLE, Config, ConfigError, dump, load
 from jaxprop.walkthrough.descent import walkthrough
 from jaxprop.walkthrough.page import STEPS, page
+from jaxprop.walkthrough.sections import ALL, READABLE
 from jaxprop.walkthrough.words import LANGUAGES
 
 MOST_STEPS = 10**9
@@ -57,18 +58,33 @@ def _parser() -> argparse.ArgumentParser:
         "every number of the chain rule, by hand and by jax.grad.",
     )
     walk.add_argument(
-        "--steps", type=_positive, metavar="N", help=f"descend N steps (1; {STEPS} with --html)"
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help=f"descend N steps (default: 1; {STEPS} with --html)",
     )
     walk.add_argument("--weight", metavar="NAME", help="show this weight's chain only, such as w3")
+    walk.add_argument(
+        "--all",
+        action="store_true",
+        help="print all of a large network, not the first of everything",
+    )
     walk.add_argument("--config", metavar="FILE", help="a network in TOML (see --print-config)")
     output = walk.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print one JSON document")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON document (its keys: pydoc jaxprop.walkthrough.document)",
+    )
     output.add_argument("--print-config", action="store_true", help="print the network as TOML")
     output.add_argument(
         "--html", metavar="FILE", help="write a page to step through (needs jinja2)"
     )
     walk.add_argument(
-        "--lang", choices=LANGUAGES, default="en", help="the language of the text: %(choices)s"
+        "--lang",
+        choices=LANGUAGES,
+        default="en",
+        help="the language of the text (default: %(default)s)",
     )
     walk.set_defaults(run=_walkthrough)
     measure = commands.add_parser(
@@ -112,7 +128,7 @@ def _walkthrough(args: argparse.Namespace) -> int:
     if args.weight is not None:
         text.show_weight(walk, args.weight, console, args.lang)
     else:
-        text.show(walk, console, args.lang)
+        text.show(walk, console, args.lang, ALL if args.all else READABLE)
     return 0
 
 

@@ -85,7 +85,7 @@ def expected(walk, by_jax=True):
     outputs = walk.stages[-1].units
     for stage in walk.stages:
         for row, unit in enumerate(stage.units):
-            terms = [n for w in stage.weights[row] for n in (w.old, w.d_z)]
+            terms = [n for w in stage.weights[row] for n in (w.old, w.source_value)]
             terms += [bias.old for bias in stage.biases[row : row + 1]]
             yield f"forward {unit.name}", [*terms, unit.z, unit.value], []
             inputs[unit.name] = unit.value
@@ -100,7 +100,13 @@ def expected(walk, by_jax=True):
         for row, unit in enumerate(stage.units):
             for w in (*stage.weights[row], *stage.biases[row : row + 1]):
                 first = [unit.value, unit.target, unit.d_value] if is_output else []
-                chain = [w.d_value, w.slope, w.d_z, w.product, *([w.jax_grad] if by_jax else [])]
+                chain = [
+                    w.d_value,
+                    w.slope,
+                    w.source_value,
+                    w.product,
+                    *([w.jax_grad] if by_jax else []),
+                ]
                 yield f"backward {w.name}", [*first, *chain], []
     weights = walk.chains()
     rows = [n for w in weights for n in (w.old, w.product, w.new)]

@@ -153,8 +153,8 @@ def losses(lines):
 def test_two_processes_train_as_one_does(launch, tmp_path, whole):
     two, state = whole
     one = finish(launch(tmp_path / "one", 1))
-    assert two[0] == "30,080 params, 4 devices of 2 processes"
-    assert one[0] == "30,080 params, 2 devices of 1 processes"
+    assert two[0] == "30,080 params; devices: 4, processes: 2"
+    assert one[0] == "30,080 params; devices: 2, processes: 1"
     assert len(losses(two)) == 3
     np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1.01e-4)
     assert losses(two)[-1] < losses(two)[0] < 8

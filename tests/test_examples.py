@@ -41,6 +41,51 @@ def refused(script, argv, monkeypatch, capsys):
     return capsys.readouterr().err if isinstance(code, int) else code
 
 
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "run(main)" in path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_a_line_for_each_option_with_its_default(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    assert stopped.value.code == 0
+    usage, _, options = capsys.readouterr().out.partition("\noptions:\n")
+    lines = options.splitlines()
+    assert all(len(line) <= 80 for line in (*usage.splitlines(), *lines))
+    for line in lines:
+        option = re.match(r"  (?:-h, )?--([\w-]+)( \S+)*  +\S", line)
+        assert option, line
+        takes_a_value = option.group(2) is not None
+        none = option.group(1) in ("checkpoints", "plot", "coordinator")
+        assert ("(default: " in line) == (takes_a_value and not none), line
+
+
+def test_every_script_ends_by_the_same_rules():
+    mains = [path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()]
+    assert sorted(mains) == sorted([*SCRIPTS, "two_layer.py"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("closed", "said", "code"),
+    [(False, b"digits.py: interrupted\n", 130), (True, b"", -signal.SIGPIPE)],
+    ids=["ctrl-c", "closed pipe"],
+)
+def test_an_end_from_outside_leaves_no_traceback(closed, said, code, tmp_path):
+    argv = command("digits.py", "--epochs", 2000, "--checkpoints", tmp_path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(argv, env=ENVIRONMENT, **pipes) as running:
+        assert running.stdout.readline().startswith(b"epoch")
+        if closed:
+            running.stdout.close()
+        else:
+            running.send_signal(signal.SIGINT)
+        assert running.stderr.read() == said
+    assert running.returncode == code
+
+
 def final_state(directory):
     with ocp.CheckpointManager(directory) as manager:
         step = manager.latest_step()

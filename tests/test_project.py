@@ -82,7 +82,7 @@ def test_readme_shows_what_the_command_prints(capsys):
 
     main([])
     shown = re.search(
-        r"```text\n(Step 1.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+        r"```text\n(Back to.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     ).group(1)
     assert shown in capsys.readouterr().out
 

@@ -607,6 +607,37 @@ def test_clipping_bounds_where_gram_matrices_cancel():
     assert np.all(form.sq_norms() >= 0)
 
 
+@pytest.mark.parametrize("under", ["jit", "vmap", "repeat"])
+def test_norms_and_inner_products_where_positions_cancel(under):
+    """Rows of x that are equal to 1e-4, and cotangents of alternating signs: in float32 the terms
+    of <X X^T, C C^T> are 1e7 times their sum."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 1, 64)) + 1e-4 * rng.normal(size=(3, 4, 64))
+    ct = rng.normal(size=(3, 1, 64)) * np.array([1, -1, 1, -1])[:, None]
+    exact = jp.Outer(jnp.asarray(x), jnp.asarray(ct))
+    form = jp.Outer(exact.x.astype(jnp.float32), exact.ct.astype(jnp.float32))
+
+    def both(form):
+        return form.sq_norms(), form.inner_products()
+
+    def close(got, want):
+        scale = np.sqrt(np.outer(want[0], want[0]))
+        got = [np.asarray(each, float) for each in got]
+        assert np.all(np.abs(got[0] - want[0]) <= 1e-2 * want[0])
+        assert np.all(np.abs(got[1] - want[1]) <= 1e-2 * scale)
+
+    want = both(jp.Stacked(exact.per_example()))
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), form)
+    if under == "jit":
+        close(jax.jit(both)(form), want)
+    elif under == "vmap":
+        close(jax.tree.map(lambda leaf: leaf[1], jax.vmap(both)(stack)), want)
+    else:
+        close(jax.jit(both)(jp.Repeated(stack)), jax.tree.map(lambda leaf: 2 * leaf, want))
+    gradient = jax.grad(lambda ct: jp.Outer(form.x, ct).sq_norms().sum())(form.ct)
+    assert jnp.isfinite(gradient).all()
+
+
 def test_noise_is_refused_where_it_would_be_rounded_away():
     net, loss, params, x, target = problem(Row(KFAC_NET, normal(4, 5)))
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, x))

@@ -82,7 +82,7 @@ def test_published_chains(walk):
     chains = {w.name: w for w in walk.chains()}
     for name, expected in CHAINS.items():
         w = chains[name]
-        numbers = (w.d_value, w.slope, w.d_z, w.product, w.new)
+        numbers = (w.d_value, w.slope, w.source_value, w.product, w.new)
         assert tuple(round(number, 8) for number in numbers) == expected
     assert tuple(round(w.new, 8) for w in walk.chains()) == NEW
 
@@ -104,7 +104,9 @@ def test_every_chain_is_its_factors_and_jax_grad(text):
     config = configs.parse(tomllib.loads(text))
     result = walkthrough(config, steps=3)
     for w in result.chains():
-        assert w.d_value * w.slope * w.d_z == pytest.approx(w.product, rel=1e-12, abs=1e-300)
+        assert w.d_value * w.slope * w.source_value == pytest.approx(
+            w.product, rel=1e-12, abs=1e-300
+        )
         assert w.jax_grad == pytest.approx(w.product, rel=1e-12, abs=1e-300)
         assert w.old - config.learning_rate * w.product == pytest.approx(w.new, rel=1e-12)
     assert result.largest_difference <= 1e-12
@@ -120,11 +122,12 @@ def test_prints_every_number_in_80_columns(capsys, walk):
     for value in (*BEFORE.values(), *AFTER.values(), *NEW, walk.error, walk.error_after):
         assert f"{value:.8f}" in text
     for w in walk.chains():
-        numbers = (w.d_value, w.slope, w.d_z, w.product, w.jax_grad, w.new)
+        numbers = (w.d_value, w.slope, w.source_value, w.product, w.jax_grad, w.new)
         assert " ".join([w.name, *(f"{number:.8f}" for number in numbers)]) in text
     titles = [line for line in text.splitlines() if line and not line.startswith(" ")]
-    assert [re.sub(":.*", "", title) for title in titles] == [
-        "The network", "Forward", "Step 1", "Step 2", "The check",
+    assert titles == [
+        "The network", "Forward", "Back to the output weights", "Back to the hidden weights",
+        "The check",
     ]  # fmt: skip
     assert "misprints" in text
     assert "\x1b" not in text
@@ -135,7 +138,7 @@ def test_large_networks_stay_in_80_columns(capsys, tmp_path):
     (tmp_path / "net.toml").write_text(DEEP)
     text = printed(capsys, "--config", str(tmp_path / "net.toml"), "--steps", "50")
     assert max(map(len, text.splitlines())) <= 80
-    assert "Step 3" in text
+    assert "Back to the hidden-1 weights (step 1 of 50)" in text
     assert "misprints" not in text
 
 
@@ -248,6 +251,13 @@ def test_wrong_config_is_one_line_and_exit_2(capsys, tmp_path, old, new, message
     assert err.startswith(f"jaxprop: {path}: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_too_many_weights_is_said_before_they_are_drawn(capsys, tmp_path):
+    path = tmp_path / "net.toml"
+    path.write_text(DEEP.replace("units = 4", "units = 9000").replace("units = 2", "units = 8000"))
+    assert main(["--config", str(path)]) == 2
+    assert "layers[1] has 8000 x 9000 weights" in capsys.readouterr().err
 
 
 def test_too_many_units_is_said_before_they_are_drawn(capsys, tmp_path):
@@ -369,7 +379,7 @@ def test_korean(capsys):
         printed(capsys, "--steps", "20"),
         printed(capsys, "--steps", "20", "--lang", "ko"),
     )
-    assert [line[:4] for line in korean.splitlines() if line and line[0] != " "][:2] == [
+    assert [line[:3] for line in korean.splitlines() if line and line[0] != " "][:2] == [
         "신경망", "순전파",
     ]  # fmt: skip
     numbers = re.compile(r"\d\.\d{8}")

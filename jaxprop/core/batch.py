@@ -38,7 +38,9 @@ class Batch(NamedTuple):
         weights = self.weights
         if weights is not None:
             _check_length(weights, number)
-        total = number if weights is None else jnp.sum(weights)
+        total = max(number, 1) if weights is None else jnp.sum(weights)
+        if weights is not None:
+            total = jnp.where(total > 0, total, 1)
         if self.divisor is not None:
             return Examples(number, weights, total, self.divisor)
         if not number:
@@ -46,8 +48,6 @@ class Batch(NamedTuple):
                 "the batch is empty: the mean over 0 examples does not exist; give divisor= for a "
                 "sum over them"
             )
-        if weights is not None:
-            total = jnp.where(total > 0, total, 1)
         return Examples(number, weights, total, total)
 
 
@@ -91,7 +91,7 @@ class Examples(NamedTuple):
     Attributes:
         number: N.
         weights: (N,), or None where each counts 1.
-        total: the sum of the weights.
+        total: the sum of the weights, or 1 if that is 0.
         divisor: what a sum is divided by for the mean: the total, if it was not given.
         real: (N, ...), False where the target says that an example, or a position of one, is
             padding; None where all are real.
@@ -127,6 +127,10 @@ class Examples(NamedTuple):
         elif self.divisor is self.number:
             return jnp.mean(values, axis=-1)
         return self.over(jnp.sum(values, axis=-1))
+
+    def share(self, of_these: Bool[Array, "... n"]) -> Float[Array, "..."]:
+        """Return how large a share these are, of all that the examples count."""
+        return self._replace(divisor=self.total).mean(of_these)
 
     def counting(self, tree: PyTree) -> PyTree:
         """Return the tree with zeros for the examples that count nothing."""

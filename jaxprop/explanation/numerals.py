@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import SupportsFloat
+
+DECIMALS = 8
+FEWEST = 4  # decimals, before an exponent takes their place
+CELL = 11  # characters of a number in a column
 
 
 def fixed(number: SupportsFloat) -> str:
-    """Return the number with eight decimals.
+    """Return the number with eight decimals, or as ``aligned`` writes it if these do not fit."""
+    return aligned([number])[0]
 
-    One that would not fit a column of 11, or would show zeros alone, is written with an exponent.
+
+def aligned(numbers: Iterable[SupportsFloat]) -> list[str]:
+    """Return the numbers of a column, all with the same number of decimals.
+
+    There are eight, or as many from four on as fit into 11 characters. If fewer fit, or one of the
+    numbers would show zeros alone, all are written with an exponent, and 0 as 0.
     """
-    number = float(number)
-    text = f"{number:.8f}"
-    return text if len(text) <= 11 and (abs(number) >= 5e-9 or number == 0) else f"{number:.4e}"
+    values = [float(number) + 0.0 for number in numbers]  # -0.0 + 0.0 is 0.0
+    finite = [value for value in values if math.isfinite(value)]
+    for places in range(DECIMALS, FEWEST - 1, -1):
+        shown = [f"{value:.{places}f}" for value in finite]
+        if all(len(text) <= CELL for text in shown):
+            if any(value and not float(text) for value, text in zip(finite, shown, strict=True)):
+                break
+            return [f"{value:.{places}f}" for value in values]
+    digits = 4 if all(len(f"{value:.4e}") <= CELL for value in finite) else 3
+    return [f"{value:.{digits}e}" if value else "0" for value in values]
 
 
 def plain(number: SupportsFloat) -> str:
     """Return the number as a person would write it, with at most eight digits."""
-    return f"{float(number):.8g}"
+    return f"{float(number) + 0.0:.8g}"
+
+
+def given(number: SupportsFloat) -> str:
+    """Return the number as it was given if eight digits say it, else as ``fixed`` does."""
+    text = plain(number)
+    return text if float(text) == float(number) else fixed(number)
+
+
+def bracketed(number: str) -> str:
+    """Return a number's text in brackets if it has a sign, for a place behind an operator."""
+    return f"({number})" if number.startswith("-") else number
 
 
 def short(number: SupportsFloat) -> str:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxprop.core.types import PyTree
-from jaxprop.explanation.numerals import fixed, share, short
+from jaxprop.explanation.numerals import aligned, bracketed, fixed, share, short
 from jaxprop.explanation.summary import Summary
 from jaxprop.explanation.terms import Explanation, Terms
 
@@ -111,7 +111,8 @@ def _weights(alone: Explanation, name: str) -> Iterator[str]:
     for index in indices[:WEIGHTS]:
         factors, product = param[index]
         label = f"{name}[{', '.join(map(str, index))}]"
-        chain = " · ".join(f"{key} {fixed(f)}" for key, f in factors.items() if not np.ndim(f))
+        numbers = {key: bracketed(fixed(f)) for key, f in factors.items() if not np.ndim(f)}
+        chain = " · ".join(f"{key} {number}" for key, number in numbers.items())
         if not chain:
             over = next((f"{np.size(f)} positions" for f in factors.values()), "")
             chain = " ".join(filter(None, ["Σ", " · ".join(factors), "over", over])) if over else ""
@@ -123,7 +124,7 @@ def _weights(alone: Explanation, name: str) -> Iterator[str]:
 
 def _vector(array: ArrayLike) -> str:
     numbers = np.asarray(array, np.float64).ravel()
-    text = " ".join(f"{fixed(number):>11}" for number in numbers[:NUMBERS])
+    text = " ".join(f"{number:>11}" for number in aligned(numbers[:NUMBERS]))
     shape = "×".join(map(str, np.shape(array)))
     return text if numbers.size <= NUMBERS else f"{text} … {shape}"
 

@@ -128,7 +128,7 @@ class Clipped(Quantity):
         return ClippedMean(
             grads,
             norms,
-            jax.tree.map(lambda norms: batch.examples.mean(norms > self.max_norm), norms),
+            jax.tree.map(lambda norms: batch.examples.share(norms > self.max_norm), norms),
         )
 
     def _bounded(

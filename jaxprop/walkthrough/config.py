@@ -31,6 +31,9 @@ ACTIVATIONS: dict[Activation, Layer | None] = {
 }
 
 
+MOST_WEIGHTS = 1_000_000  # to draw for a layer
+
+
 class ConfigError(Exception):
     """An error in a network file or on the command line, in one line that names the key."""
 
@@ -120,6 +123,8 @@ def load(path: str) -> Config:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a TOML file: nested too deeply") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     try:
@@ -199,6 +204,11 @@ def _units(entry: object, key: str, width: int, seed: Array, index: int) -> Unit
         if not isinstance(bias, bool):
             raise ConfigError(f"{key}.bias must be true or false, not {bias!r}")
         units = _whole(entry["units"], f"{key}.units", least=1, most=10_000)
+        if units * width > MOST_WEIGHTS:
+            raise ConfigError(
+                f"{key} has {units} x {width} weights; there is a chain for each, of at most "
+                f"{MOST_WEIGHTS:,} in a layer"
+            )
         return _drawn(activation, units, bias, width, jax.random.fold_in(seed, index))
     if "bias" in entry:
         raise ConfigError(f"{key}.bias goes with units; beside weights, write biases = [...]")

@@ -8,11 +8,13 @@ of dE/dz * w over the units that s feeds.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -55,36 +57,48 @@ def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, E
         x, target = configs.example(config)
 
         @jax.jit
-        def descend(params: Params, gaps: Array) -> tuple[Params, Array]:
-            def step(_: Array, carry: tuple[Params, PyTree]) -> tuple[Params, PyTree]:
-                params, state, _ = update(carry[0], carry[1], x, target)
-                return params, state
+        def descend(params: Params, gaps: Array) -> tuple[Params, Array, Array]:
+            """Return the params after the last gap, E before each, and the steps with E finite."""
 
-            def stretch(
-                carry: tuple[Params, PyTree], gap: Array
-            ) -> tuple[tuple[Params, PyTree], Array]:
-                return jax.lax.fori_loop(0, gap, step, carry), scalar(carry[0], x, target)
+            def step(_: Array, carry: _Carry) -> _Carry:
+                params, state, value = update(carry.params, carry.state, x, target)
+                finite = carry.finite & jnp.isfinite(value)
+                return _Carry(
+                    params, state, finite, jnp.where(finite, carry.steps + 1, carry.steps)
+                )
 
-            (params, _), errors = jax.lax.scan(stretch, (params, optimizer.init(params)), gaps)
-            return params, errors
+            def stretch(carry: _Carry, gap: Array) -> tuple[_Carry, Array]:
+                return jax.lax.fori_loop(0, gap, step, carry), scalar(carry.params, x, target)
+
+            start = _Carry(params, optimizer.init(params), jnp.array(True), jnp.array(0))
+            end, errors = jax.lax.scan(stretch, start, gaps)
+            return end.params, errors, end.steps
 
         explained = functools.partial(explain, net, loss, x=x, target=target, keep=sys.maxsize)
         differentiate = jax.jit(jax.grad(scalar))
         params = configs.params(config)
         marks = sorted({round(steps * i / CURVE) for i in range(CURVE + 1)})
-        params_last, errors = descend(params, jnp.diff(jnp.array(marks)))
+        params_last, errors, finite = descend(params, jnp.diff(jnp.array(marks)))
         names, terms, last = _Names(config), explained(params), explained(params_last)
-        outputs = _recorded(config, last)[-1].value
+        recorded = _recorded(config, last)
         final = Final(
             steps=steps,
             error=float(last.value),
-            outputs=dict(zip(names.units[-1], outputs, strict=True)),
+            outputs=dict(zip(names.units[-1], recorded[-1].value, strict=True)),
             weights=names.by_name(params_last),
+            slopes={
+                name: slope
+                for units, layer in zip(names.units, recorded, strict=True)
+                for name, slope in zip(units, layer.slope, strict=True)
+            },
+            nonfinite_after=None
+            if int(finite) == steps and math.isfinite(last.value)
+            else int(finite),
         )
         curve = tuple(zip(marks, [*errors.tolist(), final.error], strict=True))
         walks = []
         for _ in range(shown):
-            params_after, _ = descend(params, jnp.array([1]))
+            params_after, _, _ = descend(params, jnp.array([1]))
             terms_after = explained(params_after)
             before, after = _recorded(config, terms), _recorded(config, terms_after)
             numbers = _Numbers(
@@ -101,9 +115,7 @@ def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, E
                 ),
                 error=float(terms.value),
                 error_after=float(terms_after.value),
-                largest_difference=max(
-                    abs(product - numbers.grads[name]) for name, product in numbers.products.items()
-                ),
+                largest_difference=_largest_difference(numbers),
                 curve=curve,
                 final=final,
             )
@@ -149,6 +161,15 @@ class _Names:
         return named
 
 
+class _Carry(NamedTuple):
+    """The state of the descent: whether E was finite at each step so far, and for how many."""
+
+    params: Params
+    state: PyTree
+    finite: Array
+    steps: Array
+
+
 class _Numbers(NamedTuple):
     """Numbers of each weight, by its name: both gradients, and the weight before and after."""
 
@@ -156,6 +177,14 @@ class _Numbers(NamedTuple):
     grads: dict[str, float]
     old: dict[str, float]
     new: dict[str, float]
+
+
+def _largest_difference(numbers: _Numbers) -> float:
+    """Return the largest difference of both gradients; equal infinities differ by 0."""
+    by_hand, by_jax = (np.array(list(each.values())) for each in (numbers.products, numbers.grads))
+    with np.errstate(invalid="ignore"):
+        different = np.abs(by_hand - by_jax)
+    return float(np.max(np.where(by_hand == by_jax, 0, different)))
 
 
 class _Recorded(NamedTuple):
@@ -195,7 +224,7 @@ def _stage(
     here, here_after = before[index], after[index]
     is_output = index == len(config.layers) - 1
 
-    def weight(name: str, source: str, unit: int, d_z: float) -> Weight:
+    def weight(name: str, source: str, unit: int, source_value: float) -> Weight:
         return Weight(
             name=name,
             source=source,
@@ -203,7 +232,7 @@ def _stage(
             z_name=names.sums[index][unit],
             d_value=here.d_value[unit],
             slope=here.slope[unit],
-            d_z=d_z,
+            source_value=source_value,
             product=numbers.products[name],
             jax_grad=numbers.grads[name],
             old=numbers.old[name],
@@ -245,8 +274,8 @@ def _stage(
         units=tuple(map(unit, range(len(names.units[index])))),
         weights=tuple(
             tuple(
-                weight(name, source, unit, d_z)
-                for name, source, d_z in zip(row, names.inputs[index], here.below, strict=True)
+                weight(name, source, unit, value)
+                for name, source, value in zip(row, names.inputs[index], here.below, strict=True)
             )
             for unit, row in enumerate(names.weights[index])
         ),

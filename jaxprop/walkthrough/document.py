@@ -18,7 +18,7 @@ class Weight(NamedTuple):
         z_name: the name of that unit's weighted sum z.
         d_value: dE/dvalue, with value that of the unit.
         slope: dvalue/dz.
-        d_z: dz/dw.
+        source_value: the value of the source, which is dz/dw; 1 for a bias.
         product: dE/dw by the hand-written backward.
         jax_grad: dE/dw by ``jax.grad``.
         old: the weight before the step.
@@ -31,7 +31,7 @@ class Weight(NamedTuple):
     z_name: str
     d_value: float
     slope: float
-    d_z: float
+    source_value: float
     product: float
     jax_grad: float
     old: float
@@ -116,12 +116,17 @@ class Final(NamedTuple):
         error: the error.
         outputs: the value of each output, by name.
         weights: each weight and each bias, by name.
+        slopes: dvalue/dz of each unit, by name.
+        nonfinite_after: the least number of steps after which the error is not finite; None for
+            a descent whose error is finite throughout.
     """
 
     steps: int
     error: float
     outputs: dict[str, float]
     weights: dict[str, float]
+    slopes: dict[str, float]
+    nonfinite_after: int | None
 
 
 class Walkthrough(NamedTuple):
@@ -153,7 +158,9 @@ class Walkthrough(NamedTuple):
     def document(self, weight: str | None = None) -> dict[str, Any]:
         """Return the walkthrough as dicts, lists, strings and numbers, ready for JSON.
 
-        JSON has no NaN and no infinity: None stands in their place.
+        The keys are the attributes of ``Walkthrough``, and inside it those of ``Config``,
+        ``Units``, ``Stage``, ``Unit``, ``Path``, ``Weight`` and ``Final``: their docstrings say
+        what each is. JSON has no NaN and no infinity: None stands in their place.
 
         Args:
             weight: the name of the only weight to return the chain of; None for everything.

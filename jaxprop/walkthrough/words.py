@@ -26,7 +26,28 @@ KOREAN = {
     # the terminal
     "The network": "신경망",
     "Forward": "순전파",
-    "Step {number}: the {layer} weights": "{number}단계: {layer} 가중치",
+    " (step 1 of {steps})": " ({steps}번의 갱신 중 1번째)",
+    "By layer": "층별 요약",
+    "units": "유닛",
+    "weights": "가중치",
+    "largest z": "최대 z",
+    "slope 0": "기울기 0",
+    "largest ∂E/∂w": "최대 ∂E/∂w",
+    "of": "가중치 이름",
+    "Below, at most {layers} layers, {units} units and {chains} weights a layer. --all prints "
+    "everything, --weight {name} one weight, --json is for scripts.": (
+        "아래에는 층 {layers}개, 층마다 유닛 {units}개와 가중치 {chains}개까지만 나옵니다. 전부 "
+        "보려면 --all, 한 가중치만 보려면 --weight {name}, 스크립트에는 --json을 쓰세요."
+    ),
+    "… and {count} more unit": "… 그 밖에 유닛 {count}개",
+    "… and {count} more units": "… 그 밖에 유닛 {count}개",
+    "… and {count} more weight; the largest product is {product}, of {name}": (
+        "… 그 밖에 가중치 {count}개; 가장 큰 곱은 {name}의 {product}"
+    ),
+    "… and {count} more weights; the largest product is {product}, of {name}": (
+        "… 그 밖에 가중치 {count}개; 가장 큰 곱은 {name}의 {product}"
+    ),
+    "Back to the {layer} weights": "{layer} 가중치까지 역전파",
     "The check": "검산",
     "After {steps} steps": "{steps}번의 갱신 뒤",
     "the bias": "편향",
@@ -59,7 +80,10 @@ KOREAN = {
     "E before {error}": "갱신 전 E {error}",
     "E after  {error}": "갱신 후 E {error}",
     "the error fell": "오차가 줄었습니다",
-    "the error did not fall": "오차가 줄지 않았습니다",
+    "the error grew": "오차가 늘었습니다",
+    "the error is the same": "오차가 그대로입니다",
+    "the error is no longer finite": "오차가 더는 유한하지 않습니다",
+    "the error is not finite": "오차가 유한하지 않습니다",
     "By hand and by jax.grad, the largest difference over {count} weight: {difference}": (
         "손으로 유도한 값과 jax.grad의 최대 차이 (가중치 {count}개): {difference}"
     ),
@@ -73,6 +97,59 @@ KOREAN = {
         "오식입니다. 원문의 h2와 E_o2는 위의 값과 일치합니다."
     ),
     "step {taken}": "{taken}번째",
+    "What stands out": "눈에 띄는 점",
+    "{names} and {count} more": "{names} 외 {count}개",
+    "After {steps} steps: {paragraph}": "{steps}번의 갱신 뒤: {paragraph}",
+    "{name} is {number}: overflow. The largest number of float64 is 1.8e+308, and what is "
+    "computed from {name} is inf or nan as well. Try smaller inputs, targets or weights.": (
+        "{name} = {number}: 오버플로. float64의 가장 큰 수는 1.8e+308이며, 이 값에서 계산한 수도 "
+        "모두 inf나 nan이 됩니다. 입력, 목표, 가중치를 더 작게 해 보세요."
+    ),
+    "Saturated in the {layer} layer: {units} ({count} of {all}). There the slope of {activation} "
+    "is below {least}, so that hardly any error comes back and their weights hardly move. Try "
+    "smaller inputs or weights.": (
+        "{layer}층에서 포화: {units} (유닛 {all}개 중 {count}개). 여기서 {activation}의 기울기가 "
+        "{least}보다 작아, 오차가 거의 돌아오지 않고 가중치도 거의 움직이지 않습니다. 입력이나 "
+        "가중치를 더 작게 해 보세요."
+    ),
+    "Dead for this example in the {layer} layer: {units} ({count} of {all}). Their z is not above "
+    "0, where relu is flat, so that no error comes back through them and their weights do not "
+    "move.": (
+        "{layer}층에서 이 예제에 대해 죽은 유닛: {units} (유닛 {all}개 중 {count}개). z가 0보다 "
+        "크지 않아 relu가 평평하므로, 오차가 지나가지 못하고 가중치도 움직이지 않습니다."
+    ),
+    "All units of the {layer} layer are dead: {units}. Their z is not above 0, where relu is flat, "
+    "so that no error comes back through them: neither their weights nor any below them move. Try "
+    "other weights or biases, or gelu in the place of relu; if they died on the way, a smaller "
+    "learning rate.": (
+        "{layer}층의 모든 유닛이 죽었습니다: {units}. z가 0보다 크지 않아 relu가 평평하므로 오차가 "
+        "지나가지 못하고, 이 층과 그 아래의 가중치가 움직이지 않습니다. 다른 가중치나 편향, 또는 "
+        "relu 대신 gelu를 써 보세요. 갱신하는 동안 죽었다면 학습률을 줄여 보세요."
+    ),
+    "The learning rate is 0: no weight moves.": (
+        "학습률이 0이므로 어떤 가중치도 움직이지 않습니다."
+    ),
+    "E is 0: every output is its target, and nothing is left to learn.": (
+        "E가 0입니다. 모든 출력이 목표와 같아 더 배울 것이 없습니다."
+    ),
+    "Every derivative is 0: no weight moves, in this step or any other.": (
+        "모든 미분값이 0이므로, 몇 번을 갱신해도 가중치가 움직이지 않습니다."
+    ),
+    "The descent diverges: after step {step} E is no longer finite. Every step overshoots, the "
+    "next one further, until the numbers are too large for float64 (1.8e+308).": (
+        "경사 하강이 발산합니다. {step}번째 갱신 뒤로 E가 유한하지 않습니다. 갱신할 때마다 목표를 "
+        "더 멀리 지나쳐, 결국 float64(1.8e+308)의 범위를 벗어납니다."
+    ),
+    "E grew from {before} to {after}.": "E가 늘었습니다: {before} → {after}.",
+    "On the way E grew to {highest}, at step {peak}.": (
+        "도중에 E가 늘었습니다: {peak}번째 갱신 뒤 {highest}."
+    ),
+    "The learning rate is negative, and every step goes uphill: make it positive.": (
+        "학습률이 음수라서 갱신할 때마다 오르막으로 갑니다. 양수로 바꾸세요."
+    ),
+    "The steps are too long. Try a smaller learning rate, such as {rate}.": (
+        "한 걸음이 너무 큽니다. {rate}처럼 더 작은 학습률을 써 보세요."
+    ),
     # the page
     "Backpropagation, one number at a time": "역전파, 한 숫자씩",
     "Every number is from one walk forward and back, every derivative by jax.grad as well.": (
