@@ -107,6 +107,10 @@ LAYERS = mistakes(
         lambda: Kept([1, 2]).forward((), X),
         "Kept.sizes = [1, 2] cannot be hashed; arrays live in params, and a list is written as",
     ),
+    norms_by_a_field_that_is_a_list=(
+        lambda: traced(jp.per_example_sq_norms(jp.chain(Kept([1])), SE), ((),), X, X),
+        "Kept.sizes = [1] cannot be hashed; arrays live in params",
+    ),
     a_field_that_is_an_array=(lambda: Kept(T2).forward((), X), "cannot be hashed; arrays live in"),
     a_subclass_of_dense=(
         lambda: type(jp.Layer)("Wider", (jp.Dense,), {}),
