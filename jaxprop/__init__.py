@@ -15,8 +15,9 @@ against the other. The names, by group:
                  LayerNorm RMSNorm GroupNorm BatchNorm
                  Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Flatten Reshape Pad
                  Rnn Lstm Gru
-    combinators  chain (a Chain) skip branch repeat recompute shared tied cast frozen
-    losses       CrossEntropy HalfSquaredError BinaryCrossEntropy
+    combinators  chain (a Chain) skip branch on repeat recompute shared tied cast frozen
+    losses       CrossEntropy HalfSquaredError BinaryCrossEntropy  loss total_loss
+                 LinearCrossEntropy (a layer) with Mean
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
     updates      make_update DynamicLossScale learned_only inference_mode update_batch_stats
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms gram second_moment
@@ -38,6 +39,7 @@ from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
 from jaxprop.combinators.chain import Chain, chain
 from jaxprop.combinators.frozen import frozen
+from jaxprop.combinators.on import on
 from jaxprop.combinators.recompute import recompute
 from jaxprop.combinators.repeat import repeat
 from jaxprop.combinators.shared import shared
@@ -83,6 +85,7 @@ from jaxprop.layers import (
     GroupNorm,
     Gru,
     LayerNorm,
+    LinearCrossEntropy,
     Lstm,
     MaxPool,
     NormParams as NormParams,
@@ -100,7 +103,14 @@ from jaxprop.layers import (
     Softplus,
     Tanh,
 )
-from jaxprop.losses import BinaryCrossEntropy, CrossEntropy, HalfSquaredError
+from jaxprop.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    HalfSquaredError,
+    Mean,
+    loss,
+    total_loss,
+)
 from jaxprop.quantity import (
     Aux as Aux,
     Clipped as Clipped,
@@ -154,6 +164,7 @@ __all__ = [
     "GroupNorm",
     "Gru",
     "LayerNorm",
+    "LinearCrossEntropy",
     "Lstm",
     "MaxPool",
     "Pad",
@@ -173,6 +184,7 @@ __all__ = [
     "cast",
     "chain",
     "frozen",
+    "on",
     "recompute",
     "repeat",
     "shared",
@@ -182,6 +194,9 @@ __all__ = [
     "BinaryCrossEntropy",
     "CrossEntropy",
     "HalfSquaredError",
+    "Mean",
+    "loss",
+    "total_loss",
     # gradients and updates
     "DynamicLossScale",
     "autodiff",

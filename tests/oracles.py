@@ -6,15 +6,20 @@ like the params that are learned.
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 import jaxprop as jp
 from jaxprop.core.tree import learned, merged
 
 
+def one(example):
+    return jax.tree.map(lambda leaf: leaf[None], example)
+
+
 def per_example_grads(net, loss):
     def f(params, x, target):
         def own(arrays, x, target):
-            return jp.loss_fn(net, loss)(merged(params, arrays), x[None], target[None])
+            return jp.loss_fn(net, loss)(merged(params, arrays), *one((x, target)))
 
         return jax.vmap(jax.grad(own), (None, 0, 0))(learned(params), x, target)
 
@@ -80,15 +85,15 @@ def ggn_blocks(net, loss):
     """For each example and each param, J^T H J of that param alone: like params, (N, P, P)."""
 
     def own(params, x, target):
-        def output(arrays):
-            return net.forward(merged(params, arrays), x[None])[0].ravel()
+        _, unflatten = ravel_pytree(net.forward(params, one(x))[0])
 
-        y = output(learned(params))
-        shape = net.forward(params, x[None])[0].shape
+        def output(arrays):
+            return ravel_pytree(net.forward(merged(params, arrays), one(x))[0])[0]
 
         def value(y):
-            return loss.forward(y.reshape(shape), target[None])[0][0]
+            return loss.forward(unflatten(y), one(target))[0][0]
 
+        y = output(learned(params))
         hessian = jax.hessian(value)(y)
         jacobian = jax.jacrev(output)(learned(params))
 

@@ -35,6 +35,16 @@ def ids(*shape: int) -> Any:
     return np.random.default_rng(0).integers(0, 7, shape) // 2 * 2
 
 
+def likely(*shape: int) -> Any:
+    """Probabilities along the last axis."""
+    return np.random.default_rng(0).dirichlet(np.ones(shape[-1]), shape[:-1])
+
+
+def weights(*shape: int) -> Any:
+    """Weights, of which some are 0."""
+    return np.random.default_rng(1).integers(0, 4, shape) / 2
+
+
 class Around(jp.Layer):
     """A user's: it holds a layer, and is neither a Wrapper nor a Combinator."""
 
@@ -174,6 +184,17 @@ LOSSES = [
     (jp.BinaryCrossEntropy(), normal(4, 3), np.array(normal(4, 3) > 0)),
     (jp.BinaryCrossEntropy(), 50 * normal(5), np.array([0.0, 1.0, 0.5, 0.25, 1.0])),
     (jp.BinaryCrossEntropy(), normal(2, 2, 2), np.array(normal(2, 2, 2) > 0, np.int32)),
+    (jp.HalfSquaredError(), normal(2, 3, 2), (1 - normal(2, 3, 2), weights(2, 3, 2))),
+    (jp.BinaryCrossEntropy(3.0), normal(4, 3), np.array(normal(4, 3) > 0)),
+    (jp.BinaryCrossEntropy(0.5), normal(4, 3), (likely(4, 3), weights(4, 3))),
+    (jp.CrossEntropy(), normal(4, 3), likely(4, 3)),
+    (jp.CrossEntropy(), 50 * normal(2, 3, 4), likely(2, 3, 4)),
+    (jp.CrossEntropy(0.1), normal(4, 3), np.array([2, 0, -1, 1])),
+    (jp.CrossEntropy(class_weights=(0.5, 2.0, 0.0)), normal(4, 3), np.array([0, 1, 2, -1])),
+    (jp.CrossEntropy(0.3, (0.5, 2.0, 1.0)), normal(2, 2, 3), np.array([[0, 2], [1, 1]])),
+    (jp.CrossEntropy(0.3, (0.5, 2.0, 1.0)), normal(4, 3), likely(4, 3)),
+    (jp.CrossEntropy(), normal(2, 3, 4), (np.array([[0, -1, 3], [1, 2, 2]]), weights(2, 3))),
+    (jp.CrossEntropy(0.1), normal(2, 3, 4), (likely(2, 3, 4), weights(2, 3))),
 ]
 
 

@@ -295,7 +295,9 @@ def test_errors():
     net = jp.repeat(jp.Dense(4), 3)
     raises(ValueError, "axis 0 is the layer, and there are 3", net.forward, (x, x[0]), x)
     raises(ValueError, "at least one layer", jp.branch)
-    raises(ValueError, "'sum' or 'concatenate', not 'stack'", lambda: jp.branch(net, join="stack"))
+    raises(
+        ValueError, "'concatenate' or 'tuple', not 'stack'", lambda: jp.branch(net, join="stack")
+    )
     two = jp.branch(jp.Dense(3), jp.Dense(2))
     raises(ValueError, "cannot be joined by sum", two.init, key, x)
     apart = tuple(layer.init(key, x) for layer in two.layers)

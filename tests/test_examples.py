@@ -1,5 +1,6 @@
 """The examples, run as a reader would run them: each in a process of its own."""
 
+import functools
 import os
 import re
 import runpy
@@ -10,9 +11,12 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+
+import jaxprop as jp
 
 GPT = ("--layers", 1, "--features", 8, "--heads", 2, "--length", 8, "--batch", 2)
 GPT += ("--steps", 2, "--reports", 1, "--sample", 5, "--fused")
@@ -126,6 +130,25 @@ def test_runs_to_its_end_in_a_small_configuration(script):
     out = run(script, *argv, environment=quick_to_compile)
     assert re.search(printed, out)
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_vae_has_two_outputs_and_a_loss_that_falls(monkeypatch):
+    out = run("vae.py", "--epochs", 3)
+    values = [float(value) for value in re.findall(r"-ELBO (\S+) nats", out)]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.8 * values[0] < 32
+    assert "the largest gradient is that of image" in out
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    sample = runpy.run_path(str(EXAMPLES / "vae.py"))["Sample"]()
+    x = {name: np.random.default_rng(0).normal(size=(3, 2)) for name in ("mean", "logvar")}
+    jp.check_layer(sample, x)
+    x, key = jax.tree.map(jnp.asarray, x), jp.Key(jax.random.key(0))
+    pulled = []
+    for f in (jp.custom_vjp(sample), lambda params, x: sample.forward(params, x)[0]):
+        y, pull = jax.vjp(functools.partial(f, key), x)
+        pulled.append(pull(jax.tree.map(jnp.cos, y)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), *pulled)
+    assert len((EXAMPLES / "vae.py").read_text().splitlines()) <= 60
 
 
 def test_two_layer_needs_no_library_but_jax():

@@ -1,5 +1,7 @@
 """Losses against autodiff of their own forward, and against optax's definitions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from table import LOSSES, normal, relative_error
 
 import jaxprop as jp
+from jaxprop.losses.total import TotalLoss
 
 rows = pytest.mark.parametrize(
     ("loss", "y", "target"), LOSSES, ids=[f"{row[0]} on {row[1].shape}" for row in LOSSES]
@@ -16,22 +19,36 @@ rows = pytest.mark.parametrize(
 
 def reference(loss, y, target):
     """One value an example, by optax's functions."""
-    target = jnp.asarray(target)
+    target, weights = target if isinstance(target, tuple) else (target, None)
     axes = tuple(range(1, y.ndim))
-    if loss == jp.HalfSquaredError():
-        return optax.l2_loss(y, target).sum(axes)
-    if loss == jp.BinaryCrossEntropy():
-        return optax.sigmoid_binary_cross_entropy(y, target.astype(y.dtype)).mean(axes)
-    values = optax.softmax_cross_entropy_with_integer_labels(y, jnp.maximum(target, 0))
-    axes = axes[:-1]
-    valid = target >= 0
-    count = jnp.maximum(valid.sum(axes), 1).astype(y.dtype)
-    return jnp.where(valid, values, 0).sum(axes) / count
+    if isinstance(loss, jp.HalfSquaredError):
+        return (optax.l2_loss(y, target) * (1 if weights is None else weights)).sum(axes)
+    if isinstance(loss, jp.BinaryCrossEntropy):
+        t = target.astype(y.dtype)
+        factor = loss.positive_weight
+        one, other = (optax.sigmoid_binary_cross_entropy(y, jnp.full_like(y, c)) for c in (1, 0))
+        return averaged(factor * t * one + (1 - t) * other, weights, axes)
+    real = jnp.ones(y.shape[:-1], y.dtype)
+    if jnp.issubdtype(target.dtype, jnp.integer):
+        real = (target >= 0).astype(y.dtype)
+        target = jax.nn.one_hot(jnp.maximum(target, 0), y.shape[-1], dtype=y.dtype)
+    q = optax.smooth_labels(target, loss.label_smoothing)
+    if loss.class_weights:
+        q = q * jnp.array(loss.class_weights)
+    each = optax.softmax_cross_entropy(y, q)
+    return averaged(each, real if weights is None else real * weights, axes[:-1])
+
+
+def averaged(values, weights, axes):
+    """The weighted mean; 0 where nothing has a weight."""
+    weights = jnp.ones_like(values) if weights is None else weights
+    total = weights.sum(axes)
+    return (weights * values).sum(axes) / jnp.where(total == 0, 1, total)
 
 
 @rows
 def test_values(loss, y, target):
-    y, target = jnp.asarray(y), jnp.asarray(target)
+    y, target = jax.tree.map(jnp.asarray, (y, target))
     values, _ = loss.forward(y, target)
     expected = jax.jit(lambda y: reference(loss, y, target))(y)
     assert relative_error(values, expected) <= 1e-12
@@ -39,7 +56,7 @@ def test_values(loss, y, target):
 
 @rows
 def test_backward_is_each_example_s_own_gradient(loss, y, target):
-    y, target = jnp.asarray(y), jnp.asarray(target)
+    y, target = jax.tree.map(jnp.asarray, (y, target))
 
     @jax.jit
     def cotangents(y):
@@ -56,7 +73,7 @@ def test_backward_is_each_example_s_own_gradient(loss, y, target):
 @rows
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_narrow_dtypes(loss, y, target, dtype):
-    y, target = jnp.asarray(y, dtype), jnp.asarray(target)
+    y, target = jnp.asarray(y, dtype), jax.tree.map(jnp.asarray, target)
     values, residuals = loss.forward(y, target)
     ct = loss.backward(residuals)
     assert values.dtype == jnp.float32
@@ -65,6 +82,12 @@ def test_narrow_dtypes(loss, y, target, dtype):
     rtol = {jnp.float32: 2e-5, jnp.bfloat16: 0.02}[dtype]
     assert relative_error(values, wide_values) <= rtol
     assert relative_error(ct, loss.backward(wide_residuals)) <= rtol
+
+
+@pytest.mark.full
+@rows
+def test_check_loss(loss, y, target):
+    jp.check_loss(loss, y / max(1, np.abs(y).max() / 3), target)  # no class so rare as never drawn
 
 
 def test_padding_weighs_nothing():
@@ -92,10 +115,13 @@ def test_cross_entropy_of_extreme_logits_is_finite():
         (jp.CrossEntropy(), jnp.zeros((2, 3)), jnp.array([3, 1])),
         (jp.BinaryCrossEntropy(), jnp.zeros((2, 1)), jnp.array([[2], [1]])),
         (jp.BinaryCrossEntropy(), jnp.zeros((2, 1)), jnp.array([[-1.0], [0.5]])),
+        (jp.CrossEntropy(0.1), jnp.zeros((2, 3)), jnp.array([3, 1])),
+        (jp.CrossEntropy(class_weights=(1.0, 2.0, 3.0)), jnp.zeros((2, 3)), jnp.array([3, 1])),
+        (jp.CrossEntropy(), jnp.zeros((2, 2)), jnp.array([[3, -2.0], [0.5, 0.5]])),
     ],
 )
 def test_a_target_that_does_not_exist_is_refused_or_shows_in_everything(loss, y, target):
-    with pytest.raises(ValueError, match=r"takes a target .*, not (3|2|-1\.0)"):
+    with pytest.raises(ValueError, match=r"takes (a target|probabilities) .*, not (3|2|-1|\[ 3)"):
         loss.forward(y, target)
     values, residuals = jax.jit(loss.forward)(y, target)
     assert np.isnan(values).tolist() == [True, False]
@@ -174,3 +200,249 @@ def test_small_integers_count_to_any_number_of_classes():
     got, expected = (loss.forward(y, t) for t in (target, target.astype(int)))
     np.testing.assert_array_equal(got[0], expected[0])
     np.testing.assert_array_equal(loss.backward(got[1]), loss.backward(expected[1]))
+
+
+@pytest.mark.parametrize("scale", [1, 20, 1e5])
+def test_a_distribution_on_one_class_is_that_class(scale):
+    y, classes = jnp.asarray(scale * normal(5, 4), jnp.float32), jnp.array([0, 3, 1, 2, 2])
+    one_hot = jax.nn.one_hot(classes, 4, dtype=jnp.float32)
+    key = jax.random.key(0)
+    for loss in (jp.CrossEntropy(), jp.CrossEntropy(class_weights=(0.5, 1.0, 2.0, 3.0))):
+        (values, hard), (got, soft) = (loss.forward(y, target) for target in (classes, one_hot))
+        np.testing.assert_allclose(got, values, rtol=1e-6)
+        for f in (loss.backward, loss.hessian_root, functools.partial(loss.sample, key)):
+            np.testing.assert_allclose(f(soft), f(hard), rtol=1e-6)
+
+
+@pytest.mark.parametrize("y", [[20, 0, 1], [-20, 3, 4], [50, 0, 1], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("q", [[0.9, 0.1, 0], [1 - 2.0**-20, 2.0**-20, 0], [0, 0.5, 0.5]], ids=str)
+def test_a_soft_target_is_right_however_certain(y, q):
+    loss = jp.CrossEntropy()
+    q = np.float32(q)
+    values, residuals = loss.forward(jnp.asarray([y], jnp.float32), jnp.asarray([q]))
+    value, mass = np.longdouble(0), q.astype(np.longdouble)
+    for c in range(3):
+        value += mass[c] * exactly(y, c)[0]
+    # sum_c q_c (p - e_c), in which the largest of them is minus the sum of the others.
+    ct = sum(mass[c] * exactly(y, c)[1] for c in range(3))
+    np.testing.assert_allclose(values[0], float(value), rtol=1e-6)
+    scale = max(abs(ct).max(), 1e-30)
+    np.testing.assert_allclose(loss.backward(residuals)[0], ct.astype(float), atol=1e-6 * scale)
+
+
+def test_infinite_logits_that_a_soft_target_says_nothing_of():
+    loss = jp.CrossEntropy()
+    y = jnp.array([[1.0, 0, -jnp.inf], [jnp.inf, 0, 1]])
+    values, residuals = loss.forward(y, jnp.array([[0.5, 0.5, 0], [1, 0, 0]]))
+    expected, of_expected = loss.forward(y[:1, :2], jnp.array([[0.5, 0.5]]))
+    np.testing.assert_allclose(values, [expected[0], 0])
+    np.testing.assert_allclose(loss.backward(residuals)[0, :2], loss.backward(of_expected)[0])
+    np.testing.assert_array_equal(loss.backward(residuals)[:, 2], [0, 0])
+
+
+PAIRS = [
+    (jp.CrossEntropy(), normal(2, 3, 4), np.array([[1, 2, 0], [3, 0, 1]])),
+    (jp.CrossEntropy(0, (1.0, 2.0, 0.5, 3.0)), normal(2, 3, 4), np.array([[1, 2, 0], [3, 0, 1]])),
+    (jp.CrossEntropy(0.1), normal(2, 3, 4), np.full((2, 3, 4), 0.25)),
+    (jp.HalfSquaredError(), normal(2, 3), 1 - normal(2, 3)),
+    (jp.BinaryCrossEntropy(), normal(2, 3), np.full((2, 3), 0.25)),
+]
+
+
+@pytest.mark.parametrize(("loss", "y", "target"), PAIRS, ids=lambda v: str(v)[:24])
+def test_what_has_weight_0_is_not_looked_at(loss, y, target):
+    y, target = jnp.asarray(y), jnp.asarray(target)
+    weights = jnp.array([[1.0, 0.5, 0], [2, 1, 0]])
+    bad = jnp.nan if jnp.issubdtype(target.dtype, jnp.floating) else 99
+    got, residuals = loss.forward(y.at[:, 2].set(jnp.nan), (target.at[:, 2].set(bad), weights))
+    kept = target[:, :2], weights[:, :2]
+    expected, of_expected = loss.forward(y[:, :2], kept)
+    np.testing.assert_allclose(got, expected, rtol=1e-14)
+    ct = loss.backward(residuals)
+    np.testing.assert_allclose(ct[:, :2], loss.backward(of_expected), rtol=1e-13)
+    drawn = loss.sample(jax.random.key(0), residuals)
+    for tree in (ct, drawn):
+        np.testing.assert_array_equal(tree[:, 2], jnp.zeros_like(tree[:, 2]))
+    root = loss.hessian_root(residuals)
+    assert np.isfinite(root).all()
+    assert not root[:, :, 2].any()
+    real = loss.real(residuals)
+    if y.ndim == 3:
+        np.testing.assert_array_equal(real, weights > 0)
+    else:
+        np.testing.assert_array_equal(real, [True, True])
+
+
+def test_class_weights_are_those_of_torch_but_for_the_mean():
+    """torch.nn.CrossEntropyLoss(weight, label_smoothing=0.1, reduction="sum") documents the sum."""
+    y, target, c = normal(4, 3), np.array([2, 0, 1, 1]), np.array([0.5, 2.0, 1.0])
+    log_p = y - np.log(np.exp(y).sum(-1, keepdims=True))
+    own = -0.9 * c[target] * log_p[np.arange(4), target] - 0.1 / 3 * (c * log_p).sum(-1)
+    values, _ = jp.CrossEntropy(0.1, tuple(c)).forward(jnp.asarray(y), jnp.asarray(target))
+    np.testing.assert_allclose(values, own, rtol=1e-14)
+
+
+def test_numbers_and_weights_of_any_kind():
+    """Strict promotion takes no float64 of NumPy beside float32, and no bool beside a number."""
+    y, one = jnp.asarray(normal(2, 3), jnp.float32), np.float64(0.5)
+    weights = jnp.array([[True, False, True], [True, True, False]])
+    for loss, target in (
+        (jp.CrossEntropy(one, (one, one, one)), jnp.array([1, 2])),
+        (jp.BinaryCrossEntropy(one), (y > 0, weights)),
+        (jp.HalfSquaredError(), (y + 1, weights.astype(int))),
+        (jp.total_loss((one, jp.HalfSquaredError())), (y + 1,)),
+    ):
+        given = (y,) if isinstance(loss, TotalLoss) else y
+        values, residuals = loss.forward(given, target)
+        assert values.dtype == jnp.float32
+        assert {leaf.dtype for leaf in jax.tree.leaves(loss.backward(residuals))} == {values.dtype}
+
+
+def test_a_negative_weight_shows_in_everything():
+    for loss, y, target in PAIRS:
+        weights = jnp.ones((2, 3)).at[0, 1].set(-1)
+        args = jnp.asarray(y), (jnp.asarray(target), weights)
+        with pytest.raises(ValueError, match=r"weights that are finite and not negative, not -1"):
+            loss.forward(*args)
+        values, residuals = jax.jit(loss.forward)(*args)
+        assert np.isnan(values).tolist() == [True, False]
+        assert np.isnan(loss.backward(residuals)[0]).any()
+        assert np.isfinite(loss.backward(residuals)[1]).all()
+
+
+Y, T = jnp.zeros((2, 3)), jnp.zeros(2, int)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda: jp.CrossEntropy(1.5), ValueError, "label_smoothing is .* at most 1, not 1.5"),
+        (lambda: jp.CrossEntropy(jnp.ones(())), TypeError, "label_smoothing is a number"),
+        (lambda: jp.CrossEntropy(0, [1, 2]), TypeError, "class_weights is a tuple of numbers"),
+        (lambda: jp.CrossEntropy(0, (1, -2)), ValueError, r"class_weights\[1\] is .*, not -2"),
+        (
+            lambda: jp.CrossEntropy(0, (1.0, 2.0)).forward(Y, T),
+            ValueError,
+            r"2 class weights, .* has 3 classes",
+        ),
+        (lambda: jp.BinaryCrossEntropy("no"), TypeError, "positive_weight is a number"),
+        (
+            lambda: jp.CrossEntropy().forward(Y, jnp.full((2, 3), 0.25)),
+            ValueError,
+            r"sum to 1, not \[0.25 0.25 0.25\]",
+        ),
+        (lambda: jp.CrossEntropy().forward(Y, (T, T, T)), TypeError, "a tuple of 3"),
+        (lambda: jp.CrossEntropy().forward(Y, (T, T)), ValueError, r"y \(2, 3\) has none"),
+        (
+            lambda: jp.HalfSquaredError().forward(Y, (Y, jnp.ones(2))),
+            ValueError,
+            r"weights of shape \(2, 3\) here, not \(2,\)",
+        ),
+        (lambda: jp.HalfSquaredError().forward(Y, (Y, 1.0)), TypeError, "an array of real numbers"),
+        (lambda: jp.HalfSquaredError().forward({"a": Y}, Y), TypeError, "jp.total_loss"),
+        (lambda: jp.Mean().forward(Y, T), TypeError, "takes no target, and was given int64"),
+        (lambda: jp.Mean().forward({"a": Y}, None), TypeError, "takes floating y"),
+        (lambda: jp.loss(3), TypeError, "takes a function of one example's y and target, not 3"),
+        (lambda: jp.loss(jp.CrossEntropy()), TypeError, r"not CrossEntropy\(\)"),
+        (
+            lambda: jp.loss(lambda y, t: y).forward(Y, Y),
+            TypeError,
+            r"gives float64\[3\], not a floating scalar",
+        ),
+        (lambda: jp.total_loss(), ValueError, "a loss for each part"),
+        (lambda: jp.total_loss(jp.Mean(), a=jp.Mean()), ValueError, "all by name, or none"),
+        (lambda: jp.total_loss(a=jp.Mean), TypeError, r"total_loss: a is the class Mean; write"),
+        (lambda: jp.total_loss(a=(-1, jp.Mean())), ValueError, "a: the weight is .*, not -1"),
+        (
+            lambda: jp.total_loss(a=jp.Mean()).forward({"b": Y}, None),
+            ValueError,
+            r"the output is {'b': float64\[2,3\]}, not a dict of a",
+        ),
+        (
+            lambda: jp.total_loss(jp.Mean(), jp.Mean()).forward((Y, Y), (None,)),
+            ValueError,
+            r"the target is \(None,\), not a tuple of 2",
+        ),
+    ],
+)
+def test_what_a_loss_does_not_take_is_said(wrong, error, message):
+    with pytest.raises(error, match=message):
+        wrong()
+
+
+def softmax_loss(y, target):
+    return jax.nn.logsumexp(y) - y[target]
+
+
+def spread(latent):
+    mean, logvar = latent["mean"], latent["logvar"]
+    return 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - logvar - 1)
+
+
+def test_a_loss_of_any_function():
+    y, target = jnp.asarray(normal(4, 3)), jnp.array([2, 0, 1, 1])
+    mine, ours = jp.loss(softmax_loss), jp.CrossEntropy()
+    assert mine == jp.loss(softmax_loss)
+    assert repr(mine) == "loss(softmax_loss)"
+    values, residuals = mine.forward(y, target)
+    expected, of_expected = ours.forward(y, target)
+    assert relative_error(values, expected) <= 1e-12
+    assert relative_error(mine.backward(residuals), ours.backward(of_expected)) <= 1e-12
+    net = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3))
+    args = net.init(jax.random.key(0), y), y, target
+    for f in (jp.diag_ggn, jp.kronecker_factors):
+        got, expected = (jax.jit(f(net, loss))(*args) for loss in (mine, ours))
+        assert relative_error(got, expected) <= 1e-10
+    narrow, _ = mine.forward(y.astype(jnp.bfloat16), target)
+    assert narrow.dtype == jnp.float32
+
+
+def test_a_loss_that_is_not_convex_has_no_root():
+    loss = jp.loss(lambda y, sign: sign * jnp.sum(y**4) + jnp.sum(y[:1]))
+    _, residuals = loss.forward(jnp.asarray(normal(3, 2)), jnp.array([1.0, -1, 1]))
+    for tree in (loss.hessian_root(residuals), loss.sample(jax.random.key(0), residuals)[None]):
+        assert np.isnan(tree).all((0, 2)).tolist() == [False, True, False]
+        assert np.isfinite(tree[:, [0, 2]]).all()
+
+
+def test_losses_of_parts_and_of_functions_against_autodiff():
+    y, classes, rng = normal(4, 3), np.array([2, 0, -1, 1]), np.random.default_rng(0)
+    latent = {"mean": rng.normal(size=(4, 2)), "logvar": rng.normal(size=(4, 1))}
+    jp.check_loss(jp.Mean(), normal(3, 2, 2))
+    jp.check_loss(jp.loss(spread), latent)
+    loss = jp.total_loss(
+        digit=jp.CrossEntropy(), latent=(0.1, jp.loss(spread)), image=(3, jp.HalfSquaredError())
+    )
+    assert eval(repr(loss), vars(jp) | {"spread": spread}) == loss
+    jp.check_loss(
+        loss, {"digit": y, "latent": latent, "image": y}, {"digit": classes, "image": y**2}
+    )
+    of_tuple = jp.total_loss((0.0, jp.HalfSquaredError()), jp.BinaryCrossEntropy())
+    jp.check_loss(of_tuple, (y, y), (1 - y, (y > 0, y**2)))
+
+
+def test_what_is_padding_in_the_parts():
+    y, classes = jnp.asarray(normal(2, 3, 4)), jnp.array([[1, -1, -1], [0, 2, -1]])
+    other = jnp.where(jnp.arange(3) == 2, 1, classes)
+
+    def real(loss, *targets):
+        return loss.real(loss.forward((y, y), targets)[1])
+
+    both = jp.total_loss(jp.CrossEntropy(), jp.CrossEntropy())
+    np.testing.assert_array_equal(real(both, classes, other), (classes >= 0) | (other >= 0))
+    assert real(jp.total_loss(jp.CrossEntropy(), jp.HalfSquaredError()), classes, y) is None
+
+
+@pytest.mark.parametrize("f", ["diag_ggn", "ggn_root", "kronecker_factors"])
+def test_a_mean_has_no_curvature(f):
+    net, x = jp.Dense(2), jnp.ones((3, 2))
+    with pytest.raises(NotImplementedError, match=r"Mean\(\) is linear in y"):
+        getattr(jp, f)(net, jp.Mean())(net.init(jax.random.key(0), x), x)
+
+
+def test_cross_entropy_saves_the_logits_as_they_are():
+    """Probabilities of a large vocabulary would be the largest array of a step."""
+    y = jnp.zeros((2, 3, 50), jnp.bfloat16)
+    _, residuals = jp.CrossEntropy(0.1).forward(y, jnp.zeros((2, 3), int))
+    large = [leaf for leaf in jax.tree.leaves(residuals) if leaf.size > y[..., 0].size]
+    assert [leaf is y for leaf in large] == [True]

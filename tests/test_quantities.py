@@ -185,7 +185,10 @@ def test_every_quantity_against_its_oracle(row, loss, request):
     """
     net, loss, *args = problem(row, loss)
     curvature = any(row is each for each in CURVATURE) or request.config.getoption("--full")
+    hold_to_oracles(net, loss, args, curvature)
 
+
+def hold_to_oracles(net, loss, args, curvature=True):
     def block(v):
         v = v.reshape(*v.shape[:2], -1)
         return jnp.einsum("cni,cnj->nij", v, v)
@@ -214,6 +217,51 @@ def test_every_quantity_against_its_oracle(row, loss, request):
     assert relative_error(sum(parts), got["norms"]) <= 1e-12
     each = jax.tree.map(lambda g: g.mean(0), got["each"])
     assert relative_error(each, got["grads"]) <= 1e-10
+
+
+def latent_cost(latent):
+    mean, logvar = latent
+    return 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - logvar - 1)
+
+
+HEADS = jp.chain(
+    jp.Dense(4),
+    jp.Tanh(),
+    jp.branch(
+        digit=jp.Dense(3),
+        angle=jp.chain(jp.Dense(2), jp.Tanh()),
+        latent=jp.branch(jp.Dense(2), jp.Dense(1), join="tuple"),
+    ),
+    jp.on("angle", jp.repeat(jp.chain(jp.Dense(2), jp.Sigmoid()), 2)),
+)
+OF_HEADS = jp.total_loss(
+    digit=jp.CrossEntropy(label_smoothing=0.1),
+    angle=(0.5, jp.HalfSquaredError()),
+    latent=(2, jp.loss(latent_cost)),
+)
+
+
+def several_heads():
+    x = jnp.asarray(normal(5, 4))
+    target = {"digit": jnp.array([0, 2, 1, 1, 0]), "angle": jnp.asarray(normal(5, 2))}
+    return HEADS, OF_HEADS, HEADS.init(jax.random.key(0), x), x, target
+
+
+def test_an_output_that_is_a_dict_of_several_heads():
+    net, loss, *args = several_heads()
+    hold_to_oracles(net, loss, args)
+    together = jp.quantities(net, loss, **asked(4) | {"kfac": jp.KroneckerFactors(samples=2)})
+    key = jax.random.key(0)
+    whole = jax.jit(together)(*args, key=key)
+    assert relative_error(whole["value"], jp.loss_fn(net, loss)(*args)) <= 1e-12
+    assert jax.tree.structure(learned(whole["kfac"])) == jax.tree.structure(
+        learned(jp.kronecker_factors(net, loss)(*args))
+    )
+    asked_in_parts = {k: v for k, v in asked(4).items() if k != "gram"}
+    parts = jax.jit(jp.quantities(net, loss, **asked_in_parts, micro_batches=5))(*args)
+    for name, got in parts.items():
+        if name != "variance":
+            assert relative_error(got, whole[name]) <= 1e-9, name
 
 
 @pytest.mark.full
@@ -302,14 +350,14 @@ def test_a_loss_without_parentheses_is_named_where_it_is_written():
             jp.clipped_grad(net, jp.CrossEntropy, 1.0, two_pass=two_pass)
 
 
-LOSSES_OF_Y = [(loss, jnp.asarray(y), jnp.asarray(target)) for loss, y, target in LOSSES]
+LOSSES_OF_Y = [jax.tree.map(jnp.asarray, row) for row in LOSSES]
 losses = pytest.mark.parametrize(("loss", "y", "target"), LOSSES_OF_Y, ids=lambda v: str(v)[:24])
 
 
 @losses
 def test_hessian_root_is_a_root_of_the_hessian(loss, y, target):
     def own(y, target):
-        return loss.forward(y[None], target[None])[0][0]
+        return loss.forward(*oracles.one((y, target)))[0][0]
 
     @jax.jit
     def error(y, target):

@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import keystr
+from jaxtyping import Float
 
 from jaxprop.checking.points import float64
 from jaxprop.core.checks import require
+from jaxprop.core.describe import shapes
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import PyTree
 
@@ -23,7 +27,9 @@ ORACLES = {
 DRAWS = 4096  # samples that the covariance is estimated from
 
 
-def check_loss(loss: Loss, y: Array, target: PyTree, *, rtol: float = 1e-10, seed: int = 0) -> None:
+def check_loss(
+    loss: Loss, y: PyTree, target: PyTree = None, *, rtol: float = 1e-10, seed: int = 0
+) -> None:
     """Hold a loss against autodiff, and raise ``AssertionError`` where it disagrees.
 
     In float64, ``forward`` must give one value an example, that of the example alone. ``backward``
@@ -33,8 +39,9 @@ def check_loss(loss: Loss, y: Array, target: PyTree, *, rtol: float = 1e-10, see
 
     Args:
         loss: the loss.
-        y: an output of the net, (N, ...), floating, with few outputs: the Hessian is formed.
-        target: targets for it, with the example on axis 0.
+        y: an output of the net, (N, ...), floating, or a pytree of such arrays, with few outputs:
+            the Hessian is formed.
+        target: targets for it, with the example on axis 0; left out for a loss that takes none.
         rtol: the largest relative error allowed.
         seed: of the draws.
 
@@ -49,15 +56,15 @@ def check_loss(loss: Loss, y: Array, target: PyTree, *, rtol: float = 1e-10, see
     require(loss, Loss, "check_loss: loss")
     with jax.enable_x64(True):
         y, target = float64("y", y), float64("target", target)
-        values = jax.eval_shape(loss.forward, y, target)[0]
-        if values.shape != y.shape[:1]:
+        values, examples = jax.eval_shape(loss.forward, y, target)[0], len(jax.tree.leaves(y)[0])
+        if values.shape != (examples,):
             raise AssertionError(
-                f"{loss}: values have shape {values.shape}, but there are {len(y)} examples"
+                f"{loss}: values have shape {values.shape}, but there are {examples} examples"
             )
         found = _found(loss, y, target, jax.random.key(seed))
     for name in ORACLES:
         if name in found.pairs:
-            got, expected = map(np.asarray, found.pairs[name])
+            got, expected = jax.device_get(found.pairs[name])
             _compare(loss, name, got, expected, rtol)
     for name, (error, allowed) in sorted(found.draws.items(), reverse=True):  # the mean first
         if not np.all(np.asarray(error) <= np.asarray(allowed)):
@@ -76,36 +83,42 @@ class Found(NamedTuple):
         draws: how far the moments of ``sample`` are off, and how far chance may take them.
     """
 
-    pairs: dict[str, tuple[Array, Array]]
+    pairs: dict[str, tuple[PyTree, PyTree]]
     draws: dict[str, tuple[Array, Array]]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _found(loss: Loss, y: Array, target: PyTree, key: Array) -> Found:
+def _found(loss: Loss, y: PyTree, target: PyTree, key: Array) -> Found:
     """Return all of it from one program, which XLA compiles faster than each by itself."""
+    _, unflatten = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], y))
 
-    def own(y: Array, target: PyTree) -> Array:
-        one = jax.tree.map(lambda leaf: leaf[None], target)
-        return loss.forward(y[None], one)[0][0]
+    def own(y: PyTree, target: PyTree) -> Array:
+        return loss.forward(*jax.tree.map(lambda leaf: leaf[None], (y, target)))[0][0]
 
-    examples, size = len(y), y[0].size
+    def own_of_flat(y: Array, target: PyTree) -> Array:
+        return own(unflatten(y), target)
+
     values, residuals = loss.forward(y, target)
-    hessian = jax.vmap(jax.hessian(own))(y, target).reshape(examples, size, size)
+    hessian = jax.vmap(jax.hessian(own_of_flat))(_flat(y), target)
     pairs = {
         "forward": (values, jax.vmap(own)(y, target)),
         "backward": (loss.backward(residuals), jax.vmap(jax.grad(own))(y, target)),
     }
     if _has(loss, "hessian_root", "hessian_column"):
-        root = loss.hessian_root(residuals)
-        root = root.reshape(len(root), examples, size)
+        root = jax.vmap(_flat)(loss.hessian_root(residuals))
         pairs["hessian_root"] = jnp.einsum("cni,cnj->nij", root, root), hessian
     draws = {}
     if _has(loss, "sample"):
         keys = jax.random.split(key, DRAWS)
-        drawn = jax.vmap(loss.sample, (0, None))(keys, residuals).reshape(DRAWS, examples, size)
+        drawn = jax.vmap(lambda key: _flat(loss.sample(key, residuals)))(keys)
         draws["mean"] = _off(drawn, jnp.zeros(()))
         draws["covariance"] = _off(jnp.einsum("kni,knj->knij", drawn, drawn), hessian)
     return Found(pairs, draws)
+
+
+def _flat(y: PyTree) -> Float[Array, "n m"]:
+    """Return all outputs of each example in a row."""
+    return jax.vmap(lambda y: ravel_pytree(y)[0])(y)
 
 
 def _has(loss: Loss, *names: str) -> bool:
@@ -118,16 +131,17 @@ def _off(draws: Array, expected: Array) -> tuple[Array, Array]:
     return jnp.abs(draws.mean(0) - expected), 6 * draws.std(0) / np.sqrt(DRAWS) + rare
 
 
-def _compare(loss: Loss, name: str, got: np.ndarray, expected: np.ndarray, rtol: float) -> None:
+def _compare(loss: Loss, name: str, got: PyTree, expected: PyTree, rtol: float) -> None:
     oracle = ORACLES[name]
-    if got.shape != expected.shape:
-        raise AssertionError(f"{loss}: {name} has shape {got.shape}, and {oracle} {expected.shape}")
-    difference = np.abs(got - expected)
-    allowed = rtol * max(np.max(np.abs(expected), initial=0), 1e-300)
-    wrong = np.argwhere(~(difference <= allowed))
-    if len(wrong):
-        at = tuple(int(i) for i in wrong[0])
-        raise AssertionError(
-            f"{loss}: {name} disagrees with {oracle}: at {list(at)} it gives {got[at]}, and "
-            f"{oracle} {expected[at]}"
-        )
+    if shapes(got) != shapes(expected):
+        raise AssertionError(f"{loss}: {name} is {shapes(got)}, and {oracle} {shapes(expected)}")
+    largest = max(np.max(np.abs(leaf), initial=0) for leaf in jax.tree.leaves(expected))
+    pairs = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), want in pairs:
+        wrong = np.argwhere(~(np.abs(leaf - want) <= rtol * max(largest, 1e-300)))
+        if len(wrong):
+            at = tuple(int(i) for i in wrong[0])
+            raise AssertionError(
+                f"{loss}: {name}{keystr(path)} disagrees with {oracle}: at {list(at)} it gives "
+                f"{leaf[at]}, and {oracle} {want[at]}"
+            )

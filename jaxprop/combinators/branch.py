@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -16,28 +17,32 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.step import Visit
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
-Join = Literal["sum", "concatenate"]
+Join = Literal["sum", "concatenate", "tuple"]
 
 
 class Branch(Several):
-    """y = f_1(x) + ... + f_k(x), or the f_i(x) beside each other on the last axis.
+    """y = f_1(x) + ... + f_k(x), or the f_i(x) beside each other.
 
-    A copy has the sum for its transpose, and a sum the copy: with d_i what f_i pulls back from ct
-    (or from its own part of ct), dE/dx = d_1 + ... + d_k.
+    They stand beside each other on the last axis, in a tuple, or in a dict. A copy has the sum for
+    its transpose, and a sum the copy: with d_i what f_i pulls back from ct (or from its own part of
+    ct), dE/dx = d_1 + ... + d_k.
 
     Attributes:
         layers: the layers, each of which is given x.
-        join: "sum" or "concatenate".
+        join: "sum", "concatenate" or "tuple"; for a dict its keys, one a layer.
     """
 
-    join: Join = "sum"
+    join: Join | tuple[str, ...] = "sum"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.join not in ("sum", "concatenate"):
-            raise ValueError(f"branch: join is 'sum' or 'concatenate', not {self.join!r}")
+        if self.join not in ("sum", "concatenate", "tuple") and not isinstance(self.join, tuple):
+            raise ValueError(f"branch: join is 'sum', 'concatenate' or 'tuple', not {self.join!r}")
 
     def __repr__(self) -> str:
+        if isinstance(self.join, tuple):
+            named = zip(self.join, self.layers, strict=True)
+            return f"branch({', '.join(f'{name}={layer!r}' for name, layer in named)})"
         join = "" if self.join == "sum" else f", join={self.join!r}"
         return f"branch({', '.join(map(repr, self.layers))}{join})"
 
@@ -50,7 +55,7 @@ class Branch(Several):
             ys.append(y)
         return tuple(params), jax.eval_shape(lambda *ys: self._joined(x, list(ys)), *ys)
 
-    def forward(self, params: Params, x: PyTree) -> tuple[Array, Residuals]:
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         ys, residuals = [], []
         for index, (layer, p) in enumerate(zip(self.layers, params, strict=True)):
             with in_layer(index, layer):
@@ -58,7 +63,7 @@ class Branch(Several):
             ys.append(y)
             residuals.append(r)
         # A width is static, and survives a scan as the shape of an array.
-        widths = () if self.join == "sum" else tuple(map(empty_like, ys))
+        widths = tuple(map(empty_like, ys)) if self.join == "concatenate" else ()
         return self._joined(x, ys), (tuple(residuals), widths)
 
     def walk(
@@ -66,8 +71,7 @@ class Branch(Several):
     ) -> tuple[Visited, Cotangent]:
         self.check_places(place)
         residuals, widths = residuals
-        ends = [sum(w.shape[-1] for w in widths[: i + 1]) for i in range(len(widths))]
-        cts = jnp.split(ct, ends[:-1], axis=-1) if widths else [ct] * len(self.layers)
+        cts = self._parts(ct, widths)
         visited, d_x = [], None
         steps = zip(self.layers, place, residuals, cts, strict=True)
         for index, (layer, p, r, ct) in enumerate(steps):
@@ -77,7 +81,16 @@ class Branch(Several):
             d_x = d if d_x is None else jax.tree.map(jnp.add, d_x, d)
         return tuple(visited), d_x
 
-    def _joined(self, x: PyTree, ys: list[Array]) -> Array:
+    def _joined(self, x: PyTree, ys: list[PyTree]) -> PyTree:
+        if self.join == "tuple":
+            return tuple(ys)
+        if isinstance(self.join, tuple):
+            return dict(zip(self.join, ys, strict=True))
+        if any(not hasattr(y, "shape") for y in ys):
+            raise TypeError(
+                f"{self}: to join by {self.join} takes arrays, and the layers give "
+                f"{', '.join(map(shapes, ys))}"
+            )
         same = [y.shape if self.join == "sum" else y.shape[:-1] for y in ys]
         if len(set(same)) > 1:
             raise ValueError(
@@ -86,23 +99,44 @@ class Branch(Several):
             )
         return sum(ys[1:], start=ys[0]) if self.join == "sum" else jnp.concatenate(ys, axis=-1)
 
+    def _parts(self, ct: Cotangent, widths: tuple[Array, ...]) -> Sequence[Cotangent]:
+        """Return each layer's part of the cotangent of what was joined."""
+        if self.join == "sum":
+            return [ct] * len(self.layers)
+        if self.join == "tuple":
+            return ct
+        if isinstance(self.join, tuple):
+            return [ct[name] for name in self.join]
+        ends = [sum(w.shape[-1] for w in widths[: i + 1]) for i in range(len(widths))]
+        return jnp.split(ct, ends[:-1], axis=-1)
 
-def branch(*layers: Layer, join: Join = "sum") -> Branch:
+
+def branch(*layers: Layer, join: Join = "sum", **named: Layer) -> Branch:
     """Return the layers side by side on the same x, their outputs joined.
 
     params and residuals are tuples with one entry a layer.
 
     Args:
         layers: at least one layer.
-        join: "sum" adds the outputs up; "concatenate" puts them beside each other on the last axis.
+        join: "sum" adds the outputs up; "concatenate" puts them beside each other on the last axis;
+            "tuple" gives a tuple of them.
+        named: layers by name, instead of ``layers``: y is then the dict of their outputs.
 
     Raises:
-        ValueError: for no layers, and for outputs whose shapes do not fit together.
-        TypeError: for an argument that is not a layer.
+        ValueError: for no layers, some with a name and some without, and for outputs whose shapes
+            do not fit together.
+        TypeError: for an argument that is not a layer, and for outputs that are not arrays where
+            they are added up or concatenated.
 
     Example:
         >>> import jaxprop as jp
         >>> jp.branch(jp.Dense(3), jp.chain(jp.Dense(8), jp.Relu(), jp.Dense(3)))
         branch(Dense(3), chain(Dense(8), Relu(), Dense(3)))
+        >>> jp.branch(digit=jp.Dense(10), angle=jp.Dense(1))  # y is a dict
+        branch(digit=Dense(10), angle=Dense(1))
     """
-    return Branch(layers, join)
+    if not named:
+        return Branch(layers, join)
+    if layers or join != "sum":
+        raise ValueError("branch: layers by name give a dict; give all a name, and no join")
+    return Branch(tuple(named.values()), tuple(named))

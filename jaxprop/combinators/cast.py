@@ -48,7 +48,9 @@ class Cast(Wrapper):
         d_params, d_x = self.layer.backward(params, residuals, ct)
         if d_x is None:
             return d_params, None
-        return d_params, jax.tree.map(lambda like, d: d.astype(like.dtype), like, d_x)
+        return d_params, jax.tree.map(
+            lambda like, d: None if d is None else d.astype(like.dtype), like, d_x
+        )
 
     def inside(self, residuals: Residuals) -> tuple[Layer, Residuals]:
         return self.layer, residuals[0]

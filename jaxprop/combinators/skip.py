@@ -40,8 +40,8 @@ class Skip(Wrapper, Combinator):
         visited, d_x = self.layer.walk(place, residuals, ct, visit)
         return visited, (ct + d_x).astype(d_x.dtype)
 
-    def _check_shape(self, x: Array, y: Array) -> None:
-        if y.shape != x.shape:
+    def _check_shape(self, x: PyTree, y: PyTree) -> None:
+        if getattr(y, "shape", None) != getattr(x, "shape", ()):
             raise ValueError(
                 f"{self}: the layer turns {shapes(x)} into {shapes(y)}, "
                 "but x + f(x) needs one shape for both"

@@ -46,6 +46,7 @@ class Tied(Combinator):
 
     def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
         table, rows = self.embedding.init_with_output(key, x)
+        self._check_table(table)
         of_body, h = self.body.init_with_output(jax.random.fold_in(key, 1), rows)
         return (table, of_body), jax.eval_shape(self._scores, table, h)
 
@@ -60,6 +61,7 @@ class Tied(Combinator):
         self, params: Params, x: Int[Array, "n ..."]
     ) -> tuple[Float[Array, "n ... v"], Residuals]:
         table, of_body = params
+        self._check_table(table)
         rows, of_rows = self.embedding.forward(table, x)
         h, residuals = self.body.forward(of_body, rows)
         return self._scores(table, h), (of_rows, residuals, h)
@@ -77,6 +79,15 @@ class Tied(Combinator):
             both = self._joined(d_table, ct, h)
         step = Step.of(self.embedding, params, of_rows, ct, both, d_x, of_table)
         return (visit(step), visited), d_x
+
+    def _check_table(self, params: Params) -> None:
+        table = arrays(params)
+        if not hasattr(table, "shape") or len(table.shape) != 2:
+            raise ValueError(
+                f"{self}: the params of {self.embedding} are {shapes(params)}, but the first layer "
+                "of tied is one whose params are the table (vocab, features) alone, such as "
+                "jp.Embedding; what comes after the rows goes into the body"
+            )
 
     def _joined(self, d_table: Cotangent, ct: Cotangent, h: Array) -> Cotangent:
         """Return the form of the table's two uses."""
@@ -108,6 +119,7 @@ def tied(embedding: Layer, body: Layer) -> Tied:
 
     Raises:
         TypeError: for what is not a layer.
+        ValueError: in ``init`` and ``forward``, for an embedding whose params are anything else.
 
     Example:
         >>> import jaxprop as jp

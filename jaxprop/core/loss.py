@@ -48,12 +48,12 @@ class Loss(Static):
         """
         return None
 
-    def hessian_root(self, residuals: Residuals, /) -> Float[Array, "c n ..."]:
+    def hessian_root(self, residuals: Residuals, /) -> Cotangent:
         """Return S with sum_c S_c S_c^T the Hessian by y of each example's own loss.
 
-        The column c is a cotangent of y, so that a walk back from it gives a column of J^T S: the
-        root of the generalised Gauss-Newton matrix (Schraudolph 2002,
-        https://doi.org/10.1162/08997660260028683).
+        S is like y, behind an axis of columns. The column c is a cotangent of y, so that a walk
+        back from it gives a column of J^T S: the root of the generalised Gauss-Newton matrix
+        (Schraudolph 2002, https://doi.org/10.1162/08997660260028683).
         """
         return jax.vmap(self.hessian_column, (None, 0))(
             residuals, jnp.arange(self.hessian_columns(residuals))
@@ -63,11 +63,12 @@ class Loss(Static):
         """Return how many columns ``hessian_root`` has."""
         if type(self).hessian_root is Loss.hessian_root:
             raise NotImplementedError(f"{self} has no hessian_root")
-        return jax.eval_shape(self.hessian_root, residuals).shape[0]
+        root = jax.eval_shape(self.hessian_root, residuals)
+        return jax.tree.leaves(root)[0].shape[0]
 
     def hessian_column(self, residuals: Residuals, c: int | Array, /) -> Cotangent:
         """Return the column c of ``hessian_root``; where c is traced, only that one is made."""
-        return self.hessian_root(residuals)[c]
+        return jax.tree.map(lambda root: root[c], self.hessian_root(residuals))
 
     def sample(self, key: Array, residuals: Residuals, /) -> Cotangent:
         """Return a random cotangent s of y with E s = 0 and E s s^T the Hessian by y.

@@ -22,7 +22,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
 from jaxprop.explanation.numerals import share, short
 from jaxprop.explanation.record import explain
-from jaxprop.explanation.summary import Summary, element, summary
+from jaxprop.explanation.summary import Summary, summary
 from jaxprop.explanation.terms import Explanation, Terms, by_name
 from jaxprop.layers import Relu
 
@@ -43,7 +43,8 @@ class Finding:
         phase: the part of the walk: "input" if x, the target or the params were not finite to begin
             with, else "forward", "loss" or "backward". None if all is finite.
         layer: the layer's name, as in ``jp.explain``; None if the array is not a layer's.
-        array: the name of the array: x, y, ct, d_x, target, a param or its gradient.
+        array: the name of the array: x, y, ct, d_x, target, a param or its gradient; where it is
+            one of several in a dict or a tuple, with its place there, such as "y['mean']".
         index: the index of its first element that is not finite.
         value: that element.
         example: the example that it belongs to; None for an array without an axis of examples.
@@ -159,7 +160,7 @@ def _finding(
     suspects: tuple[str, ...],
     walk: tuple[Layer, Loss, Params, PyTree, PyTree],
 ) -> Finding:
-    index, value = element(found.shape, int(found.first)), float(found.value)
+    (part, index), value = found.place_of_first(), float(found.value)
     has_examples = array in ("x", "y", "ct", "d_x", "target") and bool(index)
     example = index[0] if has_examples else None
     x = ct = None
@@ -172,12 +173,11 @@ def _finding(
             x, ct = jax.tree.map(lambda leaf: leaf[example], (every_x, every_ct))
     place = f"[{', '.join(map(str, index))}]" if index else ""
     of = "" if example is None else f", of example {example}"
-    total = math.prod(found.shape)
     sentence = (
-        _sentence(phase, title, array, f"{array}{place}{of}", f"{value:g}", x, ct)
-        + f" Not finite in {array}: {int(found.nonfinite)} of {total}."
+        _sentence(phase, title, array, f"{array}{part}{place}{of}", f"{value:g}", x, ct)
+        + f" Not finite in {array}: {int(found.nonfinite)} of {found.size}."
     )
-    return Finding(phase, layer, array, index, value, example, x, ct, sentence, suspects)
+    return Finding(phase, layer, array + part, index, value, example, x, ct, sentence, suspects)
 
 
 def _sentence(

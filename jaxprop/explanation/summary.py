@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxprop.core.types import PyTree
@@ -33,7 +34,8 @@ class Summary:
         nonfinite: the number of elements that are not finite.
         first: the flat index of the first of these; the array's size if all are finite.
         value: the element at ``first``; the last one if all are finite.
-        shape: the shape of the array.
+        shapes: the shape of the array, by its place in the tree: "" for an array by itself. A tree
+            of several is summarised as one array of all their elements.
     """
 
     mean: Array
@@ -43,15 +45,35 @@ class Summary:
     nonfinite: Array
     first: Array
     value: Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array; of several ``(size,)``."""
+        return self.shapes[0][1] if len(self.shapes) == 1 else (self.size,)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    def place_of_first(self) -> tuple[str, tuple[int, ...]]:
+        """Return where the first element that is not finite stands: its array, and its index."""
+        at = int(self.first)
+        for name, shape in self.shapes:
+            if at < math.prod(shape):
+                return name, tuple(map(int, np.unravel_index(at, shape)))
+            at -= math.prod(shape)
+        raise ValueError("all elements are finite")
 
 
 def summary(tree: PyTree) -> Summary | None:
     """Return the summary of all arrays of the tree together; None for a tree without arrays."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    if not leaves:
+    named = jax.tree.leaves_with_path(tree)
+    if not named:
         return None
-    shape = leaves[0].shape if len(leaves) == 1 else (numbers(leaves),)
+    leaves = [jnp.asarray(leaf) for _, leaf in named]
+    names = [jax.tree_util.keystr(path) for path, _ in named]
     double = any(leaf.dtype == jnp.float64 for leaf in leaves)
     wide = jnp.float64 if double else jnp.float32
     x = jnp.concatenate([leaf.ravel().astype(wide) for leaf in leaves])
@@ -75,7 +97,7 @@ def summary(tree: PyTree) -> Summary | None:
         nonfinite=nonfinite,
         first=first,
         value=x[jnp.minimum(first, x.size - 1)],
-        shape=shape,
+        shapes=tuple((name, leaf.shape) for name, leaf in zip(names, leaves, strict=True)),
     )
 
 
@@ -87,15 +109,6 @@ def saturated(slope: Array) -> Array:
 def dead(slope: Array) -> Array:
     """Return the fraction of units, along the last axis, with slope 0 for every example."""
     return jnp.mean(jnp.all(slope == 0, axis=tuple(range(slope.ndim - 1))), dtype=jnp.float32)
-
-
-def element(shape: tuple[int, ...], at: int) -> tuple[int, ...]:
-    """Return the index, in an array of this shape, of the element at a flat index."""
-    index = []
-    for size in reversed(shape):
-        at, rest = divmod(at, size)
-        index.append(rest)
-    return tuple(reversed(index))
 
 
 def numbers(tree: PyTree) -> int:

@@ -92,9 +92,9 @@ def _lines(explanation: Explanation) -> Iterator[str]:
         yield ""
         yield f"{name} {terms.layer}".strip()
         for what in ("x", "y", "slope", "ct", "d_x"):
-            arrays = jax.tree.leaves(getattr(terms, what))
-            for array in arrays:
-                yield f"  {what:<8}{_vector(array[n])}"
+            for path, array in jax.tree.leaves_with_path(getattr(terms, what)):
+                place = jax.tree_util.keystr(path, simple=True, separator=".")
+                yield f"  {'.'.join(filter(None, (what, place))):<7} {_vector(array[n])}"
         alone = dataclasses.replace(explanation, net=terms.layer, collected=terms)
         for param in alone.names:
             yield from _weights(alone, param)

@@ -8,6 +8,7 @@ from jaxprop.layers.dense import AffineParams, Dense
 from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
 from jaxprop.layers.group_norm import GroupNorm
+from jaxprop.layers.linear_cross_entropy import LinearCrossEntropy
 from jaxprop.layers.normalization import LayerNorm, NormParams, RMSNorm
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.pooling import AvgPool, GlobalAvgPool, MaxPool
@@ -35,6 +36,7 @@ __all__ = [
     "Gru",
     "LayerNorm",
     "Leading",
+    "LinearCrossEntropy",
     "Lstm",
     "MaxPool",
     "NormParams",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+from jax import Array
 
 from jaxprop.core.checks import require
 from jaxprop.core.cotangents import gradient
@@ -47,7 +48,11 @@ def custom_vjp(layer: Layer) -> Callable[[Params, PyTree], PyTree]:
             grads,
             is_leaf=is_not_learned,
         )
-        return grads, None if d_x is None else jax.tree.map(like, x, d_x)
+        return grads, None if d_x is None else jax.tree.map(_like, x, d_x)
 
     apply.defvjp(forward, backward)
     return apply
+
+
+def _like(x: Array, d_x: Array | None) -> Array | None:
+    return None if d_x is None else like(x, d_x)

@@ -1,0 +1,140 @@
+"""What losses ask of y and the target, and the parts of an example's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jaxtyping import Float
+
+from jaxprop.core.checks import check_values
+from jaxprop.core.describe import shapes
+from jaxprop.core.loss import Loss
+from jaxprop.core.types import PyTree
+
+Y = Float[Array, "n ..."]
+
+
+def in_pair(loss: Loss, target: PyTree) -> tuple[Any, Array | None]:
+    """Return a target and its weights, None for a target that is not a pair (target, weights)."""
+    if type(target) is not tuple:
+        return target, None
+    if len(target) != 2:
+        raise TypeError(
+            f"{loss} takes a target, or a pair (target, weights), not a tuple of {len(target)}"
+        )
+    return target
+
+
+def check_arrays(
+    loss: Loss, y: Array, target: Array, *kinds: type, of_classes: bool = False
+) -> None:
+    """Raise unless y is floating, and the target of y's shape and one of these kinds of dtype.
+
+    Args:
+        loss: the loss, for the message.
+        y: the net's output.
+        target: the target.
+        kinds: such as ``jnp.floating``.
+        of_classes: whether the target has not the last axis of y.
+    """
+    if not hasattr(y, "dtype"):
+        raise TypeError(
+            f"{loss} takes an array y, and the net's output is {shapes(y)}; jp.total_loss(...) has "
+            "a loss for each part"
+        )
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise TypeError(f"{loss} takes floating y, not {y.dtype}")
+    if not hasattr(target, "dtype"):
+        raise TypeError(f"{loss} takes the target as an array, not {target!r}")
+    if not any(jnp.issubdtype(target.dtype, kind) for kind in kinds):
+        words = " or ".join(kind.__name__.rstrip("_") for kind in kinds)
+        raise TypeError(f"{loss} takes a target of dtype {words}, not {target.dtype}")
+    shape = y.shape[:-1] if of_classes else y.shape
+    if target.shape != shape:
+        raise ValueError(
+            f"{loss}: the net's output has shape {y.shape}, which takes a target of shape {shape}, "
+            f"not {target.shape}"
+        )
+
+
+def check_weights(loss: Loss, weights: Array | None, shape: tuple[int, ...]) -> None:
+    """Raise unless weights are None, or real numbers of this shape.
+
+    Raises:
+        TypeError: for what is not an array of real numbers or bools.
+        ValueError: for another shape, and for a weight that is known to be negative or not finite.
+    """
+    if weights is None:
+        return
+    dtype = getattr(weights, "dtype", None)
+    if dtype is None or not jnp.isdtype(dtype, ("real floating", "integral", "bool")):
+        raise TypeError(f"{loss} takes weights as an array of real numbers, not {shapes(weights)}")
+    if weights.shape != shape:
+        raise ValueError(f"{loss} takes weights of shape {shape} here, not {weights.shape}")
+    words = f"{loss} takes weights that are finite and not negative"
+    check_values(words, weights, lambda w: (w >= 0) & (w < math.inf))
+
+
+def counted(weights: Array, dtype: Any) -> Array:
+    """Return weights in the dtype, with NaN for one that is negative."""
+    weights = weights.astype(dtype)
+    return jnp.where(weights >= 0, weights, jnp.nan)
+
+
+def check_target(
+    words: str, target: Array, weights: Array | None, right: Callable[[Any], Any]
+) -> None:
+    """Raise ``ValueError`` for a target that is known not to be right, and has a weight.
+
+    Args:
+        words: what is taken, with which the message begins.
+        target: the target.
+        weights: None, or the weights.
+        right: a function that says of each target, in the shape of weights, whether it is right.
+    """
+    if weights is None:
+        check_values(words, target, right)
+    elif not isinstance(weights, Tracer):
+        check_values(words, target, lambda t: right(t) | (np.asarray(weights) == 0))
+
+
+def check_plain_number(name: str, value: object, most: float = math.inf) -> None:
+    """Raise unless value is a number, no array, from 0 to ``most`` and finite.
+
+    Raises:
+        TypeError: for what is not a number, or an array, which a field cannot hold.
+        ValueError: for another number. Both messages begin with name.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is a number, not {value!r}")
+    if not (0 <= value <= most and value < math.inf):  # pyright: ignore[reportOperatorIssue]
+        bound = "" if most == math.inf else f" and at most {most:g}"
+        raise ValueError(f"{name} is finite and not negative{bound}, not {value}")
+
+
+def times(weight: Y, value: Y) -> Y:
+    """Return the product, which is 0 for a weight of 0 whatever the value is."""
+    return jnp.where(weight == 0, 0, weight * value)
+
+
+def only(c: int | Array, root: Y) -> Y:
+    """Return root with zeros for all of an example's outputs but the one numbered c."""
+    one = jnp.arange(outputs(root)) == c
+    return jnp.where(one.reshape(1, *root.shape[1:]), root, 0)
+
+
+def outputs(y: Array) -> int:
+    """Return the number of an example's outputs."""
+    return max(math.prod(y.shape[1:]), 1)
+
+
+def positions(y: Array) -> tuple[int, ...]:
+    """Return all axes but that of the examples."""
+    return tuple(range(1, y.ndim))

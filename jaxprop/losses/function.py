@@ -1,0 +1,103 @@
+"""A loss of any function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Float
+
+from jaxprop.core.arrays import wide
+from jaxprop.core.describe import shapes
+from jaxprop.core.loss import Loss
+from jaxprop.core.types import Cotangent, PyTree
+
+Residuals = tuple[PyTree, PyTree]  # y in at least float32, and the target
+
+
+class FunctionLoss(Loss):
+    """E = fn(y, t) for each example, with its derivatives by autodiff.
+
+    With H = V diag(l) V^T the Hessian by all of an example's C outputs, and l not negative for a
+    convex fn, S = V diag(l)^(1/2) is a root of it. ``sample`` is S r for random signs r, since
+    E r r^T is the identity. A Gauss-Newton matrix takes a convex loss: where an eigenvalue is
+    negative, by more than rounding, the example's root and sample are NaN.
+
+    Attributes:
+        fn: a function of one example's y and target that returns a scalar.
+    """
+
+    fn: Callable[..., Array]
+
+    def __repr__(self) -> str:
+        return f"loss({getattr(self.fn, '__name__', self.fn)})"
+
+    def forward(self, y: PyTree, target: PyTree) -> tuple[Float[Array, " n"], Residuals]:
+        y = jax.tree.map(wide, y)
+        return jax.vmap(self._value)(y, target), (y, target)
+
+    def backward(self, residuals: Residuals) -> Cotangent:
+        return jax.vmap(jax.grad(self._value))(*residuals)
+
+    def hessian_root(self, residuals: Residuals) -> Cotangent:
+        return jax.vmap(self._root, out_axes=1)(*residuals)
+
+    def sample(self, key: Array, residuals: Residuals) -> Cotangent:
+        root = self.hessian_root(residuals)
+        columns, examples = jax.tree.leaves(root)[0].shape[:2]
+        signs = jax.random.rademacher(key, (columns, examples))
+        return jax.tree.map(
+            lambda root: jnp.einsum("cn,cn...->n...", signs.astype(root.dtype), root), root
+        )
+
+    def _value(self, y: PyTree, target: PyTree) -> Array:
+        """Return E of one example."""
+        value: Any = self.fn(y) if target is None else self.fn(y, target)
+        if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(
+                f"{self}: the function of one example gives {shapes(value)}, not a floating scalar"
+            )
+        return value
+
+    def _root(self, y: PyTree, target: PyTree) -> Cotangent:
+        """Return the root of one example's Hessian: like y, behind an axis of columns."""
+        flat, unflatten = ravel_pytree(y)
+        hessian = jax.hessian(lambda flat: self._value(unflatten(flat), target))(flat)
+        values, vectors = jnp.linalg.eigh(hessian)
+        rounding = flat.size * jnp.finfo(flat.dtype).eps * jnp.abs(values).max()
+        convex = values.min() >= -4 * rounding
+        root = jnp.sqrt(jnp.where(convex, jnp.maximum(values, 0), jnp.nan))
+        return jax.vmap(unflatten)((vectors * root[None]).T)
+
+
+def loss(fn: Callable[..., Array]) -> FunctionLoss:
+    """Return the loss whose value for an example is ``fn(y, target)``.
+
+    Its derivatives are by autodiff: ``jax.grad`` for the cotangent, and for curvature the
+    eigenvectors of ``jax.hessian`` by an example's outputs, which costs their number cubed.
+
+    The net and the loss are static to ``jax.jit``, and two functions are the same if they are one
+    object. A lambda that is written anew for each call is compiled anew: define fn once.
+
+    Args:
+        fn: a function of y and target of *one* example, without the example axis, that returns a
+            scalar; of y alone where the target is left out. Both may be pytrees; y is in at least
+            float32.
+
+    Raises:
+        TypeError: for what cannot be called, and in ``forward`` for an fn that does not return a
+            floating scalar.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxprop as jp
+        >>> def huber(y, t):
+        ...     return jnp.sum(jnp.sqrt(1 + (y - t) ** 2) - 1)
+        >>> jp.check_loss(jp.loss(huber), jnp.eye(3), jnp.ones((3, 3)))
+    """
+    if isinstance(fn, Loss) or not callable(fn):
+        raise TypeError(f"loss takes a function of one example's y and target, not {fn!r}")
+    return FunctionLoss(fn)
