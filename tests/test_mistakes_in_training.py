@@ -63,9 +63,12 @@ LOSSES = mistakes(
     no_target=(lambda: value(target=None), "takes the target as an array, not None"),
     classes_as_floats=(
         lambda: value(target=TARGET.astype(float)),
-        "CrossEntropy() takes a target of dtype integer, not float64",
+        "CrossEntropy() takes a target of dtype integer, or the probability of each class",
     ),
-    classes_as_bools=(lambda: value(target=TARGET > 0), "a target of dtype integer, not bool"),
+    classes_as_bools=(
+        lambda: value(target=TARGET > 0),
+        "a target of dtype integer or floating, not bool",
+    ),
     classes_in_a_list=(lambda: value(target=[0, 1, 1, 0]), "takes the target as an array, not [0"),
     classes_as_strings=(lambda: value(target=np.array(list("abcd"))), "a target of dtype integer"),
     one_class=(lambda: value(target=1), "CrossEntropy() takes the target as an array, not 1"),

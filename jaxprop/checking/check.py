@@ -94,9 +94,9 @@ def check_layer(
                 if words in expected.answers:
                     try:
                         _compare(layer, got, expected.answers[words], words, rtol, ct)
-                    except AssertionError:
+                    except AssertionError as error:
                         if words == ONE_BY_ONE and couples(layer, params, x):
-                            raise AssertionError(coupled(layer)) from None
+                            raise AssertionError(f"{error}. {coupled(layer)}") from None
                         raise
             if expected.shares is not None and expected.squares is not None:
                 (shares, alone), (squares, moments) = expected.shares, expected.squares
