@@ -57,7 +57,8 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
         (rows,) = jnp.nonzero(drawn, size=room, fill_value=-1)
         batch = train_x[rows], train_y[rows]
         given = {"key": for_noise, "weights": rows >= 0, "divisor": args.batch}
-        params, state, (_, aux) = update(*carry, *batch, **given)
+        params, state = carry
+        params, state, (_, aux) = update(params, state, *batch, **given)
         return (params, state), (drawn.sum(), aux.clipped)
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -72,7 +73,10 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
         sys.exit(f"{drawn.max()} images were drawn for {room} places: epsilon would be wrong")
     accuracy = float(jnp.mean(NET(params, test_x).argmax(axis=-1) == test_y))
     spent = epsilon(args.noise, rate, steps, args.delta)
-    print(f"{steps} steps of {drawn.mean():.0f} images on average, {clipped.mean():.0%} of them clipped")
+    print(
+        f"{steps} steps of {drawn.mean():.0f} images on average, {clipped.mean():.0%} of them "
+        "clipped"
+    )
     print(f"epsilon {spent:.2f} at delta {args.delta:g}")
     print(f"accuracy {accuracy:.2%} on {len(test_y)} digits held out of training")
     return spent, accuracy

@@ -10,12 +10,14 @@
 A layer holds its hand-written ``backward`` next to its ``forward``; ``jp.check_layer`` holds one
 against the other. The names, by group:
 
-    layers       Dense  Sigmoid Tanh Relu Gelu Silu Softplus  Dropout
+    layers       Dense  Sigmoid LogSigmoid Tanh Relu LeakyRelu Elu Gelu Silu Softplus  Dropout
                  Embedding Positions SinusoidalPositions Rotary  Attention
                  LayerNorm RMSNorm GroupNorm BatchNorm
-                 Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Flatten Reshape Pad
+                 Conv ConvTranspose MaxPool AvgPool GlobalAvgPool Pad
+                 Flatten Reshape Moveaxis Take Item
                  Rnn Lstm Gru
-    combinators  chain (a Chain) skip branch on repeat recompute shared tied cast frozen
+    combinators  chain (a Chain) skip branch on bidirectional repeat recompute shared tied cast
+                 frozen
     losses       CrossEntropy HalfSquaredError BinaryCrossEntropy  loss total_loss
                  LinearCrossEntropy (a layer) with Mean
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
@@ -35,6 +37,7 @@ import jaxprop._command  # noqa: F401
 from jaxprop import forms, models, plot, quantity, sharding
 from jaxprop.checking.check import check_layer
 from jaxprop.checking.losses import check_loss
+from jaxprop.combinators.bidirectional import bidirectional
 from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
 from jaxprop.combinators.chain import Chain, chain
@@ -78,16 +81,21 @@ from jaxprop.layers import (
     Dense,
     Dropout,
     Elementwise,
+    Elu,
     Embedding,
     Flatten,
     Gelu,
     GlobalAvgPool,
     GroupNorm,
     Gru,
+    Item,
     LayerNorm,
+    LeakyRelu,
     LinearCrossEntropy,
+    LogSigmoid,
     Lstm,
     MaxPool,
+    Moveaxis,
     NormParams as NormParams,
     Pad,
     Positions,
@@ -101,6 +109,7 @@ from jaxprop.layers import (
     Silu,
     SinusoidalPositions,
     Softplus,
+    Take,
     Tanh,
 )
 from jaxprop.losses import (
@@ -150,6 +159,11 @@ from jaxprop.training.update import Update as Update, make_update
 
 __all__ = [
     # layers
+    "Take",
+    "Moveaxis",
+    "LogSigmoid",
+    "LeakyRelu",
+    "Elu",
     "Attention",
     "AvgPool",
     "BatchNorm",
@@ -163,6 +177,7 @@ __all__ = [
     "GlobalAvgPool",
     "GroupNorm",
     "Gru",
+    "Item",
     "LayerNorm",
     "LinearCrossEntropy",
     "Lstm",
@@ -180,6 +195,7 @@ __all__ = [
     "Softplus",
     "Tanh",
     # combinators
+    "bidirectional",
     "branch",
     "cast",
     "chain",

@@ -16,7 +16,14 @@ class Row(NamedTuple):
     x: Any
 
     def __repr__(self) -> str:
-        return f"{self.layer} on {'x'.join(map(str, self.x.shape))}"
+        return (
+            f"{self.layer} on {' and '.join('x'.join(map(str, x.shape)) for x in arrays(self.x))}"
+        )
+
+
+def arrays(x: Any) -> list[Any]:
+    """The arrays of an input; there are several if it is a tuple."""
+    return jax.tree.leaves(x)
 
 
 def normal(*shape: int) -> Any:
@@ -77,10 +84,41 @@ ACTIVATIONS = (
     jp.Sigmoid(),
     jp.Tanh(),
     jp.Relu(),
+    jp.LeakyRelu(0.3),
+    jp.Elu(0.7),
     jp.Gelu(),
     jp.Gelu(approximate=False),
     jp.Silu(),
     jp.Softplus(),
+    jp.LogSigmoid(),
+)
+
+CROSS = jp.branch(jp.Dense(4), jp.Dense(8), join="tuple")
+DECODER_BLOCK = jp.branch(
+    jp.branch(
+        jp.Item(0),
+        jp.chain(
+            jp.branch(
+                jp.Item(0),
+                jp.chain(jp.Item(1), jp.Dense(8)),
+                join="tuple",
+            ),
+            jp.Attention(2, causal=False),
+            jp.Dense(4),
+        ),
+    ),
+    jp.Item(1),
+    join="tuple",
+)
+DECODER = jp.chain(
+    jp.branch(
+        jp.chain(jp.Item(1), jp.Embedding(7, 4)),
+        jp.chain(jp.Item(0), jp.Embedding(7, 4)),
+        join="tuple",
+    ),
+    DECODER_BLOCK,
+    jp.Item(0),
+    jp.Dense(2),
 )
 
 TABLE = [
@@ -112,10 +150,31 @@ TABLE = [
     Row(jp.Attention(2, save="logsumexp", block=2), normal(2, 5, 12)),
     Row(jp.Attention(1, save="logsumexp"), normal(1, 1, 3)),
     Row(jp.Attention(3, causal=False, save="logsumexp", block=3), normal(2, 7, 27)),
+    Row(jp.Attention(4, kv_heads=2), normal(2, 5, 16)),
+    Row(jp.Attention(3, kv_heads=1, window=2), normal(2, 4, 5)),
+    Row(jp.Attention(2, causal=False, window=3), normal(2, 6, 6)),
+    Row(jp.Attention(2, save="logsumexp", block=2, window=3), normal(2, 7, 6)),
+    Row(jp.Attention(2), (normal(2, 5, 12), normal(2, 2, 5, 5))),
+    Row(
+        jp.Attention(4, save="logsumexp", block=3, kv_heads=2),
+        (normal(3, 4, 8), normal(3, 1, 4, 4)),
+    ),
+    Row(jp.Attention(2, causal=False), (normal(2, 3, 4), normal(2, 5, 8))),
+    Row(
+        jp.Attention(4, causal=False, save="logsumexp", block=2, kv_heads=2),
+        (normal(2, 3, 4), normal(2, 5, 4), normal(2, 4, 3, 5)),
+    ),
+    Row(jp.Item(1), (normal(3, 2), normal(3, 5, 2), ids(3, 4))),
+    Row(jp.Item("b"), {"a": normal(3, 2), "b": normal(3, 1)}),
+    Row(jp.chain(CROSS, jp.Attention(2, causal=False), jp.Dense(3)), normal(2, 3, 4)),
+    Row(DECODER, (ids(2, 3), ids(2, 4))),
+    Row(jp.chain(jp.repeat(DECODER_BLOCK, 2), jp.Item(0)), (normal(2, 3, 4), normal(2, 5, 4))),
     Row(jp.Positions(5), normal(3, 5, 4)),
     Row(jp.Positions(7), normal(2, 3, 1)),
     Row(jp.SinusoidalPositions(), normal(2, 3, 5)),
     Row(jp.Rotary(2), normal(2, 5, 12)),
+    Row(jp.Rotary(1, interleaved=True), normal(3, 4, 12)),
+    Row(jp.Rotary(2, kv_heads=1), normal(2, 5, 8)),
     Row(jp.chain(jp.Dense(12), jp.Rotary(2), jp.Attention(2), jp.Dense(3)), normal(2, 3, 4)),
     Row(jp.chain(jp.Dense(12), jp.Attention(2), jp.Dense(3)), normal(3, 5, 4)),
     Row(jp.skip(jp.Tanh()), normal(3, 4)),
@@ -144,6 +203,12 @@ TABLE = [
         for layer in (jp.Rnn, jp.Lstm, jp.Gru)
         for features, shape in ((4, (3, 5, 2)), (3, (2, 1, 4)))
     ),
+    Row(jp.Rnn(3, reverse=True), normal(2, 4, 3)),
+    Row(jp.Lstm(3, output="last"), normal(3, 4, 2)),
+    Row(jp.Gru(2, reverse=True, output="last"), normal(2, 3, 3)),
+    Row(jp.bidirectional(jp.Lstm(2)), normal(2, 4, 3)),
+    Row(jp.chain(jp.Lstm(2, output="both"), jp.Lstm(2, reverse=True)), normal(3, 3, 2)),
+    Row(jp.chain(jp.Gru(3, output="both"), jp.Gru(3, output="last")), normal(2, 4, 2)),
     Row(jp.chain(jp.Lstm(1), jp.Gru(2)), normal(1, 7, 1)),
     Row(jp.chain(jp.chain(jp.Dense(4), jp.Relu()), jp.skip(jp.chain(jp.Dense(4)))), normal(3, 2)),
 ]
@@ -155,17 +220,32 @@ IMAGES = [
     Row(jp.Conv(3, (3,), 2), normal(3, 6, 2)),
     Row(jp.Conv(2, (1,)), normal(2, 3, 4)),
     Row(jp.Conv(2, (2, 1, 2)), normal(2, 3, 2, 3, 1)),
+    Row(jp.Conv(2, (4, 3), (2, 1), "CIRCULAR", (1, 2)), normal(2, 4, 5, 3)),
+    Row(jp.Conv(4, (3, 2), 1, "REFLECT", groups=2), normal(3, 2, 4, 2)),
+    Row(jp.Conv(3, (3,), padding="CAUSAL", dilation=2), normal(2, 6, 2)),
+    Row(jp.Conv(2, (3, 1), 2, 1), normal(1, 4, 3, 1)),
     Row(jp.ConvTranspose(2, (3, 2), (2, 3)), normal(2, 3, 2, 3)),
+    Row(jp.ConvTranspose(4, (3, 2), (2, 1), dilation=(2, 3), groups=2), normal(2, 3, 4, 4)),
     Row(jp.ConvTranspose(2, (2,), padding="VALID", bias=False), normal(1, 4, 2)),
     Row(jp.MaxPool((2, 2)), np.round(normal(3, 5, 4, 2))),
     Row(jp.MaxPool((3, 2), (2, 1), "SAME"), np.round(normal(1, 5, 4, 2))),
     Row(jp.MaxPool((2,), 3, ((1, 0),)), normal(2, 7, 3)),
     Row(jp.AvgPool((2, 3), (2, 2), "SAME"), normal(2, 5, 4, 2)),
     Row(jp.AvgPool((2, 1, 2)), normal(1, 4, 3, 3, 2)),
+    Row(jp.AvgPool((3, 2), (2, 1), "SAME", count_include_pad=False), normal(2, 5, 4, 2)),
+    Row(jp.AvgPool((3,), 1, 1, count_include_pad=False), normal(3, 4, 2)),
     Row(jp.GlobalAvgPool(), normal(2, 3, 2, 4)),
     Row(jp.Flatten(), normal(3, 2, 2)),
+    Row(jp.Take(-1), normal(3, 4, 2)),
+    Row(jp.Take(1, axis=2), normal(2, 2, 3, 1)),
+    Row(jp.Moveaxis(1, -1), normal(2, 3, 4, 2)),
+    Row(jp.Moveaxis((1, -1), (2, 1)), normal(2, 3, 4, 2)),
     Row(jp.Reshape((3, 2)), normal(2, 6)),
     Row(jp.Pad(((1, 0), (2, 1)), 0.5), normal(2, 2, 3, 2)),
+    *(
+        Row(jp.Pad(((1, 2), (0, 1)), mode=mode), normal(2, 3, 2, 2))
+        for mode in ("wrap", "reflect", "edge")
+    ),
     Row(
         jp.chain(jp.Conv(3, (2, 2)), jp.Relu(), jp.MaxPool((2, 2)), jp.Flatten(), jp.Dense(2)),
         normal(3, 4, 5, 2),
@@ -220,8 +300,11 @@ def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
 
     They are drawn by NumPy, since to compile each row's init takes longer than most tests.
     """
-    floating = np.issubdtype(row.x.dtype, np.floating)
-    x = jax.device_put(row.x.astype(dtype) if floating else row.x)
+
+    def given(x: Any) -> Any:
+        return jax.device_put(x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x)
+
+    x = jax.tree.map(given, row.x)
     rng = np.random.default_rng(2)
 
     def drawn(node: Any) -> Any:

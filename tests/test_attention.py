@@ -194,10 +194,13 @@ def test_errors():
     assert layer.bind(()) == ()
 
 
-def test_rotary_turns_pairs_of_features_by_complex_numbers():
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_turns_pairs_of_features_by_complex_numbers(interleaved):
     x = jnp.asarray(normal(2, 9, 24))
-    y, _ = jp.Rotary(2, base=100.0).forward((), x)
+    y, _ = jp.Rotary(2, base=100.0, interleaved=interleaved).forward((), x)
     heads, turned = (np.asarray(z).reshape(2, 9, 3, 2, 2, 2) for z in (x, y))
+    if interleaved:  # (pair, which of the two), to (which, pair)
+        heads, turned = heads.swapaxes(-1, -2), turned.swapaxes(-1, -2)
     pairs = heads[..., 0, :] + 1j * heads[..., 1, :]
     angles = np.arange(9)[:, None] * np.array([1.0, 0.1])
     expected = pairs * np.exp(1j * angles)[:, None, None, :]
@@ -205,10 +208,21 @@ def test_rotary_turns_pairs_of_features_by_complex_numbers():
     np.testing.assert_allclose(turned[..., 0, :] + 1j * turned[..., 1, :], expected, atol=1e-14)
 
 
-def test_rotary_scores_depend_on_the_distance_only():
+def test_rotary_of_fewer_heads_is_that_of_each_head():
+    x = jnp.asarray(normal(2, 9, 8 * 4))
+    q, k, v = jnp.split(x, [16, 24], -1)
+    y, _ = jp.Rotary(4, kv_heads=2).forward((), x)
+    of_q, _ = jp.Rotary(4).forward((), jnp.concatenate([q, q, q], -1))
+    of_k, _ = jp.Rotary(2).forward((), jnp.concatenate([k, k, k], -1))
+    expected = jnp.concatenate([of_q[..., :16], of_k[..., :8], v], -1)
+    assert relative_error(y, expected) <= 1e-15
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_scores_depend_on_the_distance_only(interleaved):
     """The same q and k everywhere: <q_t, k_s> is one number for each t - s."""
     x = jnp.broadcast_to(jnp.asarray(normal(1, 1, 24)), (1, 6, 24))
-    y, _ = jp.Rotary(1).forward((), x)
+    y, _ = jp.Rotary(1, interleaved=interleaved).forward((), x)
     scores = np.asarray(y[0, :, :8] @ y[0, :, 8:16].T)
     np.testing.assert_allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-13)
     assert np.ptp(scores[0]) > 0.01

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from table import Row, at, relative_error
+from test_layers import by_hand, ct_for
 
 import jaxprop as jp
 from jaxprop.layers import patches
@@ -126,14 +127,94 @@ def test_groups_have_no_kronecker_factors():
         jp.kronecker_factors(net, loss)(params, x, jnp.array([0, 1]))
 
 
-@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 0), (2, 2))])
-def test_transpose_is_that_of_jax(padding):
+@pytest.mark.parametrize(
+    ("layer", "shape", "widths", "mode"),
+    [
+        (jp.Conv(3, (4, 3), (2, 1), "CIRCULAR", (1, 2)), (2, 5, 6, 2), [(1, 2), (2, 2)], "wrap"),
+        (jp.Conv(3, (3,), 1, "CIRCULAR"), (2, 1, 2), [(1, 1)], "wrap"),
+        (jp.Conv(2, (3, 6), 1, "REFLECT"), (3, 2, 4, 1), [(1, 1), (2, 3)], "reflect"),
+        (jp.Conv(2, (3,), 2, "CAUSAL", 2), (2, 7, 2), [(4, 0)], "constant"),
+        (jp.Conv(2, (5, 1), 1, 1), (2, 4, 3, 2), [(1, 1), (1, 1)], "constant"),
+    ],
+)
+def test_padding_is_that_of_numpy(layer, shape, widths, mode):
+    """y and the gradients of ``jnp.pad`` in front of the same convolution of "VALID" windows."""
+    valid = jp.Conv(layer.features, layer.window, layer.strides, "VALID", layer.dilation)
+    params, x = at(Row(layer, np.asarray(normal(*shape))))
+    widths = ((0, 0), *widths, (0, 0))
+
+    def by_numpy(params, x):
+        return valid.forward(params, jnp.pad(x, widths, mode))[0]
+
+    assert relative_error(layer.forward(params, x)[0], by_numpy(params, x)) <= 1e-14
+    ct = ct_for(layer, params, x)
+    got = by_hand(layer, params, x, ct)
+    assert relative_error(got, jax.vjp(by_numpy, params, x)[1](ct)) <= 1e-12
+
+
+def test_causal_reads_nothing_that_comes_after():
+    layer, x = jp.Conv(2, (3,), padding="CAUSAL", dilation=2), normal(1, 9, 2)
+    params = layer.init(jax.random.key(0), x)
+    y, other = (layer.forward(params, x)[0] for x in (x, x.at[0, 5].add(1.0)))
+    assert y.shape == (1, 9, 2)
+    np.testing.assert_array_equal(y[0, :5], other[0, :5])
+    assert (np.flatnonzero((y != other).any((0, 2))) == [5, 7]).all()
+
+
+@pytest.mark.parametrize("mode", ["wrap", "reflect", "edge"])
+@pytest.mark.parametrize("widths", [((2, 0), (1, 3)), ((0, 0), (4, 4)), ((1, 1), (0, 0))], ids=str)
+def test_pad_is_that_of_numpy(mode, widths):
+    layer, x = jp.Pad(widths, mode=mode), normal(2, 3, 5, 2)
+    y, pull = jax.vjp(lambda x: jnp.pad(x, ((0, 0), *widths, (0, 0)), mode), x)
+    np.testing.assert_array_equal(layer.forward((), x)[0], y)
+    ct = normal(*y.shape, seed=1)
+    np.testing.assert_allclose(by_hand(layer, (), x, ct)[1], pull(ct)[0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_repeated_entries_add_up_in_float32(dtype):
+    layer, x = jp.Pad(((300, 300),), mode="edge"), jnp.ones((1, 1, 1), dtype)
+    _, d_x = layer.backward((), layer.forward((), x)[1], jnp.ones((1, 601, 1), dtype))
+    np.testing.assert_array_equal(d_x, jnp.full_like(d_x, 601))
+
+
+@pytest.mark.parametrize("count_include_pad", [True, False])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", 1, ((0, 2), (1, 0))], ids=str)
+def test_a_mean_counts_its_padding_or_not(padding, count_include_pad):
+    layer = jp.AvgPool((3, 2), (2, 1), padding, count_include_pad)
+    x = normal(2, 5, 4, 3)
+    (a, b), (c, d) = {"SAME": ((1, 1), (0, 1)), "VALID": ((0, 0), (0, 0)), 1: ((1, 1), (1, 1))}.get(
+        padding, padding
+    )
+    fill = 0 if count_include_pad else np.nan
+    around = np.pad(x, ((0, 0), (a, b), (c, d), (0, 0)), constant_values=fill)
+    windows = np.lib.stride_tricks.sliding_window_view(around, (3, 2), (1, 2))[:, ::2]
+    got, _ = layer.forward((), x)
+    np.testing.assert_allclose(got, np.nanmean(windows, axis=(-2, -1)), rtol=1e-13)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", 2, ((1, 0), (2, 2))], ids=str)
+@pytest.mark.parametrize("dilation", [1, (2, 3)])
+def test_transpose_is_that_of_jax(padding, dilation):
+    pairs = ((2, 2), (2, 2)) if padding == 2 else padding
+    rates = (1, 1) if dilation == 1 else dilation
     for window, strides in (((3, 2), (2, 3)), ((2, 4), (3, 1)), ((1, 3), (2, 2))):
-        layer = jp.ConvTranspose(2, window, strides, padding, bias=False)
-        x = normal(2, 3, 4, 3)
+        layer = jp.ConvTranspose(2, window, strides, padding, bias=False, dilation=dilation)
+        x = normal(2, 9, 8, 3)
         params = layer.init(jax.random.key(0), x)
-        expected = jax.lax.conv_transpose(x, params.w, strides, padding)
+        expected = jax.lax.conv_transpose(x, params.w, strides, pairs, rates)
         assert relative_error(layer.forward(params, x)[0], expected) <= 1e-12
+
+
+def test_groups_of_a_transpose_are_transposes_side_by_side():
+    layer = jp.ConvTranspose(6, (3, 2), (2, 1), groups=2, dilation=(1, 2))
+    params, x = at(Row(layer, np.asarray(normal(2, 3, 4, 4))))
+    alone = jp.ConvTranspose(3, (3, 2), (2, 1), dilation=(1, 2))
+    halves = zip(
+        jnp.split(x, 2, -1), jnp.split(params.w, 2, -1), jnp.split(params.b, 2), strict=True
+    )
+    ys = [alone.forward(jp.AffineParams(w, b), part)[0] for part, w, b in halves]
+    assert relative_error(layer.forward(params, x)[0], jnp.concatenate(ys, -1)) <= 1e-13
 
 
 def test_first_of_equals_wins():
@@ -144,9 +225,11 @@ def test_first_of_equals_wins():
     np.testing.assert_array_equal(d_x[0, :, :, 0], [[3, 0], [0, 0]])
 
 
-def test_quantities_under_explicit_sharding():
+@pytest.mark.parametrize("padding", ["SAME", "REFLECT"])
+def test_quantities_under_explicit_sharding(padding):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
-    net, loss = jp.chain(jp.Conv(4, (3, 3), 2), jp.Relu(), jp.GlobalAvgPool()), jp.CrossEntropy()
+    conv, loss = jp.Conv(4, (3, 3), 2, padding), jp.CrossEntropy()
+    net = jp.chain(conv, jp.Relu(), jp.GlobalAvgPool())
     params, x = at(Row(net, np.asarray(normal(4, 5, 5, 2))))
     target = jnp.array([0, 1, 2, 3])
     _, expected = jax.jit(jp.value_and_grad(net, loss))(params, x, target)
@@ -188,7 +271,20 @@ IMAGE = jax.ShapeDtypeStruct((2, 6, 5, 4), jnp.float32)
         (lambda: jp.Conv(4, strides=(1,)), ValueError, "strides has 1 entries"),
         (lambda: jp.Conv(4, strides=0), ValueError, "strides must be at least 1"),
         (lambda: jp.Conv(4, dilation=1.5), TypeError, "dilation takes a whole number"),
-        (lambda: jp.Conv(4, padding="FULL"), ValueError, 'padding is "SAME", "VALID" or'),
+        (lambda: jp.Conv(4, padding="FULL"), ValueError, '"REFLECT", a whole number or a'),
+        (lambda: jp.Conv(4, padding=-1), ValueError, "must not be negative, not -1"),
+        (lambda: jp.Conv(4, padding=1.0), ValueError, "each of 2 axes, not 1.0"),
+        (lambda: jp.Conv(4, padding="CAUSAL"), ValueError, "along time, one axis, not 2"),
+        (
+            lambda: jp.Conv(4, (11, 13), padding="REFLECT"),
+            ValueError,
+            "up to 4 .* axis of 5, not 6",
+        ),
+        (
+            lambda: jp.Conv(4, (3, 13), padding="CIRCULAR"),
+            ValueError,
+            "up to 5 .* axis of 5, not 6",
+        ),
         (lambda: jp.Conv(4, padding=((1, 1),)), ValueError, "pair for each of 2 axes"),
         (lambda: jp.Conv(4, padding=((1, -1), (0, 0))), ValueError, "must not be negative"),
         (lambda: jp.Conv(4, groups=3), ValueError, "groups divides features, 4, but is 3"),
@@ -201,6 +297,13 @@ IMAGE = jax.ShapeDtypeStruct((2, 6, 5, 4), jnp.float32)
         ),
         (lambda: jp.Conv(4, (7, 1), padding="VALID"), ValueError, "no window fits into x"),
         (lambda: jp.ConvTranspose(0), ValueError, "ConvTranspose: features is at least 1"),
+        (lambda: jp.ConvTranspose(4, padding="CAUSAL"), ValueError, 'is "SAME", "VALID", a whole'),
+        (lambda: jp.ConvTranspose(4, groups=3), ValueError, "groups divides features, 4"),
+        (lambda: jp.ConvTranspose(6, groups=3), ValueError, "whose channels 3 groups divide"),
+        (lambda: jp.ConvTranspose(4, dilation=0), ValueError, "dilation must be at least 1"),
+        (lambda: jp.MaxPool(padding="REFLECT"), ValueError, 'is "SAME", "VALID", a whole'),
+        (lambda: jp.AvgPool(padding=2), ValueError, "smaller than the window"),
+        (lambda: jp.AvgPool(count_include_pad=0), TypeError, "count_include_pad is True or False"),
         (lambda: jp.MaxPool((2,)), ValueError, r"takes x of shape \(N, T, C\)"),
         (lambda: jp.MaxPool((7, 7)), ValueError, "no window fits into x"),
         (lambda: jp.MaxPool(padding=((2, 0), (0, 0))), ValueError, "smaller than the window"),
@@ -209,6 +312,10 @@ IMAGE = jax.ShapeDtypeStruct((2, 6, 5, 4), jnp.float32)
         (lambda: jp.Reshape([3]), TypeError, "takes a tuple of whole numbers"),
         (lambda: jp.Pad(((1, 1),)), ValueError, "takes x with 1 axes between N and C"),
         (lambda: jp.Pad(((1, -1),)), TypeError, "pairs of whole numbers"),
+        (lambda: jp.Pad(((1, 1),), mode="mean"), ValueError, 'mode is "constant", "wrap"'),
+        (lambda: jp.Pad(((1, 1),), 2.0, "edge"), ValueError, "has no use for a value"),
+        (lambda: jp.Pad(((1, 1), (5, 0)), mode="reflect"), ValueError, "up to 4 .* of 5, not 5"),
+        (lambda: jp.Pad(((7, 1), (5, 0)), mode="wrap"), ValueError, "up to 6 .* of 6, not 7"),
     ],
 )
 def test_errors(make, error, words):
@@ -283,7 +390,12 @@ def test_pytorch_agrees():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("layer", "size"),
-    [(jp.AvgPool((32, 32)), 32), (jp.AvgPool((8, 8)), 8), (jp.GlobalAvgPool(), 40)],
+    [
+        (jp.AvgPool((32, 32)), 32),
+        (jp.AvgPool((8, 8)), 8),
+        (jp.AvgPool((8, 8), padding=4, count_include_pad=False), 8),
+        (jp.GlobalAvgPool(), 40),
+    ],
     ids=str,
 )
 def test_the_mean_of_equal_numbers_is_that_number(layer, size, dtype):
@@ -292,7 +404,7 @@ def test_the_mean_of_equal_numbers_is_that_number(layer, size, dtype):
         y, residuals = layer.forward((), x)
         np.testing.assert_array_equal(y, jnp.full_like(y, value))
         _, d_x = layer.backward((), residuals, jnp.full_like(y, 512))
-        np.testing.assert_array_equal(d_x, jnp.full_like(x, 512 / size**2))
+        np.testing.assert_array_equal(d_x, jnp.full_like(x, 512 * y.size / x.size))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -84,10 +84,10 @@ def test_a_layer_s_terms_are_those_of_autodiff(row):
     if not isinstance(row.layer, jp.Combinator):
         (alone,) = terms.layers.values()
         got = (alone.x, alone.y, alone.ct, alone.d_x)
-        assert relative_error(got, (np.asarray(x), y, y, d_x)) <= CLOSE
+        assert relative_error(got, (jax.device_get(x), y, y, d_x)) <= CLOSE
     leaves = jax.tree.leaves(learned(grads))
     assert relative_error([terms[name].grad for name in terms.names], leaves) <= CLOSE
-    last = terms.example(len(x) - 1)
+    last = terms.example(len(y) - 1)
     for name, share in zip(last.names, jax.tree.leaves(learned(shares)), strict=not coupled):
         for index in {(0,) * (share.ndim - 1), tuple(size - 1 for size in share.shape[1:])}:
             factors, product = last[name][index]

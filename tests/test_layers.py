@@ -29,7 +29,14 @@ def by_hand(layer, params, x, ct):
 def by_vjp(layer, params, x, ct):
     _, pull = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, x)
     d_params, d_x = pull(ct)
-    return learned(d_params), d_x if jnp.issubdtype(x.dtype, jnp.floating) else None
+    return learned(d_params), floats(x, d_x)
+
+
+def floats(x, tree):
+    """The tree like x, with None for what is an integer in x."""
+    return jax.tree.map(
+        lambda x, leaf: leaf if jnp.issubdtype(x.dtype, jnp.floating) else None, x, tree
+    )
 
 
 def ct_for(layer, params, x, seed=3):
@@ -62,7 +69,6 @@ def test_vmap_custom_vjp_and_narrow_dtypes(row):
 
     What check_layer asks of the layer itself (jit and scan among it) is not asked again.
     """
-    floating = np.issubdtype(row.x.dtype, np.floating)
     params, x = at(row)
     ct = ct_for(row.layer, params, x)
     narrow = [(*at(row, dtype), ct.astype(dtype)) for dtype in RTOL]
@@ -78,7 +84,7 @@ def test_vmap_custom_vjp_and_narrow_dtypes(row):
         params, x, ct = exact
         y, pull = jax.vjp(jp.custom_vjp(row.layer), params, x)
         d_params, d_x = pull(ct)
-        custom = learned(d_params), d_x if floating else None
+        custom = learned(d_params), floats(x, d_x)
         ys = y, row.layer.forward(params, x)[0]
         return mapped, ys, custom, [by_hand(row.layer, *args) for args in narrow]
 
@@ -87,7 +93,7 @@ def test_vmap_custom_vjp_and_narrow_dtypes(row):
     assert relative_error(custom, once) <= 1e-12
     assert relative_error(*ys) <= 1e-14  # of one program, in which XLA fuses each by itself
     for dtype, args, here, there in zip(RTOL, narrow, got, wide, strict=True):
-        primals = learned(args[0]), args[1] if floating else None
+        primals = learned(args[0]), floats(x, args[1])
         chex.assert_trees_all_equal_dtypes(here, primals)
         assert relative_error(here, there) <= RTOL[dtype], dtype
 
@@ -107,7 +113,7 @@ def test_residuals_have_the_example_first(row):
     params, x = at(row)
     for leaf in jax.tree.leaves(row.layer.forward(params, x)[1]):
         assert isinstance(leaf, jax.Array)
-        assert leaf.shape[0] == x.shape[0]
+        assert leaf.shape[0] == len(jax.tree.leaves(x)[0])
 
 
 @given(

@@ -267,7 +267,7 @@ class Pairs(jp.Quantity):
     """What is of pairs of examples, and does not say so."""
 
     def take(self, params, forms, examples):
-        return jp.Total(jnp.zeros((examples, examples)))
+        return jp.Total(jnp.zeros((examples.number, examples.number)))
 
 
 @pytest.mark.parametrize(

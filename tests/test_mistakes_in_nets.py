@@ -243,11 +243,11 @@ NETS = mistakes(
     ),
     mask_of_integers=(
         lambda: ATTENDING.bind((), mask=MASK.astype(int)),
-        "True where a position is real, not int64[2,4]",
+        "True where a query sees a key, not int64[2,4]",
     ),
     mask_that_is_a_list=(
         lambda: ATTENDING.bind((), mask=[[True]]),
-        "True where a position is real, not [[bool True]]",
+        "True where a query sees a key, not [[bool True]]",
     ),
 ) | mistakes(
     ValueError,

@@ -23,7 +23,7 @@ from jaxprop.core.describe import structs
 from jaxprop.core.side_inputs import bound, check_side_inputs
 from jaxprop.core.static import Static
 from jaxprop.core.step import Step, Visit, params_of
-from jaxprop.core.tree import SideInput
+from jaxprop.core.tree import Mask, SideInput
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -56,7 +56,8 @@ class Layer(Static):
 
     Attributes:
         takes: the side input, ``jp.Key`` or ``jp.Mask``, that a step may put in the place of the
-            layer's params ``()``. ``forward`` and ``backward`` find it there.
+            layer's params ``()``, or where ``with_side_input`` puts it. ``forward`` and
+            ``backward`` find it there.
         mixes_positions: whether a position of y depends on other positions of x, in a layer that
             takes no mask. It then refuses to stand in a net that is given one.
         hands_down_types: whether ``forward`` and ``backward`` are given params with their types, as
@@ -174,16 +175,30 @@ class Layer(Static):
         Args:
             params: the net's params.
             key: a key of ``jax.random.key``, a new one for each step.
-            mask: bool (N, T), True where a position is real.
+            mask: bool (N, T), True where a position is real, or for a net whose layers that take a
+                mask are ``Attention`` (N, T, S) or (N, heads, T, S), True where a query sees a key.
 
         Raises:
             TypeError: for another kind of key, or a mask that is not an array of bools.
-            ValueError: for a mask that no layer takes, or in a net with a layer that mixes
-                positions without it; and if a layer that takes one of them lies in a layer that
-                does not say where its params stand.
+            ValueError: for a mask of another rank, or that no layer takes, or in a net with a layer
+                that mixes positions without it; and if a layer that takes one of them lies in a
+                layer that does not say where its params stand.
         """
         check_side_inputs(self, key, mask)
-        return bound(self, params, key, mask)
+        return bound(self, params, key, None if mask is None else Mask(mask))
+
+    def with_side_input(self, params: Params, given: SideInput) -> Params:
+        """Return params with a side input that this layer takes.
+
+        By default it stands in the place of params ``()``. A layer that has params too keeps a
+        place for it among them, ``()`` without it, and puts it there.
+
+        Args:
+            params: the layer's own params.
+            given: a ``jp.Key`` or a ``jp.Mask``, as ``takes`` says.
+        """
+        del params
+        return given
 
     def rounded(self, params: Params, dtype: Any) -> Params:
         """Return params as ``jp.cast`` computes with them: floating ones in dtype."""

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from jaxprop.core.layer import Layer
 
 
+MASK = (
+    "mask is bool (N, T), True where a position is real, or for attention (N, T, S) or "
+    "(N, heads, T, S), True where a query sees a key"
+)
+
+
 def takes_side_input(layer: Layer, kind: type[SideInput]) -> bool:
     """Return whether the layer, or one that it is made of, takes this side input."""
     return layer.takes is kind or any(
@@ -25,12 +31,12 @@ def takes_side_input(layer: Layer, kind: type[SideInput]) -> bool:
     )
 
 
-def bound(layer: Layer, params: Params, key: Array | None, mask: Array | None) -> Params:
+def bound(layer: Layer, params: Params, key: Array | None, mask: Mask | None) -> Params:
     """Return params with the side inputs, each in the place of a layer that takes it."""
     if layer.takes is Key and key is not None:
-        return Key(key)
+        return layer.with_side_input(params, Key(key))
     if layer.takes is Mask and mask is not None:
-        return Mask(mask)
+        return layer.with_side_input(params, mask)
     if key is None and mask is None:
         return params
     layer.check_places(params)
@@ -45,8 +51,10 @@ def check_side_inputs(net: Layer, key: Array | None, mask: Array | None) -> None
     if key is not None and (dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key)):
         raise TypeError(f"key is a key of jax.random.key, not {shapes(key)}")
     if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
-        raise TypeError(f"mask is bool (N, T), True where a position is real, not {shapes(mask)}")
+        raise TypeError(f"{MASK}, not {shapes(mask)}")
     if mask is not None:
+        if not 2 <= jnp.ndim(mask) <= 4:
+            raise ValueError(f"{MASK}, not {shapes(mask)}")
         _check_mixing(net)
         if not takes_side_input(net, Mask):
             raise ValueError(f"no layer takes a mask: {net}")
@@ -62,7 +70,7 @@ def _check_mixing(layer: Layer) -> None:
 
 
 def _bind_child(
-    layer: Layer, params: Params, index: int, child: Child, key: Array | None, mask: Array | None
+    layer: Layer, params: Params, index: int, child: Child, key: Array | None, mask: Mask | None
 ) -> Params:
     if child.name is ...:
         given = {Key: key, Mask: mask}
@@ -80,8 +88,9 @@ def _bind_child(
         if key is not None:
             key = _each(lambda key: jax.random.split(key, times), key)
         if mask is not None:
-            *layers, n, t = mask.shape
-            mask = jnp.broadcast_to(jnp.expand_dims(mask, -3), (*layers, times, n, t))
+            axis, value = mask.axis, mask.value
+            shape = *value.shape[:axis], times, *value.shape[axis:]
+            mask = mask.of(jnp.broadcast_to(jnp.expand_dims(value, axis), shape))
     return child.put(params, bound(child.layer, child.of(params), key, mask))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxprop.core.static import Static
 from jaxprop.core.types import Cotangent, Params, PyTree
 
 
+@dataclass_transform(frozen_default=True)
 @dataclasses.dataclass(frozen=True, repr=False)
 class NotLearned:
     """An array in a tree of params that is not learned."""
@@ -30,7 +31,9 @@ class NotLearned:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        jax.tree_util.register_dataclass(cls, data_fields=["value"], meta_fields=[])
+        dataclasses.dataclass(frozen=True, repr=False)(cls)
+        _, *facts = (field.name for field in dataclasses.fields(cls))
+        jax.tree_util.register_dataclass(cls, data_fields=["value"], meta_fields=facts)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.value!r})"
@@ -70,9 +73,26 @@ class Mask(SideInput):
     """A mask that a step hands to a layer.
 
     Attributes:
-        value: bool (N, T), True where a position is real; inside ``repeat`` behind an axis of
+        value: bool (N, T), True where a position is real, or for attention (N, T, S) or
+            (N, heads, T, S), True where a query sees a key; inside ``repeat`` behind an axis of
             layers.
+        rank: how many axes the mask has without those of layers; by default all of them.
     """
+
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is None:
+            object.__setattr__(self, "rank", jnp.ndim(self.value))
+
+    @property
+    def axis(self) -> int:
+        """The axis of the examples."""
+        return jnp.ndim(self.value) - (self.rank or 0)
+
+    def of(self, value: Any) -> Mask:
+        """Return the mask with another value, of as many axes of its own."""
+        return Mask(value, self.rank)
 
 
 def is_not_learned(node: object) -> bool:
@@ -210,17 +230,21 @@ def without_unmarked(params: Params, d_params: Cotangent) -> Params:
 
 
 def axes_of_examples(params: Params) -> PyTree:
-    """Return ``jax.vmap``'s axes for params of single examples: 0 for a mask, else None."""
+    """Return ``jax.vmap``'s axes for params of single examples: that of a mask, else None."""
     return jax.tree.map(
-        lambda node: 0 if isinstance(node, Mask) else None, params, is_leaf=is_not_learned
+        lambda node: node.axis if isinstance(node, Mask) else None, params, is_leaf=is_not_learned
     )
 
 
 def of_one_example(params: Params) -> Params:
     """Return params for a batch of one, where a mask is that of the example, without its axis."""
-    return _replaced(
-        params, lambda node: Mask(node.value[None]) if isinstance(node, Mask) else node
-    )
+
+    def alone(node: NotLearned) -> NotLearned:
+        if not isinstance(node, Mask):
+            return node
+        return node.of(jnp.expand_dims(node.value, node.axis + 1))
+
+    return _replaced(params, alone)
 
 
 def _replaced(tree: PyTree, by: Callable[[NotLearned], Any]) -> PyTree:

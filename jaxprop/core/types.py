@@ -33,7 +33,8 @@ class OfBatch(Protocol[T_co]):
         target: the targets, likewise; left out for a loss that takes none.
         key: a key of ``jax.random.key``, a new one each step, for layers that draw, such as
             ``Dropout``, and for whatever else is random, such as noise.
-        mask: bool (N, T), True where a position is real, for the layers that take a mask.
+        mask: bool (N, T), True where a position is real, for the layers that take a mask; for
+            ``Attention`` alone also (N, T, S), True where a query sees a key.
         weights: (N,), what each example counts in every mean, at least 0; bools for a mask of
             examples. One that counts 0 is padding: whatever it holds, it has no part in a mean, and
             what is returned of it alone is 0. By default each counts 1.

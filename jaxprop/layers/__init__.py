@@ -1,21 +1,35 @@
 """The layers, a file for each family."""
 
-from jaxprop.layers.activations import Elementwise, Gelu, Relu, Sigmoid, Silu, Softplus, Tanh
+from jaxprop.layers.activations import (
+    Elementwise,
+    Elu,
+    Gelu,
+    LeakyRelu,
+    LogSigmoid,
+    Relu,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Tanh,
+)
 from jaxprop.layers.attention import Attention
+from jaxprop.layers.axes import Moveaxis, Take
 from jaxprop.layers.batch_norm import BatchNorm, BatchNormParams
-from jaxprop.layers.convolution import Conv, ConvTranspose
+from jaxprop.layers.conv_transpose import ConvTranspose
+from jaxprop.layers.convolution import Conv
 from jaxprop.layers.dense import AffineParams, Dense
 from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
 from jaxprop.layers.group_norm import GroupNorm
+from jaxprop.layers.item import Item
 from jaxprop.layers.linear_cross_entropy import LinearCrossEntropy
 from jaxprop.layers.normalization import LayerNorm, NormParams, RMSNorm
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.pooling import AvgPool, GlobalAvgPool, MaxPool
 from jaxprop.layers.positions import Leading, Positions, Rotary, SinusoidalPositions
+from jaxprop.layers.recurrence import RecurrentParams
 from jaxprop.layers.recurrent import Gru, Lstm, Rnn
 from jaxprop.layers.shape import Flatten, Pad, Reshape
-from jaxprop.layers.through_time import RecurrentParams
 
 __all__ = [
     "AffineParams",
@@ -28,17 +42,22 @@ __all__ = [
     "Dense",
     "Dropout",
     "Elementwise",
+    "Elu",
     "Embedding",
     "Flatten",
     "Gelu",
     "GlobalAvgPool",
     "GroupNorm",
     "Gru",
+    "Item",
     "LayerNorm",
     "Leading",
+    "LeakyRelu",
     "LinearCrossEntropy",
+    "LogSigmoid",
     "Lstm",
     "MaxPool",
+    "Moveaxis",
     "NormParams",
     "Pad",
     "Patches",
@@ -54,5 +73,6 @@ __all__ = [
     "Silu",
     "SinusoidalPositions",
     "Softplus",
+    "Take",
     "Tanh",
 ]

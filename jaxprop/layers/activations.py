@@ -11,9 +11,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from jaxprop.core.checks import check_x
+from jaxprop.core.checks import check_number, check_x
 from jaxprop.core.layer import Layer
 
 X = Float[Array, "n ..."]
@@ -63,8 +63,64 @@ class Relu(Elementwise):
         return (), jnp.where(y > 0, ct, 0)
 
 
+class LeakyRelu(Elementwise):
+    """y = x where x >= 0, else a x, so f' = 1 or a; at x = 0 it is 1, as for ``jax.nn.leaky_relu``.
+
+    The residual is the sign alone: a x may be 0 where x is not.
+
+    Args:
+        negative_slope: a, a positive number. With a = 0 it is ``Relu``.
+
+    Raises:
+        TypeError: for a slope that is not a number.
+        ValueError: for a slope that is not positive.
+    """
+
+    negative_slope: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_number("LeakyRelu: negative_slope", self.negative_slope, positive=True)
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, Bool[Array, "n ..."]]:
+        return jax.nn.leaky_relu(x, self.negative_slope), x >= 0
+
+    def backward(
+        self, params: tuple[()], positive: Bool[Array, "n ..."], ct: X
+    ) -> tuple[tuple[()], X]:
+        return (), jnp.where(positive, ct, self.negative_slope * ct)
+
+
+class Elu(Elementwise):
+    """y = x where x > 0, else a (exp(x) - 1), so f' = 1 or a exp(x).
+
+    f' is y + a as well, but that cancels where exp(x) is small
+    (Clevert et al. 2016, https://arxiv.org/abs/1511.07289).
+
+    Args:
+        alpha: a, a positive number.
+
+    Raises:
+        TypeError: for an alpha that is not a number.
+        ValueError: for an alpha that is not positive.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("Elu: alpha", self.alpha, positive=True)
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
+        return jax.nn.elu(x, self.alpha), x
+
+    def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
+        slope = self.alpha * jnp.exp(jnp.minimum(x, 0))  # the other side's exp may be infinite
+        return (), jnp.where(x > 0, ct, ct * slope)
+
+
 class Gelu(Elementwise):
     """y = x P(Z <= x) for a standard normal Z, by default in its tanh approximation.
+
+    JAX and Flax have the same default; PyTorch's is the exact form.
 
     Exact: y = x F(x) with F the normal distribution function and p its density, f' = F + x p.
     Approximate: y = x/2 (1 + t), t = tanh(u), u = c (x + a x^3), c = sqrt(2/pi), a = 0.044715, so
@@ -121,3 +177,17 @@ class Softplus(Elementwise):
 
     def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
         return (), ct * jax.nn.sigmoid(x)
+
+
+class LogSigmoid(Elementwise):
+    """y = log(1 / (1 + exp(-x))) = -log(1 + exp(-x)), f' = sigmoid(-x) = 1 - exp(y).
+
+    1 - exp(y) is exact to rounding where it is small too, as y is.
+    """
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
+        y = jax.nn.log_sigmoid(x)
+        return y, y
+
+    def backward(self, params: tuple[()], y: X, ct: X) -> tuple[tuple[()], X]:
+        return (), ct * -jnp.expm1(y)

@@ -63,7 +63,8 @@ class BatchNorm(Layer):
     computes them once.
 
     Args:
-        momentum: the share that a running statistic keeps at each update, in [0, 1).
+        momentum: the share that a running statistic keeps at each update, in [0, 1). It is 0.99 in
+            Flax; PyTorch names the other share so, with 0.1 as its default.
         eps: the positive number that is added to the variance.
         training: whether to normalize by the batch's statistics instead of the running ones.
 

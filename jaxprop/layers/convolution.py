@@ -1,25 +1,18 @@
-"""Convolution over positions, and transposed convolution."""
+"""Convolution over positions."""
 
 from __future__ import annotations
 
-from typing import Literal
-
-import jax
-import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
-from jaxprop.core.checks import check_counts, check_flags, check_x
+from jaxprop.core.checks import check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
+from jaxprop.layers.convolving import X, Y, affine, check_ct, check_fields, init_affine, pulled_back
 from jaxprop.layers.dense import AffineParams
+from jaxprop.layers.padding import MODES, WORDS, Padding, Sizes, check_room, extended, folded_back
 from jaxprop.layers.patches import Patches
-from jaxprop.layers.windows import AXES, Padding, Sizes, Windows, check_padding, check_window, sizes
-
-X = Float[Array, "n ... c"]
-Y = Float[Array, "n ... o"]
-FEW = 16  # channels of x: with fewer, a matmul gives d_x faster than XLA's convolution on a CPU
+from jaxprop.layers.windows import AXES, Windows, sizes
 
 
 class Conv(Layer):
@@ -36,25 +29,30 @@ class Conv(Layer):
     The last is again a convolution: of ct, with input dilation s, by the flipped window with w's
     two channel axes swapped (Dumoulin and Visin 2016, https://arxiv.org/abs/1603.07285). For x of
     few channels a CPU is faster with the sum as written: one matmul for all taps, and each tap's
-    part added where the tap read x.
+    part added where the tap read x. With "CIRCULAR" and "REFLECT" all this holds for x with its own
+    entries repeated around it, and what comes back to a repeated entry is added to the original.
 
     x is (N, *spatial, C), floating, with one to three spatial axes, as many as ``window`` has. y is
     (N, *outputs, features). w is (*window, C / groups, features) and starts as LeCun normal, b is
-    (features,) and starts as zeros.
+    (features,) and starts as zeros. Shapes, initial params and "SAME" by default are Flax's;
+    PyTorch adds no padding by default, has the channels first, and starts w and b as uniform.
 
     Args:
         features: the number of channels of y.
         window: the size of the window along each spatial axis.
         strides: s, one number for all axes or a tuple; None for 1.
-        padding: "SAME", "VALID", or how many zeros are added at each axis, as (low, high) pairs.
+        padding: zeros, as "SAME", "VALID", a whole number for all ends, or a (low, high) pair for
+            each axis; "CAUSAL" for (N, T, C) puts them all before the first step, so that y[t]
+            reads none after it. "CIRCULAR" and "REFLECT" repeat x around it, as Flax does: y is of
+            x's size for strides of 1.
         dilation: d, one number for all axes or a tuple; None for 1.
         groups: the number of convolutions side by side that split the channels of x and of y.
         bias: whether to add b.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
-        ValueError: for an argument out of range, for x of another rank or smaller than the window,
-            and for channels or features that ``groups`` does not divide.
+        ValueError: for an argument out of range, for x of another rank, smaller than the window or
+            too small to be repeated, and for channels or features that ``groups`` does not divide.
     """
 
     features: int
@@ -67,182 +65,38 @@ class Conv(Layer):
     mixes_positions = True
 
     def __post_init__(self) -> None:
-        _check_fields(self)
-        sizes("Conv: dilation", self.dilation, len(self.window))
-        check_counts(self, "groups")
-        if self.features % self.groups:
-            raise ValueError(
-                f"Conv: groups divides features, {self.features}, but is {self.groups}"
-            )
+        check_fields(self, WORDS)
 
     def init(self, key: Array, x: PyTree) -> AffineParams:
         check_x(self, x, AXES[len(self.window)])
-        if x.shape[-1] % self.groups:
-            raise ValueError(
-                f"{self} takes x whose channels {self.groups} groups divide, not {x.shape}"
-            )
-        return _init(self, key, x, x.shape[-1] // self.groups, self._windows(x))
+        windows = self._windows(x)
+        if mode := MODES.get(self.padding):
+            check_room(self, x.shape, windows.padding, mode)
+        return init_affine(self, key, x, windows)
 
     def forward(self, params: AffineParams, x: X) -> tuple[Y, X]:
-        return _affine(params, x, self._windows(x), self.groups), x
+        return affine(params, *self._padded(x), self.groups), x
 
     def backward(self, params: AffineParams, x: X, ct: Y) -> tuple[AffineParams, X]:
-        windows = self._windows(x)
-        _check_ct(self, x, ct, windows)
+        check_ct(self, x, ct, self._windows(x))
+        padded, windows = self._padded(x)
         d_b = None if params.b is None else Sum(ct)
-        d_x = _d_x(params.w, ct, windows, self.groups, x.shape[1:-1]).astype(x.dtype)
-        return AffineParams(Patches(x, ct, windows, self.groups), d_b), d_x
+        d_x = pulled_back(params.w, ct, windows, self.groups, padded.shape[1:-1])
+        if mode := MODES.get(self.padding):
+            d_x = folded_back(d_x, self._windows(x).padding, mode)
+        return AffineParams(Patches(padded, ct, windows, self.groups), d_b), d_x.astype(x.dtype)
+
+    def _padded(self, x: X) -> tuple[X, Windows]:
+        """Return x, with its entries repeated around it if so asked, and the windows over it."""
+        windows = self._windows(x)
+        mode = MODES.get(self.padding)
+        if mode is None:
+            return x, windows
+        none = ((0, 0),) * len(self.window)
+        return extended(x, windows.padding, mode), windows._replace(padding=none)
 
     def _windows(self, x: PyTree) -> Windows:
         rank = len(self.window)
         strides = sizes("Conv: strides", self.strides, rank)
         dilation = sizes("Conv: dilation", self.dilation, rank)
         return Windows.over(x.shape[1:-1], self.window, strides, self.padding, dilation)
-
-
-class ConvTranspose(Layer):
-    """y[t] = sum_k x'[t + k - low] w[k] + b, where x' is x with input dilation s: x'[h s] = x[h].
-
-    The other entries of x' are 0, and low is the padding before them. This is ``Conv`` of x' with
-    strides 1, and has its derivatives. d_x is needed at multiples of s only, where it is an
-    ordinary convolution of ct with strides s. y is that of
-    ``jax.lax.conv_transpose`` with ``transpose_kernel=False``: the window is not flipped, and w's
-    channel axes are not swapped.
-
-    x is (N, *spatial, C), floating, and y is (N, *outputs, features). w is (*window, C, features)
-    and starts as LeCun normal, b is (features,) and starts as zeros.
-
-    Args:
-        features: the number of channels of y.
-        window: the size of the window along each spatial axis.
-        strides: s, one number for all axes or a tuple; None for 1.
-        padding: "SAME" for outputs of size spatial * strides, "VALID" for
-            spatial * strides + max(window - strides, 0), or how many zeros are added to x' at each
-            axis, as (low, high) pairs.
-        bias: whether to add b.
-
-    Raises:
-        TypeError: for an argument of the wrong type, and for x that is not floating.
-        ValueError: for an argument out of range, and for x of another rank or smaller than the
-            window.
-    """
-
-    features: int
-    window: Sizes = (3, 3)
-    strides: int | Sizes | None = None
-    padding: Padding = "SAME"
-    bias: bool = True
-    mixes_positions = True
-
-    def __post_init__(self) -> None:
-        _check_fields(self)
-
-    def init(self, key: Array, x: PyTree) -> AffineParams:
-        check_x(self, x, AXES[len(self.window)])
-        return _init(self, key, x, x.shape[-1], self._windows())
-
-    def forward(self, params: AffineParams, x: X) -> tuple[Y, X]:
-        return _affine(params, x, self._windows(), 1), x
-
-    def backward(self, params: AffineParams, x: X, ct: Y) -> tuple[AffineParams, X]:
-        windows = self._windows()
-        _check_ct(self, x, ct, windows)
-        d_b = None if params.b is None else Sum(ct)
-        d_x = _d_x(params.w, ct, windows, 1, x.shape[1:-1]).astype(x.dtype)
-        return AffineParams(Patches(x, ct, windows), d_b), d_x
-
-    def _windows(self) -> Windows:
-        ones = (1,) * len(self.window)
-        strides = sizes("ConvTranspose: strides", self.strides, len(self.window))
-        if isinstance(self.padding, str):
-            pairs = zip(self.window, strides, strict=True)
-            padding = tuple(_transposed(self.padding, k, s) for k, s in pairs)
-        else:
-            padding = self.padding
-        return Windows(self.window, ones, padding, ones, strides)
-
-
-def _transposed(padding: Literal["SAME", "VALID"], k: int, s: int) -> tuple[int, int]:
-    if padding == "VALID":
-        return k - 1, max(k, s) - 1
-    total = k + s - 2
-    low = k - 1 if s > k - 1 else -(-total // 2)
-    return low, total - low
-
-
-def _affine(params: AffineParams, x: X, windows: Windows, groups: int) -> Y:
-    y = jax.lax.conv_general_dilated(
-        x,
-        params.w,
-        windows.strides,
-        windows.padding,
-        lhs_dilation=windows.spread,
-        rhs_dilation=windows.dilation,
-        dimension_numbers=_dimensions(windows),
-        feature_group_count=groups,
-    )
-    return y if params.b is None else y + params.b
-
-
-def _d_x(w: Array, ct: Y, windows: Windows, groups: int, spatial: Sizes) -> X:
-    def convolved(w: Array, ct: Y) -> X:
-        padding = []
-        for h, t, k, s, (low, _), d, e in zip(spatial, ct.shape[1:-1], *windows, strict=True):
-            before = (k - 1) * d - low
-            padding.append((before, (h - 1) * e + low - (t - 1) * s))
-        n, io, out = _dimensions(windows)
-        if groups > 1:
-            channels, features = w.shape[-2], w.shape[-1] // groups
-            w = w.reshape(*windows.window, channels, groups, features).swapaxes(-1, -3)
-            w = w.reshape(*windows.window, features, groups * channels)
-        else:
-            io = io.replace("IO", "OI")
-        return jax.lax.conv_general_dilated(
-            ct,
-            jnp.flip(w, range(len(spatial))),
-            windows.spread,
-            padding,
-            lhs_dilation=windows.strides,
-            rhs_dilation=windows.dilation,
-            dimension_numbers=(n, io, out),
-            feature_group_count=groups,
-        )
-
-    def added(w: Array, ct: Y) -> X:
-        parts = ct @ w.reshape(-1, w.shape[-1]).T
-        return windows.put_back(jnp.split(parts, windows.taps, axis=-1), spatial)
-
-    if groups > 1 or max(windows.spread) > 1 or w.shape[-2] >= FEW:
-        return convolved(w, ct)
-    return jax.lax.platform_dependent(w, ct, cpu=added, default=convolved)
-
-
-def _dimensions(windows: Windows) -> tuple[str, str, str]:
-    axes = "HWD"[: len(windows.window)]
-    return f"N{axes}C", f"{axes}IO", f"N{axes}C"
-
-
-def _init(
-    layer: Conv | ConvTranspose, key: Array, x: PyTree, channels: int, windows: Windows
-) -> AffineParams:
-    if not all(windows.outputs(x.shape[1:-1])):
-        raise ValueError(f"{layer}: no window fits into x of shape {x.shape}")
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-    shape = (*layer.window, channels, layer.features)
-    w = jax.nn.initializers.lecun_normal()(key, shape, dtype)
-    return AffineParams(w, jnp.zeros(layer.features, dtype) if layer.bias else None)
-
-
-def _check_fields(layer: Conv | ConvTranspose) -> None:
-    name = type(layer).__name__
-    check_counts(layer, "features")
-    check_flags(layer, "bias")
-    check_window(name, layer.window)
-    sizes(f"{name}: strides", layer.strides, len(layer.window))
-    check_padding(name, layer.padding, len(layer.window))
-
-
-def _check_ct(layer: Layer, x: X, ct: Y, windows: Windows) -> None:
-    expected = (len(x), *windows.outputs(x.shape[1:-1]))
-    if ct.shape[:-1] != expected:
-        raise ValueError(f"{layer}: ct has shape {ct.shape}, but x has {x.shape}")

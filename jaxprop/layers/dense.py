@@ -40,7 +40,8 @@ class Dense(Layer):
     between the first and the last, are summed like examples.
 
     x is (N, ..., I), floating; y is (N, ..., features). w is (I, features) and starts as LeCun
-    normal, b is (features,) and starts as zeros.
+    normal, b is (features,) and starts as zeros, both as in Flax.
+    (PyTorch starts both as uniform within 1 / sqrt(I) of 0, and has w transposed.)
 
     Args:
         features: the size of y's last axis.

@@ -111,7 +111,7 @@ class Embedding(Layer):
     x is (N, ...), integers in [0, vocab), and y is (N, ..., features). An id of -1 (or less) is
     padding: its row is zeros, and nothing goes back from it. One of vocab or more gives a row of
     NaN. params are the table (vocab, features), of JAX's default float dtype, and start as
-    normal with standard deviation 1 / sqrt(features).
+    normal with standard deviation 1 / sqrt(features), as in Flax (1 in PyTorch).
 
     Args:
         vocab: the number of rows.

@@ -36,7 +36,8 @@ class GroupNorm(Layer):
 
     Args:
         groups: the number of groups, which divides C.
-        eps: the positive number that is added to the variance.
+        eps: the positive number that is added to the variance; PyTorch's default too, while Flax's
+            is 1e-6.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.

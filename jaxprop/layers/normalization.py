@@ -64,7 +64,8 @@ class LayerNorm(Layer):
     float32, and rounded in bfloat16.
 
     Args:
-        eps: the positive number that is added to the variance.
+        eps: the positive number that is added to the variance; PyTorch's default too, while Flax's
+            is 1e-6.
 
     Raises:
         TypeError: for an eps that is not a number, and for x that is not floating.
@@ -109,7 +110,8 @@ class RMSNorm(Layer):
     The residuals are x and one number a row.
 
     Args:
-        eps: the positive number that is added to the mean square.
+        eps: the positive number that is added to the mean square; Flax's default too, while
+            PyTorch's is the dtype's machine epsilon.
 
     Raises:
         TypeError: for an eps that is not a number, and for x that is not floating.

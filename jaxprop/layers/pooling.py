@@ -13,12 +13,13 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import empty_like, wide
-from jaxprop.core.checks import check_x
+from jaxprop.core.checks import check_flags, check_x
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask
 from jaxprop.core.types import Params, PyTree
 from jaxprop.layers.masks import mask_of
-from jaxprop.layers.windows import AXES, Padding, Sizes, Windows, check_padding, check_window, sizes
+from jaxprop.layers.padding import Sizes, Zeros, check_padding, whole_pairs
+from jaxprop.layers.windows import AXES, Windows, check_window, sizes
 
 X = Float[Array, "n ... c"]
 Y = Float[Array, "n ... c"]
@@ -41,9 +42,10 @@ class MaxPool(Layer):
 
     Args:
         window: the size of the window along each spatial axis.
-        strides: s, one number for all axes or a tuple; None for the window.
-        padding: "SAME", "VALID", or how many entries of minus infinity are added at each axis, as
-            (low, high) pairs, each smaller than the window.
+        strides: s, one number for all axes or a tuple; None for the window, as in PyTorch, not
+            for 1, as in Flax.
+        padding: "SAME", "VALID", or how many entries of minus infinity are added: a whole number,
+            or a (low, high) pair for each axis, each smaller than the window.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -53,7 +55,7 @@ class MaxPool(Layer):
 
     window: Sizes = (2, 2)
     strides: int | Sizes | None = None
-    padding: Padding = "VALID"
+    padding: Zeros = "VALID"
     mixes_positions = True
 
     def __post_init__(self) -> None:
@@ -85,17 +87,20 @@ class MaxPool(Layer):
 class AvgPool(Layer):
     """y[t] = 1/K sum_k x[t s + k] over the K taps of the window, with zeros for padding.
 
-    dE/dx[h] = 1/K sum of ct[t] over all t and k with t s + k = h. K counts the taps in the padding
-    too, as Flax does with ``count_include_pad=True``.
+    dE/dx[h] = 1/K sum of ct[t] over all t and k with t s + k = h. By default K counts the taps in
+    the padding too, as in Flax and PyTorch. With ``count_include_pad=False`` the mean is over
+    entries of x alone, so that K depends on t and stays within the sum.
 
     x is (N, *spatial, C), floating, with as many spatial axes as ``window`` has, and y is
     (N, *outputs, C).
 
     Args:
         window: the size of the window along each spatial axis.
-        strides: s, one number for all axes or a tuple; None for the window.
-        padding: "SAME", "VALID", or how many zeros are added at each axis, as (low, high) pairs,
-            each smaller than the window.
+        strides: s, one number for all axes or a tuple; None for the window, as in PyTorch, not
+            for 1, as in Flax.
+        padding: "SAME", "VALID", or how many zeros are added: a whole number, or a (low, high)
+            pair for each axis, each smaller than the window.
+        count_include_pad: whether K counts the taps that lie in the padding.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -105,11 +110,13 @@ class AvgPool(Layer):
 
     window: Sizes = (2, 2)
     strides: int | Sizes | None = None
-    padding: Padding = "VALID"
+    padding: Zeros = "VALID"
+    count_include_pad: bool = True
     mixes_positions = True
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        check_flags(self, "count_include_pad")
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         return _init(self, x)
@@ -117,13 +124,24 @@ class AvgPool(Layer):
     def forward(self, params: tuple[()], x: X) -> tuple[Y, Array]:
         windows = _windows(self, x.shape[1:-1])
         total = _reduced(wide(x), 0, jax.lax.add, windows)
-        return (total / windows.taps).astype(x.dtype), empty_like(x)
+        count = self._count(windows, x.shape[1:-1], total.dtype)
+        return (total / count).astype(x.dtype), empty_like(x)
 
     def backward(self, params: tuple[()], x: Array, ct: Y) -> tuple[tuple[()], X]:
         spatial = x.shape[2:-1]
-        windows = _windows(self, spatial)
-        total = windows.put_back([wide(ct)] * windows.taps, spatial)
-        return (), (total / windows.taps).astype(ct.dtype)
+        windows, share = _windows(self, spatial), wide(ct)
+        count = self._count(windows, spatial, share.dtype)
+        if self.count_include_pad:
+            total = windows.put_back([share] * windows.taps, spatial) / count
+        else:
+            total = windows.put_back([share / count] * windows.taps, spatial)
+        return (), total.astype(ct.dtype)
+
+    def _count(self, windows: Windows, spatial: Sizes, dtype: Any) -> int | Array:
+        """Return K: one number, or one for each window, (1, *outputs, 1)."""
+        if self.count_include_pad:
+            return windows.taps
+        return jnp.asarray(windows.counts(spatial)[None, ..., None], dtype)
 
 
 class GlobalAvgPool(Layer):
@@ -206,12 +224,14 @@ def _init(layer: MaxPool | AvgPool, x: PyTree) -> tuple[()]:
 def _check_fields(layer: MaxPool | AvgPool) -> None:
     name = type(layer).__name__
     check_window(name, layer.window)
-    sizes(f"{name}: strides", layer.strides, len(layer.window))
-    check_padding(name, layer.padding, len(layer.window))
-    if not isinstance(layer.padding, str):
-        for k, (low, high) in zip(layer.window, layer.padding, strict=True):
-            if max(low, high) >= k:
-                raise ValueError(
-                    f"{name}: padding is smaller than the window, or a window would hold nothing "
-                    f"of x; not {layer.padding} for {layer.window}"
-                )
+    rank = len(layer.window)
+    sizes(f"{name}: strides", layer.strides, rank)
+    check_padding(name, layer.padding, rank)
+    if isinstance(layer.padding, str):
+        return
+    for k, (low, high) in zip(layer.window, whole_pairs(layer.padding, rank), strict=True):
+        if max(low, high) >= k:
+            raise ValueError(
+                f"{name}: padding is smaller than the window, or a window would hold nothing of "
+                f"x; not {layer.padding} for {layer.window}"
+            )

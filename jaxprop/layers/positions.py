@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.arrays import weighted, wide
-from jaxprop.core.checks import check_counts, check_number, check_x
+from jaxprop.core.checks import check_counts, check_flags, check_number, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked
 from jaxprop.core.layer import Layer
@@ -123,22 +123,27 @@ class SinusoidalPositions(Layer):
 class Rotary(Layer):
     """y = x with its queries and keys rotated by angles that grow with the position t.
 
-    Features i and i + d/2 of a head of d features are a pair: the halves of the head are paired, as
-    in GPT-NeoX and Llama. At position t, with the angle a = t base^(-2i/d),
+    A head of d features is d/2 pairs (i, j), the points of as many planes: by default j = i + d/2,
+    so that the halves of the head are paired, as in GPT-NeoX and Llama. At position t, with the
+    angle a = t base^(-2i/d) of the i-th pair,
 
-        y[i]       = x[i] cos a - x[i + d/2] sin a
-        y[i + d/2] = x[i] sin a + x[i + d/2] cos a
+        y[i] = x[i] cos a - x[j] sin a
+        y[j] = x[i] sin a + x[j] cos a
 
     so that <q_t, k_s> depends on t and s only through t - s. v is left as it is. A rotation's
     transpose is its inverse, so dE/dx is ct rotated by -a (Su et al. 2021,
-    https://arxiv.org/abs/2104.09864).
+    https://arxiv.org/abs/2104.09864). ``interleaved`` pairs neighbours, features 2i and 2i + 1, as
+    the paper does, and GPT-J: the same rotation of features in another order, which trained weights
+    know.
 
-    x and y are (N, T, 3D), floating, with q, k and v packed as ``Attention(heads)`` takes them, and
-    d = D / heads. There are no params.
+    x and y are (N, T, 3D), or (N, T, D + 2 kv_heads d), floating, with q, k and v packed as
+    ``Attention(heads, kv_heads=)`` takes them, and d = D / heads. There are no params.
 
     Args:
         heads: the number of heads, with an even number of features each.
         base: the base of the angles, a positive number.
+        interleaved: whether neighbours are paired, instead of the halves of a head.
+        kv_heads: the number of heads of k and of v; None for ``heads``.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -152,17 +157,23 @@ class Rotary(Layer):
 
     heads: int
     base: float = 10000.0
+    interleaved: bool = False
+    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         check_counts(self, "heads")
+        check_flags(self, "interleaved")
+        if self.kv_heads is not None:
+            check_counts(self, "kv_heads")
         check_number("Rotary: base", self.base, positive=True)
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, T, D")
-        if not x.shape[2] or x.shape[2] % (6 * self.heads):
+        if not x.shape[2] or x.shape[2] % (2 * sum(self._heads)):
+            packed = "3D" if self.kv_heads is None else "D + 2 kv_heads d"
             raise ValueError(
-                f"{self} takes x of shape (N, T, 3D), q, k and v packed, with {self.heads} heads "
-                f"of an even number of features each, not {shapes(x)}"
+                f"{self} takes x of shape (N, T, {packed}), q, k and v packed, with {self.heads} "
+                f"heads of an even number of features each, not {shapes(x)}"
             )
         return ()
 
@@ -172,16 +183,24 @@ class Rotary(Layer):
     def backward(self, params: tuple[()], residuals: tuple[()], ct: X) -> tuple[tuple[()], X]:
         return (), self._turned(ct, -1)
 
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """The number of heads of q and k together, and of v."""
+        kv_heads = self.kv_heads or self.heads
+        return self.heads + kv_heads, kv_heads
+
     def _turned(self, x: X, sign: int) -> X:
         n, t, c = x.shape
-        half = c // (6 * self.heads)
-        angles = _angles(t, self.base, np.arange(half) / half)[:, None, None]
+        heads, others = self._heads
+        half = c // (2 * (heads + others))
+        angles = _angles(t, self.base, np.arange(half) / half)[:, None]
         wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
         cos, sin = jnp.asarray(np.cos(angles), wide), jnp.asarray(sign * np.sin(angles), wide)
-        qk, v = jnp.split(x, [2 * c // 3], -1)
-        pairs = qk.reshape(n, t, 2, self.heads, 2, half).astype(wide)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], -2)
+        qk, v = jnp.split(x, [2 * half * heads], -1)
+        axis, pair = (-1, (half, 2)) if self.interleaved else (-2, (2, half))
+        pairs = qk.reshape(n, t, heads, *pair).astype(wide)
+        a, b = (jax.lax.index_in_dim(pairs, i, pairs.ndim + axis, keepdims=False) for i in (0, 1))
+        turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis)
         return jnp.concatenate([turned.reshape(qk.shape).astype(x.dtype), v], -1)
 
 

@@ -13,7 +13,12 @@ The sums over time are not part of the scan. With z_t = x_t w + h_(t-1) u + b th
 each of them one matmul or one sum, in the forms of ``Dense`` along a sequence (Werbos 1990,
 https://doi.org/10.1109/5.58337).
 
-States start as zeros. For x of a narrow dtype, the scans carry and add in float32.
+The formulas are those of ``output="sequence"``, where y_t = h_t, from a state of zeros. The last
+state's cotangent is where the reverse scan starts from, and the cotangent of a state that is given
+is where it ends. At a step that a mask says is padding the state is the one before, so that its
+cotangent goes past it as it is, and d_z_t is 0. With ``reverse`` both scans run the other way.
+
+For x of a narrow dtype, the scans carry and add in float32.
 """
 
 from __future__ import annotations
@@ -25,20 +30,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.arrays import wide
-from jaxprop.core.forms import Outer, Sum
-from jaxprop.core.types import PyTree
-from jaxprop.layers.through_time import (
-    Recurrence,
-    RecurrentParams,
-    X,
-    Y,
-    along_time,
-    before,
-    check_ct,
-    dot,
-    through_time,
-    turned,
-)
+from jaxprop.core.forms import Sum
+from jaxprop.core.types import Cotangent, PyTree
+from jaxprop.layers.recurrence import Kept, Recurrence, RecurrentParams
+from jaxprop.layers.through_time import dot, turned
 
 Arrays = tuple[Array, ...]
 State = tuple[Array]
@@ -55,44 +50,46 @@ class Rnn(Recurrence):
     The slopes are a function of y, so nothing new is saved (Elman 1990,
     https://doi.org/10.1207/s15516709cog1402_1).
 
-    x is (N, T, I), floating, and y is (N, T, F) with F = ``features``. params are
-    ``RecurrentParams``: w (I, F), LeCun normal at first; u (F, F), orthogonal; b (F,), zeros.
+    x is (N, T, I), floating, and y is (N, T, F) with F = ``features``; x may be a pair (x, h) with
+    the state to start from. params are ``RecurrentParams``: w (I, F), LeCun normal at first; u
+    (F, F), orthogonal; b (F,), zeros (PyTorch has two, which add up).
+
+    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts there too, says which steps are real. At
+    the others the state stays as it is, and y is 0.
 
     Args:
         features: the size of the hidden state.
+        reverse: whether the last step comes first; y[:, t] stays that of x[:, t].
+        output: y as above for "sequence"; "last" for the h (N, F) after the last real step; "both"
+            for the pair of the sequence and the last state.
 
     Raises:
-        TypeError: for ``features`` that are not a whole number, and for x that is not floating.
-        ValueError: for ``features`` below 1, and for x of another rank or with an empty axis.
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for ``features`` below 1 or another ``output``, for x of another rank or with an
+            empty axis, for a state that does not fit, and for a mask that is not (N, T).
     """
 
     gates: ClassVar[int] = 1
 
-    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, tuple[X, Y]]:
-        def step(carry: State, from_x: Array) -> tuple[State, State]:
+    def forward(self, params: RecurrentParams, x: PyTree) -> tuple[PyTree, Kept]:
+        def step(carry: State, from_x: Array) -> tuple[State, tuple[()]]:
             (h,) = carry
-            h = jnp.tanh(wide(from_x) + dot(h, params.u) + wide(params.b))
-            return (h,), (h,)
+            return (jnp.tanh(wide(from_x) + dot(h, params.u) + wide(params.b)),), ()
 
-        (y,) = along_time(step, params, x)
-        return y, (x, y)
+        return self._along(step, params, x)
 
     def backward(
-        self, params: RecurrentParams, residuals: tuple[X, Y], ct: Y
-    ) -> tuple[RecurrentParams, X]:
-        x, y = residuals
-        check_ct(self, ct, y)
-
-        u_t = turned(params.u)
+        self, params: RecurrentParams, residuals: Kept, ct: Cotangent
+    ) -> tuple[RecurrentParams, PyTree]:
+        h, u_t = residuals.h, turned(params.u)
 
         def step(carry: State, ct: Array, slope: Array) -> tuple[State, Array]:
             (pulled,) = carry
             d_z = (ct + pulled) * slope
             return (dot(d_z, u_t),), d_z
 
-        d_z = through_time(step, ct, (1 + y) * (1 - y))
-        d_params = RecurrentParams(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
-        return d_params, (d_z @ params.w.T).astype(x.dtype)
+        d_start, d_z = self._through(step, params, residuals, ct, (1 + h) * (1 - h))
+        return self._pulled(params, residuals, d_z, d_z, d_start)
 
 
 class Lstm(Recurrence):
@@ -113,25 +110,36 @@ class Lstm(Recurrence):
     Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735, with the forget gate f of Gers,
     Schmidhuber and Cummins 2000, https://doi.org/10.1162/089976600300015015).
 
-    x is (N, T, I), floating, and y is (N, T, F) with F = ``features``. params are
-    ``RecurrentParams``: w (I, 4F), LeCun normal at first; u (F, 4F), orthogonal for each gate;
-    b (4F,), zeros but for the part of f, which starts as ones so that a new cell remembers.
+    x is (N, T, I), floating, and y is (N, T, F) with F = ``features``; x may be a pair (x, (h, c))
+    with the state to start from. params are ``RecurrentParams``: w (I, 4F), LeCun normal at first;
+    u (F, 4F), orthogonal for each gate; b (4F,), zeros but for the part of f, which starts as ones
+    so that a new cell remembers. The parts stand in the order i, f, g, o, as in PyTorch, which has
+    two biases, to be added up, and starts them at random. Flax starts all of b as zeros, and its
+    carry is (c, h).
+
+    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts there too, says which steps are real. At
+    the others the state stays as it is, and y is 0.
 
     Args:
         features: the size of the hidden state.
+        reverse: whether the last step comes first; y[:, t] stays that of x[:, t].
+        output: y as above for "sequence"; "last" for the h (N, F) after the last real step; "both"
+            for the pair of the sequence and the last state.
 
     Raises:
-        TypeError: for ``features`` that are not a whole number, and for x that is not floating.
-        ValueError: for ``features`` below 1, and for x of another rank or with an empty axis.
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for ``features`` below 1 or another ``output``, for x of another rank or with an
+            empty axis, for a state that does not fit, and for a mask that is not (N, T).
     """
 
     gates: ClassVar[int] = 4
+    states: ClassVar[int] = 2
 
     def init(self, key: Array, x: PyTree) -> RecurrentParams:
         params = super().init(key, x)
         return params._replace(b=params.b.at[self.features : 2 * self.features].set(1))
 
-    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, Arrays]:
+    def forward(self, params: RecurrentParams, x: PyTree) -> tuple[PyTree, Kept]:
         def step(carry: States, from_x: Array) -> tuple[States, Arrays]:
             h, c0 = carry
             z = wide(from_x) + dot(h, params.u) + wide(params.b)
@@ -143,18 +151,14 @@ class Lstm(Recurrence):
             of_i, of_f = g * (i * (1 - i)), c0 * (f * (1 - f))
             of_g, of_o = i * ((1 + g) * (1 - g)), t * (o * (1 - o))
             slope = jnp.concatenate([of_i, of_f, of_g, of_o], axis=-1)
-            return (h, c), (h, slope, f, o * ((1 + t) * (1 - t)))
+            return (h, c), (slope, f, o * ((1 + t) * (1 - t)))
 
-        y, slope, f, of_c = along_time(step, params, x, states=2)
-        return y, (x, y, slope, f, of_c)
+        return self._along(step, params, x)
 
     def backward(
-        self, params: RecurrentParams, residuals: Arrays, ct: Y
-    ) -> tuple[RecurrentParams, X]:
-        x, y, slope, f, of_c = residuals
-        check_ct(self, ct, y)
-
-        u_t = turned(params.u)
+        self, params: RecurrentParams, residuals: Kept, ct: Cotangent
+    ) -> tuple[RecurrentParams, PyTree]:
+        (slope, f, of_c), u_t = residuals.slopes, turned(params.u)
 
         def step(
             carry: States, ct: Array, slope: Array, f: Array, of_c: Array
@@ -165,9 +169,8 @@ class Lstm(Recurrence):
             d_z = jnp.concatenate([d_c, d_c, d_c, d_h], axis=-1) * slope
             return (dot(d_z, u_t), d_c * f), d_z
 
-        d_z = through_time(step, ct, slope, f, of_c, states=2)
-        d_params = RecurrentParams(Outer(x, d_z), Outer(before(y), d_z), Sum(d_z))
-        return d_params, (d_z @ params.w.T).astype(x.dtype)
+        d_start, d_z = self._through(step, params, residuals, ct, slope, f, of_c)
+        return self._pulled(params, residuals, d_z, d_z, d_start)
 
 
 class Gru(Recurrence):
@@ -177,10 +180,10 @@ class Gru(Recurrence):
 
         r_t = sigmoid(a_r + s_r),   z_t = sigmoid(a_z + s_z),   n_t = tanh(a_n + r_t q_t),
 
-    where q_t = s_n + b_u. The reset gate r scales the recurrent product, not the state, as in cuDNN
-    and PyTorch. (A recurrent bias of the other gates would only repeat b.) The chain rule starts
-    from d_h_t = ct_t + d_h_(t+1) z_(t+1) + d_s_(t+1) u^T, and each part of the cotangents of a and
-    s is d_h_t times a slope that forward computes,
+    where q_t = s_n + b_u. The reset gate r scales the recurrent product, not the state, as in
+    cuDNN, PyTorch and Flax. (A recurrent bias of the other gates would only repeat b.) The chain
+    rule starts from d_h_t = ct_t + d_h_(t+1) z_(t+1) + d_s_(t+1) u^T, and each part of the
+    cotangents of a and s is d_h_t times a slope that forward computes,
 
         of a_n: p_t = (1 - z_t) (1 - n_t^2)         of a_r: p_t q_t r_t (1 - r_t)
         of q:   p_t r_t                             of a_z: (h_(t-1) - n_t) z_t (1 - z_t).
@@ -189,16 +192,23 @@ class Gru(Recurrence):
     d_s = (d_a_r, d_a_z, d_q). The residuals are the slopes and z_t (Cho et al. 2014,
     https://arxiv.org/abs/1406.1078).
 
-    x is (N, T, I), floating, and y is (N, T, F) with F = ``features``. params are
-    ``RecurrentParams``: w (I, 3F), LeCun normal at first; u (F, 3F), orthogonal for each gate;
-    b (3F,) and b_u (F,), zeros.
+    x is (N, T, I), floating, and y is (N, T, F) with F = ``features``; x may be a pair (x, h) with
+    the state to start from. params are ``RecurrentParams``: w (I, 3F), LeCun normal at first; u
+    (F, 3F), orthogonal for each gate; b (3F,) and b_u (F,), zeros.
+
+    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts there too, says which steps are real. At
+    the others the state stays as it is, and y is 0.
 
     Args:
         features: the size of the hidden state.
+        reverse: whether the last step comes first; y[:, t] stays that of x[:, t].
+        output: y as above for "sequence"; "last" for the h (N, F) after the last real step; "both"
+            for the pair of the sequence and the last state.
 
     Raises:
-        TypeError: for ``features`` that are not a whole number, and for x that is not floating.
-        ValueError: for ``features`` below 1, and for x of another rank or with an empty axis.
+        TypeError: for an argument of the wrong type, and for x that is not floating.
+        ValueError: for ``features`` below 1 or another ``output``, for x of another rank or with an
+            empty axis, for a state that does not fit, and for a mask that is not (N, T).
     """
 
     gates: ClassVar[int] = 3
@@ -207,7 +217,7 @@ class Gru(Recurrence):
         params = super().init(key, x)
         return params._replace(b_u=jnp.zeros(self.features, params.b.dtype))
 
-    def forward(self, params: RecurrentParams, x: X) -> tuple[Y, Arrays]:
+    def forward(self, params: RecurrentParams, x: PyTree) -> tuple[PyTree, Kept]:
         def step(carry: State, from_x: Array) -> tuple[State, Arrays]:
             (h0,) = carry
             a_r, a_z, a_n = jnp.split(wide(from_x) + wide(params.b), 3, axis=-1)
@@ -218,18 +228,14 @@ class Gru(Recurrence):
             p = (1 - z) * ((1 + n) * (1 - n))
             of_r, of_z = p * q * (r * (1 - r)), (h0 - n) * (z * (1 - z))
             slope = jnp.concatenate([of_r, of_z, p * r], axis=-1)
-            return (h,), (h, slope, p, z)
+            return (h,), (slope, p, z)
 
-        y, slope, p, z = along_time(step, params, x)
-        return y, (x, y, slope, p, z)
+        return self._along(step, params, x)
 
     def backward(
-        self, params: RecurrentParams, residuals: Arrays, ct: Y
-    ) -> tuple[RecurrentParams, X]:
-        x, y, slope, p, z = residuals
-        check_ct(self, ct, y)
-
-        u_t = turned(params.u)
+        self, params: RecurrentParams, residuals: Kept, ct: Cotangent
+    ) -> tuple[RecurrentParams, PyTree]:
+        (slope, p, z), u_t = residuals.slopes, turned(params.u)
 
         def step(
             carry: State, ct: Array, slopes: States, z: Array
@@ -239,8 +245,8 @@ class Gru(Recurrence):
             d_s = jnp.concatenate([d_h, d_h, d_h], axis=-1) * slope
             return (d_h * z + dot(d_s, u_t),), (d_s, d_h * p)
 
-        d_s, d_n = through_time(step, ct, (slope, p), z)
+        d_start, (d_s, d_n) = self._through(step, params, residuals, ct, (slope, p), z)
         d_rz, d_q = jnp.split(d_s, [2 * self.features], axis=-1)
         d_a = jnp.concatenate([d_rz, d_n], axis=-1)
-        d_params = RecurrentParams(Outer(x, d_a), Outer(before(y), d_s), Sum(d_a), Sum(d_q))
-        return d_params, (d_a @ params.w.T).astype(x.dtype)
+        d_params, d_x = self._pulled(params, residuals, d_a, d_s, d_start)
+        return d_params._replace(b_u=Sum(d_q)), d_x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxprop.core.arrays import empty_like
 from jaxprop.core.checks import check_x, is_whole
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
+from jaxprop.layers.padding import Mode, check_room, extended, folded_back
 
 X = Float[Array, "n ..."]
 
@@ -78,21 +80,28 @@ class Reshape(Layer):
 
 
 class Pad(Layer):
-    """y = x with a constant around it, so d_x is the part of ct that lies over x.
+    """y = x with more entries around it: a constant, or entries of x that are repeated.
+
+    d_x is the part of ct that lies over x. What lies over a repeated entry is added to it.
 
     x is (N, ..., C), floating. y has its axes between the first and the last widened.
 
     Args:
         widths: how many entries are added, as a (low, high) pair for each of these axes.
         value: the constant.
+        mode: what is added, named as by ``jnp.pad``. "constant" is the value; "wrap" goes on at the
+            other end of x, "reflect" goes back without a repetition of the outermost entry, and
+            "edge" repeats that one.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
-        ValueError: for x with another number of axes.
+        ValueError: for another mode, for a value that the mode has no use for, and for x with
+            another number of axes or with less to repeat than is asked.
     """
 
     widths: tuple[tuple[int, int], ...]
     value: float = 0.0
+    mode: Literal["constant"] | Mode = "constant"
 
     def __post_init__(self) -> None:
         if not isinstance(self.widths, tuple) or not all(map(_pair, self.widths)):
@@ -101,6 +110,16 @@ class Pad(Layer):
             )
         if isinstance(self.value, bool) or not isinstance(self.value, int | float):
             raise TypeError(f"Pad: value is a number, not {self.value!r}")
+        if self.mode not in ("constant", "wrap", "reflect", "edge"):
+            raise ValueError(
+                f'Pad: mode is "constant", "wrap", "reflect" or "edge", not {self.mode!r}'
+            )
+        if self.mode != "constant" and self.value:
+            raise ValueError(f'Pad: mode "{self.mode}" repeats x, and has no use for a value')
+
+    @property
+    def mixes_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.mode != "constant"
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, ...")
@@ -108,13 +127,19 @@ class Pad(Layer):
             raise ValueError(
                 f"{self} takes x with {len(self.widths)} axes between N and C, not {x.shape}"
             )
+        if self.mode != "constant":
+            check_room(self, x.shape, self.widths, self.mode)
         return ()
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, Array]:
+        if self.mode != "constant":
+            return extended(x, self.widths, self.mode), empty_like(x)
         widths = ((0, 0), *self.widths, (0, 0))
         return jnp.pad(x, widths, constant_values=self.value), empty_like(x)
 
     def backward(self, params: tuple[()], x: Array, ct: X) -> tuple[tuple[()], X]:
+        if self.mode != "constant":
+            return (), folded_back(ct, self.widths, self.mode)
         n, _, *positions, c = x.shape
         starts = (0, *(low for low, _ in self.widths), 0)
         limits = [start + size for start, size in zip(starts, (n, *positions, c), strict=True)]

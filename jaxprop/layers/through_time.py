@@ -1,120 +1,89 @@
-"""The base of recurrent layers: their params, and the scans forward and backward in time."""
+"""The scans of recurrent layers, forward and backward in time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import wide
-from jaxprop.core.checks import check_counts, check_x
-from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
 
-X = Float[Array, "n t i"]
-Y = Float[Array, "n t f"]
-
-
-class RecurrentParams(NamedTuple):
-    """The params of a recurrent layer with G gates side by side, or their cotangents.
-
-    Attributes:
-        w: (I, G F), the weights of the input.
-        u: (F, G F), the weights of the hidden state.
-        b: (G F,), the bias.
-        b_u: (F,), the bias of the recurrent product in n of a Gru; None in other layers.
-    """
-
-    w: Any
-    u: Any
-    b: Any
-    b_u: Any = None
-
-
-class Recurrence(Layer):
-    """The base of the recurrent layers, from x (N, T, I) to the hidden states y (N, T, features).
-
-    w starts as LeCun normal, each gate's block of u as orthogonal, and b as zeros.
-
-    Attributes:
-        features: the size of the hidden state.
-        gates: the number of gates.
-    """
-
-    features: int
-    gates: ClassVar[int]
-    mixes_positions = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "features")
-
-    def init(self, key: Array, x: PyTree) -> RecurrentParams:
-        check_x(self, x, "N, T, I")
-        if not x.shape[1] or not x.shape[2]:
-            raise ValueError(f"{self} takes x of at least one step and one feature, not {x.shape}")
-        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-        for_w, *for_u = jax.random.split(key, 1 + self.gates)
-        width, square = self.gates * self.features, (self.features, self.features)
-        w = jax.nn.initializers.lecun_normal()(for_w, (x.shape[2], width), dtype)
-        orthogonal = jax.nn.initializers.orthogonal(dtype=wide(jnp.zeros((), dtype)).dtype)
-        u = jnp.concatenate([orthogonal(key, square) for key in for_u], axis=1)
-        return RecurrentParams(w, u.astype(dtype), jnp.zeros(width, dtype))
+Real = Bool[Array, "n t"] | None
+States = tuple[Array, ...]
 
 
 def along_time(
-    step: Callable[..., tuple[PyTree, tuple[Array, ...]]],
-    params: RecurrentParams,
-    x: X,
-    states: int = 1,
-) -> list[Array]:
-    """Return the outputs of a scan of ``step(carry, x_t w) -> (carry, outputs)`` along time.
+    step: Callable[..., tuple[States, tuple[Array, ...]]],
+    from_x: Float[Array, "t n m"],
+    start: States,
+    real: Real,
+    reverse: bool,
+) -> tuple[States, Float[Array, "n t f"], tuple[Array, ...]]:
+    """Scan ``step(states, x_t w) -> (states, slopes)`` along time.
 
     Args:
-        step: a function of the carry, a tuple of arrays (N, F) that starts as zeros, and of the
-            inputs' part of a step's pre-activations. The outputs are a tuple of arrays (N, ...).
-        params: the layer's params.
-        x: the layer's input.
-        states: the number of arrays in the carry.
+        step: a function of the states, arrays (N, F), and of the inputs' part of a step's
+            pre-activations. The slopes are a tuple of arrays (N, ...).
+        from_x: the inputs' part of all pre-activations.
+        start: the states before the first step.
+        real: True where a step is real; a state goes past the others as it is.
+        reverse: whether the last step comes first.
 
     Returns:
-        An array (N, T, ...) for each of the outputs, in x's dtype.
+        The states after the last step, h after each step, and the slopes, (N, T, ...) in the dtype
+        of from_x.
     """
-    from_x = swap(x) @ params.w
-    zero = wide(jnp.zeros_like(from_x[0, :, : params.u.shape[0]]))
-    _, left = jax.lax.scan(step, (zero,) * states, from_x)
-    return [swap(leaf.astype(x.dtype)) for leaf in left]
+
+    def at(states: States, now: tuple[Array, Array | None]) -> tuple[States, tuple[Array, ...]]:
+        from_x, real = now
+        new, slopes = step(states, from_x)
+        new = _where(real, new, states)
+        return new, (new[0], *slopes)
+
+    steps = from_x, None if real is None else real.T
+    last, left = jax.lax.scan(at, start, steps, reverse=reverse)
+    h, *slopes = [swap(leaf.astype(from_x.dtype)) for leaf in left]
+    return last, h, tuple(slopes)
 
 
 def through_time(
-    step: Callable[..., tuple[PyTree, PyTree]],
-    ct: Y,
+    step: Callable[..., tuple[States, PyTree]],
+    ct: Float[Array, "n t f"] | None,
+    ends: States,
     slopes: PyTree,
-    *kept: Array,
-    states: int = 1,
-) -> PyTree:
-    """Return the d_t of a reverse scan of ``step(carry, ct_t, slopes_t, *kept_t) -> (carry, d_t)``.
+    kept: tuple[Array, ...],
+    real: Real,
+    reverse: bool,
+) -> tuple[States, PyTree]:
+    """Scan ``step(states, ct_t, slopes_t, *kept_t) -> (states, d_t)`` back through time.
 
     d_t is written over slopes_t, so that their memory serves twice. XLA does this in place if a
     step uses each of slopes_t and d_t whole, not in slices. ct is read with the example first, as
     it lies in memory. The other arrays lie time first there, as the scan along time has left them.
 
     Args:
-        step: a function whose d_t is like slopes_t, an array or a tuple of arrays.
-        ct: the cotangent of y.
+        step: a function whose d_t is like slopes_t, an array or a tuple of arrays. Its states are
+            the cotangents of the layer's, arrays (N, F).
+        ct: the cotangent of h at each step; None for zeros.
+        ends: the cotangents of the states after the last step.
         slopes: the slopes of all steps, (N, T, ...).
         kept: other residuals, (N, T, ...).
-        states: the number of arrays (N, F) in the carry, which start as zeros.
+        real: True where a step is real. Past the others the cotangents go as the states went, and
+            there d_t is 0.
+        reverse: whether the first step comes last on the way forward.
 
     Returns:
-        d_t for all steps, in the structure and the shapes of slopes.
+        The cotangents of the states before the first step, and d_t for all steps, in the structure
+        and the shapes of slopes.
     """
 
-    def at(carry: tuple[PyTree, PyTree], now: tuple[Array, ...]) -> tuple[PyTree, None]:
-        (states, written), (t, *kept_t) = carry, now
+    def at(carry: tuple[States, PyTree], now: tuple[Any, ...]) -> tuple[PyTree, None]:
+        (states, written), (t, real, *kept_t) = carry, now
 
         def read(array: Array, axis: int = 0) -> Array:
             return wide(jax.lax.dynamic_index_in_dim(array, t, axis, keepdims=False))
@@ -123,18 +92,41 @@ def through_time(
             return jax.lax.dynamic_update_index_in_dim(array, d_t.astype(array.dtype), t, 0)
 
         slopes_t = jax.tree.map(read, written)
-        states, d_t = step(states, read(ct, 1), slopes_t, *map(wide, kept_t))
-        return (states, jax.tree.map(write, written, d_t)), None
+        ct_t = 0 if ct is None else read(ct, 1)
+        new, d_t = step(states, ct_t, slopes_t, *map(wide, kept_t))
+        d_t = _where(real, d_t, jax.tree.map(jnp.zeros_like, d_t))
+        return (_where(real, new, states), jax.tree.map(write, written, d_t)), None
 
-    carry = (wide(jnp.zeros_like(ct[:, 0])),) * states, jax.tree.map(swap, slopes)
-    steps = jnp.arange(ct.shape[1]), *map(swap, kept)
-    (_, written), _ = jax.lax.scan(at, carry, steps, reverse=True)
-    return jax.tree.map(swap, written)
+    carry = ends, jax.tree.map(swap, slopes)
+    steps = jnp.arange(jax.tree.leaves(slopes)[0].shape[1])
+    now: tuple[Any, ...] = steps, None if real is None else real.T, *map(swap, kept)
+    (starts, written), _ = jax.lax.scan(at, carry, now, reverse=not reverse)
+    return starts, jax.tree.map(swap, written)
 
 
-def before(y: Y) -> Y:
-    """Return h_(t-1) at each step, with zeros at the first."""
-    return jnp.pad(y[:, :-1], ((0, 0), (1, 0), (0, 0)))
+def before(
+    h: Float[Array, "n t f"], start: Float[Array, "n f"] | None, real: Real, reverse: bool
+) -> Float[Array, "n t f"]:
+    """Return the state that each step starts from, and zeros where a step is not real.
+
+    Args:
+        h: the state after each step.
+        start: that before the first step; None for zeros.
+        real: True where a step is real.
+        reverse: whether the last step comes first.
+    """
+    others = h[:, 1:] if reverse else h[:, :-1]
+    if start is None:
+        states = jnp.pad(others, ((0, 0), (0, 1) if reverse else (1, 0), (0, 0)))
+    else:
+        first = start.astype(h.dtype)[:, None]
+        states = jnp.concatenate([others, first] if reverse else [first, others], 1)
+    return of_real(states, real)
+
+
+def of_real(x: Float[Array, "n t f"], real: Real) -> Float[Array, "n t f"]:
+    """Return x with zeros where a step is not real, whatever x holds there."""
+    return x if real is None else jnp.where(real[..., None], x, 0)
 
 
 def swap(x: Float[Array, "a b c"]) -> Float[Array, "b a c"]:
@@ -162,7 +154,8 @@ def dot(x: Float[Array, "n k"], u: Float[Array, "k m"]) -> Float[Array, "n m"]:
     )
 
 
-def check_ct(layer: Layer, ct: Y, y: Y) -> None:
-    """Raise ``ValueError`` unless ct has the shape of y."""
-    if ct.shape != y.shape:
-        raise ValueError(f"{layer}: ct has shape {ct.shape}, but y has {y.shape}")
+def _where(real: Bool[Array, " n"] | None, new: PyTree, old: PyTree) -> PyTree:
+    """Return new where a step is real, else old."""
+    if real is None:
+        return new
+    return jax.tree.map(lambda new, old: jnp.where(real[:, None], new, old), new, old)

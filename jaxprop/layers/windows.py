@@ -10,19 +10,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.arrays import wide
 from jaxprop.core.checks import is_whole
+from jaxprop.layers.padding import Padding, Pairs, Sizes, pairs_of
 
 AXES = {1: "N, T, C", 2: "N, H, W, C", 3: "N, H, W, D, C"}
-Sizes = tuple[int, ...]
-Padding = Literal["SAME", "VALID"] | tuple[tuple[int, int], ...]
 
 
 class Windows(NamedTuple):
@@ -38,7 +38,7 @@ class Windows(NamedTuple):
 
     window: Sizes
     strides: Sizes
-    padding: tuple[tuple[int, int], ...]
+    padding: Pairs
     dilation: Sizes
     spread: Sizes
 
@@ -47,13 +47,8 @@ class Windows(NamedTuple):
         cls, spatial: Sizes, window: Sizes, strides: Sizes, padding: Padding, dilation: Sizes
     ) -> Windows:
         """Return the windows over an input of these spatial sizes, with padding in numbers."""
-        if isinstance(padding, str):
-            reach = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
-            padding = tuple(
-                (int(low), int(high))
-                for low, high in jax.lax.padtype_to_pads(spatial, reach, strides, padding)
-            )
-        return cls(window, strides, padding, dilation, (1,) * len(window))
+        pairs = pairs_of(padding, spatial, window, strides, dilation)
+        return cls(window, strides, pairs, dilation, (1,) * len(window))
 
     def outputs(self, spatial: Sizes) -> Sizes:
         """Return the number of windows along each axis, 0 where none fits."""
@@ -61,6 +56,16 @@ class Windows(NamedTuple):
             max(0, ((h - 1) * e + 1 + low + high - (k - 1) * d - 1) // s + 1)
             for h, k, s, (low, high), d, e in zip(spatial, *self, strict=True)
         )
+
+    def counts(self, spatial: Sizes) -> np.ndarray:
+        """Return how many taps of each window lie in an input of these sizes, (*outputs)."""
+        counts = np.ones((), int)
+        for h, outputs, k, s, (low, _), d in zip(
+            spatial, self.outputs(spatial), *self[:4], strict=True
+        ):
+            at = np.arange(outputs)[:, None] * s + np.arange(k) * d - low
+            counts = np.multiply.outer(counts, ((at >= 0) & (at < h)).sum(axis=1))
+        return counts
 
     @property
     def taps(self) -> int:
@@ -144,19 +149,3 @@ def check_window(name: str, window: object) -> None:
         raise ValueError(f"{name}: window has 1 to 3 axes, not {len(window)}")
     if min(window) < 1:
         raise ValueError(f"{name}: window must be at least 1 along each axis, not {window}")
-
-
-def check_padding(name: str, padding: Padding, rank: int) -> None:
-    """Raise unless padding is "SAME", "VALID" or rank (low, high) pairs, none of them negative."""
-    if padding in ("SAME", "VALID"):
-        return
-    pairs = isinstance(padding, tuple) and all(
-        isinstance(pair, tuple) and len(pair) == 2 and all(map(is_whole, pair)) for pair in padding
-    )
-    if not pairs or len(padding) != rank:
-        raise ValueError(
-            f'{name}: padding is "SAME", "VALID" or a (low, high) pair for each of {rank} '
-            f"axes, not {padding!r}"
-        )
-    if any(side < 0 for pair in padding for side in pair):
-        raise ValueError(f"{name}: padding must not be negative, not {padding!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxprop.combinators.chain import Chain, chain
 from jaxprop.core.layer import Layer
 from jaxprop.layers import Conv, Dense, Flatten, GlobalAvgPool, MaxPool, Relu
-from jaxprop.layers.windows import Padding
+from jaxprop.layers.padding import Padding
 
 
 def three_c3d(classes: int = 10) -> Chain:

@@ -82,7 +82,7 @@ def part(params: Params, batch: Batch, i: Array | int, micro_batches: int) -> tu
 
     def of(node: Any) -> Any:
         if isinstance(node, Mask):
-            return Mask(_every(node.value, node.value.ndim - 2, i, micro_batches))
+            return node.of(_every(node.value, node.axis, i, micro_batches))
         if isinstance(node, Key):
             return Key(_folded(node.value, i))
         return node

@@ -1,0 +1,137 @@
+"""The scores of a block of queries, their softmax, and what it pulls back."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from jaxprop.core.arrays import wide
+from jaxprop.core.types import Residuals
+
+if TYPE_CHECKING:
+    from jaxprop.layers.attention import Attention
+
+Heads = Float[Array, "n h t d"]
+Seen = Bool[Array, "n h t s"]
+
+
+class Queries(NamedTuple):
+    """A block of queries.
+
+    Attributes:
+        q: scale q, (N, heads, B, d).
+        at: their positions, (1, 1, B, 1).
+        seen: which keys each may see, (N, heads or 1, B, K); None for all of them.
+        bias: what is added to the scores, (N, heads or 1, B, K); None for nothing.
+    """
+
+    q: Heads
+    at: Array
+    seen: Seen | None = None
+    bias: Heads | None = None
+
+
+class Keys(NamedTuple):
+    """The keys that a block of queries meets, with their values.
+
+    Attributes:
+        k: (N, heads, K, d).
+        v: (N, heads, K, d).
+        start: the position of the first one.
+        real: which of them are real, (N, 1, 1, K); None for all of them.
+    """
+
+    k: Heads
+    v: Heads
+    start: int = 0
+    real: Seen | None = None
+
+
+def attend(
+    layer: Attention, keys: Keys, queries: Queries
+) -> tuple[tuple[Heads, Residuals], tuple[()]]:
+    """Return ``((y, residuals), ())`` of a block of queries."""
+    s, seen = _scores(layer, queries, keys)
+    top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
+    if queries.bias is not None:  # it may be -inf for every key
+        top = jnp.maximum(top, jnp.finfo(s.dtype).min)
+    e = jnp.exp(s - top)
+    if _sees_a_key(queries, keys):
+        total = e.sum(-1, keepdims=True)
+    else:
+        e = e if seen is None else jnp.where(seen, e, 0)
+        total = e.sum(-1, keepdims=True)
+        total = jnp.where(total > 0, total, 1)
+    e, r = e.astype(queries.q.dtype), 1 / total
+    y = _product("nhqk,nhkd->nhqd", e, keys.v) * r
+    return (y, (e, r) if layer.save == "weights" else top + jnp.log(total)), ()
+
+
+def pull(
+    layer: Attention, keys: Keys, queries: Queries, ct: Heads, mean: Heads, saved: Residuals
+) -> tuple[tuple[Heads, Heads | None], tuple[Heads, Heads]]:
+    """Return ``((d_q, d_bias), (d_k, d_v))``, pulled back from a block of queries."""
+    q = queries.q
+    if layer.save == "weights":
+        p, r = saved
+        ct, mean = (wide(ct) * r).astype(ct.dtype), mean * r
+    else:
+        s, seen = _scores(layer, queries, keys)
+        p = jnp.exp(s - saved)
+        if seen is not None and not _sees_a_key(queries, keys):
+            p = jnp.where(seen, p, 0)
+        p = p.astype(q.dtype)
+    d_v = _product("nhqk,nhqd->nhkd", p, ct)
+    d_p = _product("nhqd,nhkd->nhqk", ct, keys.v)
+    d_s = wide(p) * (d_p - mean)
+    d_bias = queries.bias
+    if d_bias is not None:
+        d_bias = d_s.sum(1, keepdims=True) if d_bias.shape[1] < d_s.shape[1] else d_s
+    d_s = d_s.astype(q.dtype)
+    d_q = _product("nhqk,nhkd->nhqd", d_s, keys.k)
+    return (d_q, d_bias), (_product("nhqk,nhqd->nhkd", d_s, q), d_v)
+
+
+def band(layer: Attention, at: Array, keys: int, start: int = 0) -> Seen | None:
+    """Return which keys come near enough before a query, (1, 1, T, K); None for all of them.
+
+    Args:
+        at: the positions of queries, (1, 1, T, 1).
+        keys: K.
+        start: the position of the first key.
+    """
+    if not layer.causal and layer.window is None:
+        return None
+    there = jnp.arange(start, start + keys).reshape(1, 1, 1, -1)
+    if layer.window is None:
+        return at >= there
+    behind = at - there
+    return (behind < layer.window) & (behind >= 0 if layer.causal else behind > -layer.window)
+
+
+def _scores(layer: Attention, queries: Queries, keys: Keys) -> tuple[Heads, Seen | None]:
+    """Return s, and where a query sees a key (None if everywhere); elsewhere s is minimal."""
+    s = _product("nhqd,nhkd->nhqk", queries.q, keys.k)
+    if queries.bias is not None:
+        s = s + queries.bias.astype(s.dtype)
+    masks = band(layer, queries.at, keys.k.shape[2], keys.start), keys.real, queries.seen
+    masks = [mask for mask in masks if mask is not None]
+    if not masks:
+        return s, None
+    seen = functools.reduce(jnp.logical_and, masks)
+    return jnp.where(seen, s, jnp.finfo(s.dtype).min), seen
+
+
+def _sees_a_key(queries: Queries, keys: Keys) -> bool:
+    """Return whether every query surely has a key left, so that all others have no weight."""
+    return keys.real is None and queries.seen is None and queries.bias is None
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+    """Return the einsum of a and b, accumulated in at least float32."""
+    return jnp.einsum(spec, a, b, preferred_element_type=wide(a).dtype)

@@ -1,0 +1,156 @@
+"""A net that goes on from position to position, and the tokens with which it goes on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jaxprop.core.arrays import wide
+from jaxprop.core.checks import check_count, check_number, require
+from jaxprop.core.describe import shapes, structs
+from jaxprop.core.layer import Layer
+from jaxprop.core.types import Params, PyTree
+from jaxprop.models.decoding import Now, State, step
+
+
+class Decoder(NamedTuple):
+    """A net that goes on from position to position, two pure functions.
+
+    Attributes:
+        start: ``start(params, x) -> state``, from the first positions' x or their shapes.
+        step: ``step(params, state, x) -> (y, state)``, for the T next positions x (N, T, ...).
+    """
+
+    start: Callable[[Params, PyTree], State]
+    step: Callable[[Params, State, PyTree], tuple[PyTree, State]]
+
+
+def decoder(net: Layer, length: int) -> Decoder:
+    """Return the net as a function of the next positions and of a state that keeps the others.
+
+    Going through a sequence in any pieces gives what ``net.forward`` gives at once, in ``jit`` and
+    ``lax.scan`` too. A position costs what the layers cost on that position, but attention and
+    ``Rotary`` go through ``length`` of them. Past ``length`` y is NaN.
+
+    Every layer must let a position depend on those before alone: ``Attention`` is causal, or of a
+    memory that is given whole, as in ``(x of the next positions, memory)``. A layer of your own is
+    applied to the new positions, unless it says ``mixes_positions``; how it goes on then is
+    registered as ``jp.models.decoding.step.register(MyLayer)``.
+
+    Args:
+        net: the network.
+        length: the number of positions that there is room for.
+
+    Raises:
+        TypeError: for what is not a net, or not a whole number.
+        ValueError: for a length below 1, and where the functions are used for a layer that needs
+            later positions, couples examples, or mixes positions in a way that is not known.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net = jp.models.gpt2(jp.models.Gpt2Config(99, 16, 8, heads=2, layers=3))
+        >>> ids = jnp.arange(5)[None]
+        >>> params = net.init(jax.random.key(0), ids)
+        >>> start, step = jp.models.decoder(net, 16)
+        >>> y, state = step(params, start(params, ids), ids[:, :4])
+        >>> last, state = step(params, state, ids[:, 4:])
+        >>> bool(jnp.allclose(last, net.forward(params, ids)[0][:, 4:], atol=1e-5))
+        True
+    """
+    require(net, Layer, "decoder: net")
+    check_count("decoder: length", length)
+
+    def begin(params: Params, x: PyTree) -> State:
+        at = jnp.zeros((), int)
+        kept = jax.eval_shape(
+            lambda params, x: step(net, params, None, x, Now(at, length))[1], params, structs(x)
+        )
+        return at, jax.tree.map(jnp.zeros_like, kept)
+
+    def go_on(params: Params, state: State, x: PyTree) -> tuple[PyTree, State]:
+        at, kept = state
+        end = at + jax.tree.leaves(x)[0].shape[1]
+        y, kept = step(net, params, kept, x, Now(at, length))
+        return jax.tree.map(lambda y: jnp.where(end <= length, y, jnp.nan), y), (end, kept)
+
+    return Decoder(begin, go_on)
+
+
+def generate(
+    net: Layer,
+    params: Params,
+    prompt: Int[Array, "n p"],
+    steps: int,
+    *,
+    key: Array | None = None,
+    temperature: float | Array = 1.0,
+) -> Int[Array, "n p+s"]:
+    """Return the prompt and the tokens with which the net goes on, (N, P + steps).
+
+    Args:
+        net: a network from token ids (N, T) to logits (N, T, vocab), as ``decoder`` takes it.
+        params: its params.
+        prompt: (N, P), integers, of at least one token.
+        steps: how many tokens are added.
+        key: a key of ``jax.random.key`` with which they are drawn; without one each is the most
+            likely.
+        temperature: what the logits are divided by before a token is drawn.
+
+    Raises:
+        TypeError: for ids that are not integers, steps that are not a whole number, and a
+            temperature that is not a number.
+        ValueError: for a prompt without tokens, steps below 1 and a temperature that is not
+            positive; and as ``decoder`` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net = jp.models.gpt2(jp.models.Gpt2Config(99, 16, 8, heads=2, layers=3))
+        >>> prompt = jnp.ones((2, 3), int)
+        >>> params = net.init(jax.random.key(0), prompt)
+        >>> jp.models.generate(net, params, prompt, 4, key=jax.random.key(1)).shape
+        (2, 7)
+    """
+    check_count("generate: steps", steps)
+    check_number("generate: temperature", temperature, positive=True)
+    if not jnp.issubdtype(getattr(prompt, "dtype", object), jnp.integer):
+        raise TypeError(f"generate: prompt is token ids (N, P), not {shapes(prompt)}")
+    if prompt.ndim != 2 or not prompt.shape[1]:
+        raise ValueError(f"generate: prompt is (N, P) with P at least 1, not {prompt.shape}")
+    keys = None if key is None else jax.random.split(key, steps)
+    return _generated(net, params, jnp.asarray(prompt), steps, keys, temperature)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _generated(
+    net: Layer,
+    params: Params,
+    prompt: Int[Array, "n p"],
+    steps: int,
+    keys: Array | None,
+    temperature: float | Array,
+) -> Int[Array, "n p+s"]:
+    start, go_on = decoder(net, prompt.shape[1] + steps)
+
+    def drawn(logits: Float[Array, "n t v"], key: Array | None) -> Int[Array, " n"]:
+        last = wide(logits[:, -1])
+        if key is None:
+            return jnp.argmax(last, -1).astype(prompt.dtype)
+        return jax.random.categorical(key, last / temperature).astype(prompt.dtype)
+
+    def ahead(carry: tuple[State, Array], key: Array | None) -> tuple[tuple[State, Array], Array]:
+        state, token = carry
+        logits, state = go_on(params, state, token[:, None])
+        token = drawn(logits, key)
+        return (state, token), token
+
+    logits, state = go_on(params, start(params, prompt), prompt)
+    first = drawn(logits, None if keys is None else keys[0])
+    later = None if keys is None else keys[1:]
+    _, tokens = jax.lax.scan(ahead, (state, first), later, length=steps - 1)
+    return jnp.concatenate([prompt, first[:, None], tokens.T], 1)
