@@ -265,7 +265,7 @@ def test_errors_of_positions():
             layer.init(jax.random.key(0), x.astype(jnp.int32))
     with pytest.raises(ValueError, match="2 heads of an even number of features"):
         jp.Rotary(2).init(jax.random.key(0), jnp.ones((2, 3, 18)))
-    with pytest.raises(ValueError, match="base is positive"):
+    with pytest.raises(ValueError, match="base must be positive"):
         jp.Rotary(2, base=0.0)
 
 

@@ -45,7 +45,7 @@ class Repeat(Combinator):
         return (Child(self.layer, None, self.times),)
 
     def init(self, key: Array, x: PyTree) -> Params:
-        return jax.vmap(lambda key: self.layer.init(key, x))(jax.random.split(key, self.times))
+        return self.init_with_output(key, x)[0]
 
     def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
         def one(key: Array) -> Params:
@@ -76,6 +76,7 @@ class Repeat(Combinator):
         def back(ct: Cotangent, step: tuple[Array, Params, Distinct]) -> tuple[Cotangent, Visited]:
             index, params, here = step
             visited, d_x = self.layer.walk(params, here.tree(kept.before(index, first)), ct, visit)
+            self._check_d_x(ct, d_x)
             return d_x, visited
 
         steps = jnp.arange(self.times), place, kept
@@ -112,6 +113,7 @@ class Repeat(Combinator):
             stack = write(stack, late, jnp.minimum(index + 1, self.times - 1))
             saved = here.tree(kept.before(index, first))
             late, d_x = self.layer.walk(read(stack, index), saved, ct, visit)
+            self._check_d_x(ct, d_x)
             return (stack, late, d_x), None
 
         carry = places, read(places, self.times - 1), ct
@@ -127,6 +129,13 @@ class Repeat(Combinator):
             raise ValueError(
                 f"{self}: the layer turns {shapes(x)} into {shapes(y)}, but its y is the x of "
                 f"the next{hint}"
+            )
+
+    def _check_d_x(self, ct: Cotangent, d_x: Cotangent) -> None:
+        if shapes(d_x) != shapes(ct):
+            raise ValueError(
+                f"{self}: backward of the layer returns {shapes(d_x)} for its d_x, but its x is "
+                f"{shapes(ct)}"
             )
 
 

@@ -39,15 +39,31 @@ def on_device(leaf: Any) -> Any:
     """
     if not isinstance(leaf, np.ndarray):
         return leaf
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-    if leaf.size and jnp.issubdtype(dtype, jnp.integer) and dtype != leaf.dtype:
-        least, most = leaf.min(), leaf.max()
-        if least < jnp.iinfo(dtype).min or most > jnp.iinfo(dtype).max:
-            raise ValueError(
-                f"an array of {leaf.dtype} holds {most if most > -least else least}, which does "
-                f"not fit into {dtype}; jax_enable_x64 is off"
-            )
+    check_fit(leaf)
     return jnp.asarray(leaf)
+
+
+def check_fit(tree: PyTree) -> None:
+    """Raise for a NumPy array that JAX does not take, or takes in a dtype that is too narrow.
+
+    Raises:
+        TypeError: for an array of anything but numbers and bools.
+        ValueError: for integers that would wrap around.
+    """
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not isinstance(leaf, np.ndarray):
+            continue
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "an array"
+        if leaf.dtype.kind in "OSUmM":
+            raise TypeError(f"{name} is of {leaf.dtype}, where JAX takes numbers and bools")
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        if leaf.size and jnp.issubdtype(dtype, jnp.integer) and dtype != leaf.dtype:
+            least, most = leaf.min(), leaf.max()
+            if least < jnp.iinfo(dtype).min or most > jnp.iinfo(dtype).max:
+                raise ValueError(
+                    f"{name} of {leaf.dtype} holds {most if most > -least else least}, which does "
+                    f"not fit into {dtype}; jax_enable_x64 is off"
+                )
 
 
 def of_indices(ids: Array) -> Array:

@@ -17,28 +17,16 @@ def shapes(tree: PyTree) -> str:
         __repr__ = str.__str__
 
     def short(leaf: Any) -> Shape:
-        if not hasattr(leaf, "dtype"):
+        if not is_array(leaf):
             return Shape(f"{type(leaf).__name__} {leaf!r}")
         return Shape(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]")
 
     return repr(jax.tree.map(short, tree))
 
 
-def first_difference(got: PyTree, expected: PyTree) -> tuple[str, str, str] | None:
-    """Return where two trees first differ in structure or shape, and what each has there.
-
-    Returns:
-        ``(path, got, expected)`` in words, or None where they do not differ.
-    """
-    ours, theirs = (
-        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (got, expected)
-    )
-    for path in (*theirs, *ours):
-        both = [shapes(tree[path]) if path in tree else "not there" for tree in (ours, theirs)]
-        if "not there" in both or np.shape(ours[path]) != np.shape(theirs[path]):
-            return path, both[0], both[1]
-    return None
+def is_array(leaf: object) -> bool:
+    """Return whether a leaf has a shape and a dtype, as arrays and their structs do."""
+    return isinstance(getattr(leaf, "shape", None), tuple) and hasattr(leaf, "dtype")
 
 
 def structs(x: PyTree) -> PyTree:
@@ -49,7 +37,7 @@ def structs(x: PyTree) -> PyTree:
     """
 
     def struct(leaf: Any) -> jax.ShapeDtypeStruct:
-        if not hasattr(leaf, "dtype"):
+        if not is_array(leaf):
             raise TypeError(f"x must be an array, not {shapes(x)}")
         numpy = isinstance(leaf, np.ndarray)
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if numpy else leaf.dtype

@@ -118,7 +118,7 @@ def freeze(params: Params) -> Params:
         params: the params of a layer or of a whole net.
 
     Raises:
-        TypeError: for a net, which has no arrays.
+        TypeError: for a net, which has no arrays, and for leaves that are no arrays.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -130,11 +130,13 @@ def freeze(params: Params) -> Params:
         raise TypeError(
             f"freeze takes params; {params} is a net. Write jp.freeze(params), or jp.frozen(net)"
         )
-    return jax.tree.map(
-        lambda node: node if is_not_learned(node) else Unlearned(node),
-        params,
-        is_leaf=is_not_learned,
-    )
+
+    def marked(node: Any) -> NotLearned:
+        if isinstance(node, type | str):
+            raise TypeError(f"freeze takes params, whose leaves are arrays, not {node!r}")
+        return node if is_not_learned(node) else Unlearned(node)
+
+    return jax.tree.map(marked, params, is_leaf=is_not_learned)
 
 
 def learned(tree: PyTree) -> PyTree:

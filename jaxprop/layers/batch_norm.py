@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxprop.core.arrays import aligned, rounded, wide
+from jaxprop.core.checks import check_flags, check_share
 from jaxprop.core.describe import structs
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
@@ -99,12 +100,8 @@ class BatchNorm(Layer):
 
     def __post_init__(self) -> None:
         check_eps(self, self.eps)
-        if isinstance(self.momentum, bool) or not isinstance(self.momentum, int | float):
-            raise TypeError(f"BatchNorm takes momentum as a number, not {self.momentum!r}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"BatchNorm takes a momentum in [0, 1), not {self.momentum}")
-        if not isinstance(self.training, bool):
-            raise TypeError(f"BatchNorm: training is True or False, not {self.training!r}")
+        check_share("BatchNorm: momentum", self.momentum)
+        check_flags(self, "training")
         if self.axis_name is not None and not all(isinstance(axis, str) for axis in self._axes()):
             raise TypeError(f"BatchNorm: axis_name is a name, or several, not {self.axis_name!r}")
 

@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.arrays import aligned, wide
-from jaxprop.core.checks import check_x
+from jaxprop.core.checks import check_number, check_x, is_whole
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.serialization import serializable
@@ -187,9 +187,8 @@ def affine(layer: Layer, x: PyTree) -> NormParams:
 
 
 def check_eps(layer: Layer, eps: object) -> None:
-    """Raise unless eps is a positive number."""
-    name = type(layer).__name__
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise TypeError(f"{name} takes eps as a number, not {eps!r}")
-    if not eps > 0:
-        raise ValueError(f"{name} takes a positive eps, not {eps}")
+    """Raise unless eps is a positive number, and no number of features as elsewhere."""
+    name = f"{type(layer).__name__}: eps"
+    if is_whole(eps) and eps != 0:
+        raise TypeError(f"{name} is a float, not {eps}; the number of features is that of x")
+    check_number(name, eps, positive=True)

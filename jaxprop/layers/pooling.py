@@ -163,9 +163,9 @@ class GlobalAvgPool(Layer):
     takes = Mask
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
+        check_x(self, x, "N, ..., C")
         if x.ndim < 3:
             raise ValueError(f"{self} takes x of shape (N, ..., C) with positions, not {x.shape}")
-        check_x(self, x, "N, ..., C")
         return ()
 
     def forward(self, params: Params, x: X) -> tuple[Float[Array, "n c"], Array]:

@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.arrays import weighted, wide
-from jaxprop.core.checks import check_counts, check_flags, check_x
+from jaxprop.core.checks import check_counts, check_flags, check_number, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked
 from jaxprop.core.layer import Layer
@@ -168,8 +168,7 @@ class Rotary(Layer):
         check_flags(self, "interleaved")
         if self.kv_heads is not None:
             check_counts(self, "kv_heads")
-        if not self.base > 0:
-            raise ValueError(f"Rotary: base is positive, not {self.base!r}")
+        check_number("Rotary: base", self.base, positive=True)
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, T, D")

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from jaxprop.core.arrays import known, wide
 from jaxprop.core.batch import Examples
+from jaxprop.core.checks import check_flags
 from jaxprop.core.forms import Factored
 from jaxprop.core.mesh import like
 from jaxprop.core.step import Total
@@ -96,6 +97,9 @@ class SqNorms(Quantity):
     """
 
     per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(self, "per_layer")
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         norms = PerExample(total(lambda form: form.sq_norms(), forms), axis=-1)

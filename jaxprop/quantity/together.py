@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import require
 from jaxprop.core.cotangents import factored
+from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -76,6 +77,7 @@ def together(
     parts = in_micro_batches(net, _parts(net, loss, asked, settle_early), micro_batches)
 
     def taken_together(params: Params, batch: Batch) -> dict[str, Any]:
+        check_uncoupled(net, params, batch.x)
         key = batch.key
         for_samples = None if key is None else jax.random.fold_in(key, SAMPLES)
         given = params, batch._replace(key=for_samples)

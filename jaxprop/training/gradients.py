@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.batch import Batch
+from jaxprop.core.checks import check_number
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
@@ -59,10 +60,12 @@ def value_and_grad(
             output y.
 
     Raises:
-        TypeError: for what is not a net, or not a loss.
-        ValueError: for micro-batches of a net that couples the examples of a batch.
+        TypeError: for what is not a net, or not a loss, and for a loss_scale that is no number.
+        ValueError: for a loss_scale that is not positive, and for micro-batches of a net that
+            couples the examples of a batch.
     """
     check_net_and_loss(net, loss)
+    check_number("loss_scale", loss_scale, positive=True)
 
     def parts(params: Params, batch: Batch) -> tuple[Any, Params]:
         ahead = forward(net, loss, params, batch)
