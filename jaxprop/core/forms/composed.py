@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,7 @@ class Joint(Factored):
     """
 
     uses: tuple[Factored, ...]
+    unfactored: ClassVar[str] = "the param is used more than once, and each use has its own"
 
     def per_example(self) -> Float[Array, "n ..."]:
         return _added([use.per_example() for use in self.uses])

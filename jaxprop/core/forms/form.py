@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Any, NamedTuple, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,12 @@ class Factored(abc.ABC):
 
     A parameter may have several cotangents, one for each column of a root of the loss Hessian.
     ``squares`` and ``gram_of_ct`` are what can be added up over them.
+
+    Attributes:
+        unfactored: why it has no Kronecker factors, if it has none.
     """
+
+    unfactored: ClassVar[str] = "it is not kept as the input and the cotangent of a matrix"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -118,11 +123,11 @@ class Factored(abc.ABC):
         Raises:
             TypeError: for a form that has no two factors.
         """
-        raise TypeError(f"{type(self).__name__} has no Kronecker factors")
+        raise TypeError(f"{type(self).__name__} has no Kronecker factors: {self.unfactored}")
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
         """Return the Gram matrix of ct, likewise, and with the same error."""
-        raise TypeError(f"{type(self).__name__} has no Kronecker factors")
+        raise TypeError(f"{type(self).__name__} has no Kronecker factors: {self.unfactored}")
 
 
 @serializable
