@@ -409,7 +409,7 @@ def test_kronecker_factors_are_means_of_gram_matrices():
     net, loss, *args = problem(Row(KFAC_NET, normal(6, 2, 5)), jp.HalfSquaredError())
     factors = jp.kronecker_factors(net, loss)(*args)
     params, x, _ = args
-    h = jnp.tanh(x @ params[0].w + params[0].b)
+    h = jnp.tanh(x @ params[0].w + params[0].b[None, None])
     assert relative_error(factors[0].w.a, jnp.einsum("nti,ntj->ij", x, x) / 6) <= 1e-12
     assert relative_error(factors[2].w.a, jnp.einsum("nti,ntj->ij", h, h) / 6) <= 1e-12
     assert relative_error(factors[2].w.b, 2 * jnp.eye(3)) <= 1e-12  # H = 1 at two positions
