@@ -75,7 +75,7 @@ class Joint(Factored):
     uses: tuple[Factored, ...]
 
     def per_example(self) -> Float[Array, "n ..."]:
-        return _added([use.per_example() for use in self.uses])
+        return _added([wide(use.per_example()) for use in self.uses])
 
     def sum(self) -> Array:
         return _added([use.sum() for use in self.uses])
