@@ -34,6 +34,8 @@ settings.register_profile("full", deadline=None, derandomize=True, max_examples=
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run what is marked as exhaustive too")
+    parser.addoption("--fuzz-seconds", type=float, default=600, help="how long test_fuzz.py takes")
+    parser.addoption("--fuzz-case", type=int, default=5, help="the first case of test_fuzz.py")
 
 
 def pytest_configure(config):

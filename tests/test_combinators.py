@@ -228,6 +228,23 @@ def test_cast_takes_ids_without_positions():
     assert grads[0].shape == (7, 4)
 
 
+def test_cast_mixes_dtypes_where_x_is_wide_yet():
+    """A skip's x and a branch's outputs, before the first layer that rounds; a table's two uses."""
+    first = jp.chain(jp.skip(jp.Dense(3)), jp.branch(jp.skip(jp.Dense(3)), jp.Tanh()))
+    beside = jp.branch(jp.skip(jp.Dense(3)), jp.Tanh(), join="concatenate")
+    tied = jp.tied(jp.Embedding(7, 4), jp.Tanh())
+    for net, x in ((first, normal(4, 3)), (beside, normal(4, 3)), (tied, ids(4, 3))):
+        params, x = at(Row(net, x), jnp.float32)
+        target = jnp.zeros(net.forward(params, x)[0].shape, jnp.float32)
+        args = params, x, target
+        asked = {"grads": jp.Gradient(), "each": jp.PerExampleGrads(), "gram": jp.Gram()}
+        narrow, wide = (
+            jax.jit(jp.quantities(n, jp.HalfSquaredError(), **asked))(*args)
+            for n in (jp.cast(net, jnp.bfloat16), net)
+        )
+        assert relative_error(narrow, wide) <= 0.05
+
+
 def test_loss_scale_keeps_what_float16_loses():
     net, loss = (
         jp.cast(jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(2)), jnp.float16),

@@ -235,6 +235,18 @@ def test_a_layer_around_a_batch_norm_is_as_coupled_as_it():
         jp.update_batch_stats(around, around.init(jax.random.key(0), x), x)
 
 
+def test_running_statistics_of_another_dtype_than_x_are_computed_with_in_the_wider_one():
+    """As when all params of a net are cast by hand: 1 / sqrt(var) is not rounded to bfloat16."""
+    layer = jp.BatchNorm(training=False)
+    params, x = at(Row(layer, normal(5, 3)), jnp.bfloat16)
+    by_hand = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), by_hand)
+    y, wide = layer(by_hand, x), layer(exact, x)
+    np.testing.assert_array_equal(y, wide)
+    moved = jp.update_batch_stats(jp.BatchNorm(), by_hand, x)
+    assert moved.mean.value.dtype == jnp.bfloat16
+
+
 def test_running_statistics_converge_to_the_batch_s():
     params, x, _ = problem()
     move = jax.jit(functools.partial(jp.update_batch_stats, NET))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.combinators.several import Several
-from jaxprop.core.arrays import empty_like
+from jaxprop.core.arrays import added, empty_like
 from jaxprop.core.combinator import in_layer
 from jaxprop.core.describe import shapes, structs
 from jaxprop.core.layer import Layer
@@ -97,7 +97,10 @@ class Branch(Several):
                 f"{self}: the layers turn {shapes(x)} into {', '.join(map(shapes, ys))}, which "
                 f"cannot be joined by {self.join}"
             )
-        return sum(ys[1:], start=ys[0]) if self.join == "sum" else jnp.concatenate(ys, axis=-1)
+        if self.join == "sum":
+            return added(*ys)
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.concatenate(ys, axis=-1)
 
     def _parts(self, ct: Cotangent, widths: tuple[Array, ...]) -> Sequence[Cotangent]:
         """Return each layer's part of the cotangent of what was joined."""

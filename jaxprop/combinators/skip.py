@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax import Array
 
+from jaxprop.core.arrays import added
 from jaxprop.core.combinator import Combinator, Wrapper
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
@@ -32,13 +33,13 @@ class Skip(Wrapper, Combinator):
     def forward(self, params: Params, x: Array) -> tuple[Array, Residuals]:
         y, residuals = self.layer.forward(params, x)
         self._check_shape(x, y)
-        return x + y, residuals
+        return added(x, y), residuals
 
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:
         visited, d_x = self.layer.walk(place, residuals, ct, visit)
-        return visited, (ct + d_x).astype(d_x.dtype)
+        return visited, added(ct, d_x).astype(d_x.dtype)
 
     def _check_shape(self, x: PyTree, y: PyTree) -> None:
         if getattr(y, "shape", None) != getattr(x, "shape", ()):

@@ -81,6 +81,12 @@ def rounded(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(narrow, tree)
 
 
+def added(*arrays: Array) -> Array:
+    """Return the sum, in a dtype that holds all of them, whatever JAX's mode of promotion is."""
+    with jax.numpy_dtype_promotion("standard"):
+        return sum(arrays[1:], start=arrays[0])
+
+
 def known(holds: Callable[[], bool]) -> bool:
     """Return whether a comparison of sizes is known to hold.
 

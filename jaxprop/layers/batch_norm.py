@@ -152,9 +152,9 @@ class BatchNorm(Layer):
 
         def moved(running: Array, batch: Array) -> Array:
             kept = float(self.momentum)
-            batch = batch.reshape(running.shape)
-            batch = jnp.where(jnp.isfinite(batch), batch, running)
-            return (kept * running + (1 - kept) * batch).astype(running.dtype)
+            batch, old = batch.reshape(running.shape), running.astype(batch.dtype)
+            batch = jnp.where(jnp.isfinite(batch), batch, old)
+            return (kept * old + (1 - kept) * batch).astype(running.dtype)
 
         mean = self._mean(wide(x))
         var = self._mean((wide(x) - mean) ** 2)
@@ -166,8 +166,10 @@ class BatchNorm(Layer):
     def _standardized(self, params: BatchNormParams, x: X) -> tuple[X, Array]:
         """Return ``(n, rstd)``."""
         if not self.training:
-            rstd = aligned(jax.lax.rsqrt(params.var + float(self.eps)), x)
-            return (wide(x) - aligned(params.mean, x)) * rstd, rstd
+            x = wide(x)
+            mean, var = (running.astype(x.dtype) for running in (params.mean, params.var))
+            rstd = aligned(jax.lax.rsqrt(var + float(self.eps)), x)
+            return (x - aligned(mean, x)) * rstd, rstd
         self._check_axes(x)
         centered = wide(x) - self._mean(wide(x))
         rstd = rstd_of(centered, self._mean, self.eps)

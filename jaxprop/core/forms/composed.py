@@ -77,7 +77,7 @@ class Joint(Factored):
     unfactored: ClassVar[str] = "the param is used more than once, and each use has its own"
 
     def per_example(self) -> Float[Array, "n ..."]:
-        return _added([use.per_example() for use in self.uses])
+        return _added([wide(use.per_example()) for use in self.uses])
 
     def sum(self) -> Array:
         return _added([use.sum() for use in self.uses])

@@ -1,0 +1,233 @@
+"""What is right for a random network, from autodiff, and how far a result may be from it."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+from random_networks import Case
+
+import jaxprop as jp
+from jaxprop.core.arrays import rounded
+from jaxprop.core.tree import learned, merged
+
+BOUND = 0.3  # on the norm of a gradient
+TIMES, ROUNDINGS = 3, 6  # of the error of autodiff in the same dtype, and of its precision
+HOPELESS = 0.05  # such an error of autodiff leaves nothing to compare
+
+
+def answers(case: Case, net: jp.Layer, names: tuple[str, ...], dropped: int | None = None) -> Any:
+    """Return a jitted f(params, batch), the quantities by their names.
+
+    They come from the gradients of single examples, or, where a key or the net itself couples
+    examples, from the Jacobian of all losses. A whole weight is so many copies of an example, and
+    a divisor scales what is a mean.
+
+    Args:
+        case: the case.
+        net: the network to differentiate: ``case.net`` or ``case.exact``.
+        names: the quantities.
+        dropped: an example whose loss and gradient are taken for 0.
+    """
+    examples = len(case.x)
+    weights = np.asarray(case.given.get("weights", np.ones(examples, int)))
+    times = np.repeat(np.arange(examples), weights)
+    scale = len(times) / case.given.get("divisor", len(times))
+    kept = np.arange(examples) != dropped
+
+    def of_mean(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf * scale, tree)
+
+    @jax.jit
+    def f(params: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        values, each = (on(kept, tree) for tree in losses_of(case, net, params, batch))
+        own, copies = on(weights > 0, each), jax.tree.map(lambda g: g[times], each)
+        moment = of_mean(oracles.second_moment.of(copies))
+        grads = of_mean(jax.tree.map(lambda g: g.mean(0), copies))
+        by_name = {
+            "value": lambda: of_mean(values[times].mean()),
+            "grads": lambda: grads,
+            "each": lambda: own,
+            "norms": lambda: oracles.per_example_sq_norms.of(own),
+            "gram": lambda: oracles.gram.of(own),
+            "moment": lambda: moment,
+            "variance": lambda: jax.tree.map(lambda m, g: 2 * m - g**2, moment, grads),
+            "noise": lambda: bounded(oracles.noise_scale.of(copies)),
+            "clipped": lambda: of_mean(oracles.clipped.of(copies, BOUND)),
+            "clipped by layer": lambda: of_mean(clipped_by_layer(case, net, params, batch, copies)),
+            "diagonal": lambda: of_mean(
+                oracles.diagonal(params, jax.tree.map(lambda b: b[times], blocks()))
+            ),
+            "root": lambda: on(weights > 0, blocks()),
+        }
+        by_name["in two passes"] = by_name["finite"] = by_name["clipped"]
+        blocks = functools.cache(lambda: ggn_blocks(case, net, params, batch))
+        return {name: by_name[name]() for name in names}
+
+    return f
+
+
+def of_each(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any], f: Any) -> Any:
+    """Return f(y, target), one thing for each example, and its Jacobian by the learned params."""
+
+    def of_batch(arrays: Any, batch: dict[str, Any]) -> Any:
+        bound = net.bind(params, mask=batch.get("mask"), key=batch.get("key"))
+        return f(net.forward(merged(bound, arrays), batch["x"])[0], batch["target"])
+
+    def of_one(arrays: Any, one: dict[str, Any]) -> Any:
+        return of_batch(arrays, jax.tree.map(lambda leaf: leaf[None], one))[0]
+
+    def both(f: Any, arrays: Any, batch: Any) -> Any:
+        return f(arrays, batch), jax.jacrev(f)(arrays, batch)
+
+    batch = {name: batch[name] for name in ("x", "target", "mask", "key") if name in batch}
+    if net.batch_coupled or "key" in batch:
+        return wide(both(of_batch, learned(params), batch))
+    return wide(jax.vmap(functools.partial(both, of_one), (None, 0))(learned(params), batch))
+
+
+def losses_of(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any]) -> Any:
+    """Return the loss of each example, and its gradient."""
+    return of_each(case, net, params, batch, lambda *of: case.loss.forward(*of)[0])
+
+
+def ggn_blocks(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any]) -> Any:
+    """Return J^T H J of each example and param, (N, P, P)."""
+
+    def own(y: Any, target: Any) -> Any:
+        return case.loss.forward(y[None], jax.tree.map(lambda t: t[None], target))[0][0]
+
+    y, jacobian = of_each(case, net, params, batch, lambda y, _: y)
+    size = y[0].size
+    hessian = jax.vmap(jax.hessian(own))(y, wide(batch["target"])).reshape(len(y), size, size)
+
+    def block(j: Any) -> Any:
+        j = j.reshape(len(y), size, -1)
+        return jnp.einsum("noi,nop,npj->nij", j, hessian, j)
+
+    return jax.tree.map(block, jacobian)
+
+
+def clipped_by_layer(case: Case, net: jp.Layer, params: Any, batch: Any, each: Any) -> Any:
+    """Return the mean of each, with each layer's part of a gradient clipped by itself."""
+    walk = jp.walk(net, case.loss, lambda step: jnp.zeros(()))
+    sides = {name: batch[name] for name in ("key", "mask") if name in batch}
+    walk = functools.partial(walk, **sides)
+    _, places, _ = jax.eval_shape(walk, params, batch["x"], batch["target"])
+
+    def of_layer(place: Any, grads: Any) -> Any:
+        """Return the mean of a layer's grads (N, *layers, ...); place is (*layers,) in a repeat."""
+        axes = 1 + place.ndim
+        squares = [jnp.sum(g**2, range(axes, g.ndim)) for g in jax.tree.leaves(grads)]
+        norms = jnp.maximum(jnp.sqrt(sum(squares)), BOUND)
+
+        def mean(g: Any) -> Any:
+            return jnp.mean(g * (BOUND / jnp.expand_dims(norms, range(axes, g.ndim))), 0)
+
+        return jax.tree.map(mean, grads)
+
+    return jax.tree.map(of_layer, places, each)
+
+
+def comparable(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the library's results in a form that has one right answer, and no cancellation."""
+
+    def block(v: Any) -> Any:
+        v = v.reshape(*v.shape[:2], -1).astype(jnp.float64)
+        return jnp.einsum("cni,cnj->nij", v, v)
+
+    result = dict(result)
+    if "root" in result:
+        result["root"] = jax.tree.map(block, learned(result["root"]))
+    if "variance" in result:
+        result["variance"] = jax.tree.map(jnp.add, result["moment"], result["variance"])
+    if "noise" in result:
+        result["noise"] = bounded(result["noise"])
+    return result
+
+
+def bounded(noise_scale: Any) -> Any:
+    """Return n / (1 + |n|), which moves little where the estimate of |G|^2 is close to 0."""
+    return 1 + noise_scale / (1 + abs(noise_scale))
+
+
+class Judge:
+    """Holds results against the oracle: in float64, or no further from it than autodiff goes.
+
+    A kink may lie a rounding away, and so autodiff is also asked where params and x are moved by
+    one.
+    """
+
+    def __init__(self, narrowest: Any, exact: Any, same: Any) -> None:
+        self.exact, self.same = exact, same
+        self.precise = narrowest == jnp.float64
+        self.eps = float(jnp.finfo(narrowest).eps)
+
+    def __call__(self, got: dict[str, Any], params: Any, batch: dict[str, Any]) -> None:
+        want = self.exact(wide(params), wide(batch))
+        allowed = dict.fromkeys(want, 1e-9) if self.precise else self.allowed(want, params, batch)
+        for name in want:
+            far = error(got[name], want[name], self.precise)
+            assert far <= allowed[name], f"{name}: error {far:.1e}, allowed {allowed[name]:.1e}"
+
+    def allowed(self, want: dict[str, Any], params: Any, batch: dict[str, Any]) -> Any:
+        """Return the largest errors that are allowed, by name."""
+        others = [self.same(params, batch)]
+        for seed in range(3):
+            moved, x = self.moved((params, batch["x"]), seed)
+            others.append(self.same(moved, batch | {"x": x}))
+        worst = {name: max(error(other[name], want[name]) for other in others) for name in want}
+        return {
+            name: TIMES * far + ROUNDINGS * self.eps if far < HOPELESS else np.inf
+            for name, far in worst.items()
+        }
+
+    def moved(self, tree: Any, seed: int) -> Any:
+        """Return the tree with each number a rounding up or down."""
+        rng = np.random.default_rng(seed)
+
+        def of(leaf: Any) -> Any:
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                return leaf
+            factor = 1 + self.eps * rng.choice([-1.0, 1.0], size=leaf.shape)
+            return (leaf.astype(jnp.float64) * factor).astype(leaf.dtype)
+
+        return jax.tree.map(of, tree)
+
+
+def error(got: Any, want: Any, by_leaf: bool = False) -> float:
+    """Return the largest error of a leaf by the norm of the tree; inf for NaN.
+
+    Args:
+        got: what is held against the other.
+        want: what is right.
+        by_leaf: whether by the norm of the leaf, unless it is tiny in the tree, or in itself.
+    """
+    got, want = learned(got), learned(want)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    pairs = [
+        [np.asarray(leaf, np.float64) for leaf in pair]
+        for pair in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    ]
+    assert all(a.shape == b.shape for a, b in pairs), [(a.shape, b.shape) for a, b in pairs]
+    tree = np.sqrt(sum(np.sum(b**2) for _, b in pairs))
+    far = [
+        np.linalg.norm(a - b)
+        / (np.linalg.norm(b) + 1e-4 * tree + 1e-4 if by_leaf else tree + 1e-30)
+        for a, b in pairs
+    ]
+    return float(np.nan_to_num(max(far, default=0.0), nan=np.inf))
+
+
+def wide(tree: Any) -> Any:
+    """Return the tree with what floats in float64."""
+    return rounded(tree, jnp.float64)
+
+
+def on(examples: np.ndarray, tree: Any) -> Any:
+    """Return the tree with zeros for the other examples."""
+    return jax.tree.map(
+        lambda leaf: jnp.where(examples.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), tree
+    )
