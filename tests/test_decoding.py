@@ -234,6 +234,8 @@ def test_errors():
         generate(net, params, prompt, 0)
     with pytest.raises(ValueError, match="temperature must be positive, not 0"):
         generate(net, params, prompt, 2, temperature=0)
+    with pytest.raises(TypeError, match=r"generate: key is a key such as jax.random.key\(0\)"):
+        generate(net, params, prompt, 2, key=0)
     with pytest.raises(TypeError, match=r"prompt is token ids \(N, P\), not float64\[2,3\]"):
         generate(net, params, jnp.ones((2, 3)), 2)
     with pytest.raises(ValueError, match=r"prompt is \(N, P\) with P at least 1, not \(2, 0\)"):

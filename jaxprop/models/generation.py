@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxprop.core.arrays import wide
-from jaxprop.core.checks import check_count, check_number, require
+from jaxprop.core.checks import check_count, check_key, check_number, require
 from jaxprop.core.describe import shapes, structs
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Params, PyTree
@@ -109,8 +109,8 @@ def generate(
         temperature: what the logits are divided by before a token is drawn.
 
     Raises:
-        TypeError: for ids that are not integers, steps that are not a whole number, and a
-            temperature that is not a number.
+        TypeError: for ids that are not integers, steps that are not a whole number, a temperature
+            that is not a number, and what is not a key.
         ValueError: for a prompt without tokens, steps below 1 and a temperature that is not
             positive; and as ``decoder`` does.
 
@@ -128,6 +128,8 @@ def generate(
         raise TypeError(f"generate: prompt is token ids (N, P), not {shapes(prompt)}")
     if prompt.ndim != 2 or not prompt.shape[1]:
         raise ValueError(f"generate: prompt is (N, P) with P at least 1, not {prompt.shape}")
+    if key is not None:
+        check_key("generate", key)
     keys = None if key is None else jax.random.split(key, steps)
     return _generated(net, params, jnp.asarray(prompt), steps, keys, temperature)
 
