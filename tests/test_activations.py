@@ -1,5 +1,6 @@
 """Activations at the extremes of their dtypes, where a formula may overflow or cancel."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,6 +45,15 @@ def test_from_minus_infinity_to_infinity(layer, dtype):
             rtol=4 * float(limits.eps),
             atol=float(limits.smallest_normal),  # below it XLA may flush to zero
         )
+
+
+@pytest.mark.parametrize("layer", [jp.LeakyRelu, jp.Elu, jp.Dropout])
+def test_a_number_of_numpy_s_does_not_widen_x(layer):
+    layer, x = layer(np.float64(0.5)), -jnp.ones((2, 3), jnp.float32)
+    params = layer.bind((), key=jax.random.key(0)) if layer.takes else ()
+    y, residuals = layer.forward(params, x)
+    _, d_x = layer.backward(params, residuals, x)
+    assert y.dtype == d_x.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

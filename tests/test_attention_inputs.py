@@ -142,6 +142,21 @@ def test_a_key_that_no_query_sees_and_a_query_that_sees_none_do_not_matter(heads
 
 
 @saves
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_the_bias_at_padding_does_not_matter(heads, save):
+    real = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 0, 1]], bool)
+    layer, params = jp.Attention(HEADS, False, save, block=2), jp.Mask(jnp.asarray(real))
+    x, ct = jnp.asarray(packed(5)), jnp.asarray(normal(N, 5, HEADS * FEATURES))
+    both, bias = (real[:, None, :, None] & real[:, None, None, :]), normal(N, heads, 5, 5)
+    results = [
+        both_ways(layer, params, (x, jnp.asarray(np.where(both, bias, bad))), ct)
+        for bad in (0, 1e10, np.nan)
+    ]
+    assert relative_error(results[1], results[0]) == relative_error(results[2], results[0]) == 0
+    assert np.all(np.asarray(results[0][1][1])[~np.broadcast_to(both, bias.shape)] == 0)
+
+
+@saves
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_bias_of_minus_infinity_is_a_mask(causal, save):
     layer = jp.Attention(HEADS, causal, save, block=2)

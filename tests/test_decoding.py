@@ -139,6 +139,23 @@ def test_a_decoder_with_a_memory():
     assert relative_error(jnp.concatenate(ys, 1), whole) <= 1e-12
 
 
+def test_a_memory_in_a_dict_is_not_counted():
+    cross = (jp.chain(jp.Item("x"), jp.Dense(4)), jp.chain(jp.Item("memory"), jp.Dense(8)))
+    body = jp.chain(jp.branch(*cross, join="tuple"), jp.Attention(2, causal=False))
+    net = jp.chain(jp.on("x", jp.Positions(4)), body)
+    x = {"memory": jnp.asarray(normal(2, 5, 4)), "x": jnp.asarray(normal(2, 4, 4))}
+    params = net.init(jax.random.key(0), x)
+    start, step = decoder(net, 4)
+    state, ys = start(params, x), []
+    for t in range(4):
+        y, state = step(params, state, x | {"x": x["x"][:, t : t + 1]})
+        ys.append(y)
+    assert relative_error(jnp.concatenate(ys, 1), net(params, x)) <= 1e-12
+    start, step = decoder(net.layers[0], 4)
+    with pytest.raises(ValueError, match="not of a number of next positions"):
+        step(params[0], start(params[0], x), x)
+
+
 def test_past_the_room_is_nan():
     net, x = jp.Attention(2), jnp.asarray(normal(1, 4, 6))
     start, step = decoder(net, 5)
@@ -217,6 +234,8 @@ def test_errors():
         generate(net, params, prompt, 0)
     with pytest.raises(ValueError, match="temperature must be positive, not 0"):
         generate(net, params, prompt, 2, temperature=0)
+    with pytest.raises(TypeError, match=r"generate: key is a key such as jax.random.key\(0\)"):
+        generate(net, params, prompt, 2, key=0)
     with pytest.raises(TypeError, match=r"prompt is token ids \(N, P\), not float64\[2,3\]"):
         generate(net, params, jnp.ones((2, 3)), 2)
     with pytest.raises(ValueError, match=r"prompt is \(N, P\) with P at least 1, not \(2, 0\)"):

@@ -82,12 +82,12 @@ class LeakyRelu(Elementwise):
         check_number("LeakyRelu: negative_slope", self.negative_slope, positive=True)
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, Bool[Array, "n ..."]]:
-        return jax.nn.leaky_relu(x, self.negative_slope), x >= 0
+        return jax.nn.leaky_relu(x, float(self.negative_slope)), x >= 0
 
     def backward(
         self, params: tuple[()], positive: Bool[Array, "n ..."], ct: X
     ) -> tuple[tuple[()], X]:
-        return (), jnp.where(positive, ct, self.negative_slope * ct)
+        return (), jnp.where(positive, ct, float(self.negative_slope) * ct)
 
 
 class Elu(Elementwise):
@@ -110,10 +110,11 @@ class Elu(Elementwise):
         check_number("Elu: alpha", self.alpha, positive=True)
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
-        return jax.nn.elu(x, self.alpha), x
+        return jax.nn.elu(x, float(self.alpha)), x
 
     def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
-        slope = self.alpha * jnp.exp(jnp.minimum(x, 0))  # the other side's exp may be infinite
+        below = jnp.minimum(x, 0)  # the other side's exp may be infinite
+        slope = float(self.alpha) * jnp.exp(below)
         return (), jnp.where(x > 0, ct, ct * slope)
 
 

@@ -66,4 +66,4 @@ class Dropout(Layer):
     def _scaled(
         self, kept: Bool[Array, "n ..."], x: Float[Array, "n ..."]
     ) -> Float[Array, "n ..."]:
-        return jnp.where(kept, x / (1 - self.rate), 0)
+        return jnp.where(kept, x / (1 - float(self.rate)), 0)

@@ -116,7 +116,7 @@ def mask_of_scores(layer: Attention, params: Params, x: Inputs) -> Seen | None:
 def selected(layer: Attention, x: Inputs, mask: Seen | None) -> Inputs:
     """Return x, or its cotangent, with zeros at queries that see no key and at keys not seen.
 
-    A padding mask says so of positions, which are both.
+    A padding mask says so of positions, which are both, and the bias of a padded query is 0.
     """
     if mask is None:
         return x
@@ -124,7 +124,8 @@ def selected(layer: Attention, x: Inputs, mask: Seen | None) -> Inputs:
     if mask.shape[1:3] == (1, 1):
         keys = mask[:, 0, 0]
         if x.memory is None:
-            return x._replace(x=_zeroed(keys, x.x))
+            bias = None if x.bias is None else _zeroed(keys[:, None], x.bias)
+            return x._replace(x=_zeroed(keys, x.x), bias=bias)
         return x._replace(memory=_zeroed(keys, x.memory))
     near = band(layer, positions(0, t), s)
     seen = mask if near is None else mask & near
@@ -181,5 +182,5 @@ def _apart(layer: Attention, x: Float[Array, "n t c"]) -> list[Array]:
     return jnp.split(x, [width], -1)
 
 
-def _zeroed(real: Bool[Array, "n t"], x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
+def _zeroed(real: Bool[Array, "... t"], x: Float[Array, "... t c"]) -> Float[Array, "... t c"]:
     return jnp.where(real[..., None], x, 0)

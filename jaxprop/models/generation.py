@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jaxprop.core.arrays import wide
-from jaxprop.core.checks import check_count, check_number, require
+from jaxprop.core.checks import check_count, check_key, check_number, require
 from jaxprop.core.describe import shapes, structs
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Params, PyTree
@@ -39,9 +39,11 @@ def decoder(net: Layer, length: int) -> Decoder:
     ``Rotary`` go through ``length`` of them. Past ``length`` y is NaN.
 
     Every layer must let a position depend on those before alone: ``Attention`` is causal, or of a
-    memory that is given whole, as in ``(x of the next positions, memory)``. A layer of your own is
-    applied to the new positions, unless it says ``mixes_positions``; how it goes on then is
-    registered as ``jp.models.decoding.step.register(MyLayer)``.
+    memory that is given whole with every step, as in ``(x of the next positions, memory)`` or a
+    dict of both. Layers that know where they are, such as ``Positions``, take the memory for next
+    positions: apply them to it before. Each part of y is of the next positions, which are counted
+    there. A layer of your own is applied to the new positions, unless it says ``mixes_positions``;
+    how it goes on then is registered as ``jp.models.decoding.step.register(MyLayer)``.
 
     Args:
         net: the network.
@@ -50,7 +52,8 @@ def decoder(net: Layer, length: int) -> Decoder:
     Raises:
         TypeError: for what is not a net, or not a whole number.
         ValueError: for a length below 1, and where the functions are used for a layer that needs
-            later positions, couples examples, or mixes positions in a way that is not known.
+            later positions, couples examples, or mixes positions in a way that is not known; and
+            for a y whose parts have different numbers of positions.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -75,8 +78,11 @@ def decoder(net: Layer, length: int) -> Decoder:
 
     def go_on(params: Params, state: State, x: PyTree) -> tuple[PyTree, State]:
         at, kept = state
-        end = at + jax.tree.leaves(x)[0].shape[1]
         y, kept = step(net, params, kept, x, Now(at, length))
+        new = {leaf.shape[1:2] for leaf in jax.tree.leaves(y)}
+        if len(new) != 1 or new == {()}:
+            raise ValueError(f"decoder: y is {shapes(y)}, not of a number of next positions: {net}")
+        end = at + new.pop()[0]
         return jax.tree.map(lambda y: jnp.where(end <= length, y, jnp.nan), y), (end, kept)
 
     return Decoder(begin, go_on)
@@ -103,8 +109,8 @@ def generate(
         temperature: what the logits are divided by before a token is drawn.
 
     Raises:
-        TypeError: for ids that are not integers, steps that are not a whole number, and a
-            temperature that is not a number.
+        TypeError: for ids that are not integers, steps that are not a whole number, a temperature
+            that is not a number, and what is not a key.
         ValueError: for a prompt without tokens, steps below 1 and a temperature that is not
             positive; and as ``decoder`` does.
 
@@ -122,6 +128,8 @@ def generate(
         raise TypeError(f"generate: prompt is token ids (N, P), not {shapes(prompt)}")
     if prompt.ndim != 2 or not prompt.shape[1]:
         raise ValueError(f"generate: prompt is (N, P) with P at least 1, not {prompt.shape}")
+    if key is not None:
+        check_key("generate", key)
     keys = None if key is None else jax.random.split(key, steps)
     return _generated(net, params, jnp.asarray(prompt), steps, keys, temperature)
 
