@@ -62,7 +62,7 @@ class TotalLoss(Loss):
         for name, weight, loss in self.parts:
             given = of_parts.get(name)
             values, r = loss.forward(y[name], given)
-            each.append(weight * values)
+            each.append(_scaled(weight, values))
             residuals.append(r)
         return sum(each[1:], start=each[0]), tuple(residuals)
 
@@ -165,4 +165,7 @@ def _part(name: str | int, weighted: Weighted) -> Part:
 
 
 def _scaled(weight: float, tree: PyTree) -> PyTree:
+    """Return the tree times a weight; zeros for a weight of 0, whatever the tree holds."""
+    if weight == 0:
+        return jax.tree.map(jnp.zeros_like, tree)
     return tree if weight == 1 else jax.tree.map(lambda leaf: weight * leaf, tree)
