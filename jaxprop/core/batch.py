@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import selected, weighted
+from jaxprop.core.arrays import filled, selected, weighted
 from jaxprop.core.checks import check_number, check_values
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
@@ -59,30 +60,43 @@ def weighted_batch(
     weights: Array | None,
     divisor: float | Array | None,
 ) -> Batch:
-    """Return the batch, with zeros for the inputs of examples that count nothing.
+    """Return the batch, in which examples that count nothing are copies of the first that counts.
+
+    So whatever they held is nowhere, not in an error nor in a derivative by autodiff, and what is
+    put in its place is something that the net and the loss take.
 
     Raises:
         TypeError: for weights that are not an array of numbers or bools, and a divisor that is not
             a number.
         ValueError: for weights of a net that couples the examples of a batch; where their values
-            are known for negative ones; and for a divisor that is not positive.
+            are known for one that is negative or not finite; and for a divisor that is not
+            positive.
     """
     if divisor is not None:
         check_number("divisor", divisor, positive=True)
-        divisor = jnp.asarray(divisor, float) if hasattr(divisor, "dtype") else divisor
+        if hasattr(divisor, "dtype"):
+            divisor = jnp.asarray(divisor, float)
+        elif not isinstance(divisor, int):
+            divisor = float(divisor)
     if weights is None:
         return Batch(x, target, key, None, divisor)
-    if not hasattr(weights, "dtype") or jnp.issubdtype(weights.dtype, jnp.complexfloating):
-        raise TypeError(f"weights are an array of numbers, one for each example, not {weights!r}")
-    check_values("weights must not be negative", weights, lambda weight: weight >= 0)
+    dtype = getattr(weights, "dtype", object)
+    kinds = jnp.floating, jnp.integer, jnp.bool_
+    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        words = "weights are an array of numbers, one for each example"
+        raise TypeError(f"{words}, not {shapes(weights)}")
+    check_values(
+        "weights must be finite and not negative", weights, lambda w: (w >= 0) & (w < math.inf)
+    )
     if net.batch_coupled:
         raise ValueError(
             f"{net} couples the examples of a batch: one that counts nothing would reach the others"
         )
     for leaf in jax.tree.leaves(x):
-        _check_length(weights, leaf.shape[0])
+        if getattr(leaf, "ndim", 0):  # of anything else the net says what is wrong
+            _check_length(weights, leaf.shape[0])
     weights = jnp.asarray(weights, float)
-    return Batch(selected(weights > 0, x), target, key, weights, divisor)
+    return Batch(*filled(weights > 0, (x, target)), key, weights, divisor)
 
 
 class Examples(NamedTuple):

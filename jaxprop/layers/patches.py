@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import field
 
@@ -106,7 +107,8 @@ class Patches(Factored):
 
     def _outers(self, f: Callable[[Outer], Array], x: Array, ct: Array) -> Array:
         """Return f of each group's ``Outer``, on a leading axis."""
-        ct = ct.reshape(len(ct), -1, self.groups, ct.shape[-1] // self.groups)
+        positions = math.prod(ct.shape[1:-1])
+        ct = ct.reshape(len(ct), positions, self.groups, ct.shape[-1] // self.groups)
         outer = Outer(_patches(x, self.windows, self.groups), jnp.moveaxis(ct, 2, 0))
         if self.groups > 1:
             return jax.vmap(f)(outer)
@@ -192,11 +194,15 @@ class Patches(Factored):
         most = max(1, BLOCK_BYTES[platform] // max(row, 1))
         if platform == "cpu":
             most = min(most, max(1, n // 2))  # a loop, before which XLA makes no patches
-        return max(size for size in range(1, n + 1) if n % size == 0 and size <= most)
+        sizes = (size for size in range(1, n + 1) if n % size == 0 and size <= most)
+        return max(sizes, default=0)
 
 
 def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float[Array, "g n t i"]:
-    taps = [tap.reshape(len(x), -1, groups, x.shape[-1] // groups) for tap in windows.shifted(x)]
+    taps = [
+        tap.reshape(len(x), math.prod(tap.shape[1:-1]), groups, x.shape[-1] // groups)
+        for tap in windows.shifted(x)
+    ]
     return jnp.moveaxis(jnp.concatenate(taps, axis=-1), 2, 0)
 
 

@@ -86,7 +86,7 @@ class Factored(abc.ABC):
     def inner_products(self) -> Float[Array, "n n"]:
         """Return <g_n, g_m> for each pair of examples."""
         g = wide(self.per_example())
-        g = g.reshape(len(g), -1)
+        g = g.reshape(g.shape[0], math.prod(g.shape[1:]))
         return g @ g.T
 
     def second_moment(self) -> Array:
