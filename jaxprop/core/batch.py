@@ -41,7 +41,7 @@ class Batch(NamedTuple):
             _check_length(weights, number)
         total = max(number, 1) if weights is None else jnp.sum(weights)
         if weights is not None:
-            total = jnp.where(total > 0, total, 1)
+            total = jnp.where(total == 0, 1, total)
         if self.divisor is not None:
             return Examples(number, weights, total, self.divisor)
         if not number:
@@ -63,7 +63,8 @@ def weighted_batch(
     """Return the batch, in which examples that count nothing are copies of the first that counts.
 
     So whatever they held is nowhere, not in an error nor in a derivative by autodiff, and what is
-    put in its place is something that the net and the loss take.
+    put in its place is something that the net and the loss take. In a traced program a negative
+    weight, and a divisor that is not positive, are NaN.
 
     Raises:
         TypeError: for weights that are not an array of numbers or bools, and a divisor that is not
@@ -76,6 +77,7 @@ def weighted_batch(
         check_number("divisor", divisor, positive=True)
         if hasattr(divisor, "dtype"):
             divisor = jnp.asarray(divisor, float)
+            divisor = jnp.where(divisor > 0, divisor, jnp.nan)
         elif not isinstance(divisor, int):
             divisor = float(divisor)
     if weights is None:
@@ -96,7 +98,8 @@ def weighted_batch(
         if getattr(leaf, "ndim", 0):  # of anything else the net says what is wrong
             _check_length(weights, leaf.shape[0])
     weights = jnp.asarray(weights, float)
-    return Batch(*filled(weights > 0, (x, target)), key, weights, divisor)
+    weights = jnp.where(weights >= 0, weights, jnp.nan)
+    return Batch(*filled(weights != 0, (x, target)), key, weights, divisor)
 
 
 class Examples(NamedTuple):
@@ -137,7 +140,7 @@ class Examples(NamedTuple):
         if not jnp.issubdtype(values.dtype, jnp.floating):
             values = values.astype(float)
         if self.weights is not None:
-            values = jnp.where(self.weights > 0, values * self.weights.astype(values.dtype), 0)
+            values = jnp.where(self.weights != 0, values * self.weights.astype(values.dtype), 0)
         elif self.divisor is self.number:
             return jnp.mean(values, axis=-1)
         return self.over(jnp.sum(values, axis=-1))
@@ -148,7 +151,7 @@ class Examples(NamedTuple):
 
     def counting(self, tree: PyTree) -> PyTree:
         """Return the tree with zeros for the examples that count nothing."""
-        return tree if self.weights is None else selected(self.weights > 0, tree)
+        return tree if self.weights is None else selected(self.weights != 0, tree)
 
     def mean_cotangent(self, ct: Cotangent) -> Cotangent:
         """Return the cotangent for the mean, from that for each example's own loss."""

@@ -40,6 +40,9 @@ class OfBatch(Protocol[T_co]):
             no part in a mean, and what is returned of it alone is 0. By default each counts 1.
         divisor: what sums over examples are divided by for a mean; the sum of the weights by
             default.
+
+    In a traced program, such as an update is, a negative weight, and a divisor that is not
+    positive, make what is returned NaN; where they are known they are refused.
     """
 
     def __call__(

@@ -99,7 +99,10 @@ class Rows(Factored):
         """Return ids and ct, which is 0 where the id is in no row."""
         n, features = self.ids.shape[0], self.ct.shape[-1]
         length = math.prod(self.ids.shape[1:])
-        ids, ct = of_indices(self.ids).reshape(n, length), wide(self.ct).reshape(n, length, features)
+        ids, ct = (
+            of_indices(self.ids).reshape(n, length),
+            wide(self.ct).reshape(n, length, features),
+        )
         there = (ids >= 0) & (ids < self.vocab)
         return ids, jnp.where(there[..., None], ct, 0)
 

@@ -160,9 +160,7 @@ def joined(layer: Attention, x: Inputs, d_q: Heads, d_k: Heads, d_v: Heads) -> I
         return Inputs(d_x.reshape(x.x.shape))
     if layer.groups > 1:
         kv_heads = layer.heads // layer.groups
-        d_k, d_v = (
-            z.reshape(n, kv_heads, layer.groups, *z.shape[2:]).sum(2) for z in (d_k, d_v)
-        )
+        d_k, d_v = (z.reshape(n, kv_heads, layer.groups, *z.shape[2:]).sum(2) for z in (d_k, d_v))
     d_q = beside(d_q.swapaxes(1, 2))
     d_kv = beside(jnp.stack([d_k, d_v], 2).transpose(0, 3, 2, 1, 4))
     if x.memory is not None:

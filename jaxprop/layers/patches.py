@@ -208,7 +208,7 @@ def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float
 
 def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     """Return the sum of f over blocks of size examples."""
-    if size == len(arrays[0]):
+    if size >= len(arrays[0]):
         return f(*arrays)
     starts = jnp.arange(0, len(arrays[0]), size)
     return sum_over(lambda start: f(*_block(start, size, arrays)), starts)
