@@ -39,6 +39,12 @@ def on_device(leaf: Any) -> Any:
     return jnp.asarray(leaf)
 
 
+def scaled(x: Array, scale: float | Array) -> Array:
+    """Return x times the scale, in at least float32, where the scale does not overflow."""
+    x = wide(x)
+    return x * (scale.astype(x.dtype) if isinstance(scale, Array) else scale)
+
+
 def of_indices(ids: Array) -> Array:
     """Return integers in at least int32, in which they can be compared with any size."""
     return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.arrays import scaled
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked, is_factored
 from jaxprop.core.mesh import like
@@ -40,7 +41,7 @@ def gradient(step: Step, scale: float | Array = 1.0) -> Params:
     totals = summed(step.d_params)
     params = held(step, totals)
     if not isinstance(scale, int | float) or scale != 1:
-        totals = jax.tree.map(lambda total: total / scale, totals)
+        totals = jax.tree.map(lambda total: scaled(total, 1 / scale), totals)
     return jax.tree.map(like, params, totals)
 
 

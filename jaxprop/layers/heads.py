@@ -154,7 +154,7 @@ def joined(layer: Attention, x: Inputs, d_q: Heads, d_k: Heads, d_v: Heads) -> I
 
     That of a key or a value is the sum over the query heads of its group.
     """
-    n, t, s = x.sizes
+    n = x.sizes[0]
     if x.memory is None and layer.groups == 1:
         d_x = jnp.stack([d_q, d_k, d_v], 2).transpose(0, 3, 2, 1, 4)
         return Inputs(d_x.reshape(x.x.shape))

@@ -8,6 +8,7 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import scaled
 from jaxprop.core.batch import Batch
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.functions import of_batch
@@ -118,7 +119,7 @@ def scaled_up(ct: Cotangent, scale: float | Array) -> Cotangent:
     """Return the cotangent that a walk starts from, times the loss scale."""
     if isinstance(scale, int | float) and scale == 1:
         return ct
-    return jax.tree.map(lambda ct: ct * scale, ct)
+    return jax.tree.map(lambda ct: scaled(ct, scale), ct)
 
 
 def _in_form(name: str, net: Layer, differentiate: Parts) -> ValueAndGrad:
