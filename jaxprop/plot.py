@@ -10,13 +10,14 @@ They need the ``plot`` extra: ``pip install 'jaxprop-vjp[plot]'``. A figure open
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxprop.core.checks import check_number, given, require
 from jaxprop.core.types import PyTree
 from jaxprop.explanation.summary import Summary
 from jaxprop.explanation.terms import Explanation
@@ -42,12 +43,21 @@ def scales(
         A figure with two axes, the cotangents on the left and the gradients on the right.
 
     Raises:
-        ValueError: for no explanations, or another number of steps than of explanations.
+        TypeError: for what is not a sequence of explanations.
+        ValueError: for no explanations, those of different nets, or another number of steps than of
+            explanations.
     """
-    explanations = [jax.device_get(one) for one in explanations]
+    if not isinstance(explanations, Iterable):
+        raise TypeError(f"scales takes a list of explanations, not {type(explanations).__name__}")
+    explanations = list(explanations)
+    for index, one in enumerate(explanations):
+        require(one, Explanation, f"scales: explanation {index}")
+    explanations = jax.device_get(explanations)
     if not explanations:
         raise ValueError("scales: there is no explanation to draw")
-    at = range(len(explanations)) if steps is None else list(steps)
+    if len({one.net for one in explanations}) > 1:
+        raise ValueError("scales: the explanations are of different nets")
+    at = range(len(explanations)) if steps is None else _array("scales: steps", steps)
     if len(at) != len(explanations):
         raise ValueError(f"scales: {len(at)} steps for {len(explanations)} explanations")
     runs = [one.runs() for one in explanations]
@@ -81,11 +91,17 @@ def norms(sq_norms: ArrayLike, max_norm: float | None = None) -> Figure:
         A figure with one axes.
 
     Raises:
-        ValueError: for another shape of sq_norms, or if none of them is finite.
+        TypeError: for sq_norms that are not numbers.
+        ValueError: for another shape of sq_norms, negative ones, or if none of them is finite.
     """
-    values = np.sqrt(np.asarray(sq_norms, np.float64))
-    if values.ndim != 1 or not values.size:
-        raise ValueError(f"norms takes squared norms of shape (N,), not {values.shape}")
+    squares = _array("norms: squared norms", sq_norms)
+    if squares.ndim != 1 or not squares.size:
+        raise ValueError(f"norms takes squared norms of shape (N,), not {squares.shape}")
+    if np.any(squares < 0):
+        raise ValueError(f"norms: a squared norm is not negative, as {squares.min()} is")
+    if max_norm is not None:
+        check_number("norms: max_norm", max_norm, positive=True)
+    values = np.sqrt(squares)
     finite = values[np.isfinite(values)]
     if not finite.size:
         raise ValueError("norms: none of the norms is finite")
@@ -115,9 +131,10 @@ def gram(inner: ArrayLike, labels: ArrayLike | None = None) -> Figure:
         A figure with one axes and a colour bar.
 
     Raises:
+        TypeError: for inner products that are not numbers.
         ValueError: for another shape of inner, or of labels.
     """
-    products = np.asarray(inner, np.float64)
+    products = _array("gram: inner products", inner)
     if products.ndim != 2 or products.shape[0] != products.shape[1]:
         raise ValueError(f"gram takes inner products of shape (N, N), not {products.shape}")
     sizes = np.sqrt(np.diag(products))
@@ -148,6 +165,13 @@ def gram(inner: ArrayLike, labels: ArrayLike | None = None) -> Figure:
 
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the colour-blind safe palette of Okabe and Ito
+
+
+def _array(name: str, values: ArrayLike | Sequence[float]) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} are an array of numbers, not {given(values)}") from None
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -10,9 +10,10 @@ params, gradients, any optax state, or the ``jax.ShapeDtypeStruct`` of these.
     jp.sharding.fully_sharded(params, mesh, "data")     # FSDP, for the net gathered(net, mesh)
     jp.sharding.tensor_parallel(params, mesh, "model")
 
-The rules and the quantities are for meshes of Auto axes; for others the rules raise ``ValueError``.
-On meshes of Explicit axes (the default of newer JAX) losses, gradients and updates work with the
-batch split and params replicated.
+The rules are for meshes of Auto axes; for others they raise ``ValueError``. On meshes of Explicit
+axes (the default of newer JAX) losses, gradients, updates and quantities work with the batch split
+and params replicated; what is of each example is then split as the batch is. A visit of one's own
+that asks a form for more than its sum wraps that in ``jax.sharding.auto_axes``.
 
 Every quantity is correct under every rule. Squared norms and second moments along positions, and
 clipping, go through the examples one after the other. They are fast only under ``jax.shard_map``,
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxprop.core.checks import require
+from jaxprop.core.checks import check_count, require
 from jaxprop.core.combinator import Wrapper, map_layers
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
@@ -46,10 +47,11 @@ def fully_sharded(tree: PyTree, mesh: Mesh, *axes: str, smallest: int = 2**12) -
     et al. 2020, https://arxiv.org/abs/1910.02054). Use it with ``gathered(net, mesh)``, and with
     the batch split over the same mesh axes.
 
-    The mesh axes are placed one after the other, on the same axis of the leaf if they divide it: a
-    mesh of (64, 8) splits (1600, 6400), where a mesh of 512 divides neither axis. A leaf is not
-    split over a mesh axis that divides none of its own. Axis 0 is split only if no other can be: in
-    a ``repeat`` it is the axis of layers, from which a scan takes params one by one.
+    The mesh axes are placed one after the other, on the same axis of the leaf if they divide it: of
+    (48, 1600, 6400) a mesh of (64, 8) splits the last two axes, where one of 512 divides none. A
+    leaf is not split over a mesh axis that divides none of its own. Axis 0 is split only if no
+    other can be: in a ``repeat`` it is the axis of layers, from which a scan takes params one by
+    one.
 
     Args:
         tree: a tree of arrays or ``jax.ShapeDtypeStruct``.
@@ -72,6 +74,7 @@ def fully_sharded(tree: PyTree, mesh: Mesh, *axes: str, smallest: int = 2**12) -
         (None, None, 'data')
     """
     _check_tree(tree)
+    check_count("smallest", smallest, least=0)
     sizes = _sizes(mesh, *axes) or dict(mesh.shape)
 
     def place(leaf: Array) -> NamedSharding:
@@ -120,6 +123,8 @@ def tensor_parallel(tree: PyTree, mesh: Mesh, axis: str, *, vocab: int | None = 
         ('model', None)
     """
     _check_tree(tree)
+    if vocab is not None:
+        check_count("vocab", vocab)
     size = _sizes(mesh, axis)[axis]
 
     def is_dense(node: object) -> bool:
@@ -221,6 +226,6 @@ def _sizes(mesh: Mesh, *axes: str) -> dict[str, int]:
             "jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)"
         )
     for name in axes:
-        if name not in mesh.shape:
+        if name not in mesh.axis_names:
             raise ValueError(f"the mesh has the axes {mesh.axis_names}, and no {name!r}")
     return {name: mesh.shape[name] for name in axes}

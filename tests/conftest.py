@@ -1,4 +1,4 @@
-"""Strict settings for every test: float64 on, no implicit promotion, eight virtual CPU devices."""
+"""Strict settings for every test: float64 on, nothing promoted by itself, eight CPU devices."""
 
 import gc
 import importlib.metadata
@@ -23,6 +23,7 @@ from hypothesis import settings  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 gc.set_threshold(200_000, 50, 100)  # tracing makes many objects, and leaves few of them
 
@@ -49,8 +50,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def standard_promotion():
-    """JAX's default promotion, for what is not ours: optax's adam multiplies integers by floats."""
-    with jax.numpy_dtype_promotion("standard"):
+    """JAX's defaults, for what is not ours: optax's adam multiplies integers by floats."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 

@@ -57,7 +57,7 @@ def second_moment(grads):
 
 @of_grads
 def variance(grads):
-    return jax.tree.map(lambda g: ((g - g.mean(0)) ** 2).mean(0), grads)
+    return jax.tree.map(lambda g: ((g - g.mean(0, keepdims=True)) ** 2).mean(0), grads)
 
 
 @of_grads

@@ -140,6 +140,7 @@ TABLE = [
     Row(jp.BatchNorm(), normal(7, 4)),
     Row(jp.BatchNorm(), normal(3, 2, 5, 4)),
     Row(jp.BatchNorm(eps=0.1), normal(1, 6, 3)),
+    Row(jp.BatchNorm(axis_name="data"), normal(4, 3)),
     Row(jp.chain(jp.Dense(4, bias=False), jp.BatchNorm(), jp.Tanh()), normal(7, 3)),
     Row(jp.BatchNorm(training=False), normal(4, 3)),
     Row(jp.chain(jp.BatchNorm(training=False), jp.Silu(), jp.Dense(3)), normal(3, 2, 4)),

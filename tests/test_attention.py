@@ -32,7 +32,7 @@ def by_definition(layer, mask, x):
     q, k, v = (z.reshape(n, t, layer.heads, d) for z in jnp.split(x, 3, -1))
     s = jnp.einsum("nqhd,nkhd->nhqk", q, k) / np.sqrt(d)
     seen = jnp.tri(t, dtype=bool) if layer.causal else jnp.ones((t, t), bool)
-    seen = seen & mask[:, None, None, :]
+    seen = seen[None, None] & mask[:, None, None, :]
     e = jnp.where(seen, jnp.exp(s), 0)
     total = e.sum(-1, keepdims=True)
     p = e / jnp.where(total > 0, total, 1)
@@ -265,7 +265,7 @@ def test_errors_of_positions():
             layer.init(jax.random.key(0), x.astype(jnp.int32))
     with pytest.raises(ValueError, match="2 heads of an even number of features"):
         jp.Rotary(2).init(jax.random.key(0), jnp.ones((2, 3, 18)))
-    with pytest.raises(ValueError, match="base is positive"):
+    with pytest.raises(ValueError, match="base must be positive"):
         jp.Rotary(2, base=0.0)
 
 

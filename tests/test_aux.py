@@ -218,5 +218,5 @@ def test_a_dynamic_loss_scale_is_checked():
     update = jp.make_update(
         net, jp.CrossEntropy(), optax.sgd(0.1), loss_scale=jp.DynamicLossScale(), donate=False
     )
-    with pytest.raises(TypeError, match="with a DynamicLossScale start from state"):
+    with pytest.raises(TypeError, match="start from state = update"):
         update(params, optax.sgd(0.1).init(params), x, jnp.zeros(2, int))

@@ -26,10 +26,10 @@ class Scale(jp.Layer):
             "no example axis": (x, x.mean(0)),
             "examples last": (x.T,),
         }
-        return x * params["w"], saved.get(self.mistake, (x,))
+        return x * params["w"][None], saved.get(self.mistake, (x,))
 
     def backward(self, params, residuals, ct):
-        x, w = residuals[0], params["w"]
+        x, w = residuals[0], params["w"][None]
         if self.mistake == "examples last":
             x = x.T
         d_params, d_x = {"w": jp.Sum(x * ct)}, ct * w
@@ -72,7 +72,6 @@ class Scale(jp.Layer):
         ("dtype", r"d_x is float32\[5,4\], but x is float64\[5,4\]"),
         ("structure", r"d_params is \(float64\[4\],\), but params is \{'w': float64\[4\]\}"),
         ("missing leaf", r"d_params\['w'\] is None, but params\['w'\] is float64\[4\]"),
-        ("d_x only", r"backward returns float64\[5,4\], not \(d_params, d_x\)"),
     ],
 )
 def test_names_the_mistake(mistake, message):
@@ -119,10 +118,10 @@ class Coupled(jp.Layer):
     """Centred over the batch: right as a whole, and not the sum of its examples."""
 
     def forward(self, params, x):
-        return x - x.mean(0), x
+        return x - x.mean(0, keepdims=True), x
 
     def backward(self, params, x, ct):
-        return (), ct - ct.mean(0)
+        return (), ct - ct.mean(0, keepdims=True)
 
 
 def test_examples_one_by_one():
@@ -136,7 +135,7 @@ def test_a_layer_that_says_it_is_coupled_is_spared_its_examples_one_by_one():
         wrong: bool = False
 
         def forward(self, params, x):
-            return x - x.mean(0), x
+            return x - x.mean(0, keepdims=True), x
 
         def backward(self, params, x, ct):
             return (), ct if self.wrong else ct - ct.mean(0)
@@ -316,7 +315,12 @@ class Odd(jp.Layer):
         (lambda: jp.check_layer(jp.Relu, X), TypeError, "is the class Relu"),
         (lambda: jp.check_layer(jnp.tanh, X), TypeError, "is not a Layer"),
         (lambda: jp.check_layer(jp.Relu(), [1.0]), TypeError, "must be an array, not float 1.0"),
-        (lambda: jp.check_layer(jp.Relu(), np.arange(4)), ValueError, "nothing to check"),
+        (
+            lambda: jp.check_layer(Scale("d_x only"), X),
+            TypeError,
+            r"returns float64\[5,4\], not \(d_",
+        ),
+        (lambda: jp.check_layer(Odd("nan"), np.arange(4)), ValueError, "nothing to check"),
         (lambda: jp.check_layer(jp.Relu(), np.ones((0, 3))), ValueError, "nothing to check"),
         (lambda: jp.check_layer(jp.Tanh(), 1j * X), TypeError, "complex128; check_layer takes"),
         (lambda: jp.check_layer(Scale(), X, {"w": np.arange(4)}), TypeError, "int64; check_layer"),
@@ -360,7 +364,7 @@ class Scaled(jp.Loss):
 
     def hessian_root(self, error):
         size = 1.0 if self.wrong == "hessian_root" else np.sqrt(3)
-        return size * jnp.eye(error.shape[-1])[:, None] * jnp.ones_like(error)
+        return size * jnp.eye(error.shape[-1])[:, None] * jnp.ones_like(error)[None]
 
     def sample(self, key, error):
         size = 1.1 if self.wrong == "covariance" else 1.0

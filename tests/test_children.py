@@ -207,7 +207,7 @@ def test_side_inputs_reach_every_layer():
         ),
     )
     x = jnp.asarray(normal(4, 5, 2))
-    mask = jnp.arange(5) < jnp.array([5, 3, 2, 1])[:, None]
+    mask = jnp.arange(5)[None] < jnp.array([5, 3, 2, 1])[:, None]
     params = net.init(jax.random.key(0), x)
     bound = net.bind(params, key=jax.random.key(1), mask=mask)
     keys = [

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from table import BLOCK, Row, at, ids, normal, relative_error
+from table import BLOCK, Around, Doubled, Row, at, ids, normal, relative_error
 
 import jaxprop as jp
 from jaxprop.bench.networks import gpt
+from jaxprop.core.tree import learned
 
 
 def test_a_repeat_is_the_chain_of_its_layers():
@@ -159,15 +160,15 @@ def test_a_mask_inside_a_shared_layer_without_forms():
             return jnp.ones(x.shape[-1], x.dtype)
 
         def forward(self, params, x):
-            return x * params, x
+            return x * params[None, None], x
 
         def backward(self, params, x, ct):
-            return jnp.sum(ct * x, axis=(0, 1)), ct * params
+            return jnp.sum(ct * x, axis=(0, 1)), ct * params[None, None]
 
     attend = jp.Attention(2, save="logsumexp")
     net = jp.shared(jp.chain(Scale(), jp.Dense(12), attend, jp.Dense(4)), 2)
     x, target = jax.random.normal(jax.random.key(1), (2, 3, 5, 4))
-    mask = jnp.arange(5) < jnp.array([[5], [3], [2]])
+    mask = jnp.arange(5)[None] < jnp.array([[5], [3], [2]])
     params = net.bind(net.init(jax.random.key(0), x), mask=mask)
     together = jp.quantities(net, jp.HalfSquaredError(), each=jp.PerExampleGrads())
     each = jax.jit(together)(params, x, target)["each"]
@@ -323,7 +324,7 @@ def test_errors():
     )
     raises(TypeError, "integer ids, not", jp.Embedding(3, 4).init, key, x)
     raises(TypeError, "integer ids, not", jp.Embedding(3, 4).forward, jnp.ones((3, 4)), x)
-    raises(ValueError, r"rate in \[0, 1\), not 1", jp.Dropout, 1)
+    raises(ValueError, r"rate is below 1, not 1", jp.Dropout, 1)
     raises(ValueError, r"but an input .* takes \(\)", jp.Dropout(0.1).forward, x, x)
     raises(TypeError, "floating dtype, not int32", jp.cast, net, jnp.int32)
 
@@ -373,3 +374,65 @@ def test_norms_of_an_embedding_take_memory_linear_in_t():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temp(4096) <= 4.5 * temp(1024)
+
+
+class Plain(jp.Layer):
+    """y = tanh(x w), with a cotangent of w that has lost its examples."""
+
+    def init(self, key, x):
+        return jax.random.normal(key, (x.shape[-1], x.shape[-1]), x.dtype)
+
+    def forward(self, w, x):
+        y = jnp.tanh(x @ w)
+        return y, (x, y)
+
+    def backward(self, w, residuals, ct):
+        x, y = residuals
+        d_z = ct * (1 - y**2)
+        axes = tuple(range(x.ndim - 1))
+        return jnp.tensordot(x, d_z, (axes, axes)), d_z @ w.T
+
+
+ATTENDING = jp.chain(Plain(), jp.Dense(12), jp.Attention(2), jp.Dense(4))
+AROUND_STACKS = [
+    Doubled(jp.repeat(Plain(), 2)),
+    Around(jp.repeat(jp.chain(jp.Dense(4), Plain()), 2)),
+    jp.repeat(Doubled(jp.repeat(Plain(), 2)), 3),
+    jp.chain(jp.recompute(Doubled(jp.chain(jp.repeat(Plain(), 2), jp.Tanh()))), jp.Dense(4)),
+    Doubled(jp.repeat(Doubled(jp.repeat(ATTENDING, 2)), 3)),
+]
+
+
+@pytest.mark.parametrize("examples", [2, 5])
+@pytest.mark.parametrize("net", AROUND_STACKS, ids=repr)
+def test_examples_one_by_one_of_a_layer_around_a_stack(net, examples):
+    """The examples of what a stack saves lie behind its layers, of which there may be as many."""
+    x, target = jax.random.normal(jax.random.key(1), (2, examples, 3, 4))
+    loss, params = jp.HalfSquaredError(), net.init(jax.random.key(0), x)
+    mask = None
+    if net is AROUND_STACKS[-1]:
+        mask = jnp.arange(3)[None] < jnp.arange(1, 6)[:examples, None]
+    each = jax.jit(jp.per_example_grads(net, loss))(params, x, target, mask=mask)
+    bound = net.bind(params, mask=mask)
+    for n in range(examples):
+        one = None if mask is None else mask[n : n + 1]
+        _, own = jp.autodiff(net, loss)(params, x[n : n + 1], target[n : n + 1], mask=one)
+        of_n = jax.tree.map(lambda g, n=n: g[n], each)
+        assert relative_error(of_n, own) <= 1e-10
+    assert jax.tree.structure(learned(bound)) == jax.tree.structure(each)
+
+
+def test_residuals_without_an_example_axis_are_named():
+    class Lost(jp.Layer):
+        def init(self, key, x):
+            return jnp.ones(x.shape[-1], x.dtype)
+
+        def forward(self, params, x):
+            return x * params[None], (x, x.mean(0))
+
+        def backward(self, params, residuals, ct):
+            return (residuals[0] * ct).sum(0), ct * params[None]
+
+    x = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"Lost\(\): residuals\[1\] is float64\[3\], where axis 0"):
+        jp.per_example_grads(Lost(), jp.HalfSquaredError())(jnp.ones(3), x, x)

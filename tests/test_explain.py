@@ -26,12 +26,12 @@ class Coupled(jp.Layer):
         return jnp.ones(x.shape[-1], x.dtype)
 
     def forward(self, params, x):
-        centred = x - x.mean(axis=0)
-        return centred * params, centred
+        centred = x - x.mean(axis=0, keepdims=True)
+        return centred * params[None], centred
 
     def backward(self, params, centred, ct):
-        d = ct * params
-        return jnp.sum(ct * centred, axis=0), d - d.mean(axis=0)
+        d = ct * params[None]
+        return jnp.sum(ct * centred, axis=0), d - d.mean(axis=0, keepdims=True)
 
 
 class Plain(jp.Layer):
@@ -41,10 +41,10 @@ class Plain(jp.Layer):
         return jnp.ones(x.shape[-1], x.dtype)
 
     def forward(self, params, x):
-        return x * params, x
+        return x * params[None], x
 
     def backward(self, params, x, ct):
-        return jnp.sum(ct * x, axis=tuple(range(x.ndim - 1))), ct * params
+        return jnp.sum(ct * x, axis=0), ct * params[None]
 
 
 def own_grads(net, loss, params, x, target):

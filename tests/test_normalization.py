@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from table import Around, Doubled, Row, at, relative_error
 from test_layers import by_hand, ct_for
 
 import jaxprop as jp
+from jaxprop.core.tree import learned
 
 LAYERS = [jp.LayerNorm(), jp.RMSNorm(), jp.GroupNorm(2), jp.BatchNorm()]
 layers = pytest.mark.parametrize("layer", LAYERS, ids=repr)
@@ -58,7 +60,8 @@ def test_constant_rows(layer):
     d_params, d_x = by_hand(layer, params, x, ct)
     assert not d_params.scale.any()
     assert jnp.isfinite(d_x).all()
-    assert jnp.abs(d_x).max() <= jnp.abs(ct * params.scale).max() * 2 / np.sqrt(layer.eps)
+    bound = jnp.abs(ct * jnp.expand_dims(params.scale, range(ct.ndim - 1))).max()
+    assert jnp.abs(d_x).max() <= bound * 2 / np.sqrt(layer.eps)
 
 
 @layers
@@ -358,12 +361,12 @@ def test_torch_batch_norm():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: jp.LayerNorm(eps=0.0), ValueError, "LayerNorm takes a positive eps, not 0.0"),
-        (lambda: jp.RMSNorm(eps="s"), TypeError, "RMSNorm takes eps as a number, not 's'"),
+        (lambda: jp.LayerNorm(eps=0.0), ValueError, "LayerNorm: eps must be positive, not 0.0"),
+        (lambda: jp.RMSNorm(eps="s"), TypeError, "RMSNorm: eps is a number, not 's'"),
         (lambda: jp.GroupNorm(2.0), TypeError, "GroupNorm: groups is a whole number"),
         (lambda: jp.GroupNorm(0), ValueError, "GroupNorm: groups is at least 1, not 0"),
-        (lambda: jp.BatchNorm(momentum=1.0), ValueError, r"a momentum in \[0, 1\), not 1.0"),
-        (lambda: jp.BatchNorm(momentum=True), TypeError, "momentum as a number, not True"),
+        (lambda: jp.BatchNorm(momentum=1.0), ValueError, "momentum is below 1, not 1.0"),
+        (lambda: jp.BatchNorm(momentum=True), TypeError, "momentum is a number, not True"),
         (lambda: jp.BatchNorm(training=1), TypeError, "training is True or False, not 1"),
         (lambda: y_of(jp.LayerNorm(), jnp.ones(3)), ValueError, r"write x\[None\]"),
         (lambda: y_of(jp.BatchNorm(), jnp.ones((2, 3), int)), TypeError, "floating x, not int64"),
@@ -403,3 +406,82 @@ def test_numbers_whose_squares_overflow(layer, size):
     assert relative_error((d_params, d_x * size), (expected[0], expected[1] * size)) <= 1e-4
     (_, of_x) = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, large)[1](ct)
     assert relative_error(of_x * size, expected[1] * size) <= 1e-4
+
+
+def in_parts(f, axes=("d",), **options):
+    """F of (params, x, target), with the batch split over these axes of a mesh of 4 by 2."""
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=kinds)
+    whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(axes)
+    specs = {"in_specs": (whole, split, split), "out_specs": whole}
+    return jax.jit(jax.shard_map(f, mesh=mesh, **specs, **options))
+
+
+PARTS = {"one axis": ("d", ("d",)), "two axes": (("d", "m"), ("d", "m"))}
+
+
+@pytest.mark.parametrize(("name", "axes"), PARTS.values(), ids=list(PARTS))
+def test_statistics_of_a_batch_in_parts_are_those_of_the_whole(name, axes):
+    """Gradients of every layer, the cotangent of x among them, and the running statistics."""
+    loss, devices = jp.CrossEntropy(), 4 if len(axes) == 1 else 8
+    norm = jp.BatchNorm(axis_name=name)
+    net = jp.chain(jp.Dense(4), norm, jp.Tanh(), jp.repeat(norm, 2), jp.Dense(3))
+    x, target = normal(16, 2, 5) * jnp.arange(1, 17.0)[:, None, None], jnp.arange(32) % 3
+    target = target.reshape(16, 2)
+    params, x = at(Row(net, x))
+
+    def step(params, x, target):
+        value, grads = jp.value_and_grad(net, loss)(params, x, target)
+        return value, learned(grads), jp.update_batch_stats(net, params, x)
+
+    def of_part(params, x, target):
+        value, grads, moved = step(params, x, target)
+        return jax.lax.pmean(value, axes), jax.tree.map(lambda g: g / devices, grads), moved
+
+    expected = jax.jit(step)(params, x, target)
+    value, grads, moved = in_parts(of_part, axes)(params, x, target)
+    chex.assert_trees_all_close((value, grads, moved), expected, rtol=1e-10, atol=1e-14)
+    by_jax = jp.autodiff(net, loss)(params, x, target)
+    chex.assert_trees_all_close((value, grads), learned(by_jax), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_batch_in_parts_is_said_to_be(check_vma):
+    loss, (params, x) = jp.HalfSquaredError(), at(Row(jp.BatchNorm(), normal(8, 3)))
+
+    def value_of(norm):
+        def f(params, x, target):
+            value = jp.value_and_grad(norm, loss)(params, x, target)[0]
+            return jax.lax.pmean(value, "d")
+
+        return in_parts(f, check_vma=check_vma)(params, x, jnp.zeros_like(x))
+
+    with pytest.raises(ValueError, match=r"in jax.shard_map over .*write axis_name=\('d'"):
+        value_of(jp.BatchNorm())
+    with pytest.raises(ValueError, match=r"has the axes \('d', 'm'\), and no 'data'"):
+        value_of(jp.BatchNorm(axis_name="data"))
+    with pytest.raises(TypeError, match="axis_name is a name, or several, not 3"):
+        jp.BatchNorm(axis_name=3)
+    whole = jp.loss_fn(jp.BatchNorm(), loss)(params, x, jnp.zeros_like(x))
+    np.testing.assert_allclose(value_of(jp.BatchNorm(axis_name="d")), whole, rtol=1e-12)
+    own = [jp.loss_fn(jp.BatchNorm(), loss)(params, part, 0 * part) for part in jnp.split(x, 4)]
+    np.testing.assert_allclose(value_of(jp.BatchNorm(axis_name=())), np.mean(own), rtol=1e-12)
+    assert value_of(jp.inference_mode(jp.BatchNorm())) > 0
+
+
+def test_an_axis_of_vmap_splits_the_batch_too():
+    norm = jp.BatchNorm(axis_name="d")
+    params, x = at(Row(norm, normal(8, 3)))
+    ct = normal(8, 3, seed=2)
+
+    def both(params, x, ct):
+        y, residuals = norm.forward(params, x)
+        return y, *norm.backward(params, residuals, ct)
+
+    y, d_params, d_x = both(params, x, ct)
+    split = (a.reshape(4, 2, 3) for a in (x, ct))
+    of_parts = jax.vmap(both, (None, 0, 0), axis_name="d")(params, *split)
+    np.testing.assert_allclose(of_parts[0].reshape(8, 3), y, rtol=1e-10)
+    np.testing.assert_allclose(of_parts[2].reshape(8, 3), d_x, rtol=1e-9, atol=1e-12)
+    summed = jax.tree.map(lambda leaf: leaf.sum(0), of_parts[1])
+    assert relative_error(summed, d_params) <= 1e-10

@@ -14,6 +14,7 @@ from hypothesis import given
 from table import LOSSES, TABLE, Row, at, first_of_their_kind, relative_error, row_id
 
 import jaxprop as jp
+from jaxprop.core.arrays import aligned
 from jaxprop.core.describe import structs
 from jaxprop.core.tree import learned
 
@@ -48,11 +49,12 @@ class Mixed(jp.Layer):
         return (jnp.ones(x.shape[-1], x.dtype), jnp.zeros(x.shape[-1], x.dtype))
 
     def forward(self, params, x):
-        return x * params[0] + params[1], x
+        scale, shift = (aligned(param, x) for param in params)
+        return x * scale + shift, x
 
     def backward(self, params, x, ct):
         axes = tuple(range(x.ndim - 1))
-        return (jnp.sum(x * ct, axes), jp.Sum(ct)), ct * params[0]
+        return (jnp.sum(x * ct, axes), jp.Sum(ct)), ct * aligned(params[0], ct)
 
 
 def normal(*shape):

@@ -1,19 +1,22 @@
 """Data parallel, fully sharded and tensor parallel: the same numbers, and what the devices tell."""
 
+import contextlib
 import math
 import re
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from table import relative_error
+from table import TABLE, Row, at, relative_error, row_id
 from test_examples import run
 
 import jaxprop as jp
+from jaxprop.core.tree import learned
 
 LOSS = jp.CrossEntropy()
 GPT = jp.models.gpt2(jp.models.Gpt2Config(vocab=24, length=4, features=16, heads=2, layers=2))
@@ -307,6 +310,75 @@ def test_data_parallel_on_an_explicit_mesh(name, fused):
         start = jax.device_put(start, over(mesh=mesh))
         got = update(*start, *jax.device_put((x, target), over("data", mesh=mesh)))
     assert relative_error(got, expected) <= 1e-10
+
+
+IMAGES = jp.chain(
+    jp.Conv(4, groups=2), jp.MaxPool(), jp.ConvTranspose(2), jp.Conv(3), jp.Flatten(), jp.Dense(3)
+)
+RECURRENT = jp.chain(
+    jp.Embedding(7, 4), jp.LayerNorm(), jp.Lstm(6), jp.Attention(1), jp.Gru(3), jp.frozen(jp.Rnn(2))
+)
+EXPLICIT = [
+    Row(MLP, np.random.default_rng(0).normal(size=(3, 16))),
+    Row(IMAGES, np.random.default_rng(0).normal(size=(3, 4, 4, 2))),
+    Row(RECURRENT, np.random.default_rng(0).integers(0, 7, (3, 5))),
+]
+
+
+@pytest.mark.parametrize(
+    "within", ["a context", pytest.param("no context", marks=pytest.mark.full)]
+)
+@pytest.mark.parametrize(
+    "row", [*EXPLICIT, *(pytest.param(row, marks=pytest.mark.full) for row in TABLE)], ids=row_id
+)
+def test_every_quantity_on_an_explicit_mesh(row, within):
+    net, (params, x) = row.layer, at(row)
+    x = jnp.resize(x, (4, *x.shape[1:]))
+    y, _ = jax.eval_shape(net.forward, params, x)
+    target = jnp.asarray(np.random.default_rng(1).uniform(size=y.shape))
+    key, loss, asked = jax.random.key(2), jp.HalfSquaredError(), {}
+    if jax.tree.leaves(learned(params)) and not net.batch_coupled:
+        asked = {
+            "grads": jp.Gradient(),
+            "each": jp.PerExampleGrads(),
+            "norms": jp.SqNorms(),
+            "gram": jp.Gram(),
+            "variance": jp.Variance(),
+            "noise": jp.NoiseScale(),
+            "clipped": jp.Clipped(0.3, 1.0),
+            "in two passes": jp.Clipped(0.3, two_pass=True),
+            "diagonal": jp.DiagGGN(),
+            "root": jp.GGNRoot(),
+        }
+        if row is EXPLICIT[0]:
+            asked["kronecker"] = jp.KroneckerFactors()
+    updates = [
+        jp.make_update(net, loss, optax.sgd(0.1), fused=fused, max_norm=0.3, donate=False)
+        for fused in (False, True)
+    ]
+
+    @jax.jit
+    def f(params, x, target):
+        results = {
+            "value_and_grad": jp.value_and_grad(net, loss)(params, x, target, key=key),
+            "updates": [it(params, it.init(params), x, target, key) for it in updates],
+        }
+        if asked:
+            together = jp.quantities(net, loss, **asked)
+            results |= together(params, x, target, key=key)
+            in_parts = jp.per_example_sq_norms(net, loss, micro_batches=2)
+            results["in parts"] = in_parts(params, x, target, key=key)
+        return results
+
+    expected = f(params, x, target)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh) if within == "a context" else contextlib.nullcontext():
+        placed = jax.device_put(params, over(mesh=mesh))
+        got = f(placed, *jax.device_put((x, target), over("data", mesh=mesh)))
+    chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
+    if asked:
+        assert not got["norms"].sharding.is_fully_replicated
+        assert jax.tree.leaves(learned(got["grads"]))[0].sharding.is_fully_replicated
 
 
 def test_rules():

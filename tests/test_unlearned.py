@@ -302,7 +302,7 @@ def test_frozen_layers_take_side_inputs_and_dtypes():
         jp.chain(jp.skip(block), jp.Dense(2)),
     )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 4)))
-    mask = jnp.arange(5) < jnp.array([[5], [3], [2]])
+    mask = jnp.arange(5)[None] < jnp.array([[5], [3], [2]])
     params, target = net.init(jax.random.key(0), x), jnp.ones((3, 5, 2))
     whole = plain.init(jax.random.key(0), x)
     got = jax.jit(jp.value_and_grad(net, LOSS))(params, x, target, key=KEY, mask=mask)

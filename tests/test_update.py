@@ -319,7 +319,7 @@ def test_a_mask_goes_into_the_seats(fused):
     net = jp.chain(jp.repeat(jp.skip(jp.chain(jp.Dense(3 * D), jp.Attention(2))), 2), jp.Dense(3))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, D)))
     params = net.init(jax.random.key(0), x)
-    mask = jnp.arange(5) < jnp.array([5, 2, 3, 1])[:, None]
+    mask = jnp.arange(5)[None] < jnp.array([5, 2, 3, 1])[:, None]
     target = jnp.where(mask, 1, -1)
     _, grads = jp.value_and_grad(net, LOSS)(net.bind(params, mask=mask), x, target)
     expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
@@ -591,3 +591,25 @@ def test_a_maker_of_something_else_is_refused():
         update(params, update.init(params), x, target)
     with pytest.raises(TypeError, match=r"state is None: start from state = update\.init"):
         update(params, None, x, target)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_state_of_another_net_or_optimizer_is_named(fused):
+    net, x, target = jp.chain(jp.Dense(3), jp.Dense(2)), jnp.ones((4, 5)), jnp.ones((4, 2))
+    loss, adam = jp.HalfSquaredError(), optax.adam(1e-2)
+    params = net.init(jax.random.key(0), x)
+    update = jp.make_update(net, loss, adam, fused=fused, donate=False)
+    wider = jp.chain(jp.Dense(7), jp.Dense(2)).init(jax.random.key(0), x)
+    momentum = optax.sgd(1, 0.9)
+    of_wider = r"state\[0\]\.mu\[0\]\.w is of shape \(5, 7\), but for this .* of shape \(5, 3\)"
+    wrong = {
+        of_wider: adam.init(wider),
+        r"state\[0\]\.count is missing, but .*; start from state": momentum.init(params),
+        r"state\[0\]\.mu\[1\]\.w is missing": adam.init(params[:1]),
+        r"state\[0\]\.count is missing, .* it is of shape \(\)": (),
+    }
+    for match, state in wrong.items():
+        with pytest.raises(TypeError, match=match):
+            update(params, state, x, target)
+    with pytest.raises(ValueError, match=r"Dense\(3\): params\.w has shape"):
+        update(wider, update.init(wider), x, target)

@@ -282,7 +282,7 @@ def test_what_is_of_an_example_alone_is_its_own_and_0_for_padding():
     f = jp.quantities(net, loss, **asked)
     padded, own = f(params, spoilt(x), target, weights=weights), f(params, x, target)
     assert relative_error(padded["norms"], jnp.where(weights, own["norms"], 0)) <= CLOSE
-    both = weights[:, None] & weights
+    both = weights[:, None] & weights[None]
     assert relative_error(padded["gram"], jnp.where(both, own["gram"], 0)) <= CLOSE
     for name, axis in (("grads", 0), ("root", 1)):
         for got, want in zip(*map(jax.tree.leaves, (padded[name], own[name])), strict=True):

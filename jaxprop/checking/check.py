@@ -10,10 +10,12 @@ from jax import Array
 from jax.tree_util import keystr
 
 from jaxprop.checking.differences import differences_of
-from jaxprop.checking.oracles import ORACLES, Drawn, backward_of, by_oracles, d_name
+from jaxprop.checking.oracles import ONE_BY_ONE, ORACLES, Drawn, backward_of, by_oracles, d_name
 from jaxprop.checking.points import float64, is_floating, normal, with_noise
-from jaxprop.core.checks import require
+from jaxprop.core.checks import check_number, require
 from jaxprop.core.combinator import Combinator
+from jaxprop.core.coupling import coupled, couples
+from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
@@ -58,13 +60,14 @@ def check_layer(
         AssertionError: for the first disagreement. The message names the layer, the leaf
             (``d_params.w``), the index of the worst element, both values and the relative error.
         TypeError: for a layer, x or params that cannot be checked, such as complex numbers.
-        ValueError: if neither params nor x hold floats.
+        ValueError: if neither params nor x hold floats, and for x without an example.
 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
         >>> jp.check_layer(jp.Dense(3), jnp.ones((4, 2)))
     """
     require(layer, Layer, "check_layer: layer")
+    check_number("check_layer: rtol", rtol)
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
         x = float64("x", x)
@@ -74,6 +77,8 @@ def check_layer(
         params = float64("params", params)
         if not any(leaf.size and is_floating(leaf) for leaf in jax.tree.leaves((params, x))):
             raise ValueError(f"{layer}: nothing to check, neither params nor x hold floats")
+        if not all(leaf.ndim and len(leaf) for leaf in jax.tree.leaves(x)):
+            raise ValueError(f"check_layer takes x of at least one example, not {shapes(x)}")
         y, residuals = layer.forward(params, x)
         examples = len(jax.tree.leaves(x)[0])
         _check_forward(layer, y, residuals, examples)
@@ -87,7 +92,12 @@ def check_layer(
             expected = expected_of(params, x, ct, drawn)
             for words in ORACLES:
                 if words in expected.answers:
-                    _compare(layer, got, expected.answers[words], words, rtol, ct)
+                    try:
+                        _compare(layer, got, expected.answers[words], words, rtol, ct)
+                    except AssertionError as error:
+                        if words == ONE_BY_ONE and couples(layer, params, x):
+                            raise AssertionError(f"{error}. {coupled(layer)}") from None
+                        raise
             if expected.shares is not None and expected.squares is not None:
                 (shares, alone), (squares, moments) = expected.shares, expected.squares
                 _compare(layer, shares, alone, "each example alone", rtol, ct, by_example=True)

@@ -62,10 +62,11 @@ class Expected(NamedTuple):
 
 
 JIT = "itself under jit"
+ONE_BY_ONE = "its examples one by one"
 ORACLES = (
     "jax.vjp of forward",
     "linearity in ct",
-    "its examples one by one",
+    ONE_BY_ONE,
     JIT,
     "itself under lax.scan",
 )
@@ -91,7 +92,7 @@ def by_oracles(layer: Layer, params: Params, x: PyTree, ct: Cotangent, drawn: Dr
     if layer.batch_coupled:
         return Expected(answers, None, None)
     each = _each_alone(layer, params, x, ct)
-    answers["its examples one by one"] = {
+    answers[ONE_BY_ONE] = {
         "params": jax.tree.map(lambda d: d.sum(0), each["params"]),
         "x": jax.tree.map(lambda d: d[:, 0], each["x"]),
     }
@@ -147,10 +148,7 @@ def _cotangents(
     layer: Layer, params: Params, x: PyTree, residuals: Residuals, ct: Cotangent
 ) -> tuple[Cotangent, Answer]:
     """Return d_params with its forms, and the cotangents with forms summed."""
-    result = layer.backward(params, residuals, ct)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise AssertionError(f"{layer}: backward returns {shapes(result)}, not (d_params, d_x)")
-    d_params, d_x = result
+    d_params, d_x = layer.backward(params, residuals, ct)
     d_params = learned_cotangents(params, d_params)
     return d_params, in_form(layer, params, x, summed(d_params), d_x)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.arrays import empty_like, rounded, wide
-from jaxprop.core.checks import require
+from jaxprop.core.checks import given, require
 from jaxprop.core.combinator import Wrapper, map_layers
 from jaxprop.core.describe import structs
 from jaxprop.core.layer import Layer
@@ -70,8 +70,18 @@ def cast(net: Layer, dtype: Any) -> Layer:
         net: the network.
         dtype: a floating dtype; others raise ``TypeError``.
     """
-    require(net, Layer, "cast")
-    name = jnp.dtype(dtype).name
-    if not jnp.issubdtype(name, jnp.floating):
-        raise TypeError(f"cast takes a floating dtype, not {name}")
+    require(net, Layer, "cast: net")
+    name = _floating(dtype)
     return map_layers(net, lambda layer: Cast(layer, name))
+
+
+def _floating(dtype: Any) -> str:
+    """Return the name of a floating dtype; NumPy reads None as float64."""
+    try:
+        name = "None" if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = given(dtype)
+    else:
+        if dtype is not None and jnp.issubdtype(name, jnp.floating):
+            return name
+    raise TypeError(f"cast takes a floating dtype, not {name}; write jnp.bfloat16, say")

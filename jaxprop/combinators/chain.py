@@ -43,6 +43,7 @@ class Chain(Several):
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:
         self.check_places(place)
+        self.check_residuals(residuals)
         visited = []
         steps = list(enumerate(zip(self.layers, place, residuals, strict=True)))
         for index, (layer, p, r) in reversed(steps):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 from jax import Array
 
-from jaxprop.core.checks import require
 from jaxprop.core.combinator import Combinator, Wrapper
 from jaxprop.core.layer import Layer
 from jaxprop.core.step import Visit
@@ -19,9 +18,6 @@ class Frozen(Wrapper, Combinator):
     Attributes:
         layer: f.
     """
-
-    def __post_init__(self) -> None:
-        require(self.layer, Layer, "frozen")
 
     def __repr__(self) -> str:
         return f"frozen({self.layer!r})"

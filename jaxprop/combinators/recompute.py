@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 from jax import Array
 
-from jaxprop.core.checks import require
 from jaxprop.core.combinator import Combinator, Wrapper
 from jaxprop.core.layer import Layer
 from jaxprop.core.step import Visit, params_of
@@ -23,9 +22,6 @@ class Recompute(Wrapper, Combinator):
     Attributes:
         layer: f.
     """
-
-    def __post_init__(self) -> None:
-        require(self.layer, Layer, "recompute")
 
     def __repr__(self) -> str:
         return f"recompute({self.layer!r})"

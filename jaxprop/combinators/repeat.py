@@ -14,6 +14,7 @@ from jaxprop.core.child import Child
 from jaxprop.core.combinator import Combinator, in_layer, over_layers
 from jaxprop.core.describe import shapes, structs
 from jaxprop.core.layer import Layer
+from jaxprop.core.residuals import OfLayers, residual_axes
 from jaxprop.core.step import Replacing, Visit
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
@@ -44,7 +45,7 @@ class Repeat(Combinator):
         return (Child(self.layer, None, self.times),)
 
     def init(self, key: Array, x: PyTree) -> Params:
-        return jax.vmap(lambda key: self.layer.init(key, x))(jax.random.split(key, self.times))
+        return self.init_with_output(key, x)[0]
 
     def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
         def one(key: Array) -> Params:
@@ -75,6 +76,7 @@ class Repeat(Combinator):
         def back(ct: Cotangent, step: tuple[Array, Params, Distinct]) -> tuple[Cotangent, Visited]:
             index, params, here = step
             visited, d_x = self.layer.walk(params, here.tree(kept.before(index, first)), ct, visit)
+            self._check_d_x(ct, d_x)
             return d_x, visited
 
         steps = jnp.arange(self.times), place, kept
@@ -111,6 +113,7 @@ class Repeat(Combinator):
             stack = write(stack, late, jnp.minimum(index + 1, self.times - 1))
             saved = here.tree(kept.before(index, first))
             late, d_x = self.layer.walk(read(stack, index), saved, ct, visit)
+            self._check_d_x(ct, d_x)
             return (stack, late, d_x), None
 
         carry = places, read(places, self.times - 1), ct
@@ -128,10 +131,17 @@ class Repeat(Combinator):
                 f"the next{hint}"
             )
 
+    def _check_d_x(self, ct: Cotangent, d_x: Cotangent) -> None:
+        if shapes(d_x) != shapes(ct):
+            raise ValueError(
+                f"{self}: backward of the layer returns {shapes(d_x)} for its d_x, but its x is "
+                f"{shapes(ct)}"
+            )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Distinct:
+class Distinct(OfLayers):
     """The residuals of a layer, or of a stack of them, each array once.
 
     Two parts of a layer often save the same array. And where it saves its x and its y, its x is the
@@ -142,12 +152,14 @@ class Distinct:
         places: for each leaf of the residuals, which of them it is; -1 for an x that is not kept.
         structure: that of the residuals.
         y: which of them is y, where x is not kept; else None.
+        axes: for each leaf, the axis of the examples in the residuals of one layer.
     """
 
     leaves: tuple[Array, ...]
     places: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     structure: Any = dataclasses.field(metadata={"static": True})
     y: int | None = dataclasses.field(metadata={"static": True})
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, residuals: Residuals, x: PyTree, y: PyTree) -> Distinct:
@@ -159,7 +171,13 @@ class Distinct:
             del distinct[id(x)]
         place = {key: index for index, key in enumerate(distinct)}
         places = tuple(place.get(id(leaf), -1) for leaf in leaves)
-        return cls(tuple(distinct.values()), places, structure, place[id(y)] if twice else None)
+        where = dict(zip(map(id, leaves), jax.tree.leaves(residual_axes(residuals)), strict=True))
+        axes = tuple(where[key] for key in distinct)
+        of_y = place[id(y)] if twice else None
+        return cls(tuple(distinct.values()), places, structure, of_y, axes)
+
+    def axes_of_examples(self) -> Distinct:
+        return dataclasses.replace(self, leaves=tuple(axis + 1 for axis in self.axes))
 
     def before(self, index: Array, first: PyTree) -> PyTree:
         """Return the x of one layer of a stack, the y of the layer before, where it is not kept.

@@ -9,7 +9,7 @@ from jaxprop.core.child import Child
 from jaxprop.core.combinator import Combinator
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
-from jaxprop.core.types import Params, PyTree
+from jaxprop.core.types import Params, PyTree, Residuals
 
 
 class Several(Combinator):
@@ -33,6 +33,13 @@ class Several(Combinator):
 
     def init(self, key: Array, x: PyTree) -> Params:
         return self.init_with_output(key, x)[0]
+
+    def check_residuals(self, residuals: Residuals) -> None:
+        """Raise ``ValueError`` unless residuals are a tuple of the right length."""
+        if type(residuals) is not tuple or len(residuals) != len(self.layers):
+            raise ValueError(
+                f"{self} takes the residuals that its forward returned, not {shapes(residuals)}"
+            )
 
     def check_places(self, params: Params) -> None:
         """Raise ``ValueError`` unless params are a tuple of the right length."""

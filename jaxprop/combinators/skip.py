@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from jax import Array
 
-from jaxprop.core.checks import require
 from jaxprop.core.combinator import Combinator, Wrapper
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
@@ -19,11 +18,11 @@ class Skip(Wrapper, Combinator):
         layer: f.
     """
 
-    def __post_init__(self) -> None:
-        require(self.layer, Layer, "skip")
-
     def __repr__(self) -> str:
         return f"skip({self.layer!r})"
+
+    def init(self, key: Array, x: PyTree) -> Params:
+        return self.init_with_output(key, x)[0]
 
     def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
         params, y = self.layer.init_with_output(key, x)

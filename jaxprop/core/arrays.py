@@ -8,16 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, core, errors
 
 from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.types import PyTree
+
+_OPEN = "InconclusiveDimensionOperation"  # in jax.errors, and in older JAX in jax.core
+_INCONCLUSIVE: Any = getattr(errors if hasattr(errors, _OPEN) else core, _OPEN)
 
 
 def wide(x: Array) -> Array:
     """Return x in at least float32, where it is floating."""
     narrow = x.dtype.itemsize < 4 and jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.float32) if narrow else x
+
+
+def aligned(v: Array, x: Array) -> Array:
+    """Return v, whose axes are the last ones of x, with an axis of length 1 for each other of x.
+
+    It is what NumPy's broadcasting does unasked, and ``jax.numpy_rank_promotion`` may forbid.
+    """
+    return jax.lax.expand_dims(v, range(x.ndim - v.ndim))
 
 
 def on_device(leaf: Any) -> Any:
@@ -28,21 +39,36 @@ def on_device(leaf: Any) -> Any:
     """
     if not isinstance(leaf, np.ndarray):
         return leaf
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-    if leaf.size and jnp.issubdtype(dtype, jnp.integer) and dtype != leaf.dtype:
-        least, most = leaf.min(), leaf.max()
-        if least < jnp.iinfo(dtype).min or most > jnp.iinfo(dtype).max:
-            raise ValueError(
-                f"an array of {leaf.dtype} holds {most if most > -least else least}, which does "
-                f"not fit into {dtype}; jax_enable_x64 is off"
-            )
+    check_fit(leaf)
     return jnp.asarray(leaf)
 
 
-def scaled(x: Array, scale: float | Array) -> Array:
-    """Return x times the scale, in at least float32, where the scale does not overflow."""
-    x = wide(x)
-    return x * (scale.astype(x.dtype) if isinstance(scale, Array) else scale)
+def check_fit(tree: PyTree) -> None:
+    """Raise for a NumPy array that JAX does not take, or takes in a dtype that is too narrow.
+
+    Raises:
+        TypeError: for an array of anything but numbers and bools.
+        ValueError: for integers that would wrap around.
+    """
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not isinstance(leaf, np.ndarray):
+            continue
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "an array"
+        if leaf.dtype.kind in "OSUmM":
+            raise TypeError(f"{name} is of {leaf.dtype}, where JAX takes numbers and bools")
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        if leaf.size and jnp.issubdtype(dtype, jnp.integer) and dtype != leaf.dtype:
+            least, most = leaf.min(), leaf.max()
+            if least < jnp.iinfo(dtype).min or most > jnp.iinfo(dtype).max:
+                raise ValueError(
+                    f"{name} of {leaf.dtype} holds {most if most > -least else least}, which does "
+                    f"not fit into {dtype}; jax_enable_x64 is off"
+                )
+
+
+def scalar_of(scale: float | Array, x: Array) -> float | Array:
+    """Return a scalar in x's dtype, or a Python number as it is."""
+    return scale.astype(x.dtype) if isinstance(scale, Array) else scale
 
 
 def of_indices(ids: Array) -> Array:
@@ -58,6 +84,18 @@ def rounded(tree: PyTree, dtype: Any) -> PyTree:
         return jnp.asarray(leaf).astype(dtype) if floating else leaf
 
     return jax.tree.map(narrow, tree)
+
+
+def known(holds: Callable[[], bool]) -> bool:
+    """Return whether a comparison of sizes is known to hold.
+
+    In ``jax.export`` a size may be a symbol, of which the answer is open: it is then False. What is
+    chosen by it must be right either way.
+    """
+    try:
+        return bool(holds())
+    except _INCONCLUSIVE:
+        return False
 
 
 def weighted(x: Array, weights: Array) -> Array:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jaxprop.core.describe import shapes
+from jaxprop.core.describe import is_array, shapes
 from jaxprop.core.types import PyTree
 
 REAL = ("real floating", "integral")
@@ -28,7 +30,30 @@ def require(value: object, kind: type, where: str) -> None:
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(f"{where} is the class {value.__name__}; write {value.__name__}(...)")
     if not isinstance(value, kind):
-        raise TypeError(f"{where} is not a {kind.__name__} but {value!r}")
+        raise TypeError(f"{where} is not a {kind.__name__} but {given(value)}")
+
+
+def given(value: object) -> str:
+    """Return an argument in words, with dtypes and shapes in the place of arrays."""
+    array = is_array(value) and value.shape  # pyright: ignore[reportAttributeAccessIssue]
+    plain = jax.tree_util.all_leaves([value]) and not array
+    return repr(value) if plain else shapes(value)
+
+
+def check_key(name: str, key: object) -> None:
+    """Raise unless key is one key, of ``jax.random.key`` or of ``jax.random.PRNGKey``.
+
+    Raises:
+        TypeError: for what is not a key.
+        ValueError: for an array of keys. Both messages begin with name.
+    """
+    dtype, axes = getattr(key, "dtype", None), getattr(key, "shape", ())
+    if dtype == jnp.uint32 and len(axes):
+        axes = axes[:-1]
+    elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{name}: key is a key such as jax.random.key(0), not {given(key)}")
+    if axes:
+        raise ValueError(f"{name}: key is one key, not an array of them, {shapes(key)}")
 
 
 def is_whole(value: object) -> bool:
@@ -36,17 +61,17 @@ def is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise unless value is a whole number of at least 1.
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise unless value is a whole number, and not below the least.
 
     Raises:
         TypeError: for what is not a whole number.
-        ValueError: for one below 1. Both messages begin with name.
+        ValueError: for one that is too small. Both messages begin with name.
     """
     if not is_whole(value):
-        raise TypeError(f"{name} is a whole number, not {value!r}")
-    if value < 1:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{name} is at least 1, not {value}")
+        raise TypeError(f"{name} is a whole number, not {given(value)}")
+    if value < least:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"{name} is at least {least}, not {value}")
 
 
 def check_counts(layer: object, *fields: str) -> None:
@@ -58,18 +83,23 @@ def check_counts(layer: object, *fields: str) -> None:
 def check_flags(layer: object, *fields: str) -> None:
     """Raise ``TypeError`` unless each field of the layer is a bool."""
     for field in fields:
-        value = getattr(layer, field)
-        if not isinstance(value, bool):
-            raise TypeError(f"{type(layer).__name__}: {field} is True or False, not {value!r}")
+        check_flag(f"{type(layer).__name__}: {field}", getattr(layer, field))
 
 
-def check_number(name: str, value: object, *, positive: bool = False) -> None:
+def check_flag(name: str, value: object) -> None:
+    """Raise ``TypeError``, whose message begins with name, unless value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {given(value)}")
+
+
+def check_number(name: str, value: object, *, positive: bool = False, finite: bool = False) -> None:
     """Raise unless value is a number that is not negative, or a scalar array of such a one.
 
     Args:
         name: the argument's name, with which a message begins.
         value: the argument. What it is in a traced program is not known.
         positive: whether 0 is refused too.
+        finite: whether infinity is refused too.
 
     Raises:
         TypeError: for what is not a number.
@@ -78,12 +108,21 @@ def check_number(name: str, value: object, *, positive: bool = False) -> None:
     dtype = getattr(value, "dtype", None)
     number = isinstance(value, Real) if dtype is None else jnp.isdtype(dtype, REAL)
     if isinstance(value, bool) or not number or getattr(value, "shape", ()) != ():
-        raise TypeError(f"{name} is a number, not {value!r}")
+        raise TypeError(f"{name} is a number, not {given(value)}")
     if isinstance(value, Tracer):
         return
     if not (value > 0 if positive else value >= 0):  # pyright: ignore[reportOperatorIssue]
         must = "must be positive" if positive else "must not be negative"
         raise ValueError(f"{name} {must}, not {value}")
+    if finite and not value < math.inf:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"{name} must be finite, not {value}")
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise unless value is a number from 0 to below 1, as ``check_number`` does."""
+    check_number(name, value)
+    if not value < 1:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"{name} is below 1, not {value}")
 
 
 def check_values(words: str, values: Array | np.ndarray, right: Callable[[Any], Any]) -> None:

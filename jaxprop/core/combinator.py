@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.checks import require
 from jaxprop.core.child import Child
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Repeated, is_factored
@@ -130,6 +131,9 @@ class Wrapper(Layer):
     transparent: ClassVar[bool] = False
     hands_down_types = True
 
+    def __post_init__(self) -> None:
+        require(self.layer, Layer, type(self).__name__.lower())
+
     def children(self) -> tuple[Child, ...]:
         return (Child(self.layer, None),)
 
@@ -200,6 +204,7 @@ def stack_depths(net: Layer, params: Params, depth: int = 0) -> PyTree:
     """Return, for each learned param, in how many ``repeat`` its layer lies: its axes of layers."""
     depths = jax.tree.map(lambda _: depth, learned(params))
     if isinstance(net, Combinator):
+        net.check_places(params)
         for child in net.children():
             deeper = depth + (child.times is not None)
             inner = stack_depths(child.layer, child.of(params), deeper)

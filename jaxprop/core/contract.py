@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.arrays import on_device
-from jaxprop.core.describe import shapes, structs
+from jaxprop.core.checks import check_key
+from jaxprop.core.describe import is_array, shapes, structs
 from jaxprop.core.tree import arrays, bare, typed
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
@@ -48,21 +49,45 @@ def held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not self.hands_down_types and typed(jax.tree.structure(params)):
             params = arrays(params)
         result = forward(self, params, x)
-        if not isinstance(result, tuple) or len(result) != 2:
+        pair = isinstance(result, tuple) and len(result) == 2
+        if not pair or not jax.tree.leaves(result[0]) or not _of_arrays(result[0]):
             raise TypeError(f"{self}: forward returns {shapes(result)}, not (y, residuals)")
         return result
 
     return held
 
 
-def of_arrays(backward: Callable[..., Any]) -> Callable[..., Any]:
+def held_to_pair(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
-    def of(self: Layer, params: Params, residuals: Residuals, ct: Cotangent) -> Any:
+    def held(self: Layer, params: Params, residuals: Residuals, ct: Cotangent) -> Any:
+        if not _of_arrays(ct):
+            raise TypeError(f"{self}: backward takes ct as an array, not {shapes(ct)}")
         if not self.hands_down_types and typed(jax.tree.structure(params)):
             params = arrays(params)
-        return backward(self, params, residuals, ct)
+        try:
+            result = backward(self, params, residuals, ct)
+        except Exception as error:
+            if not self.hands_down_types:
+                error.add_note(f"in backward of {self}, of the ct {shapes(ct)}")
+            raise
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"{self}: backward returns {shapes(result)}, not (d_params, d_x)")
+        return result
 
-    return of
+    return held
+
+
+def held_to_key(init: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(init)
+    def held(self: Layer, key: Array, x: PyTree) -> Any:
+        check_key(f"{type(self).__name__}.init", key)
+        return init(self, key, x)
+
+    return held
+
+
+def _of_arrays(tree: PyTree) -> bool:
+    return all(map(is_array, jax.tree.leaves(tree)))
 
 
 class _Expected(NamedTuple):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import scaled
+from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, Stacked, is_factored
+from jaxprop.core.forms import Factored, Repeated, Stacked, is_factored
 from jaxprop.core.mesh import like
+from jaxprop.core.residuals import check_residuals, residual_axes
 from jaxprop.core.step import Step
 from jaxprop.core.tree import axes_of_examples, learned_cotangents, of_one_example
 from jaxprop.core.types import Cotangent, Params, PyTree
@@ -41,7 +42,7 @@ def gradient(step: Step, scale: float | Array = 1.0) -> Params:
     totals = summed(step.d_params)
     params = held(step, totals)
     if not isinstance(scale, int | float) or scale != 1:
-        totals = jax.tree.map(lambda total: scaled(total, 1 / scale), totals)
+        totals = jax.tree.map(lambda total: wide(total) / scalar_of(scale, wide(total)), totals)
     return jax.tree.map(like, params, totals)
 
 
@@ -61,6 +62,7 @@ def factored(step: Step) -> Cotangent:
             "and no per-example quantity exists"
         )
     params = held(step, jax.eval_shape(summed, step.d_params))
+    _check_examples(step)
     leaves = jax.tree.leaves(step.d_params, is_leaf=is_factored)
     if all(map(is_factored, leaves)):
         return step.d_params
@@ -71,15 +73,33 @@ def factored(step: Step) -> Cotangent:
 
 def _each(step: Step) -> Cotangent:
     """Return d_params of every example alone, behind an example axis."""
+    axes = residual_axes(step.residuals)
+    check_residuals(step.layer, step.residuals, jax.tree.leaves(step.ct)[0].shape[0])
 
     def alone(params: Params, residuals: PyTree, ct: PyTree) -> Cotangent:
         params = of_one_example(params)
-        residuals, ct = jax.tree.map(lambda leaf: leaf[None], (residuals, ct))
+        residuals = jax.tree.map(jnp.expand_dims, residuals, axes)
+        ct = jax.tree.map(lambda leaf: leaf[None], ct)
         d_params, _ = step.layer.backward(params, residuals, ct)
         return summed(learned_cotangents(params, d_params))
 
-    each = jax.vmap(alone, (axes_of_examples(step.params), 0, 0))
+    each = jax.vmap(alone, (axes_of_examples(step.params), axes, 0))
     return each(step.params, step.residuals, step.ct)
+
+
+def _check_examples(step: Step) -> None:
+    """Raise ``ValueError`` for a form with a factor whose axis 0 is not the example."""
+    examples = jax.tree.leaves(step.ct)[0].shape[0]
+    for path, form in jax.tree.leaves_with_path(step.d_params, is_leaf=is_factored):
+        axis = 0
+        while isinstance(form, Repeated):
+            form, axis = form.form, axis + 1
+        for factor in jax.tree.leaves(form) if is_factored(form) else ():
+            if factor.shape[axis : axis + 1] != (examples,):
+                raise ValueError(
+                    f"{step.layer}: d_params{jax.tree_util.keystr(path)} is {shapes(form)}, but "
+                    f"axis {axis} of each factor is the example, of which there are {examples}"
+                )
 
 
 def held(step: Step, totals: Cotangent) -> Params:
@@ -92,19 +112,20 @@ def held(step: Step, totals: Cotangent) -> Params:
     params = step.learned
     if jax.tree.structure(params) != jax.tree.structure(totals):
         raise ValueError(
-            f"d_params has another structure than params: {shapes(totals)}, for {shapes(params)}"
+            f"{step.layer}: d_params has another structure than params: {shapes(totals)}, for "
+            f"{shapes(params)}"
         )
     names = jax.tree.leaves_with_path(params)
     for (path, param), d_param in zip(names, jax.tree.leaves(totals), strict=True):
         name = jax.tree_util.keystr(path)
         if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
             raise TypeError(
-                f"params{name} is {jnp.result_type(param)}: no gradient by it exists; an array "
-                "that is not learned is marked in init, by jp.Unlearned(array)"
+                f"{step.layer}: params{name} is {jnp.result_type(param)}: no gradient by it "
+                "exists; an array that is not learned is marked in init, by jp.Unlearned(array)"
             )
         if jnp.shape(d_param) != jnp.shape(param):
             raise ValueError(
-                f"d_params{name} has shape {jnp.shape(d_param)}, but params{name} has "
-                f"{jnp.shape(param)}"
+                f"{step.layer}: d_params{name} has shape {jnp.shape(d_param)}, but params{name} "
+                f"has {jnp.shape(param)}"
             )
     return params

@@ -17,11 +17,16 @@ def shapes(tree: PyTree) -> str:
         __repr__ = str.__str__
 
     def short(leaf: Any) -> Shape:
-        if not hasattr(leaf, "dtype"):
+        if not is_array(leaf):
             return Shape(f"{type(leaf).__name__} {leaf!r}")
         return Shape(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]")
 
     return repr(jax.tree.map(short, tree))
+
+
+def is_array(leaf: object) -> bool:
+    """Return whether a leaf has a shape and a dtype, as arrays and their structs do."""
+    return isinstance(getattr(leaf, "shape", None), tuple) and hasattr(leaf, "dtype")
 
 
 def structs(x: PyTree) -> PyTree:
@@ -32,7 +37,7 @@ def structs(x: PyTree) -> PyTree:
     """
 
     def struct(leaf: Any) -> jax.ShapeDtypeStruct:
-        if not hasattr(leaf, "dtype"):
+        if not is_array(leaf):
             raise TypeError(f"x must be an array, not {shapes(x)}")
         numpy = isinstance(leaf, np.ndarray)
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype) if numpy else leaf.dtype

@@ -16,8 +16,9 @@ import jax
 from jax import Array
 
 from jaxprop.core.arrays import rounded
+from jaxprop.core.checks import require
 from jaxprop.core.child import Child
-from jaxprop.core.contract import check_params, held_to_init, of_arrays
+from jaxprop.core.contract import check_params, held_to_init, held_to_key, held_to_pair
 from jaxprop.core.describe import structs
 from jaxprop.core.side_inputs import bound, check_side_inputs
 from jaxprop.core.static import Static
@@ -69,11 +70,16 @@ class Layer(Static):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        forward, backward = vars(cls).get("forward"), vars(cls).get("backward")
-        if forward is not None and not getattr(forward, "__isabstractmethod__", False):
-            cls.forward = held_to_init(forward)
-        if backward is not None and not getattr(backward, "__isabstractmethod__", False):
-            cls.backward = of_arrays(backward)
+        contract = {
+            "init": held_to_key,
+            "init_with_output": held_to_key,
+            "forward": held_to_init,
+            "backward": held_to_pair,
+        }
+        for name, held in contract.items():
+            method = vars(cls).get(name)
+            if method is not None and not getattr(method, "__isabstractmethod__", False):
+                setattr(cls, name, held(method))
 
     def init(self, key: Array, x: PyTree) -> Params:
         """Return params for inputs like x.
@@ -152,7 +158,8 @@ class Layer(Static):
         """Whether an example's y depends on the batch's other examples.
 
         It then has no gradient of its own, and per-example quantities raise. A layer that couples
-        them says so (``batch_coupled = True``, or a property); one that holds another is asked.
+        them says so (``batch_coupled = True``, or a property); one that holds another is asked. One
+        that does not say so is tried on two examples where it matters, and may be found out.
         """
         return any(child.layer.batch_coupled for child in self.children())
 
@@ -211,6 +218,8 @@ def layers_in_fields(layer: Layer) -> Iterator[Layer]:
     def within(value: object) -> Iterator[Layer]:
         if isinstance(value, Layer):
             yield value
+        elif isinstance(value, type) and issubclass(value, Layer):
+            require(value, Layer, f"{type(layer).__name__}: {field.name}")
         elif isinstance(value, tuple):
             for each in value:
                 yield from within(each)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import abc
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jaxprop.core.describe import is_array, shapes
 from jaxprop.core.static import Static
 from jaxprop.core.types import Cotangent, PyTree, Residuals
 
@@ -22,6 +26,12 @@ class Loss(Static):
     Subclass it and write ``forward`` and ``backward``; for curvature also ``hessian_root`` (or
     ``hessian_columns`` and ``hessian_column``) and ``sample``.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        forward = vars(cls).get("forward")
+        if forward is not None and not getattr(forward, "__isabstractmethod__", False):
+            cls.forward = _held_to_values(forward)
 
     @abc.abstractmethod
     def forward(self, y: PyTree, target: PyTree, /) -> tuple[Float[Array, " n"], Residuals]:
@@ -67,3 +77,27 @@ class Loss(Static):
         is the Fisher information (Martens 2020, https://jmlr.org/papers/v21/17-678.html).
         """
         raise NotImplementedError(f"{self} has no sample")
+
+
+def check_cotangent(loss: Loss, ct: Cotangent, y: PyTree) -> None:
+    """Raise ``ValueError`` unless what a loss gives for the cotangent of y is like y."""
+    of_y, of_ct = (jax.tree.map(jnp.shape, tree) for tree in (y, ct))
+    if of_ct != of_y:
+        raise ValueError(
+            f"{loss} gives {shapes(ct)} for the cotangent of the net's output, which is {shapes(y)}"
+        )
+
+
+def _held_to_values(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def held(self: Loss, y: PyTree, target: PyTree) -> tuple[Array, Residuals]:
+        result = forward(self, y, target)
+        values: Any = result[0] if isinstance(result, tuple) and len(result) == 2 else None
+        if not is_array(values) or not jnp.issubdtype(values.dtype, jnp.floating):
+            raise TypeError(
+                f"{self}: forward returns {shapes(result)}, not (values, residuals) with a "
+                "floating value for each example"
+            )
+        return result
+
+    return held

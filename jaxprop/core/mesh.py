@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxprop.core.describe import structs
+from jaxprop.core.types import PyTree
+
+T = TypeVar("T")
 
 
 def is_explicit(x: Array) -> bool:
@@ -25,12 +33,65 @@ def laid_out(x: Array, *axes: str | tuple[str, ...] | None) -> NamedSharding | N
     return NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*axes))
 
 
+def by_xla(f: Callable[..., T], specs: Callable[[T], PyTree], *args: PyTree) -> T:
+    """Return f(*args) on a mesh of Explicit axes, with all arrays within f where XLA wants them.
+
+    Args:
+        f: a function of trees of arrays. It is traced once more for the shapes of its result.
+        specs: a function of that result, with a ``jax.ShapeDtypeStruct`` for each array, that
+            returns a ``PartitionSpec`` for each.
+        args: the arguments, one of them at least with an array on such a mesh.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
+
+    def of_arrays(*arrays: Array) -> T:
+        each = iter(arrays)
+        given = [next(each) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
+        return f(*jax.tree.unflatten(structure, given))
+
+    mesh = jax.typeof(next(filter(is_explicit, arrays))).sharding.mesh
+    out = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs(jax.eval_shape(of_arrays, *structs(arrays))),
+        is_leaf=lambda node: isinstance(node, PartitionSpec),
+    )
+    automatic: Any = jax.sharding.auto_axes(of_arrays, out_sharding=out)
+    return automatic(*arrays)
+
+
 def shard_map_axes() -> tuple[str, ...]:
     """Return the mesh axes of the ``jax.shard_map`` that is being traced, along which a device
     sees its own share alone."""
     mesh = jax.sharding.get_abstract_mesh()
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, of_type in types if of_type == AxisType.Manual)
+
+
+def split_over(x: Array) -> tuple[str, ...]:
+    """Return the mesh axes of a ``jax.shard_map`` along which each device has another part of x.
+
+    Where it keeps no account of that (``check_vma=False``) they are all of its axes.
+    """
+    axes = shard_map_axes()
+    if not axes or not _varying(jax.lax.axis_index(axes)):
+        return axes
+    return tuple(axis for axis in axes if axis in _varying(x))
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """Return the axes along which devices are known to differ in x; newer JAX has another name."""
+    of_x: Any = jax.typeof(x)
+    return of_x.manual_axis_type.varying if hasattr(of_x, "manual_axis_type") else of_x.vma
+
+
+def is_bound(axis: str) -> bool:
+    """Return whether an axis of this name is there, of a ``jax.shard_map`` or a ``jax.vmap``."""
+    try:
+        jax.lax.axis_index(axis)
+    except NameError:
+        return False
+    return True
 
 
 def like(primal: Array, cotangent: Array) -> Array:

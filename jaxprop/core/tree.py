@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.core.describe import shapes
+from jaxprop.core.serialization import serializable
 from jaxprop.core.static import Static
 from jaxprop.core.types import Cotangent, Params, PyTree
 
@@ -39,6 +40,7 @@ class NotLearned:
         return f"{type(self).__name__}({self.value!r})"
 
 
+@serializable
 class Unlearned(NotLearned):
     """An array of the params that is not learned, of any dtype.
 
@@ -61,6 +63,7 @@ class SideInput(NotLearned):
     """An array that a step hands to a layer, in the place of its params, through ``net.bind``."""
 
 
+@serializable
 class Key(SideInput):
     """A key of ``jax.random.key`` that a step hands to a layer.
 
@@ -69,6 +72,7 @@ class Key(SideInput):
     """
 
 
+@serializable
 class Mask(SideInput):
     """A mask that a step hands to a layer.
 
@@ -114,7 +118,7 @@ def freeze(params: Params) -> Params:
         params: the params of a layer or of a whole net.
 
     Raises:
-        TypeError: for a net, which has no arrays.
+        TypeError: for a net, which has no arrays, and for leaves that are no arrays.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -126,11 +130,13 @@ def freeze(params: Params) -> Params:
         raise TypeError(
             f"freeze takes params; {params} is a net. Write jp.freeze(params), or jp.frozen(net)"
         )
-    return jax.tree.map(
-        lambda node: node if is_not_learned(node) else Unlearned(node),
-        params,
-        is_leaf=is_not_learned,
-    )
+
+    def marked(node: Any) -> NotLearned:
+        if isinstance(node, type | str):
+            raise TypeError(f"freeze takes params, whose leaves are arrays, not {node!r}")
+        return node if is_not_learned(node) else Unlearned(node)
+
+    return jax.tree.map(marked, params, is_leaf=is_not_learned)
 
 
 def learned(tree: PyTree) -> PyTree:

@@ -13,7 +13,7 @@ from jaxprop.core.batch import Batch, Examples
 from jaxprop.core.checks import require
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
-from jaxprop.core.loss import Loss
+from jaxprop.core.loss import Loss, check_cotangent
 from jaxprop.core.step import Visit
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Residuals, Visited
 
@@ -112,6 +112,7 @@ def forward(net: Layer, loss: Loss, params: Params, batch: Batch) -> Forward:
         value = examples.mean(values)
 
     def back(ct: Cotangent, visit: Visit, places: PyTree = params) -> tuple[Visited, Cotangent]:
+        check_cotangent(loss, ct, y)
         with jax.named_scope("backward"):
             ct = jax.tree.map(lambda ct, y: ct.astype(y.dtype), ct, y)
             return net.walk(places, residuals, ct, visit)

@@ -13,7 +13,9 @@ from typing import Literal
 import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
+from jaxprop.core.arrays import check_fit
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Cotangent, Params, PyTree
@@ -102,7 +104,7 @@ def find_nonfinite(
         A ``Finding``, which is false if all is finite.
 
     Raises:
-        TypeError: if net is not a layer, or loss is not a loss.
+        TypeError: if net is not a layer, or loss is not a loss, and in a traced program.
 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
@@ -113,6 +115,9 @@ def find_nonfinite(
         finite; the largest |x| of that example was 7.6e-01. Not finite in y: 2 of 2.
     """
     check_net_and_loss(net, loss)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, x, target))):
+        raise TypeError("find_nonfinite looks at values: call it outside of jax.jit")
+    check_fit({"x": x, "target": target})
     params = net.bind(params, key=key, mask=mask)
     terms, of_x, of_target = jax.device_get(_walked(net, loss, params, x, target))
     suspects = tuple(_suspects(terms))

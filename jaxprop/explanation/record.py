@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import check_fit
 from jaxprop.core.batch import Batch
+from jaxprop.core.checks import check_count
 from jaxprop.core.combinator import Wrapper, map_layers, seen_through
 from jaxprop.core.cotangents import factored, gradient
 from jaxprop.core.layer import Layer
@@ -61,7 +63,8 @@ def explain(
         chain rule for one weight.
 
     Raises:
-        TypeError: if net is not a layer, or loss is not a loss.
+        TypeError: if net is not a layer, loss is not a loss, or keep is not a whole number.
+        ValueError: for keep below 0.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -73,6 +76,8 @@ def explain(
         (True, (1, 2))
     """
     check_net_and_loss(net, loss)
+    check_count("explain: keep", keep, least=0)
+    check_fit({"x": x, "target": target})
     return _explained(net, loss, keep, net.bind(params, key=key, mask=mask), x, target)
 
 
@@ -101,6 +106,9 @@ class Recorded(Wrapper):
 
     transparent: ClassVar[bool] = True
 
+    def __repr__(self) -> str:
+        return repr(self.layer)
+
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         y, residuals = self.layer.forward(params, x)
         return y, (x, y, residuals)
@@ -119,6 +127,9 @@ class RecordedLoss(Loss):
     """
 
     loss: Loss
+
+    def __repr__(self) -> str:
+        return repr(self.loss)
 
     def forward(self, y: PyTree, target: PyTree) -> tuple[Float[Array, " n"], Residuals]:
         values, residuals = self.loss.forward(y, target)

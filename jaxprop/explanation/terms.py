@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.checks import given
 from jaxprop.core.forms import Outer, Repeated, Sum, is_factored
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -157,6 +158,7 @@ class Param:
 
         Raises:
             IndexError: for an index that is not one of the param's.
+            TypeError: for what is not a whole number for each axis.
             ValueError: for a layer that couples the examples of a batch, and where only summaries
                 were kept.
         """
@@ -180,7 +182,8 @@ class Param:
         return Product(factors, form.per_example()[0][inner])
 
     def _checked(self, index: int | tuple[int, ...]) -> tuple[int, ...]:
-        place = tuple(map(operator.index, index if isinstance(index, tuple) else (index,)))
+        each = index if isinstance(index, tuple) else (index,)
+        place = tuple(_whole(i, f"{self.name}: an index along an axis") for i in each)
         shape = jnp.shape(self.value)
         if len(place) != len(shape) or not all(
             -size <= i < size for i, size in zip(place, shape, strict=True)
@@ -232,7 +235,9 @@ class Explanation:
 
         Raises:
             IndexError: for an n that is not an example of the batch.
+            TypeError: for what is not a whole number.
         """
+        n = _whole(n, "the number of an example")
         if not -self.examples <= n < self.examples:
             raise IndexError(f"example {n}: there are {self.examples}")
         return dataclasses.replace(self, shown=n % self.examples)
@@ -269,6 +274,13 @@ class Explanation:
         from jaxprop.explanation import table
 
         return table.plainly(self)
+
+
+def _whole(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is a whole number, not {given(value)}") from None
 
 
 def by_name(tree: PyTree, kind: type[T]) -> dict[str, T]:

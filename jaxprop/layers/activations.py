@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.checks import check_number
-from jaxprop.core.describe import shapes
+from jaxprop.core.checks import check_number, check_x
 from jaxprop.core.layer import Layer
 
 X = Float[Array, "n ..."]
@@ -27,8 +26,7 @@ class Elementwise(Layer):
     """
 
     def init(self, key: Array, x: X) -> tuple[()]:
-        if not hasattr(x, "dtype"):
-            raise TypeError(f"{self} takes an array x, not {shapes(x)}")
+        check_x(self, x, "N, ...")
         return ()
 
 

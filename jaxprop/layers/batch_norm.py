@@ -9,14 +9,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxprop.core.arrays import rounded, wide
+from jaxprop.core.arrays import aligned, rounded, wide
+from jaxprop.core.checks import check_flags, check_share
+from jaxprop.core.describe import structs
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.mesh import is_bound, shard_map_axes, split_over
+from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import Unlearned
 from jaxprop.core.types import PyTree
-from jaxprop.layers.normalization import X, affine, check_eps, moments, rstd_of, scaled
+from jaxprop.layers.normalization import X, affine, check_eps, rstd_of, scaled
 
 
+@serializable
 class BatchNormParams(NamedTuple):
     """The params of a BatchNorm, or their cotangents.
 
@@ -48,6 +53,18 @@ class BatchNorm(Layer):
     (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167). An example's y then depends on the
     other examples: no per-example quantity exists, and asking for one raises ``ValueError``.
 
+    In ``jax.shard_map`` a device has its own part of the batch. With ``axis_name`` the means of the
+    D devices' parts make up those of the batch, mean = pmean(mean of x), and var likewise. Each
+    device's loss then depends on each other's x, through the same two means, so that dE/dx takes
+    the sums of all devices. With M examples and positions on each,
+
+        dE/dx = scale rstd (ct - (pmean(dE/dbias) + n pmean(dE/dscale)) / M)
+
+    where E is the sum of the devices' losses. dE/dscale and dE/dbias are each device's own part, as
+    those of every layer are, and the gradient adds them up. Without ``axis_name`` a
+    ``jax.shard_map`` over the batch raises ``ValueError``. Under ``jax.jit`` the batch is whole,
+    wherever it lies.
+
     In inference mode (``training=False``, ``jp.inference_mode``) mean and var are the running
     statistics in params. They are constants, so dE/dx = scale rstd ct, and every per-example
     quantity exists.
@@ -66,24 +83,27 @@ class BatchNorm(Layer):
             Flax; PyTorch names the other share so, with 0.1 as its default.
         eps: the positive number that is added to the variance.
         training: whether to normalize by the batch's statistics instead of the running ones.
+        axis_name: the axis, or a tuple of axes, of ``jax.shard_map`` or ``jax.vmap`` that split the
+            batch. Where there is no such axis, as in ``init``, the batch is whole. ``()`` is for
+            statistics of each device's own part.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
-        ValueError: for an argument out of range, and for x without an example axis or channels.
+        ValueError: for an argument out of range, for x without an example axis or channels, and in
+            a ``jax.shard_map`` whose axes split the batch and are not named.
     """
 
     momentum: float = 0.9
     eps: float = 1e-5
     training: bool = True
+    axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_eps(self, self.eps)
-        if isinstance(self.momentum, bool) or not isinstance(self.momentum, int | float):
-            raise TypeError(f"BatchNorm takes momentum as a number, not {self.momentum!r}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"BatchNorm takes a momentum in [0, 1), not {self.momentum}")
-        if not isinstance(self.training, bool):
-            raise TypeError(f"BatchNorm: training is True or False, not {self.training!r}")
+        check_share("BatchNorm: momentum", self.momentum)
+        check_flags(self, "training")
+        if self.axis_name is not None and not all(isinstance(axis, str) for axis in self._axes()):
+            raise TypeError(f"BatchNorm: axis_name is a name, or several, not {self.axis_name!r}")
 
     @property
     def batch_coupled(self) -> bool:
@@ -98,17 +118,22 @@ class BatchNorm(Layer):
         mean, var = wide(jnp.zeros_like(scale)), wide(jnp.ones_like(scale))
         return BatchNormParams(scale, bias, Unlearned(mean), Unlearned(var))
 
+    def init_with_output(self, key: Array, x: PyTree) -> tuple[BatchNormParams, PyTree]:
+        return self.init(key, x), structs(x)
+
     def forward(self, params: BatchNormParams, x: X) -> tuple[X, X]:
         return scaled(params, self._standardized(params, x)[0], x), x
 
     def backward(self, params: BatchNormParams, x: X, ct: X) -> tuple[BatchNormParams, X]:
         n, rstd = self._standardized(params, x)
-        slope, wide_ct = wide(params.scale) * rstd, wide(ct)
+        slope, wide_ct = aligned(wide(params.scale), x) * rstd, wide(ct)
         if not self.training:
             d_params = BatchNormParams(Sum(wide_ct * n), Sum(ct), (), ())
             return d_params, (slope * wide_ct).astype(x.dtype)
         d_scale, d_bias = (jnp.sum(d, _all_but_last(x)) for d in (wide_ct * n, wide_ct))
-        d_x = slope * (wide_ct - (d_bias + n * d_scale) / (x.size // x.shape[-1]))
+        mean_bias, mean_scale = (aligned(self._over_devices(d), x) for d in (d_bias, d_scale))
+        along = mean_bias + n * mean_scale
+        d_x = slope * (wide_ct - along / (x.size // x.shape[-1]))
         return BatchNormParams(d_scale, d_bias, (), ()), d_x.astype(x.dtype)
 
     def rounded(self, params: BatchNormParams, dtype: DTypeLike) -> BatchNormParams:
@@ -131,7 +156,8 @@ class BatchNorm(Layer):
             batch = jnp.where(jnp.isfinite(batch), batch, running)
             return (kept * running + (1 - kept) * batch).astype(running.dtype)
 
-        mean, var = moments(x, _all_but_last(x))
+        mean = self._mean(wide(x))
+        var = self._mean((wide(x) - mean) ** 2)
         return params._replace(
             mean=jax.tree.map(lambda running: moved(running, mean), params.mean),
             var=jax.tree.map(lambda running: moved(running, var), params.var),
@@ -140,12 +166,38 @@ class BatchNorm(Layer):
     def _standardized(self, params: BatchNormParams, x: X) -> tuple[X, Array]:
         """Return ``(n, rstd)``."""
         if not self.training:
-            rstd = jax.lax.rsqrt(params.var + float(self.eps))
-            return (wide(x) - params.mean) * rstd, rstd
-        axes = _all_but_last(x)
-        centered = wide(x) - wide(x).mean(axes, keepdims=True)
-        rstd = rstd_of(centered, lambda x: x.mean(axes, keepdims=True), self.eps)
+            rstd = aligned(jax.lax.rsqrt(params.var + float(self.eps)), x)
+            return (wide(x) - aligned(params.mean, x)) * rstd, rstd
+        self._check_axes(x)
+        centered = wide(x) - self._mean(wide(x))
+        rstd = rstd_of(centered, self._mean, self.eps)
         return centered * rstd, rstd
+
+    def _mean(self, x: X) -> X:
+        """Return the mean over examples and positions, those of other devices included."""
+        return self._over_devices(x.mean(_all_but_last(x), keepdims=True))
+
+    def _over_devices(self, mean: Array) -> Array:
+        axes = tuple(filter(is_bound, self._axes()))
+        return jax.lax.pmean(mean, axes) if axes else mean
+
+    def _axes(self) -> tuple[str, ...]:
+        name = self.axis_name
+        return () if name is None else name if isinstance(name, tuple) else (name,)
+
+    def _check_axes(self, x: X) -> None:
+        """Raise unless it is said what the statistics of a batch in parts are."""
+        if self.axis_name is None and split_over(x):
+            raise ValueError(
+                f"{self}: in jax.shard_map over {split_over(x)} a device sees its own part of the "
+                f"batch; for statistics of the whole write axis_name={split_over(x)}, and for "
+                "those of each part axis_name=()"
+            )
+        for axis in self._axes():
+            if shard_map_axes() and not is_bound(axis):
+                raise ValueError(
+                    f"{self}: jax.shard_map has the axes {shard_map_axes()}, and no {axis!r}"
+                )
 
 
 def _all_but_last(x: X) -> tuple[int, ...]:

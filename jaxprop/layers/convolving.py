@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import aligned
 from jaxprop.core.checks import check_counts, check_flags
 from jaxprop.core.types import PyTree
 from jaxprop.layers.dense import AffineParams
@@ -38,7 +39,7 @@ def affine(params: AffineParams, x: X, windows: Windows, groups: int) -> Y:
         dimension_numbers=_dimensions(windows),
         feature_group_count=groups,
     )
-    return y if params.b is None else y + params.b
+    return y if params.b is None else y + aligned(params.b, y)
 
 
 def pulled_back(w: Array, ct: Y, windows: Windows, groups: int, spatial: Sizes) -> X:

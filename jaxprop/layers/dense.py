@@ -9,12 +9,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import aligned
 from jaxprop.core.checks import check_counts, check_flags, check_x
 from jaxprop.core.forms import Outer, Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
 
+@serializable
 class AffineParams(NamedTuple):
     """The params of an affine layer, or their cotangents.
 
@@ -69,7 +72,7 @@ class Dense(Layer):
         self, params: AffineParams, x: Float[Array, "n ... i"]
     ) -> tuple[Float[Array, "n ... o"], Float[Array, "n ... i"]]:
         y = x @ params.w
-        return (y if params.b is None else y + params.b), x
+        return (y if params.b is None else y + aligned(params.b, y)), x
 
     def backward(
         self, params: AffineParams, x: Float[Array, "n ... i"], ct: Float[Array, "n ... o"]

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.checks import check_flags
+from jaxprop.core.checks import check_flags, check_share, check_x
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Key
-from jaxprop.core.types import Params
+from jaxprop.core.types import Params, PyTree
 
 Kept = Bool[Array, "n ..."] | tuple[()]
 
@@ -30,8 +30,9 @@ class Dropout(Layer):
         training: whether it takes a key, and drops; ``jp.inference_mode`` says False.
 
     Raises:
-        TypeError: for a training that is not a bool.
-        ValueError: for a rate outside [0, 1).
+        TypeError: for a rate that is not a number, a training that is not a bool, and for x that is
+            not floating.
+        ValueError: for a rate outside [0, 1), and for x without an example axis.
     """
 
     rate: float
@@ -42,9 +43,12 @@ class Dropout(Layer):
         return Key if self.training and self.rate > 0 else None
 
     def __post_init__(self) -> None:
+        check_share("Dropout: rate", self.rate)
         check_flags(self, "training")
-        if not 0 <= self.rate < 1:
-            raise ValueError(f"Dropout takes a rate in [0, 1), not {self.rate!r}")
+
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
+        check_x(self, x, "N, ...")
+        return ()
 
     def forward(
         self, params: Params, x: Float[Array, "n ..."]

@@ -16,9 +16,11 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, gram, of_real
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import laid_out
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
 
+@serializable
 class Rows(Factored):
     """The form of a table (V, D): g_n = sum over positions t of ct[n, t] in the row ids[n, t].
 
@@ -60,7 +62,7 @@ class Rows(Factored):
             return super().inner_products()
 
         def with_all(one: tuple[Array, Array]) -> Array:
-            same = one[0][:, None, None] == ids
+            same = one[0][:, None, None] == ids[None]
             return jnp.einsum("tms,td,msd->m", same.astype(ct.dtype), one[1], ct)
 
         return jax.lax.map(with_all, (ids, ct))
@@ -159,7 +161,7 @@ def _first(ids: Int[Array, " t"]) -> Int[Array, " t"]:
     order = jnp.argsort(ids, stable=True)
     in_order = ids[order]
     starts = jnp.append(True, in_order[1:] != in_order[:-1])
-    start = jax.lax.cummax(jnp.where(starts, jnp.arange(len(ids)), 0))
+    start = jax.lax.cummax(jnp.where(starts, jnp.arange(ids.shape[0]), 0))
     return jnp.zeros_like(order).at[order].set(order[start])
 
 

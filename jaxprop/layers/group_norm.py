@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import aligned, wide
 from jaxprop.core.checks import check_counts
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
@@ -74,7 +74,7 @@ class GroupNorm(Layer):
         self, params: NormParams, residuals: tuple[X, X, X], ct: X
     ) -> tuple[NormParams, X]:
         x, mean, rstd = residuals
-        n, ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
+        n, ct, scale = (wide(x) - mean) * rstd, wide(ct), aligned(wide(params.scale), x)
         a, b = _over_positions(jnp.sum, ct * n), _over_positions(jnp.sum, ct)
         positions = math.prod(x.shape[1:-1])
         along_ones = self._mean_of_groups(scale * b) / positions

@@ -15,16 +15,18 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import wide
-from jaxprop.core.checks import check_x
+from jaxprop.core.arrays import aligned, wide
+from jaxprop.core.checks import check_number, check_x, is_whole
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import Params, PyTree
 
 X = Float[Array, "n ... c"]
 PerRow = Float[Array, "n ... 1"]
 
 
+@serializable
 class NormParams(NamedTuple):
     """The params of a normalization, or their cotangents.
 
@@ -91,7 +93,7 @@ class LayerNorm(Layer):
         x, mean, rstd = residuals
         n, wide_ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
         mean_dn, mean_dn_n = _mean_along(wide_ct, scale), _mean_along(wide_ct * n, scale)
-        d_x = rstd * (wide_ct * scale - mean_dn - n * mean_dn_n)
+        d_x = rstd * (wide_ct * aligned(scale, n) - mean_dn - n * mean_dn_n)
         return NormParams(Sum(wide_ct * n), Sum(ct)), d_x.astype(x.dtype)
 
 
@@ -135,7 +137,7 @@ class RMSNorm(Layer):
     ) -> tuple[NormParams, X]:
         x, rstd = residuals
         n, wide_ct, scale = wide(x) * rstd, wide(ct), wide(params.scale)
-        d_x = rstd * (wide_ct * scale - n * _mean_along(wide_ct * n, scale))
+        d_x = rstd * (wide_ct * aligned(scale, n) - n * _mean_along(wide_ct * n, scale))
         return NormParams(Sum(wide_ct * n)), d_x.astype(x.dtype)
 
 
@@ -150,7 +152,7 @@ def _mean_along(x: Array, v: Array | None = None) -> Array:
         return x @ v[:, None]
 
     def reduction(x: Array, v: Array) -> Array:
-        return jnp.sum(x * v, -1, keepdims=True)
+        return jnp.sum(x * aligned(v, x), -1, keepdims=True)
 
     v = jnp.ones(x.shape[-1], x.dtype) if v is None else v
     return jax.lax.platform_dependent(x, v, cpu=product, default=reduction) / x.shape[-1]
@@ -171,17 +173,10 @@ def rstd_of(x: Array, mean: Callable[[Array], Array], eps: float) -> Array:
     return jnp.where(large, rstd * small, rstd)
 
 
-def moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Return ``(mean, var)`` over the axes, which are kept with length 1."""
-    x = wide(x)
-    mean = x.mean(axes, keepdims=True)
-    return mean, jnp.mean((x - mean) ** 2, axes, keepdims=True)
-
-
 def scaled(params: Params, n: Array, x: Array) -> Array:
     """Return n * scale + bias in the dtype of x."""
-    y = n * wide(params.scale)
-    return (y if params.bias is None else y + wide(params.bias)).astype(x.dtype)
+    y = n * aligned(wide(params.scale), n)
+    return (y if params.bias is None else y + aligned(wide(params.bias), y)).astype(x.dtype)
 
 
 def affine(layer: Layer, x: PyTree) -> NormParams:
@@ -192,9 +187,8 @@ def affine(layer: Layer, x: PyTree) -> NormParams:
 
 
 def check_eps(layer: Layer, eps: object) -> None:
-    """Raise unless eps is a positive number."""
-    name = type(layer).__name__
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise TypeError(f"{name} takes eps as a number, not {eps!r}")
-    if not eps > 0:
-        raise ValueError(f"{name} takes a positive eps, not {eps}")
+    """Raise unless eps is a positive number, and no number of features as elsewhere."""
+    name = f"{type(layer).__name__}: eps"
+    if is_whole(eps) and eps != 0:
+        raise TypeError(f"{name} is a float, not {eps}; the number of features is that of x")
+    check_number(name, eps, positive=True)

@@ -10,17 +10,20 @@ from dataclasses import field
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import sum_over, weighted, wide
+from jaxprop.core.arrays import known, sum_over, weighted, wide
 from jaxprop.core.forms import Factored, Outer, Sum, norms_of_all, of_real
-from jaxprop.core.mesh import is_explicit
+from jaxprop.core.mesh import by_xla, is_explicit
+from jaxprop.core.serialization import serializable
 from jaxprop.layers.windows import Windows
 
 BLOCK_BYTES = {"cpu": 2**22, "default": 2**28}  # of patches at a time; on a CPU they fit into cache
 WIDE = 32  # channels of x: from here on a matmul for each tap is as fast as one for all
 
 
+@serializable
 class Patches(Factored):
     """The form of a convolution's weights: g_n[k] = sum over t of x[n, t s + k d] (outer) ct[n, t].
 
@@ -39,17 +42,20 @@ class Patches(Factored):
 
     x: Float[Array, "n ... c"]
     ct: Float[Array, "n ... o"]
-    windows: Windows = field(metadata={"static": True})
+    windows: Windows = field(metadata={"static": True, "read": Windows._make})
     groups: int = field(default=1, metadata={"static": True})
 
     def per_example(self) -> Float[Array, "n ..."]:
         return self._folded(self._outers(Outer.per_example, self.x, self.ct))
 
     def sum(self) -> Array:
-        if self.groups > 1 or max(self.windows.spread) > 1:
-            return self._convolved()
+        as_convolution = self.groups > 1 or max(self.windows.spread) > 1
         if is_explicit(self.x):
+            if as_convolution:
+                return by_xla(Patches._convolved, lambda g: PartitionSpec(), self)
             return self._in_one()
+        if as_convolution:
+            return self._convolved()
         return jax.lax.platform_dependent(
             self, cpu=Patches._block_by_block, default=Patches._convolved
         )
@@ -107,9 +113,8 @@ class Patches(Factored):
 
     def _outers(self, f: Callable[[Outer], Array], x: Array, ct: Array) -> Array:
         """Return f of each group's ``Outer``, on a leading axis."""
-        positions = math.prod(ct.shape[1:-1])
-        ct = ct.reshape(len(ct), positions, self.groups, ct.shape[-1] // self.groups)
-        outer = Outer(_patches(x, self.windows, self.groups), jnp.moveaxis(ct, 2, 0))
+        ct = jnp.moveaxis(_in_groups(ct, self.groups), 2, 0)
+        outer = Outer(_patches(x, self.windows, self.groups), ct)
         if self.groups > 1:
             return jax.vmap(f)(outer)
         return f(Outer(outer.x[0], outer.ct[0]))[None]
@@ -188,6 +193,8 @@ class Patches(Factored):
         n, *positions, _ = self.ct.shape
         if is_explicit(self.x):
             return n
+        if not isinstance(n, int):  # a symbol, in jax.export
+            return 1
         row = self.windows.taps * self.x.shape[-1] * wide(self.x).dtype.itemsize
         for t in positions:
             row *= t
@@ -199,26 +206,28 @@ class Patches(Factored):
 
 
 def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float[Array, "g n t i"]:
-    taps = [
-        tap.reshape(len(x), math.prod(tap.shape[1:-1]), groups, x.shape[-1] // groups)
-        for tap in windows.shifted(x)
-    ]
+    taps = [_in_groups(tap, groups) for tap in windows.shifted(x)]
     return jnp.moveaxis(jnp.concatenate(taps, axis=-1), 2, 0)
+
+
+def _in_groups(x: Float[Array, "n ... c"], groups: int) -> Float[Array, "n t g i"]:
+    n, *positions, channels = x.shape
+    return x.reshape(n, math.prod(positions), groups, channels // groups)
 
 
 def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     """Return the sum of f over blocks of size examples."""
-    if size >= len(arrays[0]):
+    if known(lambda: size >= arrays[0].shape[0]):
         return f(*arrays)
-    starts = jnp.arange(0, len(arrays[0]), size)
+    starts = jnp.arange(0, arrays[0].shape[0], size)
     return sum_over(lambda start: f(*_block(start, size, arrays)), starts)
 
 
 def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     """Return f of each example, by blocks of size examples."""
-    if size == len(arrays[0]):
+    if known(lambda: size == arrays[0].shape[0]):
         return f(*arrays)
-    starts = jnp.arange(0, len(arrays[0]), size)
+    starts = jnp.arange(0, arrays[0].shape[0], size)
     return jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts).reshape(-1)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from jaxprop.core.arrays import empty_like, wide
 from jaxprop.core.checks import check_flags, check_x
 from jaxprop.core.layer import Layer
+from jaxprop.core.mesh import is_explicit
 from jaxprop.core.tree import Mask
 from jaxprop.core.types import Params, PyTree
 from jaxprop.layers.masks import mask_of
@@ -67,12 +68,15 @@ class MaxPool(Layer):
     def forward(self, params: tuple[()], x: X) -> tuple[Y, tuple[Array, Array]]:
         windows = _windows(self, x.shape[1:-1])
         y = _reduced(x, -jnp.inf, jax.lax.max, windows)
-        first = jax.lax.platform_dependent(
-            x,
-            y,
-            cpu=lambda x, y: jax.lax.map(lambda xy: _first(xy[0], xy[1], windows), (x, y)),
-            default=jax.vmap(lambda x, y: _first(x, y, windows)),
-        )
+
+        def in_loop(x: X, y: Y) -> Array:
+            return jax.lax.map(lambda xy: _first(xy[0], xy[1], windows), (x, y))
+
+        at_once = jax.vmap(lambda x, y: _first(x, y, windows))
+        if is_explicit(x):  # a loop over the examples would want them all on each device
+            first = at_once(x, y)
+        else:
+            first = jax.lax.platform_dependent(x, y, cpu=in_loop, default=at_once)
         return y, (first, empty_like(x))
 
     def backward(
@@ -159,9 +163,9 @@ class GlobalAvgPool(Layer):
     takes = Mask
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
+        check_x(self, x, "N, ..., C")
         if x.ndim < 3:
             raise ValueError(f"{self} takes x of shape (N, ..., C) with positions, not {x.shape}")
-        check_x(self, x, "N, ..., C")
         return ()
 
     def forward(self, params: Params, x: X) -> tuple[Float[Array, "n c"], Array]:

@@ -14,15 +14,17 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.arrays import weighted, wide
-from jaxprop.core.checks import check_counts, check_flags, check_x
+from jaxprop.core.checks import check_counts, check_flags, check_number, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked
 from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
 X = Float[Array, "n t d"]
 
 
+@serializable
 class Leading(Factored):
     """The form of a table (R, ...) whose first T rows are used: g_n = ct[n] there, 0 elsewhere.
 
@@ -53,7 +55,7 @@ class Leading(Factored):
         return self._padded(Stacked(self.ct).squares())
 
     def _padded(self, g: Float[Array, "t ..."]) -> Float[Array, "r ..."]:
-        return jnp.pad(g, ((0, self.rows - len(g)), *[(0, 0)] * (g.ndim - 1)))
+        return jnp.pad(g, ((0, self.rows - g.shape[0]), *[(0, 0)] * (g.ndim - 1)))
 
 
 class Positions(Layer):
@@ -85,7 +87,7 @@ class Positions(Layer):
         return jax.nn.initializers.normal(0.02)(key, (self.length, x.shape[2]), dtype)
 
     def forward(self, params: Float[Array, "r d"], x: X) -> tuple[X, tuple[()]]:
-        return x + params[: x.shape[1]], ()
+        return x + params[: x.shape[1]][None], ()
 
     def backward(
         self, params: Float[Array, "r d"], residuals: tuple[()], ct: X
@@ -114,7 +116,8 @@ class SinusoidalPositions(Layer):
         _, t, d = x.shape
         column = np.arange(d)
         angles = _angles(t, 10000.0, 2 * (column // 2) / d)
-        return x + jnp.asarray(np.where(column % 2, np.cos(angles), np.sin(angles)), x.dtype), ()
+        table = np.where(column % 2, np.cos(angles), np.sin(angles))
+        return x + jnp.asarray(table[None], x.dtype), ()
 
     def backward(self, params: tuple[()], residuals: tuple[()], ct: X) -> tuple[tuple[()], X]:
         return (), ct
@@ -165,8 +168,7 @@ class Rotary(Layer):
         check_flags(self, "interleaved")
         if self.kv_heads is not None:
             check_counts(self, "kv_heads")
-        if not self.base > 0:
-            raise ValueError(f"Rotary: base is positive, not {self.base!r}")
+        check_number("Rotary: base", self.base, positive=True)
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, T, D")
@@ -194,7 +196,7 @@ class Rotary(Layer):
         n, t, c = x.shape
         heads, others = self._heads
         half = c // (2 * (heads + others))
-        angles = _angles(t, self.base, np.arange(half) / half)[:, None]
+        angles = _angles(t, self.base, np.arange(half) / half)[None, :, None]
         wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
         cos, sin = jnp.asarray(np.cos(angles), wide), jnp.asarray(sign * np.sin(angles), wide)
         qk, v = jnp.split(x, [2 * half * heads], -1)

@@ -15,6 +15,7 @@ from jaxprop.core.checks import check_counts, check_flags, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Outer, Sum
 from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import Mask, SideInput
 from jaxprop.core.types import Cotangent, Params, PyTree
 from jaxprop.layers.masks import mask_of
@@ -25,6 +26,7 @@ H = Float[Array, "n t f"]
 State: TypeAlias = Array | tuple[Array, Array]
 
 
+@serializable
 class RecurrentParams(NamedTuple):
     """The params of a recurrent layer with G gates side by side, or their cotangents.
 
@@ -43,6 +45,7 @@ class RecurrentParams(NamedTuple):
     mask: Any = ()
 
 
+@serializable
 class Kept(NamedTuple):
     """What a recurrent layer saves.
 

@@ -74,7 +74,7 @@ class Rnn(Recurrence):
     def forward(self, params: RecurrentParams, x: PyTree) -> tuple[PyTree, Kept]:
         def step(carry: State, from_x: Array) -> tuple[State, tuple[()]]:
             (h,) = carry
-            return (jnp.tanh(wide(from_x) + dot(h, params.u) + wide(params.b)),), ()
+            return (jnp.tanh(wide(from_x) + dot(h, params.u) + wide(params.b)[None]),), ()
 
         return self._along(step, params, x)
 
@@ -142,7 +142,7 @@ class Lstm(Recurrence):
     def forward(self, params: RecurrentParams, x: PyTree) -> tuple[PyTree, Kept]:
         def step(carry: States, from_x: Array) -> tuple[States, Arrays]:
             h, c0 = carry
-            z = wide(from_x) + dot(h, params.u) + wide(params.b)
+            z = wide(from_x) + dot(h, params.u) + wide(params.b)[None]
             i, f, g, o = jnp.split(z, 4, axis=-1)
             i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
             c = f * c0 + i * g
@@ -220,9 +220,10 @@ class Gru(Recurrence):
     def forward(self, params: RecurrentParams, x: PyTree) -> tuple[PyTree, Kept]:
         def step(carry: State, from_x: Array) -> tuple[State, Arrays]:
             (h0,) = carry
-            a_r, a_z, a_n = jnp.split(wide(from_x) + wide(params.b), 3, axis=-1)
+            a_r, a_z, a_n = jnp.split(wide(from_x) + wide(params.b)[None], 3, axis=-1)
             s_r, s_z, s_n = jnp.split(dot(h0, params.u), 3, axis=-1)
-            r, z, q = jax.nn.sigmoid(a_r + s_r), jax.nn.sigmoid(a_z + s_z), s_n + wide(params.b_u)
+            r, z = jax.nn.sigmoid(a_r + s_r), jax.nn.sigmoid(a_z + s_z)
+            q = s_n + wide(params.b_u)[None]
             n = jnp.tanh(a_n + r * q)
             h = (1 - z) * n + z * h0
             p = (1 - z) * ((1 + n) * (1 - n))

@@ -73,10 +73,10 @@ class Reshape(Layer):
         return ()
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, Array]:
-        return x.reshape(len(x), *self.shape), empty_like(x)
+        return x.reshape(x.shape[0], *self.shape), empty_like(x)
 
     def backward(self, params: tuple[()], x: Array, ct: X) -> tuple[tuple[()], X]:
-        return (), ct.reshape(len(x), *x.shape[2:])
+        return (), ct.reshape(x.shape[0], *x.shape[2:])
 
 
 class Pad(Layer):

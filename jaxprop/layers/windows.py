@@ -90,7 +90,7 @@ class Windows(NamedTuple):
             ]
             slices.append(
                 jax.lax.slice(
-                    x, (0, *starts, 0), (len(x), *stops, x.shape[-1]), (1, *self.strides, 1)
+                    x, (0, *starts, 0), (x.shape[0], *stops, x.shape[-1]), (1, *self.strides, 1)
                 )
             )
         return slices

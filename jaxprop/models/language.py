@@ -9,6 +9,7 @@ from jaxprop.combinators.recompute import recompute
 from jaxprop.combinators.repeat import repeat
 from jaxprop.combinators.skip import skip
 from jaxprop.combinators.tied import tied
+from jaxprop.core.checks import check_count, check_flag, check_share, require
 from jaxprop.core.layer import Layer
 from jaxprop.layers import Attention, Dense, Dropout, Embedding, Gelu, LayerNorm, Positions
 
@@ -53,6 +54,10 @@ def gpt2(config: Gpt2Config, *, scan: bool = True, recomputing: bool = False) ->
         A net from token ids (N, T), integers, to logits (N, T, vocab), with T at most
         ``config.length``.
 
+    Raises:
+        TypeError: for what is not a ``Gpt2Config``, and for an entry of the wrong type.
+        ValueError: for an entry out of range, and for heads that do not divide the features.
+
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
         >>> net = jp.models.gpt2(jp.models.Gpt2Config(99, 16, 8, heads=2, layers=3))
@@ -60,10 +65,18 @@ def gpt2(config: Gpt2Config, *, scan: bool = True, recomputing: bool = False) ->
         >>> net.forward(net.init(jax.random.key(0), ids), ids)[0].shape
         (1, 5, 99)
     """
+    require(config, Gpt2Config, "gpt2: config")
+    for name in ("vocab", "length", "features", "heads", "layers"):
+        check_count(f"gpt2: {name}", getattr(config, name))
+    check_share("gpt2: dropout", config.dropout)
+    check_flag("gpt2: scan", scan)
+    check_flag("gpt2: recomputing", recomputing)
+    d, heads = config.features, config.heads
+    if d % heads:
+        raise ValueError(f"gpt2: heads divides the {d} features, but is {heads}")
     drop = (Dropout(config.dropout),) if config.dropout else ()
-    d = config.features
     block = chain(
-        skip(chain(LayerNorm(), Dense(3 * d), Attention(config.heads), Dense(d), *drop)),
+        skip(chain(LayerNorm(), Dense(3 * d), Attention(heads), Dense(d), *drop)),
         skip(chain(LayerNorm(), Dense(4 * d), Gelu(), Dense(d), *drop)),
     )
     block = recompute(block) if recomputing else block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxprop.core.checks import check_count
+from jaxprop.core.checks import check_count, require
+from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Params
 from jaxprop.layers import AffineParams, NormParams
@@ -29,10 +31,14 @@ def gpt2_params(tensors: Mapping[str, ArrayLike]) -> Params:
 
     Raises:
         KeyError: for a tensor that is missing.
-        ValueError: for a tensor that a GPT-2 does not have, and for a head that is not the table.
+        TypeError: for what is not a mapping.
+        ValueError: for a tensor that a GPT-2 does not have, or of another shape, and for a head
+            that is not the table.
     """
+    require(tensors, Mapping, "gpt2_params: tensors")
     named = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     layers = _check_names(named)
+    _check_shapes(named)
 
     def affine(name: str) -> AffineParams:
         return AffineParams(stack(f"{name}.weight"), stack(f"{name}.bias"))
@@ -80,12 +86,42 @@ def _check_names(named: Mapping[str, ArrayLike]) -> int:
     return layers
 
 
+def _check_shapes(named: Mapping[str, ArrayLike]) -> None:
+    """Raise ``ValueError`` for a tensor that does not fit the table's number of features."""
+    table = np.shape(named["wte.weight"])
+    d = table[-1] if table else 0
+    of_weights: dict[str, tuple[int | None, ...]] = {
+        **{"wte": (None, d), "wpe": (None, d), "ln_1": (d,), "ln_2": (d,), "ln_f": (d,)},
+        **{"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d)},
+        **{"mlp.c_fc": (d, 4 * d), "mlp.c_proj": (4 * d, d)},
+    }
+    for name, tensor in named.items():
+        layer, _, kind = re.sub(r"^h\.\d+\.", "", name).rpartition(".")
+        if layer not in of_weights:
+            continue
+        got, size = np.shape(tensor), of_weights[layer][0 if kind == "weight" else -1 :]
+        rows = got[:1] if size[0] is None else size[:1]
+        if got != (*rows, *size[1:]):
+            raise ValueError(
+                f"{name} has shape {got}, but in a GPT-2 of {d} features it is "
+                f"({', '.join('any' if n is None else str(n) for n in size)})"
+            )
+
+
 def gpt2_tensors(params: Params) -> dict[str, Array]:
     """Return the tensors by their published names, the inverse of ``gpt2_params``.
 
     Args:
         params: the params of ``gpt2`` with ``scan`` and without dropout, or a gradient like them.
+
+    Raises:
+        ValueError: for other params.
     """
+    if not _is_scanned(params):
+        raise ValueError(
+            "gpt2_tensors takes the params of a gpt2 with scan and without dropout, not "
+            f"{shapes(params)}"
+        )
     table, (positions, (attend, widen), last) = params
     tensors = {"wte.weight": table, "wpe.weight": positions}
     tensors |= {"ln_f.weight": last.scale, "ln_f.bias": last.bias}
@@ -99,6 +135,18 @@ def gpt2_tensors(params: Params) -> dict[str, Array]:
             tensors[f"h.{layer}.{name}.weight"] = weight
             tensors[f"h.{layer}.{name}.bias"] = bias
     return tensors
+
+
+def _is_scanned(params: Params) -> bool:
+    """Return whether params are those of a gpt2 whose blocks are stacked, without dropout."""
+    branch = NormParams, AffineParams, tuple, AffineParams
+    match params:
+        case (_, (_, (attend, widen), NormParams())):
+            for layers in attend, widen:
+                if not isinstance(layers, tuple) or tuple(map(type, layers)) != branch:
+                    return False
+            return np.ndim(attend[0].scale) == 2
+    return False
 
 
 def load_gpt2(path: str | PathLike[str], *, heads: int | None = None) -> tuple[Layer, Params]:
@@ -119,6 +167,8 @@ def load_gpt2(path: str | PathLike[str], *, heads: int | None = None) -> tuple[L
     """
     from safetensors.numpy import load_file
 
+    if Path(path).is_dir():
+        raise ValueError(f"load_gpt2 takes a safetensors file, and {path} is a directory")
     params = gpt2_params(load_file(path))
     table, (positions, (attend, _), _) = params
     (vocab, features), length = np.shape(table), len(positions)

@@ -7,9 +7,11 @@ from typing import NamedTuple
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
 
+@serializable
 class Aux(NamedTuple):
     """What a step found on its way; None for what it had no reason to find.
 

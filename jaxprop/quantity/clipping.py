@@ -16,6 +16,7 @@ from jaxprop.core.checks import check_flags, check_number
 from jaxprop.core.combinator import layers_with_params
 from jaxprop.core.forms import is_factored, norms_of_all
 from jaxprop.core.mesh import like
+from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import like_params, without_unmarked
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, Whole, everything, map_forms, unmarked
@@ -23,6 +24,7 @@ from jaxprop.quantity.base import PerExample, Quantity, Whole, everything, map_f
 NOISE = 0x6E6F6973  # folded into the key, so that noise is drawn apart from what the layers draw
 
 
+@serializable
 class ClippedMean(NamedTuple):
     """The mean of clipped gradients, and what was clipped.
 
@@ -61,8 +63,8 @@ class Clipped(Quantity):
     give its expected size as the ``divisor``; of an empty one the noise is left.
 
     Attributes:
-        max_norm: the bound on |g_n|, positive; a number, or a scalar array (which ``jax.jit`` may
-            trace).
+        max_norm: the bound on |g_n|, positive and finite; a number, or a scalar array (which
+            ``jax.jit`` may trace).
         noise_multiplier: the standard deviation of the noise in units of the bound, likewise. With
             more than 0, or where it is an array, the function takes a key, a new one each step, and
             raises ``TypeError`` for params narrower than float32, which would round the noise away.
@@ -87,8 +89,8 @@ class Clipped(Quantity):
 
     def __post_init__(self) -> None:
         check_flags(self, "per_layer", "two_pass", "drop_nonfinite", "norms")
-        check_number("max_norm", self.max_norm, positive=True)
-        check_number("noise_multiplier", self.noise_multiplier)
+        check_number("max_norm", self.max_norm, positive=True, finite=True)
+        check_number("noise_multiplier", self.noise_multiplier, finite=True)
         if self.per_layer and self.two_pass:
             raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.batch import Examples
+from jaxprop.core.checks import check_flags
 from jaxprop.core.forms import Factored, Kronecker, is_factored
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, is_marked, map_forms
 from jaxprop.quantity.per_example import per_example, rooted
-from jaxprop.quantity.source import HessianRoot, LossGradient, Source
+from jaxprop.quantity.source import HessianRoot, LossGradient, Source, check_samples
 
 
 class AddedUp(Quantity):
@@ -54,6 +55,9 @@ class DiagGGN(AddedUp):
     samples: int | None = None
 
     like_params: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_samples(self.samples)
 
     @property
     def source(self) -> Source:
@@ -95,6 +99,8 @@ class KroneckerFactors(AddedUp):
     like_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_samples(self.samples)
+        check_flags(self, "empirical")
         if self.empirical and self.samples is not None:
             raise ValueError(
                 "empirical factors are of the loss gradient: there is nothing to sample"
@@ -141,6 +147,9 @@ class GGNRoot(Quantity):
     like_params: ClassVar[bool] = True
     axes: ClassVar[int] = 2
     stacked: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_samples(self.samples)
 
     @property
     def source(self) -> Source:

@@ -6,7 +6,8 @@ The scalar loss is the mean over the N examples. A per-example quantity is that 
 Each function here is called as ``jp.value_and_grad`` is, with a net and a loss, and returns a
 function of (params, x, target). A layer whose cotangents are not factored serves as well: its
 backward is then taken one example at a time. A layer that couples the examples of a batch has no
-per-example gradient, and raises ``ValueError``.
+per-example gradient, and raises ``ValueError``; a layer of one's own that does so without saying so
+is tried on two examples, and found out.
 """
 
 from __future__ import annotations

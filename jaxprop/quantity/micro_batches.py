@@ -12,6 +12,7 @@ from jax import Array
 from jaxprop.core.arrays import wide
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_count
+from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Key, Mask, is_not_learned
@@ -46,6 +47,7 @@ def in_micro_batches(net: Layer, parts: Parts, micro_batches: int) -> Parts:
 
     def accumulated(params: Params, batch: Batch) -> PyTree:
         batch = dividing(batch, micro_batches)
+        check_uncoupled(net, params, batch.x)
         whole = jax.eval_shape(lambda: parts(params, batch))
         pieces = _pieces(whole, micro_batches)
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import known, wide
 from jaxprop.core.batch import Examples
+from jaxprop.core.checks import check_flags
 from jaxprop.core.forms import Factored
 from jaxprop.core.mesh import like
 from jaxprop.core.step import Total
@@ -97,6 +98,9 @@ class SqNorms(Quantity):
 
     per_layer: bool = False
 
+    def __post_init__(self) -> None:
+        check_flags(self, "per_layer")
+
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         norms = PerExample(total(lambda form: form.sq_norms(), forms), axis=-1)
         return norms if self.per_layer else Total(norms)
@@ -172,7 +176,7 @@ class NoiseScale(Quantity):
         return Total(sum(each[1:], start=each[0]) if each else ())
 
     def finish(self, settled: PyTree, examples: Examples) -> Float[Array, ""]:
-        if examples.number < 2:
+        if known(lambda: examples.number < 2):
             words = "the noise scale is estimated from at least 2 examples"
             raise ValueError(f"{words}, not {examples.number}")
         mean_of_squares, square_of_mean = everything(settled)

@@ -48,6 +48,12 @@ class LossGradient(Source):
         return Columns(1, lambda c: ahead.own_gradient())
 
 
+def check_samples(samples: object) -> None:
+    """Raise unless samples is None, for the exact root, or a number of columns."""
+    if samples is not None:
+        check_count("samples", samples)
+
+
 class HessianRoot(Source):
     """A root of the Hessian of each example's own loss by the net's output.
 
@@ -64,8 +70,7 @@ class HessianRoot(Source):
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        if self.samples is not None:
-            check_count("samples", self.samples)
+        check_samples(self.samples)
 
     def columns(self, ahead: Forward, key: Array | None) -> Columns:
         loss, residuals, samples = ahead.loss, ahead.residuals, self.samples

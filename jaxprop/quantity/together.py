@@ -10,13 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import require
 from jaxprop.core.cotangents import factored
+from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
+from jaxprop.core.mesh import by_xla, is_explicit
 from jaxprop.core.step import Step
 from jaxprop.core.tree import learned
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Visited
@@ -74,10 +77,16 @@ def together(
     parts = in_micro_batches(net, _parts(net, loss, asked, settle_early), micro_batches)
 
     def taken_together(params: Params, batch: Batch) -> dict[str, Any]:
+        check_uncoupled(net, params, batch.x)
         key = batch.key
         for_samples = None if key is None else jax.random.fold_in(key, SAMPLES)
-        value, taken = parts(params, batch._replace(key=for_samples))
-        examples = batch.examples(jax.tree.leaves(batch.x)[0].shape[0])
+        given = params, batch._replace(key=for_samples)
+        first = jax.tree.leaves(batch.x)[0]
+        if is_explicit(first):
+            value, taken = by_xla(parts, functools.partial(_laid_out_as, first), *given)
+        else:
+            value, taken = parts(*given)
+        examples = batch.examples(first.shape[0])
         whole = Whole(net, params, examples, key)
         result = {"value": value}
         for name, quantity in asked.items():
@@ -231,6 +240,23 @@ class Taken:
     """What was taken at one layer, by name."""
 
     by_name: dict[str, Any]
+
+
+def _laid_out_as(x: Array, taken: PyTree) -> PyTree:
+    """Return where what was taken lies on the mesh: what is of each example as the examples of x.
+
+    All else is on all devices.
+    """
+    of_examples = jax.typeof(x).sharding.spec[0]
+
+    def place(node: Any) -> Any:
+        if not is_marked(node):
+            return PartitionSpec()
+        ahead = [(None,) * (node.axis % leaf.ndim) for leaf in jax.tree.leaves(node)]
+        specs = [PartitionSpec(*axes, of_examples) for axes in ahead]
+        return jax.tree.unflatten(jax.tree.structure(node), specs)
+
+    return jax.tree.map(place, taken, is_leaf=is_marked)
 
 
 def _picked(visited: Visited, name: str) -> PyTree:

@@ -15,10 +15,12 @@ from jaxtyping import Float
 
 from jaxprop.core.checks import check_count, check_number
 from jaxprop.core.mesh import shard_map_axes
+from jaxprop.core.serialization import serializable
 from jaxprop.core.static import Static
 from jaxprop.core.types import Params, PyTree
 
 
+@serializable
 class Skipping(NamedTuple):
     """An optimizer's state, and how many steps were skipped because they were not finite.
 
@@ -31,6 +33,7 @@ class Skipping(NamedTuple):
     skipped: Array
 
 
+@serializable
 class Scaling(NamedTuple):
     """What ``Skipping`` holds, and the loss scale of the next step.
 
@@ -126,11 +129,9 @@ class Options(NamedTuple):
 
     def scale(self, state: PyTree) -> float | Array:
         """Return the loss scale of a step from this state."""
-        if not isinstance(self.loss_scale, DynamicLossScale):
-            return self.loss_scale
-        if not isinstance(state, Scaling):
-            raise TypeError("with a DynamicLossScale start from state = update.init(params)")
-        return state.scale
+        if isinstance(self.loss_scale, DynamicLossScale):
+            return state.scale
+        return self.loss_scale
 
     def around(self, state: PyTree) -> PyTree:
         """Return the state to start from, around the optimizer's."""
@@ -193,15 +194,13 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
         seen: Seen,
         value_fn: Callable[[Params], Array],
     ) -> tuple[Params, PyTree]:
-        if not isinstance(state, Skipping | Scaling):
-            raise TypeError("with skip_nonfinite start from state = update.init(params)")
         old = params, state.state
         params, inner = jax.tree.map(
             lambda new, old: jax.lax.select(seen.finite, new, old),
             apply(grads, state.state, params, seen, value_fn),
             old,
         )
-        if isinstance(loss_scale, DynamicLossScale) and isinstance(state, Scaling):
+        if isinstance(loss_scale, DynamicLossScale):
             return params, loss_scale.after(state, inner, seen.finite)
         return params, Skipping(inner, state.skipped + (~seen.finite).astype(jnp.int32))
 

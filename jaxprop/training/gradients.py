@@ -8,8 +8,9 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import scaled
+from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.batch import Batch
+from jaxprop.core.checks import check_number
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
@@ -60,10 +61,12 @@ def value_and_grad(
             output y.
 
     Raises:
-        TypeError: for what is not a net, or not a loss.
-        ValueError: for micro-batches of a net that couples the examples of a batch.
+        TypeError: for what is not a net, or not a loss, and for a loss_scale that is no number.
+        ValueError: for a loss_scale that is not positive, and for micro-batches of a net that
+            couples the examples of a batch.
     """
     check_net_and_loss(net, loss)
+    check_number("loss_scale", loss_scale, positive=True)
 
     def parts(params: Params, batch: Batch) -> tuple[Any, Params]:
         ahead = forward(net, loss, params, batch)
@@ -119,7 +122,7 @@ def scaled_up(ct: Cotangent, scale: float | Array) -> Cotangent:
     """Return the cotangent that a walk starts from, times the loss scale."""
     if isinstance(scale, int | float) and scale == 1:
         return ct
-    return jax.tree.map(lambda ct: scaled(ct, scale), ct)
+    return jax.tree.map(lambda ct: wide(ct) * scalar_of(scale, wide(ct)), ct)
 
 
 def _in_form(name: str, net: Layer, differentiate: Parts) -> ValueAndGrad:

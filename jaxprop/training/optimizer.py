@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxprop.core.tree import for_optimizer, like_params
@@ -18,6 +21,29 @@ def check_optimizer(optimizer: object) -> None:
         raise TypeError(
             f"optimizer is not an optax transformation such as optax.sgd(0.1) but {optimizer!r}"
         )
+
+
+def check_state(init: Callable[[Params], PyTree], params: Params, state: PyTree) -> None:
+    """Raise ``TypeError`` unless state has the arrays that init makes of params.
+
+    Args:
+        init: what makes a state of params.
+        params: the net's params.
+        state: what was given for a state.
+    """
+    made, got = (
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(t)}
+        for t in (jax.eval_shape(init, params), state)
+    )
+    for name in made | got:
+        if made.get(name) != got.get(name):
+            there, expected = (
+                f"of shape {shape[name]}" if name in shape else "missing" for shape in (got, made)
+            )
+            raise TypeError(
+                f"state{name} is {there}, but for this optimizer and these params it is "
+                f"{expected}; start from state = update.init(params)"
+            )
 
 
 def learned_only(

@@ -14,6 +14,7 @@ from jaxprop.core.arrays import wide
 from jaxprop.core.batch import Batch, weighted_batch
 from jaxprop.core.combinator import stack_depths
 from jaxprop.core.cotangents import gradient
+from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import norm_of_all, norms
 from jaxprop.core.layer import Layer
@@ -154,6 +155,7 @@ def _all_but_last(
 ) -> tuple[Before, tuple[Params, Batch]]:
     """Return what all micro-batches but the last leave, and the arguments of that one."""
     batch = dividing(batch, options.micro_batches)
+    check_uncoupled(net, params, batch.x)
 
     def args(i: Array | int) -> tuple[Params, Batch]:
         return part(params, batch, i, options.micro_batches)
@@ -225,8 +227,9 @@ def _result(value: Array, aux: Any, seen: Seen) -> Any:
 
 
 def _check_grads(grads: Params, params: Params) -> None:
-    """Raise ``ValueError`` unless there is a gradient for every param that is learned."""
-    if jax.tree.structure(grads) != jax.tree.structure(params):
+    """Raise ``ValueError`` unless there is a gradient like every param that is learned."""
+    same = jax.tree.structure(grads) == jax.tree.structure(params)
+    if not same or jax.tree.map(jnp.shape, grads) != jax.tree.map(jnp.shape, params):
         raise ValueError(
             f"the gradients are {shapes(grads)}, but the learned params {shapes(params)}: an array "
             "without a gradient is marked in init, by jp.Unlearned(array)"

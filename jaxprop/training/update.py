@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ import jax
 import optax
 from jax import Array
 
-from jaxprop.core.checks import check_count, check_number
+from jaxprop.core.arrays import check_fit
+from jaxprop.core.checks import check_count, check_flag, check_number, given as described
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.tree import check_learned, for_optimizer
@@ -21,7 +23,7 @@ from jaxprop.training import gradients
 from jaxprop.training.apply import DynamicLossScale, Options, make_apply
 from jaxprop.training.donation import fit_to_donate, owned
 from jaxprop.training.gradients import Differentiate, ValueAndGrad
-from jaxprop.training.optimizer import check_optimizer
+from jaxprop.training.optimizer import check_optimizer, check_state
 from jaxprop.training.steps import fused_step, whole_step
 
 
@@ -31,7 +33,9 @@ class Update:
     With ``aux=True`` it returns ``(params, state, (value, aux))``.
 
     What ``jp.make_update`` returns. ``update.init(params)`` is the state to start from, and
-    ``update.lower(...)`` what ``jax.jit`` calls by that name.
+    ``update.trace(...)`` and ``update.lower(...)`` what ``jax.jit`` calls by these names, so that
+    ``jax.export.export(update)`` takes it too. To write the result to disk the types of optax's
+    state must be known there: ``jax.export.register_namedtuple_serialization``.
     """
 
     def __init__(
@@ -39,7 +43,13 @@ class Update:
     ) -> None:
         self._init = init
         self._donate = donate
-        self._step = jax.jit(step, donate_argnames=("params", "state") if donate else ())
+
+        @functools.wraps(step)
+        def checked(params: Params, state: PyTree, *args: Any, **given: Any) -> Any:
+            check_state(init, params, state)
+            return step(params, state, *args, **given)
+
+        self._step = jax.jit(checked, donate_argnames=("params", "state") if donate else ())
 
     def init(self, params: Params) -> PyTree:
         """Return the state to start from, in memory of its own."""
@@ -69,13 +79,19 @@ class Update:
             divisor: what sums over examples are divided by; the sum of the weights by default.
 
         Raises:
-            ValueError: for a net with a layer that draws, such as ``Dropout``, without a key.
+            ValueError: for a net with a layer that draws, such as ``Dropout``, without a key, and
+                for the state of another optimizer or of other params.
         """
         if state is None:
             raise TypeError("state is None: start from state = update.init(params)")
+        check_fit({"x": x, "target": target})
         if self._donate:
             params, state = fit_to_donate((params, state))
         return self._step(params, state, x, target, key, mask, weights, divisor)
+
+    def trace(self, *args: Any, **given: Any) -> Any:
+        """Return the step traced for these arguments, as ``jax.jit(...).trace`` does."""
+        return self._step.trace(*args, **given)
 
     def lower(self, *args: Any, **given: Any) -> Any:
         """Return the step lowered for these arguments, as ``jax.jit(...).lower`` does."""
@@ -144,11 +160,15 @@ def make_update(
         donate: whether the memory of params and state is used for the results.
 
     Raises:
-        TypeError: for what is not a net, a loss or an optimizer.
+        TypeError: for what is not a net, a loss or an optimizer, and for an option of the wrong
+            type. ``update`` raises it for a state that is not of this optimizer and these params.
         ValueError: for a max_norm that is not positive, and for options that exclude each other.
     """
     check_net_and_loss(net, loss)
     check_optimizer(optimizer)
+    flags = {"fused": fused, "skip_nonfinite": skip_nonfinite, "aux": aux, "donate": donate}
+    for name, flag in flags.items():
+        check_flag(name, flag)
     if max_norm is not None:
         check_number("max_norm", max_norm, positive=True)
     if fused and value_and_grad is not None:
@@ -167,6 +187,7 @@ def make_update(
         step = whole_step(net, loss, apply, options, _maker(make, net, loss, options))
 
     def init(params: Params) -> PyTree:
+        net.check_places(params)
         check_learned(params)
         return options.around(owned(optimizer.init, for_optimizer(params)))
 
@@ -198,6 +219,23 @@ def _maker(
                 "not take it; write functools.partial(jp.clipped_grad, max_norm=1.0), say"
             ) from None
     if unscaled:
-        made = make(net, loss, **given)
+        made = _made(make, net, loss, **given)
         return lambda scale: made
-    return lambda scale: make(net, loss, loss_scale=scale, **given)
+    return lambda scale: _made(make, net, loss, loss_scale=scale, **given)
+
+
+def _made(
+    make: Callable[..., ValueAndGrad], net: Layer, loss: Loss, **options: Any
+) -> ValueAndGrad:
+    """Return what the maker makes, and say how it was called where it fails."""
+    try:
+        made = make(net, loss, **options)
+    except Exception as error:
+        error.add_note(
+            "value_and_grad= is called with the net and the loss; bind what else it takes by "
+            "functools.partial, and for jax.value_and_grad write jp.autodiff"
+        )
+        raise
+    if not callable(made):
+        raise TypeError(f"value_and_grad= makes a function of a batch, not {described(made)}")
+    return made

@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float
 from jaxprop.core.arrays import sum_over, wide
 from jaxprop.core.forms.form import Factored, norms, norms_of_all, sq_norms
 from jaxprop.core.forms.outer import Outer, Sum
+from jaxprop.core.serialization import serializable
 
 
+@serializable
 class Repeated(Factored):
     """The form of a stack of params (L, ...), one for each layer of a ``repeat``.
 
@@ -60,6 +62,7 @@ class Repeated(Factored):
         return jax.vmap(lambda form: form.gram_of_ct())(self.form)
 
 
+@serializable
 class Joint(Factored):
     """The form of a param that is used more than once: g_n is the sum of its uses' shares.
 

@@ -20,9 +20,11 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import selected, weighted, wide
+from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
 
+@serializable
 class Kronecker(NamedTuple):
     """The Kronecker product a (outer) b, for a param of shape (I, O).
 
@@ -123,6 +125,7 @@ class Factored(abc.ABC):
         raise TypeError(f"{type(self).__name__} has no Kronecker factors")
 
 
+@serializable
 class Stacked(Factored):
     """The form of any parameter: g_n itself, for each example.
 

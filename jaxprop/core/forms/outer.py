@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import sum_over, weighted, wide
+from jaxprop.core.arrays import known, sum_over, weighted, wide
 from jaxprop.core.forms.form import Factored, norms, sq_norms
 from jaxprop.core.mesh import laid_out
+from jaxprop.core.serialization import serializable
 
 
+@serializable
 class Sum(Factored):
     """The form of a bias (O,): g_n = sum over positions t of ct[n, t].
 
@@ -41,13 +43,14 @@ class Sum(Factored):
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> Float[Array, "1 1"]:
-        count = len(self.ct) if weights is None else weights.sum()
+        count = self.ct.shape[0] if weights is None else weights.sum()
         return jnp.full((1, 1), count, wide(self.ct).dtype)
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
         return gram(self.ct)
 
 
+@serializable
 class Outer(Factored):
     """The form of a matrix (I, O): g_n = sum over positions t of x[n, t] (outer) ct[n, t].
 
@@ -66,7 +69,7 @@ class Outer(Factored):
         """Return x^T ct, or (ct^T x)^T: a CPU copies the operand that is transposed."""
         i, o = self.x.shape[-1], self.ct.shape[-1]
         rows = math.prod(self.x.shape[:-1])
-        if rows * i <= rows * o + i * o:
+        if known(lambda: rows * i <= rows * o + i * o):
             return _product(self.x, self.ct)
         return jax.lax.platform_dependent(
             self.x, self.ct, cpu=_transposed_product, default=_product
@@ -79,7 +82,7 @@ class Outer(Factored):
         size one of them overflows: then |X^T C| is taken after all.
         """
         rows, i, o = math.prod(self.x.shape[:-1]), self.x.shape[-1], self.ct.shape[-1]
-        if rows * (i + o) >= i * o:
+        if not known(lambda: rows * (i + o) < i * o):
             return super().norm_of_sum()
         x, ct = wide(self.x).reshape(rows, i), wide(self.ct).reshape(rows, o)
         whole = laid_out(self.x, None, None)
@@ -97,7 +100,7 @@ class Outer(Factored):
         (_, t, i), o = x.shape, ct.shape[-1]
         if t == 1:
             return sq_norms(x) * sq_norms(ct)
-        if t * (i + o) > i * o:
+        if not known(lambda: t * (i + o) <= i * o):
             return _sums_of_squares(x, ct)
         return _sums_of_products(x, ct)
 
@@ -113,7 +116,7 @@ class Outer(Factored):
         that is cheaper."""
         x, ct = map(wide, self._sequences())
         (n, t, i), o = x.shape, ct.shape[-1]
-        if n * t * t * (i + o) > (t + n) * i * o:
+        if not known(lambda: n * t * t * (i + o) <= (t + n) * i * o):
             return super().inner_products()
         return _products_of_pairs(x, ct)
 
