@@ -99,7 +99,8 @@ def weighted_batch(
             _check_length(weights, leaf.shape[0])
     weights = jnp.asarray(weights, float)
     weights = jnp.where(weights >= 0, weights, jnp.nan)
-    return Batch(*filled(weights != 0, (x, target)), key, weights, divisor)
+    x, target = filled(weights != 0, (x, target))
+    return Batch(x, target, key, weights, divisor)
 
 
 class Examples(NamedTuple):
