@@ -187,6 +187,18 @@ def test_a_dynamic_loss_scale_finds_its_size(options):
     assert relative_error(by_dynamic, by_plain) <= 2e-3
 
 
+def test_a_dynamic_loss_scale_stays_finite():
+    net, x = jp.chain(jp.Dense(3)), jnp.ones((2, 4))
+    params, target = net.init(KEY, x), jnp.zeros(2, int)
+    scale = jp.DynamicLossScale(initial=2.0**126, interval=1)
+    update = jp.make_update(net, jp.CrossEntropy(), optax.sgd(0.1), loss_scale=scale, donate=False)
+    state = update.init(params)
+    for _ in range(4):  # of padding alone, with a gradient of 0
+        params, state, _ = update(params, state, x, target, weights=jnp.zeros(2))
+    assert jnp.isfinite(state.scale)
+    assert int(state.skipped) == 0
+
+
 def update_start(net, x):
     return net.init(KEY, x)
 
@@ -195,6 +207,7 @@ def test_a_dynamic_loss_scale_is_checked():
     for given, error, words in (
         ({"initial": 0.5}, ValueError, "initial is at least 1, not 0.5"),
         ({"factor": 1}, ValueError, "factor is more than 1, not 1"),
+        ({"factor": float("inf")}, ValueError, "factor is finite, not inf"),
         ({"interval": 0}, ValueError, "interval is at least 1"),
         ({"initial": "big"}, TypeError, "initial is a number"),
     ):

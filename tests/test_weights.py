@@ -82,8 +82,101 @@ def test_a_whole_weight_is_so_many_copies_and_0_is_none(name):
     f = jp.quantities(net, loss, **makers(net))
     weighted = jax.jit(f)(params, spoilt(x), target, weights=jnp.asarray(WEIGHTS))
     copied = jax.jit(f)(params, x[TIMES], target[TIMES])
-    for asked in weighted:
+    for asked in weighted.keys() - {"noise"}:  # copies are not drawn apart from each other
         assert relative_error(weighted[asked], copied[asked]) <= CLOSE, asked
+
+
+HELD = {  # what padding may hold in the target
+    "class": (jp.CrossEntropy(), jnp.array([0, 99, 1, 2])),
+    "no distribution": (jp.CrossEntropy(), jax.nn.one_hot(jnp.array([0, -1, 1, 2]), 3)),
+    "nan": (jp.HalfSquaredError(), jnp.ones((4, 3)).at[1].set(jnp.nan)),
+    "7": (jp.BinaryCrossEntropy(), jnp.ones((4, 3)).at[1].set(7)),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("jit", [False, True])
+def test_what_padding_holds_in_the_target_is_nowhere(held, jit):
+    """Neither in an error nor in a derivative, by hand or by autodiff."""
+    net, _, params, x, _ = problem("dense")
+    loss, target = HELD[held]
+    real = jnp.array([0, 2, 3])
+    want = jp.value_and_grad(net, loss)(params, x[real], target[real])
+    for f in (jp.value_and_grad(net, loss), jp.autodiff(net, loss)):
+        f = jax.jit(f) if jit else f
+        got = f(params, spoilt(x), target, weights=jnp.array([1, 0, 1, 1]))
+        assert relative_error(got, want) <= CLOSE
+
+
+def test_what_padding_holds_in_x_is_nowhere():
+    """Also where it is ids, and where zeros in its place would have no derivative."""
+    ids = jnp.array([[0, 1], [99, 99], [2, 3]])
+    for net, x in (
+        (jp.chain(jp.Embedding(7, 4), jp.Dense(3)), ids),
+        (jp.chain(jp.Dense(4), Unit(), jp.Dense(3)), normal(3, 2, 4)),
+    ):
+        params, target = net.init(KEY, x), jnp.zeros((3, 2), int)
+        asked = {"grads": jp.Gradient(), "norms": jp.SqNorms(), "diag": jp.DiagGGN()}
+        f = jp.quantities(net, jp.CrossEntropy(), y=jp.Output(), **asked)
+        got = f(params, x, target, weights=jnp.array([True, False, True]))
+        want = f(params, x[::2], target[::2])
+        for name in ("y", "norms"):
+            assert relative_error(got[name][::2], want[name]) <= CLOSE
+            assert not got[name][1].any()
+        for name in ("value", "grads", "diag"):
+            assert relative_error(got[name], want[name]) <= CLOSE
+
+
+def test_in_a_traced_program_what_cannot_weigh_makes_nan():
+    net, loss, params, x, target = problem("dense")
+    for given in (
+        {"weights": jnp.array([1.0, -1, 0, 1]), "divisor": 2},
+        {"weights": jnp.array([1.0, -1, 0, 3])},
+        {"divisor": -2},
+    ):
+        for make in (jp.value_and_grad, jp.autodiff):
+            result = jax.jit(make(net, loss))(params, x, target, **given)
+            assert all(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(result))
+
+
+class Unit(jp.Layer):
+    """y = x / |x|, which has no derivative at 0."""
+
+    def forward(self, params, x):
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True), x
+
+    def backward(self, params, x, ct):
+        return (), jax.vjp(lambda x: self.forward(params, x)[0], x)[1](ct)[0]
+
+
+EMPTY = NETS | {
+    "groups": (
+        jp.chain(jp.Conv(4), jp.GroupNorm(2), jp.ConvTranspose(4), jp.GlobalAvgPool()),
+        NETS["images"][1],
+    ),
+    "few keys": (jp.chain(jp.Dense(8), jp.Attention(2, kv_heads=1)), normal(4, 3, 3)),
+    "through time": (jp.chain(jp.Lstm(4), jp.Gru(3, output="last")), normal(4, 3, 3)),
+    "shared": (jp.chain(jp.shared(jp.Dense(3), 2), jp.LayerNorm()), normal(4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_of_an_empty_batch_every_mean_is_zero(name):
+    net, x = EMPTY[name]
+    params = net.init(KEY, x)
+    y = jax.eval_shape(net.forward, params, x)[0]
+    target = jnp.zeros((0, *y.shape[1:-1]), int)
+    asked = makers(net) if name in NETS else {"second": jp.SecondMoment(), "kept": jp.Clipped(1)}
+    asked = {"gram": jp.Gram(), **asked}
+    asked.pop("noise", None)
+    f = jax.jit(jp.quantities(net, jp.CrossEntropy(), **asked))
+    result = f(params, x[:0], target, divisor=4)
+    assert result.pop("gram").shape == (0, 0)
+    kfac = result.pop("kfac", ())
+    assert not any(leaf.any() for leaf in jax.tree.leaves(result))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(kfac))
+    by_jax = jp.autodiff(net, jp.CrossEntropy())(params, x[:0], target, divisor=4)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(by_jax))
 
 
 @pytest.mark.parametrize("name", ["dense", "table"])
@@ -146,6 +239,35 @@ def test_curvature_and_the_noise_scale_have_a_scale_of_their_own_under_a_divisor
         (first, _, _) = scaled["kfac"]
         assert relative_error(first.w.a, mean["kfac"][0].w.a) <= CLOSE
         assert relative_error(2 * first.w.b, mean["kfac"][0].w.b) <= CLOSE
+
+
+def test_the_noise_scale_knows_how_many_examples_weights_leave():
+    net, loss, params, x, target = problem("dense")
+    f = jp.noise_scale(net, loss)
+    for weights in (jnp.full(4, 2.0), jnp.full(4, 1 / 4)):
+        assert relative_error(f(params, x, target, weights=weights), f(params, x, target)) <= CLOSE
+    real = jnp.array([True, False, True, True])
+    kept = f(params, x[real], target[real])
+    assert relative_error(f(params, x, target, weights=real), kept) <= CLOSE
+
+
+def test_the_noise_scale_of_weights_is_of_two_estimates_without_bias():
+    """Their means over all 3^4 equally likely batches of 4 out of 3 examples are what they are."""
+    net, loss, params, x, target = problem("dense")
+    weights = jnp.array([1.0, 0.5, 3, 2])
+    n, share = weights.sum() ** 2 / (weights**2).sum(), weights / weights.sum()
+    each = jp.per_example_grads(net, loss)(params, x[:3], target[:3])
+    g = jnp.concatenate([leaf.reshape(3, -1) for leaf in jax.tree.leaves(each)], 1)
+    batches = jnp.stack(jnp.meshgrid(*[jnp.arange(3)] * 4), -1).reshape(-1, 4)
+    mean = jnp.einsum("bni,n->bi", g[batches], share)
+    m, square = (g[batches] ** 2).sum(-1) @ share, (mean**2).sum(-1)
+    traces, squares = (m - square) * n / (n - 1), (n * square - m) / (n - 1)
+    center = g.mean(0)
+    assert relative_error(squares.mean(), (center**2).sum()) <= CLOSE
+    assert relative_error(traces.mean(), ((g - center) ** 2).sum(-1).mean()) <= CLOSE
+    rows = batches[5]
+    got = jp.noise_scale(net, loss)(params, x[rows], target[rows], weights=weights)
+    assert relative_error(got, traces[5] / squares[5]) <= CLOSE
 
 
 def test_what_is_of_an_example_alone_is_its_own_and_0_for_padding():
@@ -257,7 +379,7 @@ def test_weights_may_be_scanned_and_mapped():
         (
             {"weights": jnp.array([1.0, -1, 0, 1])},
             ValueError,
-            "weights must not be negative, not -1",
+            "weights must be finite and not negative, not -1",
         ),
         ({"weights": jnp.ones(3)}, ValueError, r"one for each of the 4 examples, not float64\[3\]"),
         ({"weights": [1, 1, 1, 1]}, TypeError, "weights are an array of numbers"),

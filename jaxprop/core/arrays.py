@@ -66,6 +66,11 @@ def check_fit(tree: PyTree) -> None:
                 )
 
 
+def scalar_of(scale: float | Array, x: Array) -> float | Array:
+    """Return a scalar in x's dtype, or a Python number as it is."""
+    return scale.astype(x.dtype) if isinstance(scale, Array) else scale
+
+
 def of_indices(ids: Array) -> Array:
     """Return integers in at least int32, in which they can be compared with any size."""
     return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
@@ -115,6 +120,27 @@ def selected(kept: Array, tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree)
 
 
+def filled(kept: Array, tree: PyTree) -> PyTree:
+    """Return the tree with the first example that is kept in the place of each that is not.
+
+    Zeros stand there where none is kept. A leaf of keys, or without examples, stays as it is.
+    """
+    if not kept.shape[0]:
+        return tree
+    first = kept & (jnp.arange(kept.shape[0]) == jnp.argmax(kept))
+
+    def one(leaf: Any) -> Any:
+        of_examples = getattr(leaf, "shape", ())[:1] == kept.shape
+        if not of_examples or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return leaf
+        axes = range(1, leaf.ndim)
+        of_first = jnp.where(jnp.expand_dims(first, axes), leaf, jnp.zeros((), leaf.dtype))
+        row = of_first.any(0) if leaf.dtype == jnp.bool_ else of_first.sum(0, dtype=leaf.dtype)
+        return jnp.where(jnp.expand_dims(kept, axes), leaf, row[None])
+
+    return jax.tree.map(one, tree)
+
+
 def empty_like(x: Array) -> Array:
     """Return an array without elements that keeps x's shape, (N, 0, *shape[1:]), and its dtype.
 
@@ -130,11 +156,16 @@ def sum_over(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
 
     Args:
         f: a function of one slice of xs; returns a pytree of arrays.
-        xs: a pytree of arrays with a common leading axis, of at least one slice.
+        xs: a pytree of arrays with a common leading axis.
     """
 
+    def first_slice(leaf: Array) -> Array:
+        if leaf.shape[0] == 0:
+            leaf = jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
+        return jax.lax.index_in_dim(leaf, 0, keepdims=False)
+
     def first() -> PyTree:
-        return f(jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, 0, keepdims=False), xs))
+        return f(jax.tree.map(first_slice, xs))
 
     def add(total: PyTree, x: Any) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, f(x)), None

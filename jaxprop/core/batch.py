@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import selected, weighted
+from jaxprop.core.arrays import filled, selected, weighted
 from jaxprop.core.checks import check_number, check_values
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
@@ -40,7 +41,7 @@ class Batch(NamedTuple):
             _check_length(weights, number)
         total = max(number, 1) if weights is None else jnp.sum(weights)
         if weights is not None:
-            total = jnp.where(total > 0, total, 1)
+            total = jnp.where(total == 0, 1, total)
         if self.divisor is not None:
             return Examples(number, weights, total, self.divisor)
         if not number:
@@ -59,30 +60,47 @@ def weighted_batch(
     weights: Array | None,
     divisor: float | Array | None,
 ) -> Batch:
-    """Return the batch, with zeros for the inputs of examples that count nothing.
+    """Return the batch, in which examples that count nothing are copies of the first that counts.
+
+    So whatever they held is nowhere, not in an error nor in a derivative by autodiff, and what is
+    put in its place is something that the net and the loss take. In a traced program a negative
+    weight, and a divisor that is not positive, are NaN.
 
     Raises:
         TypeError: for weights that are not an array of numbers or bools, and a divisor that is not
             a number.
         ValueError: for weights of a net that couples the examples of a batch; where their values
-            are known for negative ones; and for a divisor that is not positive.
+            are known for one that is negative or not finite; and for a divisor that is not
+            positive.
     """
     if divisor is not None:
         check_number("divisor", divisor, positive=True)
-        divisor = jnp.asarray(divisor, float) if hasattr(divisor, "dtype") else divisor
+        if hasattr(divisor, "dtype"):
+            divisor = jnp.asarray(divisor, float)
+            divisor = jnp.where(divisor > 0, divisor, jnp.nan)
+        elif not isinstance(divisor, int):
+            divisor = float(divisor)
     if weights is None:
         return Batch(x, target, key, None, divisor)
-    if not hasattr(weights, "dtype") or jnp.issubdtype(weights.dtype, jnp.complexfloating):
-        raise TypeError(f"weights are an array of numbers, one for each example, not {weights!r}")
-    check_values("weights must not be negative", weights, lambda weight: weight >= 0)
+    dtype = getattr(weights, "dtype", object)
+    kinds = jnp.floating, jnp.integer, jnp.bool_
+    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        words = "weights are an array of numbers, one for each example"
+        raise TypeError(f"{words}, not {shapes(weights)}")
+    check_values(
+        "weights must be finite and not negative", weights, lambda w: (w >= 0) & (w < math.inf)
+    )
     if net.batch_coupled:
         raise ValueError(
             f"{net} couples the examples of a batch: one that counts nothing would reach the others"
         )
     for leaf in jax.tree.leaves(x):
-        _check_length(weights, leaf.shape[0])
+        if getattr(leaf, "ndim", 0):  # of anything else the net says what is wrong
+            _check_length(weights, leaf.shape[0])
     weights = jnp.asarray(weights, float)
-    return Batch(selected(weights > 0, x), target, key, weights, divisor)
+    weights = jnp.where(weights >= 0, weights, jnp.nan)
+    x, target = filled(weights != 0, (x, target))
+    return Batch(x, target, key, weights, divisor)
 
 
 class Examples(NamedTuple):
@@ -123,7 +141,7 @@ class Examples(NamedTuple):
         if not jnp.issubdtype(values.dtype, jnp.floating):
             values = values.astype(float)
         if self.weights is not None:
-            values = jnp.where(self.weights > 0, values * self.weights.astype(values.dtype), 0)
+            values = jnp.where(self.weights != 0, values * self.weights.astype(values.dtype), 0)
         elif self.divisor is self.number:
             return jnp.mean(values, axis=-1)
         return self.over(jnp.sum(values, axis=-1))
@@ -134,7 +152,7 @@ class Examples(NamedTuple):
 
     def counting(self, tree: PyTree) -> PyTree:
         """Return the tree with zeros for the examples that count nothing."""
-        return tree if self.weights is None else selected(self.weights > 0, tree)
+        return tree if self.weights is None else selected(self.weights != 0, tree)
 
     def mean_cotangent(self, ct: Cotangent) -> Cotangent:
         """Return the cotangent for the mean, from that for each example's own loss."""

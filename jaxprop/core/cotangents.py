@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Repeated, Stacked, is_factored
 from jaxprop.core.mesh import like
@@ -41,7 +42,7 @@ def gradient(step: Step, scale: float | Array = 1.0) -> Params:
     totals = summed(step.d_params)
     params = held(step, totals)
     if not isinstance(scale, int | float) or scale != 1:
-        totals = jax.tree.map(lambda total: total / scale, totals)
+        totals = jax.tree.map(lambda total: wide(total) / scalar_of(scale, wide(total)), totals)
     return jax.tree.map(like, params, totals)
 
 

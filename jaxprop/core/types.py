@@ -36,10 +36,13 @@ class OfBatch(Protocol[T_co]):
         mask: bool (N, T), True where a position is real, for the layers that take a mask; for
             ``Attention`` alone also (N, T, S), True where a query sees a key.
         weights: (N,), what each example counts in every mean, at least 0; bools for a mask of
-            examples. One that counts 0 is padding: whatever it holds, it has no part in a mean, and
-            what is returned of it alone is 0. By default each counts 1.
+            examples. One that counts 0 is padding: whatever x and the target hold there, it has no
+            part in a mean, and what is returned of it alone is 0. By default each counts 1.
         divisor: what sums over examples are divided by for a mean; the sum of the weights by
             default.
+
+    In a traced program, such as an update is, a negative weight, and a divisor that is not
+    positive, make what is returned NaN; where they are known they are refused.
     """
 
     def __call__(

@@ -75,7 +75,7 @@ class Forward(NamedTuple):
     """What a pass forward leaves: the loss, and the way back.
 
     Attributes:
-        y: the net's output.
+        y: the net's output, with zeros for the examples that count nothing.
         values: the loss of each example.
         value: their mean.
         examples: what the examples count.
@@ -118,7 +118,7 @@ def forward(net: Layer, loss: Loss, params: Params, batch: Batch) -> Forward:
             return net.walk(places, residuals, ct, visit)
 
     examples = examples._replace(real=loss.real(loss_residuals))
-    return Forward(y, values, value, examples, loss, loss_residuals, back)
+    return Forward(examples.counting(y), values, value, examples, loss, loss_residuals, back)
 
 
 def check_net_and_loss(net: Layer, loss: Loss) -> None:

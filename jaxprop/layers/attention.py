@@ -19,6 +19,7 @@ from jaxprop.core.tree import Mask, SideInput
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.layers.heads import (
     Inputs,
+    beside,
     check_inputs,
     joined,
     mask_of_scores,
@@ -140,7 +141,7 @@ class Attention(Layer):
             for _, queries, keys in self._parts(given, mask)
         ]
         ys, kept = zip(*parts, strict=True)
-        y = jnp.concatenate(ys, 2).swapaxes(1, 2).reshape(*given.sizes[:2], -1)
+        y = beside(jnp.concatenate(ys, 2).swapaxes(1, 2))
         y = y.astype(given.x.dtype)
         return y, (x if mask is None else given.like(x), y, kept)
 
@@ -150,8 +151,9 @@ class Attention(Layer):
         x, y, kept = residuals
         given = Inputs.of(x)
         n, t, s = given.sizes
+        d = y.shape[-1] // self.heads
         mask = mask_of_scores(self, params, given)
-        ct, y = (z.reshape(n, t, self.heads, -1).swapaxes(1, 2) for z in (ct, y))
+        ct, y = (z.reshape(n, t, self.heads, d).swapaxes(1, 2) for z in (ct, y))
         mean = jnp.sum(wide(ct) * wide(y), -1, keepdims=True)
         d_q, d_k, d_v, d_bias = [], [], [], []
         for (rows, queries, keys), saved in zip(self._parts(given, mask), kept, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,11 @@ class Rows(Factored):
     def _sequences(self) -> tuple[Int[Array, "n t"], Float[Array, "n t d"]]:
         """Return ids and ct, which is 0 where the id is in no row."""
         n, features = self.ids.shape[0], self.ct.shape[-1]
-        ids, ct = of_indices(self.ids).reshape(n, -1), wide(self.ct).reshape(n, -1, features)
+        length = math.prod(self.ids.shape[1:])
+        ids, ct = (
+            of_indices(self.ids).reshape(n, length),
+            wide(self.ct).reshape(n, length, features),
+        )
         there = (ids >= 0) & (ids < self.vocab)
         return ids, jnp.where(there[..., None], ct, 0)
 

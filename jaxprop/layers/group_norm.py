@@ -84,7 +84,7 @@ class GroupNorm(Layer):
 
     def _mean_of_groups(self, each: Array) -> Array:
         """Return the mean over a group's channels, at each of its channels."""
-        groups = each.reshape(*each.shape[:-1], self.groups, -1)
+        groups = each.reshape(*each.shape[:-1], self.groups, each.shape[-1] // self.groups)
         return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(each.shape)
 
 

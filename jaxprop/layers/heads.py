@@ -140,11 +140,13 @@ def split(layer: Attention, x: Inputs) -> tuple[Heads, Heads, Heads]:
     """Return scale q, k and v, each (N, heads, positions, d) with kv_heads heads in k and v."""
     n, t, s = x.sizes
     if x.memory is None and layer.groups == 1:
-        q, k, v = x.x.reshape(n, t, 3, layer.heads, -1).transpose(2, 0, 3, 1, 4)
+        d = x.x.shape[-1] // (3 * layer.heads)
+        q, k, v = x.x.reshape(n, t, 3, layer.heads, d).transpose(2, 0, 3, 1, 4)
     else:
         q, kv = (x.x, x.memory) if x.memory is not None else _apart(layer, x.x)
-        q = q.reshape(n, t, layer.heads, -1).swapaxes(1, 2)
-        k, v = kv.reshape(n, s, 2, layer.heads // layer.groups, -1).transpose(2, 0, 3, 1, 4)
+        d = q.shape[-1] // layer.heads
+        q = q.reshape(n, t, layer.heads, d).swapaxes(1, 2)
+        k, v = kv.reshape(n, s, 2, layer.heads // layer.groups, d).transpose(2, 0, 3, 1, 4)
     return (wide(q) * scale(q)).astype(q.dtype), k, v
 
 
@@ -153,17 +155,24 @@ def joined(layer: Attention, x: Inputs, d_q: Heads, d_k: Heads, d_v: Heads) -> I
 
     That of a key or a value is the sum over the query heads of its group.
     """
-    n, t, s = x.sizes
+    n = x.sizes[0]
     if x.memory is None and layer.groups == 1:
         d_x = jnp.stack([d_q, d_k, d_v], 2).transpose(0, 3, 2, 1, 4)
         return Inputs(d_x.reshape(x.x.shape))
     if layer.groups > 1:
-        d_k, d_v = (z.reshape(n, -1, layer.groups, *z.shape[2:]).sum(2) for z in (d_k, d_v))
-    d_q = d_q.swapaxes(1, 2).reshape(n, t, -1)
-    d_kv = jnp.stack([d_k, d_v], 2).transpose(0, 3, 2, 1, 4).reshape(n, s, -1)
+        kv_heads = layer.heads // layer.groups
+        d_k, d_v = (z.reshape(n, kv_heads, layer.groups, *z.shape[2:]).sum(2) for z in (d_k, d_v))
+    d_q = beside(d_q.swapaxes(1, 2))
+    d_kv = beside(jnp.stack([d_k, d_v], 2).transpose(0, 3, 2, 1, 4))
     if x.memory is not None:
         return Inputs(d_q, d_kv)
     return Inputs(jnp.concatenate([d_q, d_kv], -1))
+
+
+def beside(parts: Float[Array, "n t ..."]) -> Float[Array, "n t d"]:
+    """Return the parts of each position, of its heads say, on one axis."""
+    n, t, *sizes = parts.shape
+    return parts.reshape(n, t, math.prod(sizes))
 
 
 def scale(q: Heads) -> float:

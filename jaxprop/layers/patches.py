@@ -201,7 +201,8 @@ class Patches(Factored):
         most = max(1, BLOCK_BYTES[platform] // max(row, 1))
         if platform == "cpu":
             most = min(most, max(1, n // 2))  # a loop, before which XLA makes no patches
-        return max(size for size in range(1, n + 1) if n % size == 0 and size <= most)
+        sizes = (size for size in range(1, n + 1) if n % size == 0 and size <= most)
+        return max(sizes, default=0)
 
 
 def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float[Array, "g n t i"]:
@@ -216,7 +217,7 @@ def _in_groups(x: Float[Array, "n ... c"], groups: int) -> Float[Array, "n t g i
 
 def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     """Return the sum of f over blocks of size examples."""
-    if known(lambda: size == arrays[0].shape[0]):
+    if known(lambda: size >= arrays[0].shape[0]):
         return f(*arrays)
     starts = jnp.arange(0, arrays[0].shape[0], size)
     return sum_over(lambda start: f(*_block(start, size, arrays)), starts)

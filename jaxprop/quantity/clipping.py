@@ -113,7 +113,7 @@ class Clipped(Quantity):
             taken = self._bounded(params, taken, _norms(taken), examples)
         elif self.two_pass:  # each layer was told all norms
             told = jax.tree.leaves(_each(taken, "norms"))[:1]
-            norms = [PerExample(each.reshape(-1, each.shape[-1])[0], axis=-1) for each in told]
+            norms = [PerExample(each[(0,) * (each.ndim - 1)], axis=-1) for each in told]
             taken = Bounded(_each(taken, "mean"), *norms) if norms else ()
         if not jax.tree.leaves(taken):
             everything(taken)

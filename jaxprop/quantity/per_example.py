@@ -158,7 +158,9 @@ class NoiseScale(Quantity):
 
     With m the mean of |g_n|^2 and g the gradient, E m = |G|^2 + tr S and E |g|^2 = |G|^2 + tr S / N
     give tr S = (m - |g|^2) N / (N - 1) and |G|^2 = (N |g|^2 - m) / (N - 1): the simple noise scale
-    of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one batch.
+    of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one batch. Where
+    example n counts w_n, E |g|^2 = |G|^2 + tr S sum_n w_n^2 / (sum_n w_n)^2, so that
+    (sum_n w_n)^2 / sum_n w_n^2 stands for N.
     """
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
@@ -175,10 +177,12 @@ class NoiseScale(Quantity):
 
     def finish(self, settled: PyTree, examples: Examples) -> Float[Array, ""]:
         if known(lambda: examples.number < 2):
-            raise ValueError("the noise scale is estimated from at least 2 examples, not 1")
+            words = "the noise scale is estimated from at least 2 examples"
+            raise ValueError(f"{words}, not {examples.number}")
         mean_of_squares, square_of_mean = everything(settled)
-        n = examples.total
-        if isinstance(n, Array):
+        n = examples.number
+        if examples.weights is not None:
+            n = examples.total**2 / jnp.sum(examples.weights**2)
             n = n.astype(mean_of_squares.dtype)
         if examples.divisor is not examples.total:  # then neither is a mean yet
             counted = examples.counted().astype(mean_of_squares.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,6 +75,8 @@ class DynamicLossScale(Static):
         for name, least in (("initial", 1), ("factor", 1)):
             value = getattr(self, name)
             check_number(f"DynamicLossScale: {name}", value, positive=True)
+            if not value < math.inf:
+                raise ValueError(f"DynamicLossScale: {name} is finite, not {value}")
             if value < least or (name == "factor" and value == least):
                 words = "is more than 1" if name == "factor" else "is at least 1"
                 raise ValueError(f"DynamicLossScale: {name} {words}, not {value}")
@@ -89,7 +92,8 @@ class DynamicLossScale(Static):
         steps = jnp.where(finite, state.steps + 1, 0)
         grows = steps == self.interval
         smaller = jnp.maximum(state.scale / self.factor, 1)
-        larger = jnp.where(grows, state.scale * self.factor, state.scale)
+        most = float(jnp.finfo(jnp.float32).max)  # an infinite scale would stay so
+        larger = jnp.where(grows, jnp.minimum(state.scale * self.factor, most), state.scale)
         return Scaling(
             inner,
             state.skipped + (~finite).astype(jnp.int32),

@@ -8,6 +8,7 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_number
 from jaxprop.core.cotangents import gradient
@@ -121,7 +122,7 @@ def scaled_up(ct: Cotangent, scale: float | Array) -> Cotangent:
     """Return the cotangent that a walk starts from, times the loss scale."""
     if isinstance(scale, int | float) and scale == 1:
         return ct
-    return jax.tree.map(lambda ct: ct * scale, ct)
+    return jax.tree.map(lambda ct: wide(ct) * scalar_of(scale, wide(ct)), ct)
 
 
 def _in_form(name: str, net: Layer, differentiate: Parts) -> ValueAndGrad:

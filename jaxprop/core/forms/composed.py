@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -116,7 +117,8 @@ def joint(forms: tuple[Factored, ...]) -> Factored:
 
 
 def _with_positions(factor: Float[Array, "n ... d"]) -> Float[Array, "n t d"]:
-    return factor.reshape(factor.shape[0], -1, factor.shape[-1])
+    n, *length, features = factor.shape
+    return factor.reshape(n, math.prod(length), features)
 
 
 def _alone(uses: tuple[Factored, ...]) -> Array:
