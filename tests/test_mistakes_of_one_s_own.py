@@ -68,7 +68,7 @@ LAYERS = mistakes(
         "Can't instantiate abstract class Half with abstract method backward",
     ),
     forward_of_y_alone=(
-        lambda: gradient(forward=lambda self, params, x: x + params),
+        lambda: gradient(forward=lambda self, params, x: x + params[None]),
         "Mine(): forward returns float64[4,3], not (y, residuals)",
     ),
     forward_of_nothing=(
