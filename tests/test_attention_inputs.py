@@ -215,10 +215,10 @@ class Scale(jp.Layer):
         return jnp.ones(x.shape[-1], x.dtype)
 
     def forward(self, params, x):
-        return x * params, x
+        return x * params[None, None], x
 
     def backward(self, params, x, ct):
-        return jnp.sum(ct * x, (0, 1)), ct * params
+        return jnp.sum(ct * x, (0, 1)), ct * params[None, None]
 
 
 MASKS = {"of examples": (4, 5, 5), "of heads": (4, 2, 5, 5), "padding": (4, 5)}

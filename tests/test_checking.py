@@ -138,7 +138,7 @@ def test_a_layer_that_says_it_is_coupled_is_spared_its_examples_one_by_one():
             return x - x.mean(0, keepdims=True), x
 
         def backward(self, params, x, ct):
-            return (), ct if self.wrong else ct - ct.mean(0)
+            return (), ct if self.wrong else ct - ct.mean(0, keepdims=True)
 
     jp.check_layer(Declared(), X)
     jp.check_layer(jp.chain(jp.Tanh(), jp.skip(Declared())), X)
@@ -154,10 +154,10 @@ def test_a_param_held_constant_has_no_cotangent():
             return jnp.ones(x.shape[-1], x.dtype)
 
         def forward(self, params, x):
-            return x * jax.lax.stop_gradient(params), x
+            return x * jax.lax.stop_gradient(params)[None], x
 
         def backward(self, params, x, ct):
-            return jp.Sum(ct * x if self.wrong else jnp.zeros_like(x)), ct * params
+            return jp.Sum(ct * x if self.wrong else jnp.zeros_like(x)), ct * params[None]
 
     jp.check_layer(Fixed(), X)
     with pytest.raises(AssertionError, match=r"d_params disagrees with jax\.vjp of forward"):
@@ -277,10 +277,10 @@ class Share(jp.Layer):
         return jnp.ones(x.shape[-1], x.dtype)
 
     def forward(self, params, x):
-        return x * params, x
+        return x * params[None], x
 
     def backward(self, params, x, ct):
-        return jp.Sum(jnp.broadcast_to((x * ct).mean(0), x.shape)), ct * params
+        return jp.Sum(jnp.broadcast_to((x * ct).mean(0), x.shape)), ct * params[None]
 
 
 def test_a_large_example_does_not_hide_the_others():

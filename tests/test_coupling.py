@@ -21,10 +21,10 @@ class Centered(jp.Layer):
     """y = x - mean over the batch, which is linear and symmetric: d_x is the same of ct."""
 
     def forward(self, params, x):
-        return x - x.mean(0), x[:, :0]
+        return x - x.mean(0, keepdims=True), x[:, :0]
 
     def backward(self, params, residuals, ct):
-        return (), ct - ct.mean(0)
+        return (), ct - ct.mean(0, keepdims=True)
 
 
 class Mine(jp.Layer):
@@ -53,10 +53,10 @@ class Gated(jp.Combinator):
 
     def forward(self, params, x):
         y, residuals = self.layer.forward(params, x)
-        return y - y.mean(0) if self.centered else y, residuals
+        return y - y.mean(0, keepdims=True) if self.centered else y, residuals
 
     def walk(self, place, residuals, ct, visit):
-        ct = ct - ct.mean(0) if self.centered else ct
+        ct = ct - ct.mean(0, keepdims=True) if self.centered else ct
         return self.layer.walk(place, residuals, ct, visit)
 
 
@@ -196,14 +196,14 @@ def test_a_right_layer_is_not_refused(f):
 
 
 COUPLED = {
-    "mean": lambda x: x - x.mean(0),
-    "maximum": lambda x: x / x.max(0),
+    "mean": lambda x: x - x.mean(0, keepdims=True),
+    "maximum": lambda x: x / x.max(0, keepdims=True),
     "softmax": lambda x: jax.nn.softmax(x, axis=0),
     "cumsum": lambda x: jnp.cumsum(x, axis=0),
     "shifted": lambda x: jnp.roll(x, 1, axis=0),
     "attention": lambda x: jax.nn.softmax(x @ x.T) @ x,
     "sorted": lambda x: jnp.sort(x, axis=0),
-    "a_little": lambda x: x + 0.01 * x.mean(0),
+    "a_little": lambda x: x + 0.01 * x.mean(0, keepdims=True),
 }
 
 

@@ -55,7 +55,7 @@ NET = network()
 def batch():
     rng = np.random.default_rng(0)
     source, target = (jnp.asarray(rng.integers(0, VOCAB, (4, t))) for t in (6, 5))
-    real = jnp.arange(6) < jnp.array([6, 4, 2, 5])[:, None]
+    real = jnp.arange(6)[None] < jnp.array([6, 4, 2, 5])[:, None]
     return NET.init(jax.random.key(0), (source, target[:, :-1])), source, target, real
 
 

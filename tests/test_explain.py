@@ -41,10 +41,11 @@ class Plain(jp.Layer):
         return jnp.ones(x.shape[-1], x.dtype)
 
     def forward(self, params, x):
-        return x * params[None], x
+        return x * jnp.expand_dims(params, tuple(range(x.ndim - 1))), x
 
     def backward(self, params, x, ct):
-        return jnp.sum(ct * x, axis=0), ct * params[None]
+        axes = tuple(range(x.ndim - 1))
+        return jnp.sum(ct * x, axes), ct * jnp.expand_dims(params, axes)
 
 
 def own_grads(net, loss, params, x, target):

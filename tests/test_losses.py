@@ -34,7 +34,7 @@ def reference(loss, y, target):
         target = jax.nn.one_hot(jnp.maximum(target, 0), y.shape[-1], dtype=y.dtype)
     q = optax.smooth_labels(target, loss.label_smoothing)
     if loss.class_weights:
-        q = q * jnp.array(loss.class_weights)
+        q = q * jnp.broadcast_to(jnp.array(loss.class_weights), q.shape)
     each = optax.softmax_cross_entropy(y, q)
     return averaged(each, real if weights is None else real * weights, axes[:-1])
 

@@ -314,7 +314,7 @@ NETS = mistakes(
     ),
     attention_s_backward_of_one=(
         lambda: backward(jp.Attention(2), SEQUENCE, jnp.ones((1, 4, 4))),
-        "in backward of Attention(2), of the ct float64[1,4,4]",
+        "Attention(2): ct has shape (1, 4, 4), but y has (2, 4, 4)",
     ),
     mask_that_nobody_takes=(lambda: value(mask=MASK), "no layer takes a mask: chain(Dense(5)"),
     mask_of_other_positions=(

@@ -315,7 +315,7 @@ def test_clipped_with_a_key_and_a_mask_in_the_seats():
     seats = net.bind(
         net.init(jax.random.key(0), x),
         key=jax.random.key(1),
-        mask=jnp.arange(3) < jnp.array([3, 1, 2, 3])[:, None],
+        mask=jnp.arange(3)[None] < jnp.array([3, 1, 2, 3])[:, None],
     )
     args = seats, x, jnp.ones((4, 3), int)
     clipped, in_two_passes, unclipped = (
@@ -595,10 +595,10 @@ class Coupled(jp.Layer):
     batch_coupled = True
 
     def forward(self, params, x):
-        return x - x.mean(0), x
+        return x - x.mean(0, keepdims=True), x
 
     def backward(self, params, x, ct):
-        return (), ct - ct.mean(0)
+        return (), ct - ct.mean(0, keepdims=True)
 
 
 def test_a_batch_coupled_layer_raises_naming_itself():
@@ -730,10 +730,10 @@ class Short(jp.Layer):
         return jnp.ones(x.shape[-1], x.dtype)
 
     def forward(self, params, x):
-        return x * params, x
+        return x * params[None], x
 
     def backward(self, params, x, ct):
-        return jp.Sum((ct * x)[:, :2]), ct * params
+        return jp.Sum((ct * x)[:, :2]), ct * params[None]
 
 
 def test_what_has_no_answer_raises():

@@ -112,7 +112,7 @@ def test_a_sequence_in_parts_is_the_whole(kind):
 
 
 def lengths(*each):
-    return jnp.arange(max(each)) < jnp.array(each)[:, None]
+    return jnp.arange(max(each))[None] < jnp.array(each)[:, None]
 
 
 def test_quantities_of_a_masked_batch_are_those_of_each_example_alone():

@@ -27,8 +27,9 @@ def test_value_and_grad_is_that_of_autodiff(loss, y, target):
             jp.Dense(5), jp.skip(jp.chain(jp.Dense(5), jp.Silu())), jp.Dense(y.shape[-1])
         )
     params, x = at(Row(net, y))
-    hand = jax.jit(jp.value_and_grad(net, loss))(params, x, jnp.asarray(target))
-    auto = jax.jit(jax.value_and_grad(jp.loss_fn(net, loss)))(params, x, jnp.asarray(target))
+    target = jax.tree.map(jnp.asarray, target)
+    hand = jax.jit(jp.value_and_grad(net, loss))(params, x, target)
+    auto = jax.jit(jax.value_and_grad(jp.loss_fn(net, loss)))(params, x, target)
     assert relative_error(hand, auto) <= 1e-12
     chex.assert_trees_all_equal_shapes_and_dtypes(hand[1], params)
 

@@ -262,7 +262,7 @@ def test_the_noise_scale_of_weights_is_of_two_estimates_without_bias():
     mean = jnp.einsum("bni,n->bi", g[batches], share)
     m, square = (g[batches] ** 2).sum(-1) @ share, (mean**2).sum(-1)
     traces, squares = (m - square) * n / (n - 1), (n * square - m) / (n - 1)
-    center = g.mean(0)
+    center = g.mean(0, keepdims=True)
     assert relative_error(squares.mean(), (center**2).sum()) <= CLOSE
     assert relative_error(traces.mean(), ((g - center) ** 2).sum(-1).mean()) <= CLOSE
     rows = batches[5]

@@ -89,8 +89,11 @@ def _each(step: Step) -> Cotangent:
 
 def _check_examples(step: Step) -> None:
     """Raise ``ValueError`` for a form with a factor whose axis 0 is not the example."""
+    forms = jax.tree.leaves_with_path(step.d_params, is_leaf=is_factored)
+    if not forms:
+        return
     examples = jax.tree.leaves(step.ct)[0].shape[0]
-    for path, form in jax.tree.leaves_with_path(step.d_params, is_leaf=is_factored):
+    for path, form in forms:
         axis = 0
         while isinstance(form, Repeated):
             form, axis = form.form, axis + 1

@@ -152,6 +152,8 @@ class Attention(Layer):
         given = Inputs.of(x)
         n, t, s = given.sizes
         d = y.shape[-1] // self.heads
+        if ct.shape != y.shape:
+            raise ValueError(f"{self}: ct has shape {ct.shape}, but y has {y.shape}")
         mask = mask_of_scores(self, params, given)
         ct, y = (z.reshape(n, t, self.heads, d).swapaxes(1, 2) for z in (ct, y))
         mean = jnp.sum(wide(ct) * wide(y), -1, keepdims=True)

@@ -118,6 +118,6 @@ def check_fields(layer: Convolution, words: tuple[str, ...] = ("SAME", "VALID"))
 
 def check_ct(layer: Convolution, x: X, ct: Y, windows: Windows) -> None:
     """Raise ``ValueError`` unless ct has the shape of y, but for the channels."""
-    expected = (len(x), *windows.outputs(x.shape[1:-1]))
+    expected = (x.shape[0], *windows.outputs(x.shape[1:-1]))
     if ct.shape[:-1] != expected:
         raise ValueError(f"{layer}: ct has shape {ct.shape}, but x has {x.shape}")
