@@ -1,5 +1,6 @@
 """Strict settings for every test: float64 on, nothing promoted by itself, eight CPU devices."""
 
+import collections
 import gc
 import importlib.metadata
 import os
@@ -40,14 +41,30 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: exhaustive, and run with --full alone")
+    config.addinivalue_line("markers", "few(n): n of its cases, evenly spread; full the others")
     settings.load_profile("full" if config.getoption("--full") else "quick")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    _mark_what_few_leaves(items)
     if not config.getoption("--full"):
         exhaustive = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=exhaustive)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+def _mark_what_few_leaves(items):
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("full"):
+            cases[item.function].append(item)
+    for each in cases.values():
+        (few,) = each[0].get_closest_marker("few").args
+        kept = {len(each) * i // few for i in range(few)}
+        for index, item in enumerate(each):
+            if index not in kept:
+                item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ CASES = {
 }
 
 
+@pytest.mark.few(12)
 @saves
 @pytest.mark.parametrize("case", CASES)
 def test_against_jax_nn(case, save):
@@ -224,6 +225,7 @@ class Scale(jp.Layer):
 MASKS = {"of examples": (4, 5, 5), "of heads": (4, 2, 5, 5), "padding": (4, 5)}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
 def test_masks_reach_every_layer_and_go_with_the_examples(shape):
     """Under repeat and shared, in micro-batches, and where an example is taken alone."""
@@ -258,6 +260,7 @@ def test_masks_reach_every_layer_and_go_with_the_examples(shape):
             assert relative_error(got["grads"], mean) <= 1e-12
 
 
+@pytest.mark.full
 def test_check_layer_takes_a_mask_of_any_kind():
     rng = np.random.default_rng(0)
     block = jp.repeat(jp.skip(jp.chain(jp.Dense(6), jp.Attention(2), jp.Dense(4))), 2)
@@ -347,6 +350,7 @@ class Near(jp.Layer):
         return abs(np.arange(t)[:, None] - np.arange(t))
 
 
+@pytest.mark.few(1)
 @saves
 def test_a_learned_bias_is_a_layer_in_front(save):
     attention = jp.Attention(2, save=save, block=2)

@@ -12,6 +12,7 @@ from test_weights import CLOSE, KEY, nets, problem
 import jaxprop as jp
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("make", [jp.value_and_grad, jp.autodiff])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @nets
@@ -24,6 +25,7 @@ def test_the_output_comes_along_with_the_gradient(name, micro_batches, make):
     assert relative_error((value, grads), make(net, loss)(params, x, target)) <= CLOSE
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "how", [{}, {"two_pass": True}, {"per_layer": True}, {"micro_batches": 2}], ids=str
 )
@@ -55,6 +57,7 @@ def test_outputs_and_clipped_means_are_quantities():
     assert relative_error((result["value"], result["kept"].grads), (value, grads)) <= CLOSE
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_an_update_returns_them_too(fused, micro_batches):

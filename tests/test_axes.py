@@ -29,6 +29,7 @@ def test_with_a_mask_the_index_counts_real_positions(index):
     np.testing.assert_array_equal(layer.backward(params, residuals, ct)[1], d_x)
 
 
+@pytest.mark.full
 def test_the_last_token_of_padded_sequences_is_that_of_each_alone():
     net, loss = jp.chain(jp.Dense(12), jp.Attention(2), jp.Take(-1), jp.Dense(3)), jp.CrossEntropy()
     params, x = at(Row(net, normal(2, 5, 4)))

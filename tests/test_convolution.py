@@ -387,6 +387,7 @@ def test_pytorch_agrees():
     assert relative_error(got, expected) <= 1e-12
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("layer", "size"),

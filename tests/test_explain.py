@@ -64,6 +64,7 @@ FIRST = [
 ]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("row", FIRST, ids=row_id)
 def test_a_layer_s_terms_are_those_of_autodiff(row):
     """x, y, ct and d_x of a layer, its gradients, and two weights of every param in every layer."""
@@ -260,6 +261,7 @@ def test_prints_in_80_columns_without_colour(keep):
     assert "Sigmoid()" in out.getvalue()
 
 
+@pytest.mark.full
 def test_a_gpt_is_a_line_a_layer():
     net = jp.models.gpt2(jp.models.Gpt2Config(vocab=40, length=8, features=16, heads=2, layers=2))
     x = jnp.arange(16).reshape(2, 8)

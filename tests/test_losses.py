@@ -70,6 +70,7 @@ def test_backward_is_each_example_s_own_gradient(loss, y, target):
         assert relative_error(ct, each) <= 1e-12
 
 
+@pytest.mark.few(12)
 @rows
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_narrow_dtypes(loss, y, target, dtype):

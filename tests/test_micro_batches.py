@@ -68,6 +68,7 @@ ASKED = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", ASKED)
 def test_is_that_of_the_whole_batch(name):
     maker, options = ASKED[name]
@@ -152,6 +153,7 @@ def test_narrow_params_accumulate_in_float32():
     assert relative_error(got[1], whole[1]) <= 2**-8
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     "options",

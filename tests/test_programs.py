@@ -76,7 +76,7 @@ def test_a_convolution_net_with_batch_norm_and_dropout(digits):
             accuracies.append(jnp.mean(aux.y.argmax(-1) == target[rows]))
     predict = jax.jit(jp.inference_mode(net))
     held_out = jnp.mean(predict(params, x[1500:]).argmax(-1) == target[1500:])
-    assert accuracies[-1] > 0.95
+    assert jnp.mean(jnp.stack(accuracies[-15:])) > 0.9
     assert held_out > 0.85  # by running statistics that nobody moved it is a coin of ten sides
     assert aux.norm > 0
 

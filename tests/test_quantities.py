@@ -103,11 +103,14 @@ QUANTITIES = [
 
 
 EACH_LOSS = (jp.HalfSquaredError(), jp.CrossEntropy(), jp.BinaryCrossEntropy())
+OFTEN = {id(row) for row in first_of_their_kind(ROWS, 2)}
 CURVATURE = [row for row in first_of_their_kind(ROWS) if isinstance(row, Row)]
 rows_and_losses = pytest.mark.parametrize(  # the losses in turn: compiling is what takes the time
     ("row", "loss"),
     [
-        pytest.param(row, loss, marks=() if loss == in_turn else pytest.mark.full)
+        pytest.param(
+            row, loss, marks=() if loss == in_turn and id(row) in OFTEN else pytest.mark.full
+        )
         for row, in_turn in zip(ROWS, itertools.cycle(EACH_LOSS), strict=False)
         for loss in EACH_LOSS
     ],
@@ -249,6 +252,7 @@ def several_heads():
     return HEADS, OF_HEADS, HEADS.init(jax.random.key(0), x), x, target
 
 
+@pytest.mark.full
 def test_an_output_that_is_a_dict_of_several_heads():
     net, loss, *args = several_heads()
     hold_to_oracles(net, loss, args)
@@ -327,6 +331,7 @@ def test_clipped_with_a_key_and_a_mask_in_the_seats():
     assert relative_error(clipped, unclipped) > 0.1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("two_pass", [False, True])
 def test_the_bound_holds_in_narrow_dtypes(two_pass):
     """A cotangent that is weighted before it is rounded would go over it, or become zero."""
@@ -356,6 +361,7 @@ LOSSES_OF_Y = [jax.tree.map(jnp.asarray, row) for row in LOSSES]
 losses = pytest.mark.parametrize(("loss", "y", "target"), LOSSES_OF_Y, ids=lambda v: str(v)[:24])
 
 
+@pytest.mark.few(12)
 @losses
 def test_hessian_root_is_a_root_of_the_hessian(loss, y, target):
     def own(y, target):

@@ -66,6 +66,7 @@ MASKS = np.array(
 )
 
 
+@pytest.mark.few(3)
 @kinds
 @pytest.mark.parametrize("reverse", [False, True])
 def test_masks_and_states_are_those_of_a_loop_over_the_real_steps(kind, reverse):
@@ -92,6 +93,7 @@ def test_masks_and_states_are_those_of_a_loop_over_the_real_steps(kind, reverse)
         assert relative_error(got, (d_params, (d_x, public(d_state)))) <= 1e-12
 
 
+@pytest.mark.few(3)
 @kinds
 @pytest.mark.parametrize("output", ["sequence", "last", "both"])
 def test_check_layer_from_a_state(kind, output):
@@ -115,6 +117,7 @@ def lengths(*each):
     return jnp.arange(max(each))[None] < jnp.array(each)[:, None]
 
 
+@pytest.mark.full
 def test_quantities_of_a_masked_batch_are_those_of_each_example_alone():
     net = jp.chain(jp.bidirectional(jp.Rnn(2)), jp.Gru(2, True), jp.Lstm(3, output="last"))
     params, x = at(Row(net, normal(2, 4, 2)))
@@ -254,6 +257,7 @@ def test_what_does_not_fit_is_said(kind):
         kind(2).backward(params, residuals, jnp.ones((1, 3, 3)))
 
 
+@pytest.mark.few(6)
 @kinds
 @pytest.mark.parametrize("how", ["auto", "explicit", "shard_map"])
 @pytest.mark.parametrize("masked", [False, True])

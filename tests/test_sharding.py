@@ -296,6 +296,7 @@ def test_custom_vjp_under_shard_map():
     assert relative_error(got, jp.value_and_grad(net, LOSS)(params, x, target)) <= 1e-12
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -325,6 +326,7 @@ EXPLICIT = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "within", ["a context", pytest.param("no context", marks=pytest.mark.full)]
 )

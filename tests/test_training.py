@@ -19,6 +19,7 @@ def problem(dtype=jnp.float64):
     return params, x, TARGET
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize(("loss", "y", "target"), LOSSES)
 def test_value_and_grad_is_that_of_autodiff(loss, y, target):
     net = jp.chain(jp.skip(jp.Tanh()))

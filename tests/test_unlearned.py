@@ -121,6 +121,7 @@ def test_both_ways_of_differentiating_agree_on_what_is_learned(net):
     assert jax.tree.structure(updated) == jax.tree.structure(params)
 
 
+@pytest.mark.few(2)
 @nets
 def test_every_quantity(net):
     params, *batch = problem(net)
@@ -214,6 +215,7 @@ UPDATES = [
 ]
 
 
+@pytest.mark.few(6)
 @pytest.mark.usefixtures("standard_promotion")
 @nets
 @pytest.mark.parametrize(("optimizer", "options"), UPDATES, ids=str)
@@ -331,6 +333,7 @@ def test_params_that_were_made_elsewhere_are_frozen_by_hand():
         jp.frozen(jp.Dense)
 
 
+@pytest.mark.few(1)
 @quick_nets
 def test_checked_explained_and_in_ordinary_jax(net):
     params, x, target = problem(net)

@@ -179,6 +179,7 @@ def trained(update, params, x, target, steps=50, key=None):
     return jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(steps)))(start)
 
 
+@pytest.mark.few(5)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])

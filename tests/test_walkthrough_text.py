@@ -177,6 +177,7 @@ def test_a_large_network_in_korean_has_the_same_numbers(capsys, tmp_path):
     assert set(re.findall(r"[A-Za-z.]{3,}", korean)) <= allowed
 
 
+@pytest.mark.full
 def test_a_deep_network_shows_both_ends(capsys, tmp_path):
     config = net(*[((0.9,),)] * 40, inputs=(1.0,))
     text = show(capsys, tmp_path, config)
@@ -207,6 +208,7 @@ RISES = net(((0.1,),), ((1.5,),), inputs=(1.0,), rate=0.9)
 LONG = "The steps are too long."
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("config", "steps", "expected"),
     [

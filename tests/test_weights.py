@@ -75,6 +75,7 @@ def spoilt(x):
     return x.at[1].set(jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1)
 
 
+@pytest.mark.few(3)
 @nets
 def test_a_whole_weight_is_so_many_copies_and_0_is_none(name):
     """And whatever an example that weighs nothing holds is selected away."""
@@ -94,6 +95,7 @@ HELD = {  # what padding may hold in the target
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("jit", [False, True])
 def test_what_padding_holds_in_the_target_is_nowhere(held, jit):
@@ -160,6 +162,7 @@ EMPTY = NETS | {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", EMPTY)
 def test_of_an_empty_batch_every_mean_is_zero(name):
     net, x = EMPTY[name]
@@ -179,6 +182,7 @@ def test_of_an_empty_batch_every_mean_is_zero(name):
     assert not any(leaf.any() for leaf in jax.tree.leaves(by_jax))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["dense", "table"])
 def test_in_micro_batches_and_on_devices_weights_are_those_of_the_whole_batch(name):
     net, loss, params, x, target = problem(name)
@@ -215,6 +219,7 @@ def test_in_micro_batches_and_on_devices_weights_are_those_of_the_whole_batch(na
     assert relative_error(jax.jit(mapped)(params, x, target, weights), alone) <= CLOSE
 
 
+@pytest.mark.few(2)
 @nets
 def test_a_divisor_scales_every_mean(name):
     net, loss, params, x, target = problem(name)
@@ -341,6 +346,7 @@ def test_noise_is_that_of_the_divisor():
     assert 0.75 * deviation < float(draws.std()) < 1.25 * deviation
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", [{"fused": True}, {"micro_batches": 2}, {}], ids=str)
 def test_an_update_takes_weights(how):
     net, loss, params, x, target = problem("attention")
@@ -402,6 +408,7 @@ def test_a_net_that_couples_examples_takes_no_weights():
         jp.value_and_grad(net, jp.CrossEntropy())(params, x, jnp.zeros(4, int), weights=jnp.ones(4))
 
 
+@pytest.mark.full
 def test_in_half_precision_weights_keep_the_gradients_dtypes():
     for dtype in (jnp.bfloat16, jnp.float16):
         net, loss, params, x, target = problem("dense")
@@ -413,6 +420,7 @@ def test_in_half_precision_weights_keep_the_gradients_dtypes():
         assert relative_error(got, want) <= 4e-3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", [{}, {"two_pass": True}, {"micro_batches": 2}], ids=str)
 def test_an_example_that_is_not_finite_is_dropped_where_that_is_asked(how):
     for name in ("dense", "attention", "plain"):
