@@ -87,7 +87,7 @@ CASES = {
 }
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 @saves
 @pytest.mark.parametrize("case", CASES)
 def test_against_jax_nn(case, save):
@@ -225,6 +225,7 @@ class Scale(jp.Layer):
 MASKS = {"of examples": (4, 5, 5), "of heads": (4, 2, 5, 5), "padding": (4, 5)}
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
 def test_masks_reach_every_layer_and_go_with_the_examples(shape):
@@ -350,6 +351,7 @@ class Near(jp.Layer):
         return abs(np.arange(t)[:, None] - np.arange(t))
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @saves
 def test_a_learned_bias_is_a_layer_in_front(save):

@@ -12,7 +12,7 @@ from test_weights import CLOSE, KEY, nets, problem
 import jaxprop as jp
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("make", [jp.value_and_grad, jp.autodiff])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @nets
@@ -25,7 +25,7 @@ def test_the_output_comes_along_with_the_gradient(name, micro_batches, make):
     assert relative_error((value, grads), make(net, loss)(params, x, target)) <= CLOSE
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "how", [{}, {"two_pass": True}, {"per_layer": True}, {"micro_batches": 2}], ids=str
 )

@@ -84,6 +84,7 @@ def test_table_and_figures(capsys, tmp_path, small):
     assert "mlp-small" not in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_ratio_worse_by_more_than_a_tenth_is_exit_1(capsys, tmp_path, small):
     path = tmp_path / "figures.json"
     assert main(["bench", "--quick", "--only", "mlp", "--json", str(path)]) == 0

@@ -413,6 +413,7 @@ def test_a_mask_that_nobody_takes_is_refused():
         net.bind(((), ()), mask=jnp.ones((1, 4), bool))
 
 
+@pytest.mark.full
 def test_the_mean_over_real_positions():
     net = jp.chain(jp.Dense(12), jp.Attention(2, causal=False), jp.GlobalAvgPool(), jp.Dense(2))
     params, x = at(Row(net, normal(2, 5, 4)))

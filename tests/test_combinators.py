@@ -43,6 +43,7 @@ def test_per_layer_noise_counts_the_layers_of_a_repeat():
     assert abs(noise.std() / (3.0 * 0.5 * 4**0.5 / 5) - 1) < 4 / np.sqrt(2 * noise.size)
 
 
+@pytest.mark.full
 def test_two_passes_through_a_repeat_keep_no_cotangents():
     net, loss, args = gpt(scan=True, recomputing=True, batch=2)
     one, two = (

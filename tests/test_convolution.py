@@ -392,7 +392,7 @@ def test_pytorch_agrees():
 @pytest.mark.parametrize(
     ("layer", "size"),
     [
-        (jp.AvgPool((32, 32)), 32),
+        pytest.param(jp.AvgPool((32, 32)), 32, marks=pytest.mark.full),
         (jp.AvgPool((8, 8)), 8),
         (jp.AvgPool((8, 8), padding=4, count_include_pad=False), 8),
         (jp.GlobalAvgPool(), 40),
@@ -408,6 +408,7 @@ def test_the_mean_of_equal_numbers_is_that_number(layer, size, dtype):
         np.testing.assert_array_equal(d_x, jnp.full_like(x, 512 * y.size / x.size))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_windows_that_overlap_add_up_in_float32(dtype):
     """An entry is read by 81 windows, whose cotangents of 1 sum up to 81, not to 64 or less."""

@@ -47,7 +47,7 @@ def in_pieces(net, params, x, pieces=PIECES):
     return jnp.concatenate(ys, 1)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NETS)
 def test_in_pieces_and_one_by_one(name):
     net, x = NETS[name], jnp.asarray(normal(2, 12, 24))
@@ -69,6 +69,7 @@ def test_in_pieces_and_one_by_one(name):
     assert relative_error(one_by_one(params, x)[:, :, 0].swapaxes(0, 1), whole) <= 1e-12
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -88,6 +89,7 @@ def test_gpt2_generates_what_its_logits_say(scan, dtype):
     np.testing.assert_array_equal(cold, ids)
 
 
+@pytest.mark.full
 def test_what_is_drawn_has_the_probabilities_of_the_logits():
     net = gpt2(GPT._replace(vocab=3))
     prompt = jnp.zeros((4000, 2), int)

@@ -150,6 +150,7 @@ def losses(lines):
     return [float(line.split()[2]) for line in lines if line.startswith("step")]
 
 
+@pytest.mark.full
 def test_two_processes_train_as_one_does(launch, tmp_path, whole):
     two, state = whole
     one = finish(launch(tmp_path / "one", 1))

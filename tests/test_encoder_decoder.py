@@ -87,6 +87,7 @@ def test_gradients_norms_and_clipping(masked):
     assert relative_error(got["grads"], by_jax) <= 1e-11
 
 
+@pytest.mark.full
 def test_padding_of_the_source_changes_nothing():
     params, source, target, real = batch()
     args = (source, target[:, :-1]), target[:, 1:]

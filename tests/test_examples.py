@@ -71,6 +71,7 @@ def test_every_script_ends_by_the_same_rules():
     assert sorted(mains) == sorted([*SCRIPTS, "two_layer.py"])
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ SMALL = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "script",
     [

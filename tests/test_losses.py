@@ -398,6 +398,7 @@ def test_a_loss_of_any_function():
     assert narrow.dtype == jnp.float32
 
 
+@pytest.mark.full
 def test_a_loss_that_is_not_convex_has_no_root():
     loss = jp.loss(lambda y, sign: sign * jnp.sum(y**4) + jnp.sum(y[:1]))
     _, residuals = loss.forward(jnp.asarray(normal(3, 2)), jnp.array([1.0, -1, 1]))

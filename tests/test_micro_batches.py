@@ -68,7 +68,7 @@ ASKED = {
 }
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", ASKED)
 def test_is_that_of_the_whole_batch(name):
     maker, options = ASKED[name]
@@ -117,6 +117,7 @@ def test_each_micro_batch_has_keys_of_its_own():
     assert relative_error(got, expected) <= 1e-12
 
 
+@pytest.mark.full
 def test_samples_anew_in_each_micro_batch():
     """Of two equal examples the samples differ, and many of them come near what is exact."""
     net, (params, x, target) = jp.chain(jp.Dense(3)), problem(jp.chain(jp.Dense(3)), (1, 4))
@@ -212,6 +213,7 @@ def test_a_sharded_batch_stays_where_it_is(kind):
         assert moving not in program.as_text()
 
 
+@pytest.mark.full
 def test_under_shard_map():
     args = problem(shape=(12, 4))
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))

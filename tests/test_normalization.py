@@ -432,6 +432,7 @@ def in_parts(f, axes=("d",), **options):
 PARTS = {"one axis": ("d", ("d",)), "two axes": (("d", "m"), ("d", "m"))}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "axes"), PARTS.values(), ids=list(PARTS))
 def test_statistics_of_a_batch_in_parts_are_those_of_the_whole(name, axes):
     """Gradients of every layer, the cotangent of x among them, and the running statistics."""

@@ -103,7 +103,7 @@ QUANTITIES = [
 
 
 EACH_LOSS = (jp.HalfSquaredError(), jp.CrossEntropy(), jp.BinaryCrossEntropy())
-OFTEN = {id(row) for row in first_of_their_kind(ROWS, 2)}
+OFTEN = {id(row) for row in first_of_their_kind(ROWS)}
 CURVATURE = [row for row in first_of_their_kind(ROWS) if isinstance(row, Row)]
 rows_and_losses = pytest.mark.parametrize(  # the losses in turn: compiling is what takes the time
     ("row", "loss"),
@@ -331,6 +331,7 @@ def test_clipped_with_a_key_and_a_mask_in_the_seats():
     assert relative_error(clipped, unclipped) > 0.1
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @pytest.mark.parametrize("two_pass", [False, True])
 def test_the_bound_holds_in_narrow_dtypes(two_pass):
@@ -863,6 +864,7 @@ def test_dead_units_and_confident_examples_count_in_kronecker_factors():
         assert relative_error(factors[0].w.a, real.T @ real / 6) <= 1e-12
 
 
+@pytest.mark.full
 def test_curvature_under_shard_map():
     """Each device's own share, as for every quantity."""
     net, loss, params, x, target = problem(Row(KFAC_NET, normal(4, 2, 5)), jp.CrossEntropy())

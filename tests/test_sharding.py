@@ -113,6 +113,7 @@ def test_every_quantity_is_that_of_one_device(name):
             assert relative_error(got[quantity], want) <= 1e-12, (how, quantity)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.full), True])
 def test_updates_are_those_of_one_device_and_stay_in_place(fused):
@@ -273,6 +274,7 @@ def test_shard_map_keeps_per_example_quantities_apart():
     assert relative_error(program(*placed), jax.jit(f)(*args)) <= 1e-12
 
 
+@pytest.mark.full
 def test_custom_vjp_under_shard_map():
     """Each device its examples: the gradient is the mean of theirs, as autodiff's is."""
     net, params, x, target = problem("gpt2")
@@ -296,6 +298,7 @@ def test_custom_vjp_under_shard_map():
     assert relative_error(got, jp.value_and_grad(net, LOSS)(params, x, target)) <= 1e-12
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.full), True])
@@ -326,6 +329,7 @@ EXPLICIT = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     "within", ["a context", pytest.param("no context", marks=pytest.mark.full)]

@@ -562,6 +562,7 @@ def test_an_update_that_does_not_donate_leaves_what_it_was_given():
     assert jax.tree.leaves(params)[0].is_deleted()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_an_optimizer_with_arguments_of_its_own():
     """``optax.contrib.sam`` takes none of those that an update could give."""

@@ -348,6 +348,7 @@ def test_a_closed_pipe_ends_it_quietly():
     assert running.returncode == -signal.SIGPIPE
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_ends_it_quietly():
     with subprocess.Popen(

@@ -75,7 +75,7 @@ def spoilt(x):
     return x.at[1].set(jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @nets
 def test_a_whole_weight_is_so_many_copies_and_0_is_none(name):
     """And whatever an example that weighs nothing holds is selected away."""
@@ -110,6 +110,7 @@ def test_what_padding_holds_in_the_target_is_nowhere(held, jit):
         assert relative_error(got, want) <= CLOSE
 
 
+@pytest.mark.full
 def test_what_padding_holds_in_x_is_nowhere():
     """Also where it is ids, and where zeros in its place would have no derivative."""
     ids = jnp.array([[0, 1], [99, 99], [2, 3]])
@@ -162,7 +163,7 @@ EMPTY = NETS | {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", EMPTY)
 def test_of_an_empty_batch_every_mean_is_zero(name):
     net, x = EMPTY[name]
@@ -219,7 +220,7 @@ def test_in_micro_batches_and_on_devices_weights_are_those_of_the_whole_batch(na
     assert relative_error(jax.jit(mapped)(params, x, target, weights), alone) <= CLOSE
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @nets
 def test_a_divisor_scales_every_mean(name):
     net, loss, params, x, target = problem(name)
