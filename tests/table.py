@@ -296,6 +296,11 @@ def first_of_their_kind(rows: list[Row], most: int = 1) -> list[Any]:
     return list(map(marked, rows))
 
 
+def of_size(examples: int, batch: Any) -> Any:
+    """A batch with the examples of another one, each again if they are too few."""
+    return jax.tree.map(lambda leaf: jnp.resize(leaf, (examples, *leaf.shape[1:])), batch)
+
+
 def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
     """(params, x) of the dtype; params as init shapes them, of numbers that hide no mistake.
 

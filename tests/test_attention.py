@@ -43,7 +43,7 @@ def problem(n, t, c, dtype=jnp.float64):
     return jnp.asarray(normal(n, t, c), dtype), jnp.asarray(normal(n, t, c // 3)[::-1], dtype)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @causals
 @saves
 @pytest.mark.parametrize("t", [1, 65, 200])
@@ -75,6 +75,7 @@ def test_padding_changes_nothing(save, causal):
     assert np.all(longer_d_x[:, 6:] == 0)
 
 
+@pytest.mark.few(4)
 @causals
 @saves
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])

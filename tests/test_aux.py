@@ -12,7 +12,7 @@ from test_weights import CLOSE, KEY, nets, problem
 import jaxprop as jp
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("make", [jp.value_and_grad, jp.autodiff])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @nets

@@ -33,6 +33,7 @@ def test_rows_compute_the_same_by_hand_and_by_autodiff():
         assert relative_error(hand, auto) <= 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_every_row_traces():
     """With arrays of the rows' own shapes, that nothing is computed for."""

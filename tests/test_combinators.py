@@ -421,7 +421,7 @@ AROUND_STACKS = [
 ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("examples", [2, 5])
 @pytest.mark.parametrize("net", AROUND_STACKS, ids=repr)
 def test_examples_one_by_one_of_a_layer_around_a_stack(net, examples):

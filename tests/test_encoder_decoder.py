@@ -59,6 +59,7 @@ def batch():
     return NET.init(jax.random.key(0), (source, target[:, :-1])), source, target, real
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_norms_and_clipping(masked):

@@ -135,6 +135,7 @@ def test_runs_to_its_end_in_a_small_configuration(script):
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.full
 def test_vae_has_two_outputs_and_a_loss_that_falls(monkeypatch):
     out = run("vae.py", "--epochs", 3)
     values = [float(value) for value in re.findall(r"-ELBO (\S+) nats", out)]

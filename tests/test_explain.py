@@ -64,7 +64,7 @@ FIRST = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("row", FIRST, ids=row_id)
 def test_a_layer_s_terms_are_those_of_autodiff(row):
     """x, y, ct and d_x of a layer, its gradients, and two weights of every param in every layer."""

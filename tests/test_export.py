@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export
-from table import TABLE, Row, at, normal, relative_error, row_id
+from table import TABLE, Row, at, normal, of_size, relative_error, row_id
 
 import jaxprop as jp
 from jaxprop.core.tree import learned
@@ -78,7 +78,7 @@ def test_one_program_for_any_batch_size(row):
     target = jnp.asarray(normal(*y.shape)) / 2
     program = read_back(f, params, x, target)
     for examples in (3, 2):
-        batch = [jnp.resize(array, (examples, *array.shape[1:])) for array in (x, target)]
+        batch = of_size(examples, (x, target))
         got, expected = program(params, *batch), jax.jit(f)(params, *batch)
         assert jax.tree.structure(got) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):

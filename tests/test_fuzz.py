@@ -74,7 +74,7 @@ def check(number: int) -> str | None:
     return None
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", range(5))
 def test_a_few_random_networks(number: int) -> None:
     wrong = check(number)

@@ -46,6 +46,7 @@ def averaged(values, weights, axes):
     return (weights * values).sum(axes) / jnp.where(total == 0, 1, total)
 
 
+@pytest.mark.few(10)
 @rows
 def test_values(loss, y, target):
     y, target = jax.tree.map(jnp.asarray, (y, target))
@@ -54,6 +55,7 @@ def test_values(loss, y, target):
     assert relative_error(values, expected) <= 1e-12
 
 
+@pytest.mark.few(10)
 @rows
 def test_backward_is_each_example_s_own_gradient(loss, y, target):
     y, target = jax.tree.map(jnp.asarray, (y, target))

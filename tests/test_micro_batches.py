@@ -68,7 +68,7 @@ ASKED = {
 }
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ASKED)
 def test_is_that_of_the_whole_batch(name):
     maker, options = ASKED[name]

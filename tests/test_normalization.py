@@ -129,6 +129,7 @@ def problem(examples=8):
 PER_EXAMPLE = ["per_example_grads", "per_example_sq_norms", "gram", "second_moment", "variance"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", PER_EXAMPLE)
 def test_per_example_quantities_exist_in_evaluation_only(name):
     args = problem()
@@ -402,6 +403,7 @@ def test_errors_say_what_is_wrong(make, error, words):
         make()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("size", [1e20, pytest.param(1e30, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "layer", [jp.LayerNorm(), jp.RMSNorm(), jp.GroupNorm(2), jp.BatchNorm()], ids=str

@@ -37,6 +37,7 @@ units = 2
 """
 
 
+@pytest.mark.full
 @in_a_browser
 @pytest.mark.parametrize(
     "text", [configs.dump(configs.WORKED_EXAMPLE), pytest.param(DEEP, marks=pytest.mark.full)]

@@ -81,6 +81,7 @@ def test_a_convolution_net_with_batch_norm_and_dropout(digits):
     assert aux.norm > 0
 
 
+@pytest.mark.full
 def test_a_gpt_with_its_norms_logged():
     text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 60, np.uint8)
     net = jp.models.gpt2(jp.models.Gpt2Config(128, 16, 32, 2, 2))

@@ -378,6 +378,7 @@ def test_hessian_root_is_a_root_of_the_hessian(loss, y, target):
     assert float(error(y, target)) <= 1e-12
 
 
+@pytest.mark.few(10)
 @losses
 def test_samples_have_the_hessian_for_covariance(loss, y, target):
     """The error of a mean of M samples is of the order of 1 / sqrt(M): at 16 M a fourth."""

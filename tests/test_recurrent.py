@@ -93,7 +93,7 @@ def test_masks_and_states_are_those_of_a_loop_over_the_real_steps(kind, reverse)
         assert relative_error(got, (d_params, (d_x, public(d_state)))) <= 1e-12
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @kinds
 @pytest.mark.parametrize("output", ["sequence", "last", "both"])
 def test_check_layer_from_a_state(kind, output):
@@ -186,6 +186,7 @@ def test_both_directions_are_two_layers_side_by_side():
         jp.bidirectional(jp.Gru(3, output="both"))
 
 
+@pytest.mark.few(4)
 @kinds
 @pytest.mark.parametrize("shape", [(3, 1, 2), (1, 1, 1), (2, 9, 5)], ids=str)
 def test_forward_is_the_step_repeated(kind, shape):

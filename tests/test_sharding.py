@@ -1,6 +1,7 @@
 """Data parallel, fully sharded and tensor parallel: the same numbers, and what the devices tell."""
 
 import contextlib
+import itertools
 import math
 import re
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from table import TABLE, Row, at, relative_error, row_id
+from table import TABLE, Row, at, first_of_their_kind, of_size, relative_error, row_id
 from test_examples import run
 
 import jaxprop as jp
@@ -96,6 +97,7 @@ def everything(net, curvature):
     return jax.jit(f)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.full), "mlp"])
 def test_every_quantity_is_that_of_one_device(name):
     net, params, x, target = problem(name)
@@ -330,16 +332,17 @@ EXPLICIT = [
 
 
 @pytest.mark.full
-@pytest.mark.few(1)
 @pytest.mark.parametrize(
-    "within", ["a context", pytest.param("no context", marks=pytest.mark.full)]
-)
-@pytest.mark.parametrize(
-    "row", [*EXPLICIT, *(pytest.param(row, marks=pytest.mark.full) for row in TABLE)], ids=row_id
+    ("row", "within"),
+    [
+        *itertools.product(EXPLICIT, ("a context", "no context")),
+        *((row, "a context") for row in first_of_their_kind(TABLE) if isinstance(row, Row)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else row_id(value),
 )
 def test_every_quantity_on_an_explicit_mesh(row, within):
     net, (params, x) = row.layer, at(row)
-    x = jnp.resize(x, (4, *x.shape[1:]))
+    x = of_size(4, x)
     y, _ = jax.eval_shape(net.forward, params, x)
     target = jnp.asarray(np.random.default_rng(1).uniform(size=y.shape))
     key, loss, asked = jax.random.key(2), jp.HalfSquaredError(), {}

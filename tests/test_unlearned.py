@@ -105,6 +105,7 @@ def test_a_plain_array_that_backward_gives_nothing_for_is_not_learned():
             update(params, (), x, target)
 
 
+@pytest.mark.few(2)
 @nets
 def test_both_ways_of_differentiating_agree_on_what_is_learned(net):
     params, x, target = problem(net)
@@ -173,6 +174,7 @@ def test_every_quantity(net):
     assert relative_error(squares, learned(got["diagonal"])) <= 1e-12
 
 
+@pytest.mark.few(2)
 @quick_nets
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_noise_is_for_what_is_learned(net, per_layer):
@@ -215,7 +217,7 @@ UPDATES = [
 ]
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("standard_promotion")
 @nets
 @pytest.mark.parametrize(("optimizer", "options"), UPDATES, ids=str)
@@ -245,6 +247,7 @@ def test_no_update_moves_them(net, optimizer, options):
     assert np.isfinite(value)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("standard_promotion")
 @nets
 def test_a_loop_of_ones_own_has_one_line_more(net):
@@ -370,6 +373,7 @@ def test_a_nan_in_an_array_that_is_not_learned_is_found():
     assert (found.phase, found.layer, found.array) == ("input", "1", "params var")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "layer",
     [

@@ -38,6 +38,7 @@ OPTIMIZERS = {
 QUICK = ("adamw", "lbfgs")
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     "name",
@@ -179,7 +180,7 @@ def trained(update, params, x, target, steps=50, key=None):
     return jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(steps)))(start)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
@@ -193,6 +194,7 @@ def test_fused_is_the_update_for_any_net(net, optimizer):
     assert ends[0][1][-1] < ends[0][1][0]
 
 
+@pytest.mark.few(4)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("optimizer", FUSED)
 def test_fused_is_the_update_for_any_optimizer(optimizer):
@@ -340,6 +342,7 @@ def test_fused_outside_repeat_only_needs_a_param_of_its_own(optimizer):
     assert relative_error(*ends) <= 1e-10
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
@@ -380,6 +383,7 @@ def test_the_norm_of_float16_gradients(fused, size, skipped):
     np.testing.assert_allclose(params[0].w, jnp.full((2, 2), expected), rtol=1e-3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("net", ["unrolled", "nested"])
 @pytest.mark.parametrize("bad", [0.0, jnp.inf])
