@@ -172,7 +172,8 @@ def test_of_an_empty_batch_every_mean_is_zero(name):
     target = jnp.zeros((0, *y.shape[1:-1]), int)
     asked = makers(net) if name in NETS else {"second": jp.SecondMoment(), "kept": jp.Clipped(1)}
     asked = {"gram": jp.Gram(), **asked}
-    asked.pop("noise", None)
+    for name_of_none in ("noise", "variance"):
+        asked.pop(name_of_none, None)
     f = jax.jit(jp.quantities(net, jp.CrossEntropy(), **asked))
     result = f(params, x[:0], target, divisor=4)
     assert result.pop("gram").shape == (0, 0)
@@ -189,6 +190,7 @@ def test_in_micro_batches_and_on_devices_weights_are_those_of_the_whole_batch(na
     net, loss, params, x, target = problem(name)
     given = {"weights": jnp.asarray(WEIGHTS), "divisor": 5.0}
     asked = makers(net)
+    del asked["variance"]  # there is none of a sum that is no mean
     whole = jax.jit(jp.quantities(net, loss, **asked))(params, x, target, **given)
     halves = jp.quantities(net, loss, micro_batches=2, **asked)
     halves = jax.jit(halves)(params, x, target, **given)
@@ -400,6 +402,37 @@ def test_what_cannot_weigh_is_refused(given, error, words):
     for make in (jp.value_and_grad, jp.autodiff, jp.gram, jp.loss_fn):
         with pytest.raises(error, match=words):
             make(net, loss)(params, x, target, **given)
+
+
+def test_a_sum_over_a_divisor_has_no_variance():
+    net, loss, params, x, target = problem("dense")
+    for micro_batches in (1, 2):
+        f = jp.variance(net, loss, micro_batches=micro_batches)
+        with pytest.raises(ValueError, match="around the mean of the batch: leave out the divisor"):
+            f(params, x, target, divisor=4.0)
+
+
+class Centered(jp.Layer):
+    """A user's, which couples the examples of a batch and does not say so."""
+
+    def forward(self, params, x):
+        return x - x.mean(0, keepdims=True), x[:, :0]
+
+    def backward(self, params, residuals, ct):
+        return (), ct - ct.mean(0, keepdims=True)
+
+
+@pytest.mark.parametrize("make", [jp.value_and_grad, jp.autodiff, jp.loss_fn, jp.gram])
+def test_a_layer_that_couples_examples_unsaid_is_found_where_one_is_padding(make):
+    net, x = jp.chain(jp.Dense(3), Centered()), normal(4, 5)
+    params, target = net.init(KEY, x), jnp.zeros(4, int)
+    with pytest.raises(ValueError, match=r"Centered\(\): an example's y depends on the other"):
+        make(net, jp.CrossEntropy())(params, x, target, weights=jnp.ones(4))
+    update = jp.make_update(net, jp.CrossEntropy(), optax.sgd(0.1), fused=True, donate=False)
+    with pytest.raises(ValueError, match=r"Centered\(\): an example's y depends on the other"):
+        update(params, update.init(params), x, target, weights=jnp.ones(4))
+    with pytest.raises(TypeError, match="divisor is a number, not '3'"):
+        update(params, update.init(params), x, target, divisor="3")
 
 
 def test_a_net_that_couples_examples_takes_no_weights():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from jax import Array
 
-from jaxprop.core.checks import require
-from jaxprop.core.child import Child
+from jaxprop.core.child import Child, part_of
 from jaxprop.core.combinator import Combinator, Wrapper
-from jaxprop.core.describe import shapes, structs
+from jaxprop.core.describe import structs
 from jaxprop.core.layer import Layer
 from jaxprop.core.step import Visit
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
@@ -25,36 +24,25 @@ class On(Wrapper, Combinator):
 
     part: str | int
 
-    def __post_init__(self) -> None:
-        require(self.layer, Layer, "on")
-
     def __repr__(self) -> str:
         return f"on({self.part!r}, {self.layer!r})"
 
     def init(self, key: Array, x: PyTree) -> Params:
-        return self.layer.init(key, self._part(x))
+        return self.layer.init(key, part_of(self, x, self.part))
 
     def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
-        params, y = self.layer.init_with_output(key, self._part(x))
+        params, y = self.layer.init_with_output(key, part_of(self, x, self.part))
         return params, self._put(structs(x), y)
 
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
-        y, residuals = self.layer.forward(params, self._part(x))
+        y, residuals = self.layer.forward(params, part_of(self, x, self.part))
         return self._put(x, y), residuals
 
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:
-        visited, d_part = self.layer.walk(place, residuals, self._part(ct), visit)
+        visited, d_part = self.layer.walk(place, residuals, part_of(self, ct, self.part), visit)
         return visited, self._put(ct, d_part)
-
-    def _part(self, x: PyTree) -> PyTree:
-        try:
-            if not hasattr(x, "dtype"):
-                return Child(self.layer, self.part).of(x)
-        except (AttributeError, IndexError, KeyError, TypeError):
-            pass
-        raise ValueError(f"{self}: x is {shapes(x)}, which has no part {self.part!r}")
 
     def _put(self, x: PyTree, part: PyTree) -> PyTree:
         return Child(self.layer, self.part).put(x, part)

@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import filled, selected, weighted
 from jaxprop.core.checks import check_number, check_values
+from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
-from jaxprop.core.types import Cotangent, PyTree
+from jaxprop.core.types import Cotangent, Params, PyTree
 
 
 class Batch(NamedTuple):
@@ -42,18 +43,17 @@ class Batch(NamedTuple):
         total = max(number, 1) if weights is None else jnp.sum(weights)
         if weights is not None:
             total = jnp.where(total == 0, 1, total)
-        if self.divisor is not None:
-            return Examples(number, weights, total, self.divisor)
-        if not number:
+        if not number and self.divisor is None:
             raise ValueError(
                 "the batch is empty: the mean over 0 examples does not exist; give divisor= for a "
                 "sum over them"
             )
-        return Examples(number, weights, total, total)
+        return Examples(number, weights, total, self.divisor)
 
 
 def weighted_batch(
     net: Layer,
+    params: Params,
     x: PyTree,
     target: PyTree,
     key: Array | None,
@@ -62,9 +62,17 @@ def weighted_batch(
 ) -> Batch:
     """Return the batch, in which examples that count nothing are copies of the first that counts.
 
-    So whatever they held is nowhere, not in an error nor in a derivative by autodiff, and what is
-    put in its place is something that the net and the loss take. In a traced program a negative
-    weight, and a divisor that is not positive, are NaN.
+    What they held then reaches no result, no error and no derivative, autodiff's included. In a
+    traced program a negative weight, and a divisor that is not positive, become NaN.
+
+    Args:
+        net: the network.
+        params: its params, side inputs included.
+        x: the inputs.
+        target: the targets, or None.
+        key: a key, or None.
+        weights: (N,), what each example counts, or None.
+        divisor: what weighted sums are divided by, or None.
 
     Raises:
         TypeError: for weights that are not an array of numbers or bools, and a divisor that is not
@@ -94,6 +102,7 @@ def weighted_batch(
         raise ValueError(
             f"{net} couples the examples of a batch: one that counts nothing would reach the others"
         )
+    check_uncoupled(net, params, x)
     for leaf in jax.tree.leaves(x):
         if getattr(leaf, "ndim", 0):  # of anything else the net says what is wrong
             _check_length(weights, leaf.shape[0])
@@ -110,7 +119,7 @@ class Examples(NamedTuple):
         number: N.
         weights: (N,), or None where each counts 1.
         total: the sum of the weights, or 1 if that is 0.
-        divisor: what a sum is divided by for the mean: the total, if it was not given.
+        given: the divisor that was given, or None.
         real: (N, ...), False where the target says that an example, or a position of one, is
             padding; None where all are real.
     """
@@ -118,16 +127,21 @@ class Examples(NamedTuple):
     number: int
     weights: Float[Array, " n"] | None
     total: float | Array
-    divisor: float | Array
+    given: float | Array | None = None
     real: Bool[Array, "n ..."] | None = None
+
+    @property
+    def divisor(self) -> float | Array:
+        """What a sum is divided by for the mean: the total, if no divisor was given."""
+        return self.total if self.given is None else self.given
 
     def over(self, sums: Array) -> Array:
         """Return sums over examples, divided for a mean."""
         divisor = self.divisor
         return sums / (divisor.astype(sums.dtype) if isinstance(divisor, Array) else divisor)
 
-    def counted(self) -> Array:
-        """Return the divisor in units of what the examples count: 1 where it was not given."""
+    def to_mean(self) -> Array:
+        """Return what a sum over the divisor that was given is multiplied by for a mean."""
         return jnp.asarray(self.divisor, float) / jnp.asarray(self.total, float)
 
     def shares(self) -> Float[Array, " n"]:
@@ -142,13 +156,13 @@ class Examples(NamedTuple):
             values = values.astype(float)
         if self.weights is not None:
             values = jnp.where(self.weights != 0, values * self.weights.astype(values.dtype), 0)
-        elif self.divisor is self.number:
+        elif self.given is None:
             return jnp.mean(values, axis=-1)
         return self.over(jnp.sum(values, axis=-1))
 
     def share(self, of_these: Bool[Array, "... n"]) -> Float[Array, "..."]:
         """Return how large a share these are, of all that the examples count."""
-        return self._replace(divisor=self.total).mean(of_these)
+        return self._replace(given=self.total).mean(of_these)
 
     def counting(self, tree: PyTree) -> PyTree:
         """Return the tree with zeros for the examples that count nothing."""

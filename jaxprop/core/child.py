@@ -7,7 +7,8 @@ import functools
 from types import EllipsisType
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxprop.core.types import Params
+from jaxprop.core.describe import is_array, shapes
+from jaxprop.core.types import Params, PyTree
 
 if TYPE_CHECKING:
     from jaxprop.core.layer import Layer
@@ -52,3 +53,22 @@ class Child(NamedTuple):
         entries[self.name] = new  # pyright: ignore[reportArgumentType, reportCallIssue]
         named = hasattr(params, "_fields")
         return type(params)(*entries) if named else type(params)(entries)
+
+
+def part_of(layer: Layer, x: PyTree, part: int | str) -> PyTree:
+    """Return a part of x, by its index in a tuple, its key in a dict, or the name of its field.
+
+    Args:
+        layer: the layer that takes the part, for the message.
+        x: a dict, a tuple or a named tuple.
+        part: which of its parts.
+
+    Raises:
+        ValueError: for an x without that part.
+    """
+    try:
+        if not is_array(x):
+            return Child(layer, part).of(x)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{layer}: x is {shapes(x)}, which has no part {part!r}")

@@ -39,8 +39,8 @@ def of_batch(
         weights: Array | None = None,
         divisor: float | Array | None = None,
     ) -> T:
-        batch = weighted_batch(net, x, target, key, weights, divisor)
-        return f(net.bind(params, key=key, mask=mask), batch)
+        bound = net.bind(params, key=key, mask=mask)
+        return f(bound, weighted_batch(net, bound, x, target, key, weights, divisor))
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = doc and doc.split("\n\n    Attributes:")[0]

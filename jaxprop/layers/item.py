@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.arrays import empty_like
-from jaxprop.core.child import Child
-from jaxprop.core.describe import shapes
+from jaxprop.core.child import Child, part_of
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Cotangent, PyTree, Residuals
 
@@ -38,13 +37,8 @@ class Item(Layer):
     part: str | int
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
-        try:
-            if not hasattr(x, "dtype"):
-                self._place.of(x)
-                return ()
-        except (AttributeError, IndexError, KeyError, TypeError):
-            pass
-        raise ValueError(f"{self}: x is {shapes(x)}, which has no part {self.part!r}")
+        part_of(self, x, self.part)
+        return ()
 
     def forward(self, params: tuple[()], x: PyTree) -> tuple[PyTree, Residuals]:
         return self._place.of(x), jax.tree.map(empty_like, self._place.put(x, ()))

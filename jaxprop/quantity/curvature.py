@@ -122,11 +122,11 @@ class KroneckerFactors(AddedUp):
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         """Of two means only one is over a divisor that was given; the other is over the total."""
-        if examples.divisor is examples.total:
+        if examples.given is None:
             return settled
-        counted = examples.counted()
+        scale = examples.to_mean()
         return jax.tree.map(
-            lambda of: Kronecker(of.a * counted.astype(of.a.dtype), of.b),
+            lambda of: Kronecker(of.a * scale.astype(of.a.dtype), of.b),
             settled,
             is_leaf=lambda node: isinstance(node, Kronecker),
         )

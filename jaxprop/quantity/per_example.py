@@ -65,7 +65,7 @@ class Output(OfForward):
 
 
 class FiniteLoss(OfForward):
-    """The mean of the loss, without the examples whose loss is not finite."""
+    """The mean of the loss, with 0 for the examples whose loss is not finite."""
 
     def of_forward(self, ahead: Forward) -> Float[Array, ""]:
         finite = jnp.where(jnp.isfinite(ahead.values), ahead.values, 0)
@@ -134,7 +134,8 @@ class SecondMoment(Quantity):
 class Variance(Quantity):
     """The mean over examples of (g_n - mean)^2, elementwise: second moment - gradient^2.
 
-    Like params, in at least float32.
+    Like params, in at least float32. It raises ``ValueError`` for a divisor that was given: what is
+    divided by it is no mean.
     """
 
     like_params: ClassVar[bool] = True
@@ -151,6 +152,14 @@ class Variance(Quantity):
             return jnp.maximum(of.second - square, 0)  # of equal examples it is rounding alone
 
         return _map_moments(variance, taken)
+
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
+        if examples.given is not None:
+            raise ValueError(
+                "the variance is around the mean of the batch: leave out the divisor, or ask for "
+                "the second moment"
+            )
+        return settled
 
 
 class NoiseScale(Quantity):
@@ -184,9 +193,9 @@ class NoiseScale(Quantity):
         if examples.weights is not None:
             n = examples.total**2 / jnp.sum(examples.weights**2)
             n = n.astype(mean_of_squares.dtype)
-        if examples.divisor is not examples.total:  # then neither is a mean yet
-            counted = examples.counted().astype(mean_of_squares.dtype)
-            mean_of_squares, square_of_mean = mean_of_squares * counted, square_of_mean * counted**2
+        if examples.given is not None:  # then neither is a mean yet
+            scale = examples.to_mean().astype(mean_of_squares.dtype)
+            mean_of_squares, square_of_mean = mean_of_squares * scale, square_of_mean * scale**2
         trace = (mean_of_squares - square_of_mean) * n / (n - 1)
         return trace * (n - 1) / (n * square_of_mean - mean_of_squares)
 

@@ -110,7 +110,7 @@ def fused_step(net: Layer, loss: Loss, apply: Apply, options: Options) -> Run:
         _check_key(net, key)
         scale, depths = options.scale(state), stack_depths(net, params)
         bound = net.bind(params, key=key, mask=mask)
-        last, before = (bound, weighted_batch(net, x, target, None, weights, divisor)), None
+        last, before = (bound, weighted_batch(net, bound, x, target, None, weights, divisor)), None
         if micro_batches > 1:
             before, last = _all_but_last(net, loss, *last, options, scale)
         ahead = forward(net, loss, *last)

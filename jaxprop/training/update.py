@@ -79,11 +79,15 @@ class Update:
             divisor: what sums over examples are divided by; the sum of the weights by default.
 
         Raises:
+            TypeError: for the state of another optimizer or of other params, and for a divisor that
+                is not a number.
             ValueError: for a net with a layer that draws, such as ``Dropout``, without a key, and
-                for the state of another optimizer or of other params.
+                for a divisor that is not positive.
         """
         if state is None:
             raise TypeError("state is None: start from state = update.init(params)")
+        if divisor is not None and not isinstance(divisor, Array):
+            check_number("divisor", divisor, positive=True)
         check_fit({"x": x, "target": target})
         if self._donate:
             params, state = fit_to_donate((params, state))
