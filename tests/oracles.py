@@ -61,10 +61,13 @@ def variance(grads):
 
 
 @of_grads
-def noise_scale(grads):
+def noise_scale(grads, weights=None):
     flat = jnp.concatenate(_leaves(grads), 1)
-    trace = flat.var(0, ddof=1).sum()
-    return trace / ((flat.mean(0) ** 2).sum() - trace / len(flat))
+    share = jnp.ones(len(flat)) if weights is None else jnp.asarray(weights, flat.dtype)
+    share = share[:, None] / share.sum()
+    mean, of_mean = (share * flat).sum(0), (share**2).sum()  # Var(mean) = of_mean * tr(S)
+    trace = (share * (flat - mean[None]) ** 2).sum() / (1 - of_mean)
+    return trace / ((mean**2).sum() - trace * of_mean)
 
 
 @of_grads

@@ -54,7 +54,7 @@ def answers(case: Case, net: jp.Layer, names: tuple[str, ...], dropped: int | No
             "gram": lambda: oracles.gram.of(own),
             "moment": lambda: moment,
             "variance": lambda: jax.tree.map(lambda m, g: 2 * m - g**2, moment, grads),
-            "noise": lambda: bounded(oracles.noise_scale.of(copies)),
+            "noise": lambda: bounded(oracles.noise_scale.of(each, weights)),
             "clipped": lambda: of_mean(oracles.clipped.of(copies, BOUND)),
             "clipped by layer": lambda: of_mean(clipped_by_layer(case, net, params, batch, copies)),
             "diagonal": lambda: of_mean(

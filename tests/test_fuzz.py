@@ -249,6 +249,8 @@ def check_update(case: Case, rng: np.random.Generator) -> None:
         case.given["key"] = jax.random.key(1)
     how = str(rng.choice([how for how in hows(case) if how not in ("eager", "vmap")]))
     optimizer = OPTIMIZERS[rng.integers(len(OPTIMIZERS))]
+    if case.narrowest == jnp.float16:  # in which Adam's second moment is a subnormal number
+        optimizer = OPTIMIZERS[0]
     options = draw_micro_batches(case, how, rng) | {
         "fused": bool(rng.integers(2)),
         "max_norm": [None, 0.1][rng.integers(2)],
