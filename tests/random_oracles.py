@@ -14,7 +14,7 @@ from jaxprop.core.arrays import rounded
 from jaxprop.core.tree import learned, merged
 
 BOUND = 0.3  # on the norm of a gradient
-TIMES, ROUNDINGS = 3, 6  # of the error of autodiff in the same dtype, and of its precision
+TIMES, ROUNDINGS = 3, 8  # of the error of autodiff in the same dtype, and of its precision
 HOPELESS = 0.05  # such an error of autodiff leaves nothing to compare
 
 
@@ -149,8 +149,11 @@ def comparable(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def bounded(noise_scale: Any) -> Any:
-    """Return n / (1 + |n|), which moves little where the estimate of |G|^2 is close to 0."""
-    return 1 + noise_scale / (1 + abs(noise_scale))
+    """Return n / (1 + |n|), which moves little where the estimate of |G|^2 is close to 0.
+
+    Of gradients that are all 0 it is 0 / 0, and then -1.
+    """
+    return jnp.nan_to_num(1 + noise_scale / (1 + abs(noise_scale)), nan=-1)
 
 
 class Judge:

@@ -500,3 +500,18 @@ def test_an_axis_of_vmap_splits_the_batch_too():
     np.testing.assert_allclose(of_parts[2].reshape(8, 3), d_x, rtol=1e-9, atol=1e-12)
     summed = jax.tree.map(lambda leaf: leaf.sum(0), of_parts[1])
     assert relative_error(summed, d_params) <= 1e-10
+
+
+def test_under_jit_x_minus_its_mean_is_of_the_rounded_x():
+    """Else x, which a layer before has just computed, is rounded in one place and not in another.
+
+    With a channel to a group x is its mean, and what is left is rounding, times 316.
+    """
+    net = jp.chain(
+        jp.cast(jp.Dense(2, bias=False), jnp.bfloat16), jp.cast(jp.GroupNorm(2), jnp.bfloat16)
+    )
+    x, target = normal(6, 4).astype(jnp.float32), jnp.ones((6, 2), jnp.float32)
+    params = net.init(jax.random.key(0), x)
+    f = jp.quantities(net, jp.BinaryCrossEntropy(), root=jp.GGNRoot())
+    root = jax.jit(f)(params, x, target)["root"][0].w
+    assert float(jnp.abs(root).max()) == 0

@@ -23,6 +23,19 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.float32) if narrow else x
 
 
+def as_rounded(x: Array) -> Array:
+    """Return ``wide(x)`` of an x that is rounded to its dtype, also under ``jax.jit``.
+
+    Where x was just computed XLA leaves out a rounding to bfloat16 and back (it "allows excess
+    precision"), at one use of x and not at another. This is for a difference of two uses.
+    """
+    info = jnp.finfo(x.dtype)
+    same = wide(x)
+    if same.dtype == x.dtype:
+        return same
+    return jax.lax.reduce_precision(same, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+
+
 def aligned(v: Array, x: Array) -> Array:
     """Return v, whose axes are the last ones of x, with an axis of length 1 for each other of x.
 

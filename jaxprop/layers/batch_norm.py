@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxprop.core.arrays import aligned, rounded, wide
+from jaxprop.core.arrays import aligned, as_rounded, rounded, wide
 from jaxprop.core.checks import check_flags, check_share
 from jaxprop.core.describe import structs
 from jaxprop.core.forms import Sum
@@ -171,7 +171,8 @@ class BatchNorm(Layer):
             rstd = aligned(jax.lax.rsqrt(var + float(self.eps)), x)
             return (x - aligned(mean, x)) * rstd, rstd
         self._check_axes(x)
-        centered = wide(x) - self._mean(wide(x))
+        same = as_rounded(x)
+        centered = same - self._mean(same)
         rstd = rstd_of(centered, self._mean, self.eps)
         return centered * rstd, rstd
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import aligned, wide
+from jaxprop.core.arrays import aligned, as_rounded, wide
 from jaxprop.core.checks import check_counts
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
@@ -62,19 +62,20 @@ class GroupNorm(Layer):
         return params
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, X, X]]:
-        mean = self._mean_of_groups(_over_positions(jnp.mean, wide(x)))
+        same = as_rounded(x)
+        mean = self._mean_of_groups(_over_positions(jnp.mean, same))
 
         def over_group(x: Array) -> Array:
             return self._mean_of_groups(_over_positions(jnp.mean, x))
 
-        rstd = rstd_of(wide(x) - mean, over_group, self.eps)
-        return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
+        rstd = rstd_of(same - mean, over_group, self.eps)
+        return scaled(params, (same - mean) * rstd, x), (x, mean, rstd)
 
     def backward(
         self, params: NormParams, residuals: tuple[X, X, X], ct: X
     ) -> tuple[NormParams, X]:
         x, mean, rstd = residuals
-        n, ct, scale = (wide(x) - mean) * rstd, wide(ct), aligned(wide(params.scale), x)
+        n, ct, scale = (as_rounded(x) - mean) * rstd, wide(ct), aligned(wide(params.scale), x)
         a, b = _over_positions(jnp.sum, ct * n), _over_positions(jnp.sum, ct)
         positions = math.prod(x.shape[1:-1])
         along_ones = self._mean_of_groups(scale * b) / positions

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import aligned, wide
+from jaxprop.core.arrays import aligned, as_rounded, wide
 from jaxprop.core.checks import check_number, check_x, is_whole
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
@@ -83,15 +83,16 @@ class LayerNorm(Layer):
         return affine(self, x)
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow, PerRow]]:
-        mean = _mean_along(wide(x))
-        rstd = rstd_of(wide(x) - mean, _mean_along, self.eps)
-        return scaled(params, (wide(x) - mean) * rstd, x), (x, mean, rstd)
+        same = as_rounded(x)
+        mean = _mean_along(same)
+        rstd = rstd_of(same - mean, _mean_along, self.eps)
+        return scaled(params, (same - mean) * rstd, x), (x, mean, rstd)
 
     def backward(
         self, params: NormParams, residuals: tuple[X, PerRow, PerRow], ct: X
     ) -> tuple[NormParams, X]:
         x, mean, rstd = residuals
-        n, wide_ct, scale = (wide(x) - mean) * rstd, wide(ct), wide(params.scale)
+        n, wide_ct, scale = (as_rounded(x) - mean) * rstd, wide(ct), wide(params.scale)
         mean_dn, mean_dn_n = _mean_along(wide_ct, scale), _mean_along(wide_ct * n, scale)
         d_x = rstd * (wide_ct * aligned(scale, n) - mean_dn - n * mean_dn_n)
         return NormParams(Sum(wide_ct * n), Sum(ct)), d_x.astype(x.dtype)
@@ -129,14 +130,15 @@ class RMSNorm(Layer):
         return NormParams(affine(self, x).scale)
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow]]:
-        rstd = rstd_of(wide(x), _mean_along, self.eps)
-        return scaled(params, wide(x) * rstd, x), (x, rstd)
+        same = as_rounded(x)
+        rstd = rstd_of(same, _mean_along, self.eps)
+        return scaled(params, same * rstd, x), (x, rstd)
 
     def backward(
         self, params: NormParams, residuals: tuple[X, PerRow], ct: X
     ) -> tuple[NormParams, X]:
         x, rstd = residuals
-        n, wide_ct, scale = wide(x) * rstd, wide(ct), wide(params.scale)
+        n, wide_ct, scale = as_rounded(x) * rstd, wide(ct), wide(params.scale)
         d_x = rstd * (wide_ct * aligned(scale, n) - n * _mean_along(wide_ct * n, scale))
         return NormParams(Sum(wide_ct * n)), d_x.astype(x.dtype)
 
