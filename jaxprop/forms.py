@@ -3,7 +3,7 @@
 A layer's ``backward`` returns one for each of its params, and a quantity asks them.
 """
 
-from jaxprop.core.forms import Factored, Joint, Kronecker, Outer, Repeated, Stacked, Sum
+from jaxprop.core.forms import Factored, Joint, Kronecker, Outer, Rearranged, Repeated, Stacked, Sum
 from jaxprop.layers.embedding import Rows
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.positions import Leading
@@ -15,6 +15,7 @@ __all__ = [
     "Leading",
     "Outer",
     "Patches",
+    "Rearranged",
     "Repeated",
     "Rows",
     "Stacked",

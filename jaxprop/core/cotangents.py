@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, Repeated, Stacked, is_factored
+from jaxprop.core.forms import Factored, Stacked, is_factored
 from jaxprop.core.mesh import like
 from jaxprop.core.residuals import check_residuals, residual_axes
 from jaxprop.core.step import Step
@@ -94,10 +94,7 @@ def _check_examples(step: Step) -> None:
         return
     examples = jax.tree.leaves(step.ct)[0].shape[0]
     for path, form in forms:
-        axis = 0
-        while isinstance(form, Repeated):
-            form, axis = form.form, axis + 1
-        for factor in jax.tree.leaves(form) if is_factored(form) else ():
+        for factor, axis in form.factors() if is_factored(form) else ():
             if factor.shape[axis : axis + 1] != (examples,):
                 raise ValueError(
                     f"{step.layer}: d_params{jax.tree_util.keystr(path)} is {shapes(form)}, but "

@@ -12,16 +12,36 @@ from jaxprop.core.forms.form import (
     sq_norms,
 )
 from jaxprop.core.forms.outer import Outer, Sum, gram, of_real
+from jaxprop.core.forms.rearranged import (
+    Move,
+    Moves,
+    Rearranged,
+    Reshaped,
+    Scanned,
+    Sliced,
+    Transposed,
+    Turned,
+    in_place,
+)
 
 __all__ = [
     "Factored",
     "Joint",
     "Kronecker",
+    "Move",
+    "Moves",
     "Outer",
+    "Rearranged",
     "Repeated",
+    "Reshaped",
+    "Scanned",
+    "Sliced",
     "Stacked",
     "Sum",
+    "Transposed",
+    "Turned",
     "gram",
+    "in_place",
     "is_factored",
     "joint",
     "norm_of_all",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import jax
@@ -26,6 +26,10 @@ class Repeated(Factored):
     """
 
     form: Factored
+
+    def factors(self) -> Iterator[tuple[Array, int]]:
+        for factor, axis in self.form.factors():
+            yield factor, axis + 1
 
     def per_example(self) -> Float[Array, "n l ..."]:
         return jax.vmap(lambda form: form.per_example(), out_axes=1)(self.form)
@@ -76,6 +80,10 @@ class Joint(Factored):
 
     uses: tuple[Factored, ...]
     unfactored: ClassVar[str] = "the param is used more than once, and each use has its own"
+
+    def factors(self) -> Iterator[tuple[Array, int]]:
+        for use in self.uses:
+            yield from use.factors()
 
     def per_example(self) -> Float[Array, "n ..."]:
         return _added([wide(use.per_example()) for use in self.uses])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
@@ -57,6 +58,11 @@ class Factored(abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+    def factors(self) -> Iterator[tuple[Array, int]]:
+        """Yield the factors, each with the axis of its examples."""
+        for factor in jax.tree.leaves(self):
+            yield factor, 0
 
     @abc.abstractmethod
     def per_example(self) -> Float[Array, "n ..."]:

@@ -1,0 +1,207 @@
+"""The equations of a traced program: how they are run again, and what their parameters say.
+
+Every read of an equation's ``params`` is here, since they differ between versions of JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
+REMATERIALIZED = frozenset(("checkpoint", "remat", "remat2"))
+Axes = tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """A traced function, or a part of one: its equations and the constants that they close over."""
+
+    jaxpr: Jaxpr
+    consts: Sequence[Any]
+
+    @classmethod
+    def of(cls, jaxpr: Any) -> Program:
+        """Return a program of what JAX keeps, with constants or without."""
+        if isinstance(jaxpr, ClosedJaxpr):
+            return cls(jaxpr.jaxpr, jaxpr.consts)
+        return cls(jaxpr, ())
+
+    def run(self, args: Sequence[Any], step: Callable[[JaxprEqn, list[Any]], list[Any]]) -> list:
+        """Return the outputs, with each equation's own from ``step(equation, inputs)``."""
+        values: dict[Any, Any] = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
+        values |= zip(self.jaxpr.invars, args, strict=True)
+
+        def read(var: Any) -> Any:
+            return var.val if isinstance(var, Literal) else values[var]
+
+        for equation in self.jaxpr.eqns:
+            outs = step(equation, [read(var) for var in equation.invars])
+            values |= zip(equation.outvars, outs, strict=True)
+        return [read(var) for var in self.jaxpr.outvars]
+
+
+class Scan(NamedTuple):
+    """A scan: its body, how many of the inputs are constants and carried, and how it runs."""
+
+    body: Program
+    consts: int
+    carry: int
+    length: int
+    options: dict[str, Any]
+
+
+class Dot(NamedTuple):
+    """The axes of a dot_general's two operands that are contracted, and that are batched."""
+
+    contracted: tuple[Axes, Axes]
+    batched: tuple[Axes, Axes]
+
+
+class Convolution(NamedTuple):
+    """A convolution's layouts, (batch, channel, *spatial) of x and y and (O, I, *spatial) of w."""
+
+    x: Axes
+    w: Axes
+    y: Axes
+    strides: Axes
+    padding: tuple[tuple[int, int], ...]
+    dilation: Axes
+    spread: Axes
+    groups: int
+
+
+def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
+    """Return what the equation gives for these inputs, by a program of this one equation."""
+    wanted: dict[Any, Any] = {
+        var: value
+        for var, value in zip(equation.invars, values, strict=True)
+        if not isinstance(var, Literal)
+    }
+    alone = Jaxpr((), list(wanted), equation.outvars, [equation], equation.effects)
+    return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*wanted.values())
+
+
+def inlined(equation: JaxprEqn) -> Program | None:
+    """Return the program that the equation calls, if that is all it does."""
+    if equation.primitive.name not in INLINED:
+        return None
+    return Program.of(_first(equation, "jaxpr", "call_jaxpr"))
+
+
+def scan_of(equation: JaxprEqn) -> Scan:
+    """Return what a scan's equation says."""
+    params = equation.params
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    consts, carry = _split(params)
+    return Scan(Program.of(params["jaxpr"]), consts, carry, params["length"], options)
+
+
+def _split(params: dict[str, Any]) -> tuple[int, int]:
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from jax 0.11 on
+    return len(consts), len(carry)
+
+
+def branches_of(equation: JaxprEqn) -> tuple[Program, ...]:
+    """Return the programs that a ``cond`` or a ``switch`` chooses from by its first input."""
+    return tuple(map(Program.of, equation.params["branches"]))
+
+
+def rematerialized(equation: JaxprEqn) -> tuple[Program, dict[str, Any]] | None:
+    """Return the program that is computed again on the way back, and ``jax.checkpoint``'s options.
+
+    None for another equation.
+    """
+    if equation.primitive.name not in REMATERIALIZED:
+        return None
+    options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
+    return Program.of(equation.params["jaxpr"]), options
+
+
+def dot_of(equation: JaxprEqn) -> Dot:
+    """Return what a dot_general's equation says."""
+    contracted, batched = equation.params["dimension_numbers"]
+    return Dot(*(tuple(map(tuple, axes)) for axes in (contracted, batched)))  # pyright: ignore[reportArgumentType]
+
+
+def convolution_of(equation: JaxprEqn) -> Convolution | None:
+    """Return what a convolution's equation says; None for one with groups of examples."""
+    params = equation.params
+    if params["batch_group_count"] != 1:
+        return None
+    layouts = params["dimension_numbers"]
+    padding = tuple((int(low), int(high)) for low, high in params["padding"])
+    return Convolution(
+        tuple(layouts.lhs_spec),
+        tuple(layouts.rhs_spec),
+        tuple(layouts.out_spec),
+        tuple(params["window_strides"]),
+        padding,
+        tuple(params["rhs_dilation"]),
+        tuple(params["lhs_dilation"]),
+        params["feature_group_count"],
+    )
+
+
+def looks_up_rows(equation: JaxprEqn) -> bool:
+    """Return whether a gather takes whole entries of its operand's axis 0, by one index each."""
+    of, (table, ids) = equation.params["dimension_numbers"], (v.aval for v in equation.invars)
+    whole = (1, *table.shape[1:]) == tuple(equation.params["slice_sizes"])
+    rows = tuple(of.start_index_map) == (0,) == tuple(of.collapsed_slice_dims)
+    last = tuple(range(ids.ndim - 1, ids.ndim - 1 + table.ndim - 1))
+    batched = tuple(getattr(of, "operand_batching_dims", ()))
+    return whole and rows and not batched and tuple(of.offset_dims) == last
+
+
+def clips_ids(equation: JaxprEqn) -> bool:
+    """Return whether a gather reads the nearest row for an id that is outside of the table."""
+    return "clip" in str(equation.params["mode"]).lower()
+
+
+def permutation_of(equation: JaxprEqn) -> Axes:
+    """Return the permutation of a transpose."""
+    return tuple(equation.params["permutation"])
+
+
+def slice_of(equation: JaxprEqn) -> tuple[Axes, Axes, Axes]:
+    """Return the starts, limits and strides of a slice."""
+    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+    strides = equation.params["strides"] or (1,) * len(starts)
+    return tuple(starts), tuple(limits), tuple(strides)
+
+
+def reversed_axes_of(equation: JaxprEqn) -> Axes:
+    """Return the axes that a rev turns around."""
+    return tuple(equation.params["dimensions"])
+
+
+def kept_axes_of(equation: JaxprEqn) -> Axes:
+    """Return where a broadcast_in_dim puts the axes of its operand."""
+    return tuple(equation.params["broadcast_dimensions"])
+
+
+def joined_axis_of(equation: JaxprEqn) -> int:
+    """Return the axis of a concatenate."""
+    return equation.params["dimension"]
+
+
+def place_of(equation: JaxprEqn) -> tuple[str, str]:
+    """Return an equation's source line, and the named scope that it stands in."""
+    info = equation.source_info
+    return source_info_util.summarize(info), str(info.name_stack)
+
+
+def struct(var: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of a variable of a program, or of a value."""
+    aval = getattr(var, "aval", var)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _first(equation: JaxprEqn, *names: str) -> Any:
+    return next(equation.params[name] for name in names if name in equation.params)

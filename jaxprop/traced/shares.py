@@ -1,0 +1,171 @@
+"""Forms from what was tapped: of a use's data, and the cotangent of what they gave with a param."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.forms import (
+    Factored,
+    Joint,
+    Moves,
+    Outer,
+    Rearranged,
+    Repeated,
+    Reshaped,
+    Transposed,
+    in_place,
+    joint,
+)
+from jaxprop.layers.embedding import Rows
+from jaxprop.layers.patches import Patches
+from jaxprop.layers.windows import Windows
+from jaxprop.traced.equations import Convolution
+from jaxprop.traced.taps import LookUp, Product, Use
+from jaxprop.traced.views import Part
+
+
+def share(use: Use, part: Part, x: Array, ct: Array) -> tuple[Factored, Moves]:
+    """Return the form of one param's part in a use, and how its entries came to lie so.
+
+    Args:
+        use: the use.
+        part: the param in it.
+        x: (N, *scans, ...), the data at each step of the scans that the use is in.
+        ct: (N, *scans, ...), the cotangent of the result.
+    """
+    match use.meeting:
+        case Product() as product:
+            form, moves = _of_product(product, use, part, x, ct)
+        case Convolution() as convolution:
+            form, moves = _of_convolution(convolution, use, x, ct)
+        case LookUp() as look_up:
+            form, moves = _of_look_up(look_up, use, x, ct)
+    return form, (*part.moves, *moves)
+
+
+def together(shares: list[tuple[Factored, Moves]]) -> Factored:
+    """Return the form of a param from those of its uses."""
+    by_moves: dict[Moves, list[Factored]] = {}
+    for form, moves in shares:
+        by_moves.setdefault(moves, []).append(form)
+    forms = [
+        joint(tuple(forms)) if in_place(moves) else Rearranged(joint(tuple(forms)), moves)
+        for moves, forms in by_moves.items()
+    ]
+    return forms[0] if len(forms) == 1 else Joint(tuple(forms))
+
+
+def _of_product(
+    product: Product, use: Use, part: Part, x: Array, ct: Array
+) -> tuple[Factored, Moves]:
+    (in_x, in_w), (batch_x, batch_w) = product.dot
+    lead, order = 1 + len(use.scans), [*batch_w, *in_w]
+    free_w = [axis for axis in range(len(use.shape)) if axis not in order]
+    free_x = [axis for axis in range(x.ndim - lead) if axis not in (*batch_x, *in_x)]
+    order += free_w
+    batches, free = len(batch_w), len(free_x)
+    x = jnp.transpose(x, (*range(lead), *(lead + a for a in (*batch_x, *free_x, *in_x))))
+    if not product.data_first:  # its result has the free axes of w before those of x
+        start = lead + batches
+        ct = jnp.moveaxis(ct, range(start, start + len(free_w)), range(-len(free_w), 0))
+    shape = list(use.shape)
+    if use.joined is not None:
+        shape[use.joined] = part.stop - part.start
+        at = order.index(use.joined)
+        if at < batches + len(in_w):
+            x = _cut(x, lead + at + (free if at >= batches else 0), part)
+        if not batches <= at < batches + len(in_w):
+            ct = _cut(ct, lead + at + (free - len(in_w) if at >= batches else 0), part)
+    shape = [shape[axis] for axis in order]
+    i, o = math.prod(shape[batches : batches + len(in_w)]), math.prod(shape[batches + len(in_w) :])
+
+    def rows(a: Array, features: int) -> Array:
+        """Return (layers ..., batch, N, positions, features)."""
+        a = _layers_first(a, use.scans)
+        layers = sum(use.scans)
+        of_batch = a.shape[lead : lead + batches]
+        a = jnp.moveaxis(a, range(lead, lead + batches), range(layers, layers + batches))
+        flat = (math.prod(of_batch),) if batches else ()
+        n = a.shape[layers + batches]
+        positions = math.prod(a.shape[layers + batches + 1 :]) // features
+        return a.reshape(*a.shape[:layers], *flat, n, positions, features)
+
+    form: Factored = Outer(rows(x, i), rows(ct, o))
+    for _ in range(sum(use.scans) + bool(batches)):
+        form = Repeated(form)
+    after = ((math.prod(shape[:batches]),) if batches else ()) + (i, o)
+    moves: Moves = ()
+    if order != sorted(order):
+        moves += (Transposed(tuple(order)),)
+    if tuple(shape) != after:
+        moves += (Reshaped(tuple(shape)),)
+    return form, moves
+
+
+def _of_convolution(
+    convolution: Convolution, use: Use, x: Array, ct: Array
+) -> tuple[Factored, Moves]:
+    lead, layers = 1 + len(use.scans), sum(use.scans)
+    features, channels, *spatial = convolution.w
+
+    def frames(a: Array, layout: tuple[int, ...]) -> Array:
+        """Return (layers ..., N, frames, *spatial, channels), of all positions but those."""
+        batch, channel, *places = layout
+        order = (*range(lead), *(lead + axis for axis in (batch, *places, channel)))
+        a = _layers_first(jnp.transpose(a, order), use.scans)
+        kept = a.shape[lead + 1 :]
+        n = a.shape[layers]
+        return a.reshape(*a.shape[: layers + 1], math.prod(a.shape[layers + 1 : lead + 1]), *kept)
+
+    x, ct = frames(x, convolution.x), frames(ct, convolution.y)
+    moves: Moves = ()
+    order = (*spatial, channels, features)
+    if order != tuple(range(len(order))):
+        moves += (Transposed(order),)
+    shape = tuple(use.shape[axis] for axis in order)
+    windows = Windows(
+        shape[:-2],
+        convolution.strides,
+        convolution.padding,
+        convolution.dilation,
+        convolution.spread,
+    )
+    if x.shape[layers + 1] == 1:
+        x, ct = (jnp.squeeze(a, layers + 1) for a in (x, ct))
+    else:
+        first = Windows((1,), (1,), ((0, 0),), (1,), (1,))
+        windows = Windows(*(a + b for a, b in zip(first, windows, strict=True)))
+        moves += (Reshaped(shape),)
+    form: Factored = Patches(x, ct, windows, convolution.groups)
+    for _ in range(layers):
+        form = Repeated(form)
+    return form, moves
+
+
+def _of_look_up(look_up: LookUp, use: Use, ids: Array, ct: Array) -> tuple[Factored, Moves]:
+    layers = sum(use.scans)
+    vocab, *row = use.shape
+    ids = _layers_first(ids[..., 0], use.scans)
+    ids = ids.reshape(*ids.shape[: layers + 1], math.prod(ids.shape[layers + 1 :]))
+    ct = _layers_first(ct, use.scans)
+    ct = ct.reshape(*ids.shape, math.prod(row))
+    if look_up.clipped:
+        ids = jnp.clip(ids, 0, vocab - 1)
+    form: Factored = Rows(ids, ct, vocab)
+    for _ in range(layers):
+        form = Repeated(form)
+    return form, () if len(row) == 1 else (Reshaped(tuple(use.shape)),)
+
+
+def _layers_first(a: Array, scans: tuple[bool, ...]) -> Array:
+    """Return an array (N, *scans, ...) with the scans through layers in front of N."""
+    at = [1 + index for index, layers in enumerate(scans) if layers]
+    return jnp.moveaxis(a, at, range(len(at)))
+
+
+def _cut(a: Array, axis: int, part: Part) -> Array:
+    return jax.lax.slice_in_dim(a, part.start, part.stop, axis=axis)

@@ -1,0 +1,431 @@
+"""Taps: a traced program run so that each place where a param meets data can be told its cotangent.
+
+Where a param, or a view of one, meets data in a matrix product, a convolution or a look-up of rows,
+a zero is added to the result, and the data are remembered. The cotangent of the zero is that of the
+result, and with the data it makes a form. Wherever else a param is used, the program sees param + 0
+with a zero for each example, whose cotangent is that example's own share of the gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import JaxprEqn
+
+from jaxprop.core.forms import Move, Reshaped, Scanned, Sliced, Transposed, Turned
+from jaxprop.traced.equations import (
+    Axes,
+    Convolution,
+    Dot,
+    Program,
+    branches_of,
+    clips_ids,
+    convolution_of,
+    dot_of,
+    evaluate,
+    inlined,
+    joined_axis_of,
+    kept_axes_of,
+    looks_up_rows,
+    permutation_of,
+    place_of,
+    rematerialized,
+    reversed_axes_of,
+    scan_of,
+    slice_of,
+    struct,
+)
+from jaxprop.traced.views import Part, View, plain
+
+
+class Product(NamedTuple):
+    """A matrix product of data with a view.
+
+    Attributes:
+        dot: the axes that are contracted and batched, those of the data first.
+        data_first: whether the data are the left operand.
+    """
+
+    dot: Dot
+    data_first: bool
+
+
+class LookUp(NamedTuple):
+    """A look-up of rows, with ids outside of the table clipped or in no row."""
+
+    clipped: bool
+
+
+Meeting: TypeAlias = Product | Convolution | LookUp
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A place where a view meets data.
+
+    Attributes:
+        meeting: how they meet.
+        parts: the params in the view.
+        joined: the axis that several params are joined on.
+        shape: that of the view there.
+        scans: as in the view.
+        primitive: the name of the primitive.
+        line: the source line.
+        scope: the named scope.
+    """
+
+    meeting: Meeting
+    parts: tuple[Part, ...]
+    joined: int | None
+    shape: Axes
+    scans: tuple[bool, ...]
+    primitive: str
+    line: str
+    scope: str
+
+
+class Taps:
+    """What is tapped while a program runs.
+
+    Attributes:
+        uses: the places, in the order in which they are met.
+        xs: the data at each.
+        zeros: the shape of the zero that is added at each.
+    """
+
+    def __init__(self, zeros: Sequence[Array] | None = None) -> None:
+        """Args:
+        zeros: what is added at each place; None if that is yet to be found out.
+        """
+        self.uses: list[Use] = []
+        self.xs: list[Array] = []
+        self.zeros: list[jax.ShapeDtypeStruct] = []
+        self._given = zeros
+
+    def next(self, number: int) -> Sequence[Array] | None:
+        """Return what is added at the next so many places."""
+        at = len(self.uses)
+        return None if self._given is None else self._given[at : at + number]
+
+    def add(self, use: Use, x: Array, y: Array) -> Array:
+        """Return y with the zero of this place."""
+        given = self.next(1)
+        self.note([use], [x], [struct(y)])
+        return y if given is None else y + given[0]
+
+    def note(self, uses: Sequence[Use], xs: Sequence[Array], zeros: Sequence[Any]) -> None:
+        """Note places whose zeros are added already."""
+        self.uses += uses
+        self.xs += xs
+        self.zeros += zeros
+
+
+def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
+    """Return the program's outputs, for inputs among which are views, tapped on the way."""
+    return program.run(args, functools.partial(_step, taps))
+
+
+def _step(taps: Taps, equation: JaxprEqn, ins: list[Any]) -> list[Any]:
+    if not any(isinstance(value, View) for value in ins):
+        return evaluate(equation, ins)
+    name = equation.primitive.name
+    if name in STEPS:
+        result = STEPS[name](equation, ins, taps)
+        if result is not None:
+            return result
+    elif (program := inlined(equation)) is not None:
+        return run(program, ins, taps)
+    elif (again := rematerialized(equation)) is not None:
+        return _rematerialized(*again, ins, taps)
+    return evaluate(equation, list(map(plain, ins)))
+
+
+def _meet(
+    meeting: Meeting, view: View, x: Array, equation: JaxprEqn, ins: list[Any], taps: Taps
+) -> list[Any]:
+    (y,) = evaluate(equation, [v.value if isinstance(v, View) else v for v in ins])
+    use = Use(
+        meeting,
+        view.parts,
+        view.joined,
+        view.value.shape,
+        view.scans,
+        equation.primitive.name,
+        *place_of(equation),
+    )
+    if view.scale is not None:
+        x = x * jnp.asarray(view.scale, x.dtype)
+    return [taps.add(use, x, y)]
+
+
+def _product(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    left, right = ins
+    if isinstance(left, View) and isinstance(right, View):
+        return None
+    data_first = isinstance(right, View)
+    dot = dot_of(equation)
+    if not data_first:
+        dot = Dot(*((right, left) for left, right in dot))
+    view, x = (right, left) if data_first else (left, right)
+    return _meet(Product(dot, data_first), view, x, equation, ins, taps)
+
+
+def _convolution(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    x, view = ins
+    convolution = convolution_of(equation)
+    if isinstance(x, View) or view.joined is not None or convolution is None:
+        return None
+    frames = x.shape[convolution.x[0]] > 1 or not all(view.scans)
+    if len(convolution.strides) + frames > 3:
+        return None
+    return _meet(convolution, view, x, equation, ins, taps)
+
+
+def _look_up(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    view, ids = ins
+    if isinstance(ids, View) or view.joined is not None or view.scale is not None:
+        return None
+    if not looks_up_rows(equation):
+        return None
+    return _meet(LookUp(clips_ids(equation)), view, ids, equation, ins, taps)
+
+
+def _moving(
+    move_of: Callable[[JaxprEqn, View], Move | None],
+) -> Callable[[JaxprEqn, list[Any], Taps], list[Any] | None]:
+    """Return the step of an equation that moves the entries of its one input."""
+
+    def step(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+        view, *rest = ins
+        if rest or not isinstance(view, View):
+            return None
+        move = move_of(equation, view)
+        if move is not None and view.joined is not None:
+            return None
+        return [view.moved(move, lambda value: evaluate(equation, [value])[0])]
+
+    return step
+
+
+def _broadcast(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    """A broadcast that only adds axes of length 1, and leaves the others in order."""
+    out, kept = struct(equation.outvars[0]), kept_axes_of(equation)
+    if len(ins) > 1 or out.size != ins[0].value.size or list(kept) != sorted(kept):
+        return None
+    return RESHAPE(equation, ins, taps)
+
+
+def _cast(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    floating = jnp.issubdtype(struct(equation.outvars[0]).dtype, jnp.floating)
+    return STAY(equation, ins, taps) if floating else None
+
+
+def _scaling(factor: Callable[[Any], Any]) -> Callable[..., list[Any] | None]:
+    """Return the step of a product of a view with a number, in one of the two orders."""
+
+    def step(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+        at = int(isinstance(ins[-1], View))
+        view, others = ins[at], [other for index, other in enumerate(ins) if index != at]
+        if any(isinstance(other, View) or jnp.shape(other) for other in others):
+            return None
+        if equation.primitive.name == "div" and at:
+            return None
+
+        def f(value: Array) -> Array:
+            return evaluate(equation, [value, *others] if not at else [*others, value])[0]
+
+        return [view.scaled(factor(*others), f)]
+
+    return step
+
+
+def _negated(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
+    return [ins[0].scaled(-1, lambda value: evaluate(equation, [value])[0])]
+
+
+def _joined(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    """Several params side by side: each has its part of the product's operands."""
+    axis, start = joined_axis_of(equation), 0
+    parts: list[Part] = []
+    views = [value for value in ins if isinstance(value, View)]
+    if any(len(v.parts) > 1 or v.scale is not None or v.scans != views[0].scans for v in views):
+        return None
+    for value in ins:
+        length = (value.value if isinstance(value, View) else value).shape[axis]
+        if isinstance(value, View):
+            parts.append(value.parts[0]._replace(start=start, stop=start + length))
+        start += length
+    (joined,) = evaluate(equation, [v.value if isinstance(v, View) else v for v in ins])
+
+    def own() -> Array:
+        return evaluate(equation, list(map(plain, ins)))[0]
+
+    return [View(tuple(parts), joined, own, axis, scans=views[0].scans)]
+
+
+def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
+    scan = scan_of(equation)
+    carried = list(map(plain, ins[scan.consts : scan.consts + scan.carry]))
+    stacks = [
+        plain(value) if isinstance(value, View) and value.joined is not None else value
+        for value in ins[scan.consts + scan.carry :]
+    ]
+    consts = ins[: scan.consts]
+    asked: set[int] = set()
+
+    def body(taps: Taps, carried: list[Any], values: list[Any], owns: list[Any]) -> list[Any]:
+        """One step; ``owns`` are the values with the example's own share where it is asked for."""
+        args: list[Any] = []
+        for index, (given, value, own) in enumerate(
+            zip([*consts, *stacks], values, owns, strict=True)
+        ):
+            if isinstance(given, View):
+                value = _in_scan(given, index >= scan.consts, value, own, index, asked)
+            args.append(value)
+        return list(
+            map(plain, run(scan.body, args[: scan.consts] + carried + args[scan.consts :], taps))
+        )
+
+    def values_of(values: list[Any]) -> list[Any]:
+        return [value.value if isinstance(value, View) else value for value in values]
+
+    def first_run(carried: list[Any], stacks: list[Any]) -> list[Any]:
+        values = values_of(consts) + stacks
+        return body(found, carried, values, values)
+
+    found = Taps()
+    slices = [jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for v in values_of(stacks)]
+    jax.eval_shape(first_run, list(map(struct, carried)), slices)
+
+    owns = [
+        plain(value) if index in asked else value.value if isinstance(value, View) else value
+        for index, value in enumerate([*consts, *stacks])
+    ]
+
+    def step(carried: list[Any], here: Any) -> tuple[list[Any], Any]:
+        zeros, values, stack_owns = here
+        inner = Taps(zeros)
+        outs = body(inner, carried, values_of(consts) + values, owns[: scan.consts] + stack_owns)
+        return outs[: scan.carry], (outs[scan.carry :], inner.xs)
+
+    here = taps.next(len(found.uses)), values_of(stacks), owns[scan.consts :]
+    carried, (outs, xs) = jax.lax.scan(step, carried, here, **scan.options)
+    zeros = [jax.ShapeDtypeStruct((scan.length, *z.shape), z.dtype) for z in found.zeros]
+    taps.note(found.uses, xs, zeros)
+    return [*carried, *outs]
+
+
+def _in_scan(
+    view: View, layers: bool, value: Array, own: Array, index: int, asked: set[int]
+) -> View:
+    """Return a view as a scan's body sees it."""
+    parts = view.parts
+    if layers:
+        parts = tuple(part._replace(moves=(*part.moves, Scanned())) for part in parts)
+
+    def ask() -> Array:
+        asked.add(index)
+        return own
+
+    return View(parts, value, ask, view.joined, view.scale, (*view.scans, layers))
+
+
+def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    """A choice of branches: the places of all are tapped, with zeros for data in those not taken."""
+    index, *args = ins
+    if isinstance(index, View):
+        return None
+    branches = branches_of(equation)
+    found = [Taps() for _ in branches]
+    data = [value for value in args if not isinstance(value, View)]
+
+    def with_data(data: list[Any]) -> list[Any]:
+        rest = iter(data)
+        return [value if isinstance(value, View) else next(rest) for value in args]
+
+    for branch, inner in zip(branches, found, strict=True):
+        jax.eval_shape(
+            lambda data, b=branch, t=inner: list(map(plain, run(b, with_data(data), t))),
+            list(map(struct, data)),
+        )
+    zeros = taps.next(sum(len(inner.uses) for inner in found))
+
+    def chosen(number: int) -> Callable[[list[Any]], Any]:
+        start = sum(len(inner.uses) for inner in found[:number])
+
+        def f(data: list[Any]) -> Any:
+            here = None if zeros is None else zeros[start : start + len(found[number].uses)]
+            inner = Taps(here)
+            outs = list(map(plain, run(branches[number], with_data(data), inner)))
+            xs = [
+                inner.xs if n == number else [jnp.zeros(x.shape, x.dtype) for x in other.xs]
+                for n, other in enumerate(found)
+            ]
+            return outs, [x for each in xs for x in each]
+
+        return f
+
+    index = jnp.asarray(index, jnp.int32)
+    outs, xs = jax.lax.switch(index, [chosen(n) for n in range(len(branches))], data)
+    for inner in found:
+        taps.note(inner.uses, xs[: len(inner.uses)], inner.zeros)
+        xs = xs[len(inner.uses) :]
+    return outs
+
+
+def _rematerialized(
+    program: Program, options: dict[str, Any], ins: list[Any], taps: Taps
+) -> list[Any]:
+    """A part that is computed again on the way back."""
+    data = [value for value in ins if not isinstance(value, View)]
+
+    def with_data(data: list[Any]) -> list[Any]:
+        rest = iter(data)
+        return [value if isinstance(value, View) else next(rest) for value in ins]
+
+    found = Taps()
+    jax.eval_shape(
+        lambda data: list(map(plain, run(program, with_data(data), found))), list(map(struct, data))
+    )
+
+    def f(zeros: Sequence[Array] | None, data: list[Any]) -> Any:
+        inner = Taps(zeros)
+        return list(map(plain, run(program, with_data(data), inner))), inner.xs
+
+    outs, xs = jax.checkpoint(f, **options)(taps.next(len(found.uses)), data)
+    taps.note(found.uses, xs, found.zeros)
+    return outs
+
+
+RESHAPE = _moving(lambda equation, view: Reshaped(view.value.shape))
+STAY = _moving(lambda equation, view: None)
+TIMES = _scaling(lambda factor: factor)
+STEPS: dict[str, Callable[[JaxprEqn, list[Any], Taps], list[Any] | None]] = {
+    "dot_general": _product,
+    "conv_general_dilated": _convolution,
+    "gather": _look_up,
+    "scan": _scan,
+    "cond": _switch,
+    "concatenate": _joined,
+    "reshape": RESHAPE,
+    "squeeze": RESHAPE,
+    "expand_dims": RESHAPE,
+    "broadcast_in_dim": _broadcast,
+    "transpose": _moving(lambda equation, view: Transposed(permutation_of(equation))),
+    "slice": _moving(lambda equation, view: Sliced(view.value.shape, *slice_of(equation)[::2])),
+    "rev": _moving(lambda equation, view: Turned(reversed_axes_of(equation))),
+    "convert_element_type": _cast,
+    "copy": STAY,
+    "copy_p": STAY,
+    "sharding_constraint": STAY,
+    "stop_gradient": lambda equation, ins, taps: evaluate(equation, [ins[0].value]),
+    "mul": TIMES,
+    "div": _scaling(lambda factor: 1 / factor),
+    "neg": _negated,
+}
