@@ -18,6 +18,7 @@ against the other. The names, by group:
                  Rnn Lstm Gru
     combinators  chain (a Chain) skip branch on bidirectional repeat recompute shared tied cast
                  frozen
+    any model    function
     losses       CrossEntropy HalfSquaredError BinaryCrossEntropy  loss total_loss
                  LinearCrossEntropy (a layer) with Mean
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
@@ -65,6 +66,7 @@ from jaxprop.forms import (
     Leading as Leading,
     Outer as Outer,
     Patches as Patches,
+    Rearranged as Rearranged,
     Repeated as Repeated,
     Rows as Rows,
     Stacked as Stacked,
@@ -150,6 +152,8 @@ from jaxprop.quantity.functions import (
     variance,
 )
 from jaxprop.quantity.together import quantities
+from jaxprop.traced.coverage import Coverage as Coverage
+from jaxprop.traced.function import function
 from jaxprop.training.apply import DynamicLossScale, Scaling as Scaling, Skipping as Skipping
 from jaxprop.training.custom import custom_vjp
 from jaxprop.training.gradients import autodiff, value_and_grad
@@ -206,6 +210,8 @@ __all__ = [
     "shared",
     "skip",
     "tied",
+    # any JAX function
+    "function",
     # losses
     "BinaryCrossEntropy",
     "CrossEntropy",

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"_command", "core"},
     {"layers", "combinators", "losses", "checking", "quantity"},
-    {"forms", "sharding", "models", "training", "explanation"},
+    {"forms", "sharding", "traced", "models", "training", "explanation"},
     {"plot", "bench", "walkthrough"},
     {"cli"},
     {"__main__"},

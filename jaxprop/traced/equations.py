@@ -5,6 +5,8 @@ Every read of an equation's ``params`` is here, since they differ between versio
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
 REMATERIALIZED = frozenset(("checkpoint", "remat", "remat2"))
+LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+INSTALLED = (LIBRARY, *sysconfig.get_paths().values())  # where no user writes
 Axes = tuple[int, ...]
 
 
@@ -73,6 +77,18 @@ class Convolution(NamedTuple):
     dilation: Axes
     spread: Axes
     groups: int
+
+
+class Place(NamedTuple):
+    """Where an equation was written.
+
+    Attributes:
+        line: the file and the line; "" if that is not known.
+        scope: the named scope, of ``jax.named_scope`` or of a Flax module.
+    """
+
+    line: str
+    scope: str
 
 
 def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
@@ -151,7 +167,7 @@ def convolution_of(equation: JaxprEqn) -> Convolution | None:
 
 def looks_up_rows(equation: JaxprEqn) -> bool:
     """Return whether a gather takes whole entries of its operand's axis 0, by one index each."""
-    of, (table, ids) = equation.params["dimension_numbers"], (v.aval for v in equation.invars)
+    of, (table, ids) = equation.params["dimension_numbers"], map(struct, equation.invars)
     whole = (1, *table.shape[1:]) == tuple(equation.params["slice_sizes"])
     rows = tuple(of.start_index_map) == (0,) == tuple(of.collapsed_slice_dims)
     last = tuple(range(ids.ndim - 1, ids.ndim - 1 + table.ndim - 1))
@@ -191,10 +207,15 @@ def joined_axis_of(equation: JaxprEqn) -> int:
     return equation.params["dimension"]
 
 
-def place_of(equation: JaxprEqn) -> tuple[str, str]:
-    """Return an equation's source line, and the named scope that it stands in."""
+def place_of(equation: JaxprEqn) -> Place:
+    """Return where an equation was written: innermost, outside of installed packages if it is."""
     info = equation.source_info
-    return source_info_util.summarize(info), str(info.name_stack)
+    scope = str(info.name_stack)
+    for frame in getattr(info.traceback, "frames", ()):
+        name = frame.file_name
+        if not name.startswith((*INSTALLED, "<frozen")):
+            return Place(f"{os.path.basename(name)}:{frame.line_num}", scope)
+    return Place(os.path.basename(source_info_util.summarize(info)), scope)
 
 
 def struct(var: Any) -> jax.ShapeDtypeStruct:

@@ -3,161 +3,230 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.forms import Stacked
+from jaxprop.core.arrays import on_device
+from jaxprop.core.checks import given
+from jaxprop.core.describe import is_array, shapes
+from jaxprop.core.forms import Factored, Moves, Stacked
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import arrays, is_not_learned
-from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
-from jaxprop.traced.equations import Program, struct
+from jaxprop.core.types import Cotangent, Params, PyTree
+from jaxprop.traced.coupling import check_uncoupled_function
+from jaxprop.traced.coverage import Coverage, coverage_of, warn_of_large_shares
+from jaxprop.traced.example import Example, zeros
 from jaxprop.traced.shares import share, together
-from jaxprop.traced.taps import Taps, Use, run
-from jaxprop.traced.views import Part, View, plain
+from jaxprop.traced.taps import Use
+
+Fn: TypeAlias = Callable[..., PyTree]
 
 
 class Function(Layer):
-    """y = fn(params, x), for any pure JAX function."""
+    """y = fn(params, x) for any pure JAX function; ``jp.function`` makes one.
 
-    fn: Callable[..., PyTree]
-    init_fn: Callable[..., Params] | None = None
+    fn is traced for one example. Where a param, or a value that holds its entries in another order,
+    meets data in a matrix product, a convolution or a look-up of rows, a zero is added to the
+    result. By the chain rule the zero's cotangent is ct, that of the result, and with the data x it
+    makes the param's form. Whatever else is done with a param is done with param + 0, a zero for
+    each example, whose cotangent is that example's own share of the gradient. ``jax.vjp`` of the
+    function over all examples (``jax.vmap``) walks back, by whatever rules are in it: params are
+    not batched there, so that the product of a batch with one of them stays one product.
+
+    A param that a ``lax.scan`` goes through layer by layer has a ``Repeated`` form. If it is a
+    constant of the scan, the steps are positions. Several uses make a ``Joint`` form.
+
+    Attributes:
+        fn: the function.
+        init_fn: what ``init`` calls, or None.
+    """
+
+    fn: Fn
+    init_fn: Fn | None = None
     hands_down_types = True
 
+    def __post_init__(self) -> None:
+        for name in ("fn", "init_fn"):
+            value: Any = getattr(self, name)
+            if value is None and name == "init_fn":
+                continue
+            if isinstance(value, type | Layer) or not callable(value):
+                raise TypeError(f"function takes a function of (params, x), not {given(value)}")
+            try:
+                hash(value)
+            except TypeError:  # a method of what cannot be hashed, such as a dict among its fields
+                object.__setattr__(self, name, functools.partial(value))
+
     def __repr__(self) -> str:
-        return f"function({getattr(self.fn, '__qualname__', self.fn)})"
+        return f"function({getattr(self.fn, '__qualname__', repr(self.fn))})"
 
     def init(self, key: Array, x: PyTree) -> Params:
         if self.init_fn is None:
-            raise TypeError(f"{self} has no init: its params are the function's own")
+            raise TypeError(
+                f"{self}: its params come from where the function does; for net.init(key, x) write "
+                "jp.function(fn, init), such as jp.function(model.apply, model.init)"
+            )
         return self.init_fn(key, x)
 
     def check_params(self, params: Params, x: PyTree) -> None:
-        pass
-
-    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
-        one = _Example.of(self, params, x)
+        """Raise for what are no params, or no x with the example on axis 0 of every leaf."""
+        for path, leaf in jax.tree.leaves_with_path(params):
+            if not is_array(leaf) and not isinstance(leaf, int | float):
+                name = jax.tree_util.keystr(path)
+                raise TypeError(f"{self}: params{name} is {given(leaf)}, not an array")
         leaves = jax.tree.leaves(x)
-        moving = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-        number = leaves[0].shape[0]
+        if not leaves or not all(map(is_array, leaves)):
+            raise TypeError(f"{self} takes x as arrays, not {shapes(x)}")
+        sizes = {leaf.shape[:1] for leaf in leaves}
+        if len(sizes) > 1 or () in sizes:
+            raise ValueError(
+                f"{self} takes x with the example on axis 0 of every leaf, not {shapes(x)}; what "
+                "is no example goes into params, as jp.Unlearned(array)"
+            )
 
-        def zeros(like: Any) -> Array:
-            return jnp.zeros((number, *like.shape), like.dtype)
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Tape]:
+        x = jax.tree.map(on_device, x)
+        check_uncoupled_function(self.fn, repr(self), arrays(params), x)
+        one = Example.of(self.fn, repr(self), params, x)
+        leaves = jax.tree.leaves(x)
+        warn_of_large_shares(repr(self), one, params, leaves[0].shape[0])
+        moving = tuple(map(_is_floating, leaves))
 
         def of_batch(taps: Any, owns: Any, floating: list[Array]) -> tuple[list[Array], Any]:
-            rest = iter(floating)
-            whole = [next(rest) if m else leaf for m, leaf in zip(moving, leaves, strict=True)]
-            return jax.vmap(one.run)(taps, owns, whole)
+            return jax.vmap(one.run)(taps, owns, _placed(floating, moving, leaves))
 
-        floating = [leaf for leaf, m in zip(leaves, moving, strict=True) if m]
-        taps = list(map(zeros, one.zeros))
-        owns = {index: zeros(one.leaves[index]) for index in one.owned}
+        taps = [zeros(leaves, struct) for struct in one.taps]
+        owns = {index: zeros(leaves, one.params[index]) for index in one.owned}
+        floating = [leaf for leaf in leaves if _is_floating(leaf)]
         outs, pull, xs = jax.vjp(of_batch, taps, owns, floating, has_aux=True)
-        facts = _Facts(one.uses, jax.tree.structure(x), tuple(moving), one.learned)
-        return jax.tree.unflatten(one.structure, outs), _Tape(pull, xs, facts)
+        facts = Facts(one.uses, one.learned, jax.tree.structure(x), moving)
+        return jax.tree.unflatten(one.structure, outs), Tape(pull, xs, facts)
 
-    def backward(
-        self, params: Params, residuals: _Tape, ct: Cotangent
-    ) -> tuple[Cotangent, Cotangent]:
-        facts = residuals.facts
-        taps, owns, floating = residuals.pull(jax.tree.leaves(ct))
-        rest = iter(floating)
-        d_x = [next(rest) if moves else None for moves in facts.moving]
-        shares: dict[int, list[Any]] = {}
-        for use, x, here in zip(facts.uses, residuals.xs, taps, strict=True):
+    def backward(self, params: Params, residuals: Tape, ct: Cotangent) -> tuple[Params, PyTree]:
+        facts, cts = residuals.facts, jax.tree.leaves(ct)
+        taps, owns, d_floating = residuals.pull(cts)
+        shares: dict[int, list[tuple[Factored, Moves]]] = {i: [] for i in facts.learned}
+        for use, x, ct_here in zip(facts.uses, residuals.xs, taps, strict=True):
             for part in use.parts:
-                shares.setdefault(part.param, []).append(share(use, part, x, here))
-        for index, each in owns.items():
-            shares.setdefault(index, []).append((Stacked(each), ()))
+                shares[part.param].append(share(use, part, x, ct_here))
+        for index, own in owns.items():
+            shares[index].append((Stacked(own), ()))
         leaves, structure = jax.tree.flatten(params, is_leaf=is_not_learned)
-        number = jax.tree.leaves(ct)[0].shape[0]
-        d_params = []
-        for index, leaf in enumerate(leaves):
-            if index not in facts.learned:
-                d_params.append(())
-            elif index in shares:
-                d_params.append(together(shares[index]))
-            else:
-                d_params.append(Stacked(jnp.zeros((number, *leaf.shape), leaf.dtype)))
+        for index, each in shares.items():
+            if not each:  # y does not depend on it
+                each.append((Stacked(zeros(cts, leaves[index])), ()))
+        d_params = [
+            together(shares[index]) if index in shares else () for index in range(len(leaves))
+        ]
+        d_x = _placed(d_floating, facts.moving, [None] * len(facts.moving))
         return jax.tree.unflatten(structure, d_params), jax.tree.unflatten(facts.x, d_x)
 
+    def coverage(self, params: Params, x: PyTree) -> Coverage:
+        """Return, for each param, what data it meets, where, and what form its cotangent has.
 
-class _Facts(NamedTuple):
+        It prints as a table. A param that meets none has each example's own share for a form,
+        which is as large as the param for each example.
+
+        Args:
+            params: the params, or their ``jax.ShapeDtypeStruct``.
+            x: a batch, likewise.
+        """
+        self.check_params(params, x)
+        one = Example.of(self.fn, repr(self), params, x)
+        return coverage_of(one, params, jax.tree.leaves(x)[0].shape[0])
+
+
+class Facts(NamedTuple):
+    """What is known of a walk without its arrays.
+
+    Attributes:
+        uses: where params meet data.
+        learned: the numbers of the params that are learned.
+        x: the structure of x.
+        moving: for each leaf of x, whether it is floating.
+    """
+
     uses: tuple[Use, ...]
+    learned: frozenset[int]
     x: Any
     moving: tuple[bool, ...]
-    learned: frozenset[int]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Tape:
-    """What ``forward`` saves: the way back, and the data at each tap."""
+class Tape:
+    """What ``forward`` saves.
+
+    Attributes:
+        pull: the way back from y, of ``jax.vjp``: to the zeros at the uses, to those of owned
+            params, and to x.
+        xs: the data at each use.
+        facts: what has no arrays.
+    """
 
     pull: Any
     xs: list[Array]
-    facts: _Facts = dataclasses.field(metadata={"static": True})
+    facts: Facts = dataclasses.field(metadata={"static": True})
 
 
-class _Example:
-    """The function of one example, traced."""
+def function(fn: Fn, init: Fn | None = None) -> Function:
+    """Return the layer of a pure JAX function, whatever made it.
 
-    def __init__(
-        self, program: Program, leaves: list[Any], learned: frozenset[int], structure: Any
-    ):
-        self.program, self.leaves, self.learned = program, leaves, learned
-        self.structure = structure
-        self.owned: set[int] = set()
+    Every quantity, clipping, curvature, micro-batches and updates work for it as for any layer:
 
-    @classmethod
-    def of(cls, layer: Function, params: Params, x: PyTree) -> _Example:
-        leaves, structure = jax.tree.flatten(params, is_leaf=is_not_learned)
-        learned = frozenset(
-            index
-            for index, leaf in enumerate(leaves)
-            if not is_not_learned(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        )
-        leaves = jax.tree.leaves(arrays(params))
-        alone = [jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for a in jax.tree.leaves(x)]
-        of_x, of_params = jax.tree.structure(x), jax.tree.structure(arrays(params))
-        found: list[Any] = []
+        net = jp.function(model.apply)
+        value, grads = jp.clipped_grad(net, jp.CrossEntropy(), 1.0)(params, x, target)
 
-        def flat(leaves: list[Any], xs: list[Any]) -> list[Any]:
-            y = layer.fn(jax.tree.unflatten(of_params, leaves), jax.tree.unflatten(of_x, xs))
-            outs, structure = jax.tree.flatten(y)
-            found.append(structure)
-            return outs
+    fn may also be a whole loss, of params and a batch, that returns the mean over examples or a
+    value for each; with ``jp.Mean()`` for the loss the target is left out:
 
-        closed = jax.make_jaxpr(flat)(list(map(struct, leaves)), alone)
-        one = cls(Program.of(closed), leaves, learned, found[-1])
-        taps = Taps()
-        jax.eval_shape(lambda xs: one._run(taps, None, xs), [struct(a) for a in alone])
-        one.uses, one.zeros = tuple(taps.uses), taps.zeros
-        return one
+        net = jp.function(loss_fn)
+        norms = jp.per_example_sq_norms(net, jp.Mean())(params, (x, target))
 
-    def run(self, zeros: Any, owns: Any, xs: list[Array]) -> tuple[list[Array], list[Array]]:
-        taps = Taps(zeros)
-        outs = self._run(taps, owns, [leaf[None] for leaf in xs])
-        return [out.reshape(out.shape[1:]) for out in outs], taps.xs
+    ``net.coverage(params, x)`` shows which params keep their cotangents in factors, and where.
 
-    def _run(self, taps: Taps, owns: Any, xs: list[Array]) -> list[Array]:
-        args: list[Any] = list(self.leaves)
-        for index in self.learned:
-            args[index] = self._view(index, owns)
-        return list(map(plain, run(self.program, [*args, *xs], taps)))
+    fn is called with a batch of one example, and must give it the y that it has in any batch. It is
+    tried, once for its shapes, while tracing, on two examples of random numbers; if the batch moves
+    an example's y, ``ValueError`` names the operation. What is no example, such as a step count,
+    goes into params as ``jp.Unlearned(array)``. What draws takes a key for each example, in x:
+    ``(images, jax.random.split(key, len(images)))``, and ``keys[0]`` in fn.
 
-    def _view(self, index: int, owns: Any) -> View:
-        leaf = self.leaves[index]
+    It is traced by ``jax.jit``, so that a fn is one object: a lambda that is written anew for each
+    call is compiled anew. Without ``jit`` each call traces it.
 
-        def own() -> Array:
-            self.owned.add(index)
-            return leaf if owns is None else leaf + owns[index]
+    Args:
+        fn: ``fn(params, x) -> y``, with the example on axis 0 of every array of x and y, which are
+            pytrees; or y a scalar. ``model.apply`` of Flax is one, of Equinox
+            ``lambda params, x: jax.vmap(eqx.combine(params, static))(x)``.
+        init: ``init(key, x) -> params``, for ``net.init`` and for a function inside of ``chain`` or
+            ``repeat``.
 
-        return View((Part(index, ()),), leaf, own)
+    Raises:
+        TypeError: for what is not a function.
 
-
-def function(fn: Callable[..., PyTree], init: Callable[..., Params] | None = None) -> Function:
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> def loss_fn(params, batch):
+        ...     x, target = batch
+        ...     return jnp.mean((jnp.tanh(x @ params["w"]) - target) ** 2)
+        >>> net, params = jp.function(loss_fn), {"w": jnp.eye(3)}
+        >>> batch = jnp.eye(3), jnp.zeros((3, 3))
+        >>> jp.per_example_sq_norms(net, jp.Mean())(params, batch).shape
+        (3,)
+    """
     return Function(fn, init)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _placed(some: Sequence[Any], where: Sequence[bool], others: Sequence[Any]) -> list[Any]:
+    """Return the others, with some in their place where it says so."""
+    each = iter(some)
+    return [next(each) if here else other for here, other in zip(where, others, strict=True)]

@@ -118,7 +118,6 @@ def _of_convolution(
         order = (*range(lead), *(lead + axis for axis in (batch, *places, channel)))
         a = _layers_first(jnp.transpose(a, order), use.scans)
         kept = a.shape[lead + 1 :]
-        n = a.shape[layers]
         return a.reshape(*a.shape[: layers + 1], math.prod(a.shape[layers + 1 : lead + 1]), *kept)
 
     x, ct = frames(x, convolution.x), frames(ct, convolution.y)
@@ -137,8 +136,13 @@ def _of_convolution(
     if x.shape[layers + 1] == 1:
         x, ct = (jnp.squeeze(a, layers + 1) for a in (x, ct))
     else:
-        first = Windows((1,), (1,), ((0, 0),), (1,), (1,))
-        windows = Windows(*(a + b for a, b in zip(first, windows, strict=True)))
+        windows = Windows(
+            (1, *windows.window),
+            (1, *windows.strides),
+            ((0, 0), *windows.padding),
+            (1, *windows.dilation),
+            (1, *windows.spread),
+        )
         moves += (Reshaped(shape),)
     form: Factored = Patches(x, ct, windows, convolution.groups)
     for _ in range(layers):

@@ -9,7 +9,6 @@ with a zero for each example, whose cotangent is that example's own share of the
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +22,7 @@ from jaxprop.traced.equations import (
     Axes,
     Convolution,
     Dot,
+    Place,
     Program,
     branches_of,
     clips_ids,
@@ -99,14 +99,28 @@ class Taps:
         zeros: the shape of the zero that is added at each.
     """
 
-    def __init__(self, zeros: Sequence[Array] | None = None) -> None:
-        """Args:
-        zeros: what is added at each place; None if that is yet to be found out.
+    def __init__(self, zeros: Sequence[Array] | None = None, within: Sequence[Place] = ()) -> None:
+        """Tap nothing yet.
+
+        Args:
+            zeros: what is added at each place; None if that is yet to be found out.
+            within: the places of the equations whose programs these are, the outermost first.
         """
         self.uses: list[Use] = []
         self.xs: list[Array] = []
         self.zeros: list[jax.ShapeDtypeStruct] = []
+        self.within = tuple(within)
         self._given = zeros
+
+    @property
+    def line(self) -> str:
+        """The innermost source line that is known of."""
+        return next((place.line for place in reversed(self.within) if place.line), "")
+
+    @property
+    def scope(self) -> str:
+        """The named scopes, one within the other."""
+        return "/".join(place.scope for place in self.within if place.scope)
 
     def next(self, number: int) -> Sequence[Array] | None:
         """Return what is added at the next so many places."""
@@ -128,12 +142,20 @@ class Taps:
 
 def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
     """Return the program's outputs, for inputs among which are views, tapped on the way."""
-    return program.run(args, functools.partial(_step, taps))
+    outer = taps.within
+
+    def step(equation: JaxprEqn, ins: list[Any]) -> list[Any]:
+        if not any(isinstance(value, View) for value in ins):
+            return evaluate(equation, ins)
+        taps.within = (*outer, place_of(equation))
+        outs = _step(taps, equation, ins)
+        taps.within = outer
+        return outs
+
+    return program.run(args, step)
 
 
 def _step(taps: Taps, equation: JaxprEqn, ins: list[Any]) -> list[Any]:
-    if not any(isinstance(value, View) for value in ins):
-        return evaluate(equation, ins)
     name = equation.primitive.name
     if name in STEPS:
         result = STEPS[name](equation, ins, taps)
@@ -147,7 +169,7 @@ def _step(taps: Taps, equation: JaxprEqn, ins: list[Any]) -> list[Any]:
 
 
 def _meet(
-    meeting: Meeting, view: View, x: Array, equation: JaxprEqn, ins: list[Any], taps: Taps
+    meeting: Meeting, view: View, x: Any, equation: JaxprEqn, ins: list[Any], taps: Taps
 ) -> list[Any]:
     (y,) = evaluate(equation, [v.value if isinstance(v, View) else v for v in ins])
     use = Use(
@@ -157,11 +179,11 @@ def _meet(
         view.value.shape,
         view.scans,
         equation.primitive.name,
-        *place_of(equation),
+        taps.line,
+        taps.scope,
     )
-    if view.scale is not None:
-        x = x * jnp.asarray(view.scale, x.dtype)
-    return [taps.add(use, x, y)]
+    data = x if view.scale is None else x * jnp.asarray(view.scale, x.dtype)
+    return [taps.add(use, data, y)]
 
 
 def _product(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
@@ -299,7 +321,7 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
         values = values_of(consts) + stacks
         return body(found, carried, values, values)
 
-    found = Taps()
+    found = Taps(within=taps.within)
     slices = [jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for v in values_of(stacks)]
     jax.eval_shape(first_run, list(map(struct, carried)), slices)
 
@@ -310,7 +332,7 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
 
     def step(carried: list[Any], here: Any) -> tuple[list[Any], Any]:
         zeros, values, stack_owns = here
-        inner = Taps(zeros)
+        inner = Taps(zeros, taps.within)
         outs = body(inner, carried, values_of(consts) + values, owns[: scan.consts] + stack_owns)
         return outs[: scan.carry], (outs[scan.carry :], inner.xs)
 
@@ -337,12 +359,12 @@ def _in_scan(
 
 
 def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
-    """A choice of branches: the places of all are tapped, with zeros for data in those not taken."""
+    """A choice of branches: all are tapped, with zeros for the data of those not taken."""
     index, *args = ins
     if isinstance(index, View):
         return None
     branches = branches_of(equation)
-    found = [Taps() for _ in branches]
+    found = [Taps(within=taps.within) for _ in branches]
     data = [value for value in args if not isinstance(value, View)]
 
     def with_data(data: list[Any]) -> list[Any]:
@@ -361,7 +383,7 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
 
         def f(data: list[Any]) -> Any:
             here = None if zeros is None else zeros[start : start + len(found[number].uses)]
-            inner = Taps(here)
+            inner = Taps(here, taps.within)
             outs = list(map(plain, run(branches[number], with_data(data), inner)))
             xs = [
                 inner.xs if n == number else [jnp.zeros(x.shape, x.dtype) for x in other.xs]
@@ -389,13 +411,13 @@ def _rematerialized(
         rest = iter(data)
         return [value if isinstance(value, View) else next(rest) for value in ins]
 
-    found = Taps()
+    found = Taps(within=taps.within)
     jax.eval_shape(
         lambda data: list(map(plain, run(program, with_data(data), found))), list(map(struct, data))
     )
 
     def f(zeros: Sequence[Array] | None, data: list[Any]) -> Any:
-        inner = Taps(zeros)
+        inner = Taps(zeros, taps.within)
         return list(map(plain, run(program, with_data(data), inner))), inner.xs
 
     outs, xs = jax.checkpoint(f, **options)(taps.next(len(found.uses)), data)

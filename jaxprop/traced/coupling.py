@@ -1,0 +1,178 @@
+"""Functions that couple the examples of a batch: found out by trying them, and the operation too.
+
+``jax.vmap`` of a function of one example is what it computes for a batch only if no example's y
+depends on the others, so that a function that couples them would silently be another one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprop.core.types import Params, PyTree
+from jaxprop.traced.equations import Program, evaluate, inlined, place_of
+
+LARGEST = 3 * 10**7  # numbers in params that a function is tried with
+TIMES = 3  # that it is tried
+RTOL = {True: 5e-2, False: 1e-3}  # what two programs may differ by, if they compute in 16 bits
+EXAMPLES = 5  # where the operation is looked for: an axis of this size is taken for theirs
+QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
+
+
+def check_uncoupled_function(
+    fn: Callable[..., PyTree], name: str, params: Params, x: PyTree
+) -> None:
+    """Raise ``ValueError`` for a function whose y of an example depends on the rest of the batch.
+
+    It is tried, once for its shapes: on two examples of random numbers, together and each alone. It
+    is a help and no proof: a function with more than 30 million params, one that closes over what
+    is being traced, or one that gives no finite numbers for random ones, is not tried.
+
+    Args:
+        fn: the function.
+        name: what it is called in the message.
+        params: its params, without types.
+        x: a batch.
+    """
+    leaves, structure = jax.tree.flatten((params, x))
+    if any(isinstance(size, int) is False for leaf in leaves for size in jnp.shape(leaf)):
+        return  # a symbol, in jax.export
+    structs = tuple(jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in leaves)
+    number = len(jax.tree.leaves(params))
+    of_one = tuple(
+        jax.ShapeDtypeStruct((1, *struct.shape[1:]), struct.dtype) for struct in structs[number:]
+    )
+    said = _coupling(fn, structure, structs[:number], of_one)
+    if said is not None:
+        raise ValueError(
+            f"{name} gives an example another y in a batch than alone{said}. If it couples the "
+            "examples of a batch, an example has no gradient of its own, and no per-example "
+            "quantity exists; jax.grad has that of the batch. If it draws with one key for all, "
+            "give x a key for each example"
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _coupling(
+    fn: Callable[..., PyTree],
+    structure: Any,
+    params: tuple[jax.ShapeDtypeStruct, ...],
+    x: tuple[jax.ShapeDtypeStruct, ...],
+) -> str | None:
+    """Return what is said of a function that couples examples, "" if no operation was found."""
+    if sum(leaf.size for leaf in params) > LARGEST:
+        return None
+
+    def flat(params: Sequence[Any], x: Sequence[Any]) -> list[Any]:
+        return jax.tree.leaves(fn(*jax.tree.unflatten(structure, [*params, *x])))
+
+    def both(params: Sequence[Any], x: Sequence[Any]) -> Any:
+        alone = jax.vmap(lambda x: flat(params, [leaf[None] for leaf in x]))(x)
+        return flat(params, x), alone
+
+    try:
+        draw = functools.partial(_drawn, np.random.default_rng(0))
+        weights = [draw(leaf) for leaf in params]
+        batches = [[draw(leaf, 2) for leaf in x] for _ in range(TIMES)]
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            traced = jax.jit(both).trace(weights, batches[0])
+            if traced.jaxpr.effects:
+                return None
+            program = traced.lower().compile(compiler_options=QUICKLY)
+            tries = [program(weights, batch) for batch in batches]
+    except Exception:  # what is wrong with the function is said where it is used
+        return None
+    rtol = RTOL["f16[" in str(traced.jaxpr)]  # bf16 too
+    pairs = [pair for of_try in tries for pair in zip(*of_try, strict=True)]
+    if all(_same(together, alone, rtol) for together, alone in pairs):
+        return None
+    try:
+        return _where(flat, weights, [draw(leaf, EXAMPLES) for leaf in x])
+    except Exception:
+        return ""
+
+
+def _same(together: Any, alone: Any, rtol: float) -> bool:
+    """Return whether y of two examples is that of each alone, or the mean over them."""
+    if np.ndim(together) and np.shape(together)[:1] != (2,):
+        return False
+    a, b = np.asarray(together, np.float64), np.asarray(alone, np.float64)
+    b = b.reshape(a.shape) if a.ndim else b.mean()
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return True
+    return bool(np.max(np.abs(a - b), initial=0) <= rtol * (np.max(np.abs(b), initial=0) + 1e-30))
+
+
+def _drawn(
+    rng: np.random.Generator, leaf: jax.ShapeDtypeStruct, examples: int | None = None
+) -> Any:
+    """Return random numbers: for a leaf of x so many examples, for params of a useful size."""
+    shape = leaf.shape if examples is None else (examples, *leaf.shape[1:])
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        keys = jax.random.split(jax.random.key(0), int(np.prod(shape)))
+        return keys.reshape(shape)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        size = 1.0 if examples is not None or len(shape) < 2 else np.sqrt(3 / max(shape[-2], 1))
+        return (rng.uniform(-1, 1, shape) * size).astype(leaf.dtype)
+    return rng.integers(0, 2, shape).astype(leaf.dtype)
+
+
+def _where(flat: Callable[..., list[Any]], params: Sequence[Any], x: Sequence[Any]) -> str | None:
+    """Return where an example first reaches another one, by what changes if one is changed."""
+    program = Program.of(jax.make_jaxpr(flat)(params, x))
+    draw = functools.partial(_drawn, np.random.default_rng(1))
+    found: list[str] = []
+
+    def other(leaf: Any) -> Any:
+        new = draw(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), leaf.shape[0])
+        if not isinstance(leaf, np.ndarray):
+            return leaf.at[0].set(jax.random.key(1))
+        new[1:] = leaf[1:]
+        return 1 - new if new.dtype.kind in "iu" and np.array_equal(new, leaf) else new
+
+    def step(equation: Any, ins: list[Any]) -> list[Any]:
+        pairs = [pair if isinstance(pair, _Pair) else _Pair(pair, pair) for pair in ins]
+        inner = inlined(equation)
+        if inner is not None:
+            return inner.run(pairs, step)
+        outs = zip(
+            evaluate(equation, [pair.before for pair in pairs]),
+            evaluate(equation, [pair.after for pair in pairs]),
+            strict=True,
+        )
+        result = [_Pair(*out) for out in outs]
+        if not found and all(p.apart() for p in pairs) and not all(p.apart() for p in result):
+            line, scope = place_of(equation)
+            found.append(
+                f": {equation.primitive.name} at {line}{f' in {scope}' if scope else ''} lets one "
+                "reach another"
+            )
+        return result
+
+    with jax.ensure_compile_time_eval():
+        program.run([*params, *(_Pair(leaf, other(leaf)) for leaf in x)], step)
+    return found[0] if found else ""
+
+
+class _Pair:
+    """A value, and what it is with another first example."""
+
+    def __init__(self, before: Any, after: Any) -> None:
+        self.before, self.after = before, after
+
+    def apart(self) -> bool:
+        """Return whether what differs is the first entry along an axis of examples, or a scalar."""
+        if self.before is self.after or not np.ndim(self.before):
+            return True
+        if jnp.issubdtype(self.before.dtype, jax.dtypes.extended):
+            return True
+        moved = np.asarray(self.before) != np.asarray(self.after)
+        if not moved.any():
+            return True
+        axes = [axis for axis, size in enumerate(moved.shape) if size == EXAMPLES]
+        return any(not np.delete(moved, 0, axis).any() for axis in axes)
