@@ -15,6 +15,8 @@ from jax import Array
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
+from jaxprop.core.mesh import shard_map_axes
+
 INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
 REMATERIALIZED = frozenset(("checkpoint", "remat", "remat2"))
 LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -222,6 +224,14 @@ def struct(var: Any) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of a variable of a program, or of a value."""
     aval = getattr(var, "aval", var)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def for_tracing(value: Any) -> Any:
+    """Return what a program is traced for a value with.
+
+    In ``jax.shard_map`` it is the value: its type says along which axes devices differ in it.
+    """
+    return value if shard_map_axes() else struct(value)
 
 
 def _first(equation: JaxprEqn, *names: str) -> Any:

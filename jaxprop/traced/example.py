@@ -14,7 +14,7 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.tree import arrays, is_not_learned
 from jaxprop.core.types import Params, PyTree
-from jaxprop.traced.equations import Program, struct
+from jaxprop.traced.equations import Program, for_tracing
 from jaxprop.traced.taps import Taps, Use, run
 from jaxprop.traced.views import Part, View, plain
 
@@ -32,13 +32,18 @@ class Example:
     """
 
     def __init__(
-        self, program: Program, params: list[Any], learned: frozenset[int], structure: Any
+        self,
+        program: Program,
+        params: list[Any],
+        learned: frozenset[int],
+        alone: list[Any],
+        structure: Any,
     ) -> None:
         self.params, self.learned, self.structure = params, learned, structure
         self._program = program
         self.owned: set[int] = set()
-        taps, whole = Taps(), [struct(var) for var in program.jaxpr.invars[len(params) :]]
-        jax.eval_shape(functools.partial(self._run, taps, None), whole)
+        taps = Taps()
+        jax.eval_shape(functools.partial(self._run, taps, None), alone)
         self.uses: tuple[Use, ...] = tuple(taps.uses)
         self.taps: list[jax.ShapeDtypeStruct] = taps.zeros
 
@@ -61,6 +66,8 @@ class Example:
         each, of_params = jax.tree.flatten(arrays(params))
         each = [jnp.asarray(leaf) if isinstance(leaf, int | float) else leaf for leaf in each]
         xs, of_x = jax.tree.flatten(x)
+        if shard_map_axes():  # where a param and an example's own zero are of one type
+            each = [leaf + _zero(xs, leaf) if i in learned else leaf for i, leaf in enumerate(each)]
         found: list[Any] = []
 
         def flat(each: list[Any], xs: list[Any]) -> list[Any]:
@@ -70,9 +77,13 @@ class Example:
             found.append(structure)
             return outs
 
-        alone = [jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype) for leaf in xs]
-        program = Program.of(jax.make_jaxpr(flat)(list(map(struct, each)), alone))
-        return cls(program, each, learned, found[-1])
+        alone = list(map(_alone, xs))
+        try:
+            program = Program.of(jax.make_jaxpr(flat)(list(map(for_tracing, each)), alone))
+        except Exception as error:
+            error.add_note(f"{name} is called with a batch of one example, {shapes(alone)}")
+            raise
+        return cls(program, each, learned, alone, found[-1])
 
     def run(
         self, taps: Sequence[Array], owns: dict[int, Array], xs: Sequence[Array]
@@ -112,11 +123,22 @@ def is_learned(node: Any) -> bool:
 
 def zeros(beside: Sequence[Array], like: Any) -> Array:
     """Return zeros like an array, for each example of the arrays that they stand beside."""
-    first = beside[0]
+    return jnp.broadcast_to(_zero(beside, like), (beside[0].shape[0], *like.shape))
+
+
+def _zero(beside: Sequence[Array], like: Any) -> Array:
+    """Return a zero of its dtype; in ``jax.shard_map`` of a type that differs as examples do."""
     zero = jnp.zeros((), like.dtype)
-    if shard_map_axes():  # where the type says that devices differ, as they do in their examples
-        zero = jnp.zeros_like(first.ravel()[:1].sum(), like.dtype)
-    return jnp.broadcast_to(zero, (first.shape[0], *like.shape))
+    if shard_map_axes():
+        zero = jnp.zeros_like(beside[0].ravel()[:1].sum(), like.dtype)
+    return zero
+
+
+def _alone(leaf: Any) -> Any:
+    """Return the first example of a leaf of x, for tracing."""
+    if shard_map_axes():
+        return jax.lax.slice_in_dim(leaf, 0, 1)
+    return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
 
 
 def _check_y(name: str, y: PyTree, outs: list[Any]) -> None:

@@ -18,6 +18,7 @@ from jax import Array
 from jax.extend.core import JaxprEqn
 
 from jaxprop.core.forms import Move, Reshaped, Scanned, Sliced, Transposed, Turned
+from jaxprop.core.mesh import shard_map_axes
 from jaxprop.traced.equations import (
     Axes,
     Convolution,
@@ -29,6 +30,7 @@ from jaxprop.traced.equations import (
     convolution_of,
     dot_of,
     evaluate,
+    for_tracing,
     inlined,
     joined_axis_of,
     kept_axes_of,
@@ -41,7 +43,7 @@ from jaxprop.traced.equations import (
     slice_of,
     struct,
 )
-from jaxprop.traced.views import Part, View, plain
+from jaxprop.traced.views import Part, View, bare, plain
 
 
 class Product(NamedTuple):
@@ -165,13 +167,15 @@ def _step(taps: Taps, equation: JaxprEqn, ins: list[Any]) -> list[Any]:
         return run(program, ins, taps)
     elif (again := rematerialized(equation)) is not None:
         return _rematerialized(*again, ins, taps)
+    if not any(_is_floating(struct(var)) for var in equation.outvars):
+        return evaluate(equation, list(map(bare, ins)))  # nothing goes back through it
     return evaluate(equation, list(map(plain, ins)))
 
 
 def _meet(
     meeting: Meeting, view: View, x: Any, equation: JaxprEqn, ins: list[Any], taps: Taps
 ) -> list[Any]:
-    (y,) = evaluate(equation, [v.value if isinstance(v, View) else v for v in ins])
+    (y,) = evaluate(equation, list(map(bare, ins)))
     use = Use(
         meeting,
         view.parts,
@@ -244,8 +248,7 @@ def _broadcast(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | No
 
 
 def _cast(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
-    floating = jnp.issubdtype(struct(equation.outvars[0]).dtype, jnp.floating)
-    return STAY(equation, ins, taps) if floating else None
+    return STAY(equation, ins, taps) if _is_floating(struct(equation.outvars[0])) else None
 
 
 def _scaling(factor: Callable[[Any], Any]) -> Callable[..., list[Any] | None]:
@@ -279,11 +282,11 @@ def _joined(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
     if any(len(v.parts) > 1 or v.scale is not None or v.scans != views[0].scans for v in views):
         return None
     for value in ins:
-        length = (value.value if isinstance(value, View) else value).shape[axis]
+        length = bare(value).shape[axis]
         if isinstance(value, View):
             parts.append(value.parts[0]._replace(start=start, stop=start + length))
         start += length
-    (joined,) = evaluate(equation, [v.value if isinstance(v, View) else v for v in ins])
+    (joined,) = evaluate(equation, list(map(bare, ins)))
 
     def own() -> Array:
         return evaluate(equation, list(map(plain, ins)))[0]
@@ -299,6 +302,7 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
         for value in ins[scan.consts + scan.carry :]
     ]
     consts = ins[: scan.consts]
+    constants = list(map(bare, consts))
     asked: set[int] = set()
 
     def body(taps: Taps, carried: list[Any], values: list[Any], owns: list[Any]) -> list[Any]:
@@ -314,33 +318,37 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
             map(plain, run(scan.body, args[: scan.consts] + carried + args[scan.consts :], taps))
         )
 
-    def values_of(values: list[Any]) -> list[Any]:
-        return [value.value if isinstance(value, View) else value for value in values]
-
     def first_run(carried: list[Any], stacks: list[Any]) -> list[Any]:
-        values = values_of(consts) + stacks
+        values = constants + stacks
         return body(found, carried, values, values)
 
     found = Taps(within=taps.within)
-    slices = [jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for v in values_of(stacks)]
-    jax.eval_shape(first_run, list(map(struct, carried)), slices)
+    slices = [_first(bare(stack)) for stack in stacks]
+    jax.eval_shape(first_run, list(map(for_tracing, carried)), slices)
 
     owns = [
-        plain(value) if index in asked else value.value if isinstance(value, View) else value
+        plain(value) if index in asked else bare(value)
         for index, value in enumerate([*consts, *stacks])
     ]
 
     def step(carried: list[Any], here: Any) -> tuple[list[Any], Any]:
         zeros, values, stack_owns = here
         inner = Taps(zeros, taps.within)
-        outs = body(inner, carried, values_of(consts) + values, owns[: scan.consts] + stack_owns)
+        outs = body(inner, carried, constants + values, owns[: scan.consts] + stack_owns)
         return outs[: scan.carry], (outs[scan.carry :], inner.xs)
 
-    here = taps.next(len(found.uses)), values_of(stacks), owns[scan.consts :]
+    here = taps.next(len(found.uses)), list(map(bare, stacks)), owns[scan.consts :]
     carried, (outs, xs) = jax.lax.scan(step, carried, here, **scan.options)
     zeros = [jax.ShapeDtypeStruct((scan.length, *z.shape), z.dtype) for z in found.zeros]
     taps.note(found.uses, xs, zeros)
     return [*carried, *outs]
+
+
+def _first(stack: Any) -> Any:
+    """Return an entry of a stack, for tracing."""
+    if shard_map_axes() and stack.shape[0]:
+        return jax.lax.index_in_dim(stack, 0, keepdims=False)
+    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
 
 
 def _in_scan(
@@ -374,7 +382,7 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
     for branch, inner in zip(branches, found, strict=True):
         jax.eval_shape(
             lambda data, b=branch, t=inner: list(map(plain, run(b, with_data(data), t))),
-            list(map(struct, data)),
+            list(map(for_tracing, data)),
         )
     zeros = taps.next(sum(len(inner.uses) for inner in found))
 
@@ -413,7 +421,8 @@ def _rematerialized(
 
     found = Taps(within=taps.within)
     jax.eval_shape(
-        lambda data: list(map(plain, run(program, with_data(data), found))), list(map(struct, data))
+        lambda data: list(map(plain, run(program, with_data(data), found))),
+        list(map(for_tracing, data)),
     )
 
     def f(zeros: Sequence[Array] | None, data: list[Any]) -> Any:
@@ -423,6 +432,10 @@ def _rematerialized(
     outs, xs = jax.checkpoint(f, **options)(taps.next(len(found.uses)), data)
     taps.note(found.uses, xs, found.zeros)
     return outs
+
+
+def _is_floating(value: Any) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
 
 RESHAPE = _moving(lambda equation, view: Reshaped(view.value.shape))

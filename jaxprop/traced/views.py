@@ -66,6 +66,11 @@ class View:
         )
 
 
+def bare(value: Any) -> Any:
+    """Return a value as it is, without a word of where it comes from."""
+    return value.value if isinstance(value, View) else value
+
+
 def plain(value: Any) -> Any:
     """Return a value as what is not tapped sees it: a view with the example's own share."""
     return value.own() if isinstance(value, View) else value
