@@ -14,7 +14,7 @@ from jax import Array
 from jaxprop.core.arrays import on_device
 from jaxprop.core.checks import given
 from jaxprop.core.describe import is_array, shapes
-from jaxprop.core.forms import Factored, Moves, Stacked
+from jaxprop.core.forms import Factored, Moves, Stacked, Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import arrays, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree
@@ -115,7 +115,7 @@ class Function(Layer):
             for part in use.parts:
                 shares[part.param].append(share(use, part, x, ct_here))
         for index, own in owns.items():
-            shares[index].append((Stacked(own), ()))
+            shares[index].append((Sum(own) if own.ndim == 2 else Stacked(own), ()))
         leaves, structure = jax.tree.flatten(params, is_leaf=is_not_learned)
         for index, each in shares.items():
             if not each:  # y does not depend on it

@@ -84,7 +84,7 @@ def _of_product(
     i, o = math.prod(shape[batches : batches + len(in_w)]), math.prod(shape[batches + len(in_w) :])
 
     def rows(a: Array, features: int) -> Array:
-        """Return (layers ..., batch, N, positions, features)."""
+        """Return (layers ..., batch, N, positions, features), without a single position."""
         a = _layers_first(a, use.scans)
         layers = sum(use.scans)
         of_batch = a.shape[lead : lead + batches]
@@ -92,7 +92,8 @@ def _of_product(
         flat = (math.prod(of_batch),) if batches else ()
         n = a.shape[layers + batches]
         positions = math.prod(a.shape[layers + batches + 1 :]) // features
-        return a.reshape(*a.shape[:layers], *flat, n, positions, features)
+        length = () if positions == 1 else (positions,)
+        return a.reshape(*a.shape[:layers], *flat, n, *length, features)
 
     form: Factored = Outer(rows(x, i), rows(ct, o))
     for _ in range(sum(use.scans) + bool(batches)):

@@ -105,11 +105,17 @@ class Outer(Factored):
         return _sums_of_products(x, ct)
 
     def norms(self) -> Float[Array, " n"]:
-        """Return |x| |ct|, or along positions |X^T C|, one example after the other."""
+        """Return |x| |ct|, or along positions |X^T C|, one example after the other.
+
+        Where <X X^T, C C^T> is cheaper, and shows no sign of what is wrong with it, it is its root.
+        """
         x, ct = map(wide, self._sequences())
-        if x.shape[1] == 1:
+        (_, t, i), o = x.shape, ct.shape[-1]
+        if t == 1:
             return jnp.sqrt(sq_norms(x)) * jnp.sqrt(sq_norms(ct))
-        return jax.lax.map(lambda example: norms((example[0].T @ example[1])[None])[0], (x, ct))
+        if not known(lambda: t * (i + o) <= i * o):
+            return _norms_of_products(x, ct)
+        return _roots_of_products(x, ct)
 
     def inner_products(self) -> Float[Array, "n n"]:
         """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), or <g_n, g_m> where
@@ -160,10 +166,30 @@ def _sums_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
 
     The terms are as large as |X|^2 |C|^2, and so is what they round away.
     """
-    products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
-    total = products.sum(axis=(1, 2))
-    holds = _holds(total, jnp.abs(products).sum(axis=(1, 2)))
+    total, size = _products(x, ct)
+    holds = _holds(total, size)
     return jax.lax.cond(holds, lambda: total, lambda: _sums_of_squares(x, ct))
+
+
+@jax.jit
+def _roots_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
+    """Return the root of <X X^T, C C^T> of each example, if it is not what rounding left of it."""
+    total, size = _products(x, ct)
+    least = jnp.finfo(total.dtype).tiny / jnp.finfo(total.dtype).eps
+    some = jnp.any(ct != 0, axis=(1, 2))  # else it is 0 indeed
+    sound = (total >= 1e-2 * size) & jnp.isfinite(total) & ((total >= least) | ~some)
+    return jax.lax.cond(jnp.all(sound), lambda: jnp.sqrt(total), lambda: _norms_of_products(x, ct))
+
+
+def _norms_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
+    """Return |X^T C|, one example after the other."""
+    return jax.lax.map(lambda pair: norms((pair[0].T @ pair[1])[None])[0], (x, ct))
+
+
+def _products(x: Sequences, ct: Sequences) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """Return <X X^T, C C^T> of each example, and the sum of its terms without their signs."""
+    products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
+    return products.sum(axis=(1, 2)), jnp.abs(products).sum(axis=(1, 2))
 
 
 def _sums_of_squares(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
