@@ -5,6 +5,7 @@ Every read of an equation's ``params`` is here, since they differ between versio
 
 from __future__ import annotations
 
+import functools
 import os
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -100,7 +101,12 @@ def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
         for var, value in zip(equation.invars, values, strict=True)
         if not isinstance(var, Literal)
     }
-    alone = Jaxpr((), list(wanted), equation.outvars, [equation], equation.effects)
+    alone = _empty().replace(
+        invars=list(wanted),
+        outvars=equation.outvars,
+        eqns=[equation],
+        effects=equation.effects,
+    )
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*wanted.values())
 
 
@@ -117,6 +123,12 @@ def scan_of(equation: JaxprEqn) -> Scan:
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     consts, carry = _split(params)
     return Scan(Program.of(params["jaxpr"]), consts, carry, params["length"], options)
+
+
+@functools.cache
+def _empty() -> Jaxpr:
+    """Return a program of nothing, to be filled in: one needs to say where it comes from."""
+    return jax.make_jaxpr(lambda: ())().jaxpr
 
 
 def _split(params: dict[str, Any]) -> tuple[int, int]:
