@@ -64,9 +64,14 @@ class Step(NamedTuple):
         params = self.params
         if tree.typed(jax.tree.structure(params)):
             params = tree.learned(params)
-        if any(getattr(leaf, "dtype", FLOAT).kind in "biu" for leaf in jax.tree.leaves(params)):
+        if any(map(_is_counted, jax.tree.leaves(params))):
             params = tree.without_unmarked(params, self.d_params)
         return params
+
+
+def _is_counted(leaf: Any) -> bool:
+    """Return whether a leaf is of a dtype without a derivative: booleans, integers or keys."""
+    return getattr(getattr(leaf, "dtype", FLOAT), "kind", "i") in "biu"  # keys have no kind
 
 
 Visit: TypeAlias = Callable[[Step], Any]
