@@ -180,13 +180,20 @@ def convolution_of(equation: JaxprEqn) -> Convolution | None:
 
 
 def looks_up_rows(equation: JaxprEqn) -> bool:
-    """Return whether a gather takes whole entries of its operand's axis 0, by one index each."""
+    """Return whether a gather takes whole entries of its operand's axis 0, by one index each.
+
+    ``jax.vmap`` of ``table[id]`` has an index for each other axis too; clipped, these are all 0.
+    """
     of, (table, ids) = equation.params["dimension_numbers"], map(struct, equation.invars)
     whole = (1, *table.shape[1:]) == tuple(equation.params["slice_sizes"])
-    rows = tuple(of.start_index_map) == (0,) == tuple(of.collapsed_slice_dims)
-    last = tuple(range(ids.ndim - 1, ids.ndim - 1 + table.ndim - 1))
+    starts, collapsed = tuple(of.start_index_map), tuple(of.collapsed_slice_dims)
+    rows = starts == (0,) or (starts[:1] == (0,) and clips_ids(equation))
+    kept = table.ndim - len(collapsed)
+    last = tuple(range(ids.ndim - 1, ids.ndim - 1 + kept))
     batched = tuple(getattr(of, "operand_batching_dims", ()))
-    return whole and rows and not batched and tuple(of.offset_dims) == last
+    return (
+        whole and rows and not batched and collapsed in ((), (0,)) and tuple(of.offset_dims) == last
+    )
 
 
 def clips_ids(equation: JaxprEqn) -> bool:
@@ -206,6 +213,11 @@ def slice_of(equation: JaxprEqn) -> tuple[Axes, Axes, Axes]:
     return tuple(starts), tuple(limits), tuple(strides)
 
 
+def pieces_of(equation: JaxprEqn) -> tuple[Axes, int]:
+    """Return the sizes of the pieces of a split, and the axis."""
+    return tuple(equation.params["sizes"]), equation.params["axis"]
+
+
 def reversed_axes_of(equation: JaxprEqn) -> Axes:
     """Return the axes that a rev turns around."""
     return tuple(equation.params["dimensions"])
@@ -217,8 +229,8 @@ def kept_axes_of(equation: JaxprEqn) -> Axes:
 
 
 def joined_axis_of(equation: JaxprEqn) -> int:
-    """Return the axis of a concatenate."""
-    return equation.params["dimension"]
+    """Return the axis of a concatenate, or the new one of a stack."""
+    return _first(equation, "dimension", "axis")
 
 
 def place_of(equation: JaxprEqn) -> Place:
@@ -247,4 +259,5 @@ def for_tracing(value: Any) -> Any:
 
 
 def _first(equation: JaxprEqn, *names: str) -> Any:
+    """Return the parameter that has one of these names."""
     return next(equation.params[name] for name in names if name in equation.params)

@@ -9,6 +9,7 @@ with a zero for each example, whose cotangent is that example's own share of the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +37,7 @@ from jaxprop.traced.equations import (
     kept_axes_of,
     looks_up_rows,
     permutation_of,
+    pieces_of,
     place_of,
     rematerialized,
     reversed_axes_of,
@@ -239,6 +241,23 @@ def _moving(
     return step
 
 
+def _split(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    (view,), (sizes, axis) = ins, pieces_of(equation)
+    if view.joined is not None:
+        return None
+
+    def piece(start: int, size: int) -> View:
+        starts, strides = [0] * view.value.ndim, (1,) * view.value.ndim
+        starts[axis] = start
+        move = Sliced(view.value.shape, tuple(starts), strides)
+        return view.moved(
+            move, lambda value: jax.lax.slice_in_dim(value, start, start + size, axis=axis)
+        )
+
+    starts = itertools.accumulate(sizes, initial=0)
+    return [piece(*each) for each in zip(starts, sizes, strict=False)]
+
+
 def _broadcast(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
     """A broadcast that only adds axes of length 1, and leaves the others in order."""
     out, kept = struct(equation.outvars[0]), kept_axes_of(equation)
@@ -275,13 +294,28 @@ def _negated(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
 
 
 def _joined(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    return _side_by_side(equation, ins, ins)
+
+
+def _stacked(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    axis = joined_axis_of(equation)
+
+    def entry(value: Any) -> Any:
+        if not isinstance(value, View):
+            return jnp.expand_dims(value, axis)
+        return value.moved(Reshaped(value.value.shape), lambda v: jnp.expand_dims(v, axis))
+
+    return _side_by_side(equation, ins, list(map(entry, ins)))
+
+
+def _side_by_side(equation: JaxprEqn, ins: list[Any], entries: list[Any]) -> list[Any] | None:
     """Several params side by side: each has its part of the product's operands."""
     axis, start = joined_axis_of(equation), 0
     parts: list[Part] = []
-    views = [value for value in ins if isinstance(value, View)]
+    views = [value for value in entries if isinstance(value, View)]
     if any(len(v.parts) > 1 or v.scale is not None or v.scans != views[0].scans for v in views):
         return None
-    for value in ins:
+    for value in entries:
         length = bare(value).shape[axis]
         if isinstance(value, View):
             parts.append(value.parts[0]._replace(start=start, stop=start + length))
@@ -397,7 +431,7 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
                 inner.xs if n == number else [jnp.zeros(x.shape, x.dtype) for x in other.xs]
                 for n, other in enumerate(found)
             ]
-            return outs, [x for each in xs for x in each]
+            return outs, [_varying_as(data, x) for each in xs for x in each]
 
         return f
 
@@ -407,6 +441,14 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
         taps.note(inner.uses, xs[: len(inner.uses)], inner.zeros)
         xs = xs[len(inner.uses) :]
     return outs
+
+
+def _varying_as(data: list[Any], x: Array) -> Array:
+    """Return x; in ``jax.shard_map`` of a type that differs between devices as the data do."""
+    if not shard_map_axes():
+        return x
+    numbers = [v for v in data if not jnp.issubdtype(v.dtype, jax.dtypes.extended)]
+    return x + sum(jnp.zeros_like(v.ravel()[:1].sum(), x.dtype) for v in numbers)
 
 
 def _rematerialized(
@@ -448,12 +490,14 @@ STEPS: dict[str, Callable[[JaxprEqn, list[Any], Taps], list[Any] | None]] = {
     "scan": _scan,
     "cond": _switch,
     "concatenate": _joined,
+    "stack": _stacked,
     "reshape": RESHAPE,
     "squeeze": RESHAPE,
     "expand_dims": RESHAPE,
     "broadcast_in_dim": _broadcast,
     "transpose": _moving(lambda equation, view: Transposed(permutation_of(equation))),
     "slice": _moving(lambda equation, view: Sliced(view.value.shape, *slice_of(equation)[::2])),
+    "split": _split,
     "rev": _moving(lambda equation, view: Turned(reversed_axes_of(equation))),
     "convert_element_type": _cast,
     "copy": STAY,
