@@ -206,7 +206,7 @@ def through_time(w, x):
         h = jnp.tanh(h @ w["h"] + x @ w["x"] + as_row(w["b"], h))
         return h, h
 
-    h, _ = lax.scan(step, jnp.zeros((len(x), 3)), jnp.moveaxis(x, 1, 0))
+    h, _ = lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.moveaxis(x, 1, 0))
     return h
 
 
@@ -1018,7 +1018,7 @@ def mesh_of(devices):
 
 def summed_over_time(w, x):
     """A scan without params, beside a product with one."""
-    zero = jnp.zeros((len(x), 3))
+    zero = jnp.zeros_like(x[:, 0])
     return lax.scan(lambda h, x: (jnp.tanh(h + x), None), zero, jnp.moveaxis(x @ w, 1, 0))[0]
 
 
