@@ -1,6 +1,7 @@
 """``jp.function`` of plain JAX: networks, and every way in which a param may meet data."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -1096,3 +1097,229 @@ def test_exported_for_any_batch_size(fn):
     for examples in (6, 2):
         args = params, x[:examples], target[:examples]
         assert relative_error(program(*args), f(*args)) <= 1e-10
+
+
+def batch_norm(params, x):
+    h = x @ params["w"]
+    return (h - h.mean(0, keepdims=True)) / (h.std(0, keepdims=True) + 1e-3)
+
+
+def less_the_mean(params, x):
+    h = x @ params["w"]
+    return h - jnp.mean(h, axis=0, keepdims=True)
+
+
+def in_batch_negatives(params, x):
+    h = x @ params["w"]
+    return jax.nn.log_softmax(h @ h.T).diagonal()
+
+
+def one_mask_for_all(params, x):
+    h = x @ params["w"]
+    return jnp.where(jax.random.bernoulli(params["key"], 0.5, h.shape), h, 0)
+
+
+def the_sum_over_examples(params, x):
+    return jnp.sum((x @ params["w"]) ** 2)
+
+
+COUPLED = {
+    batch_norm: "reduce_sum",
+    less_the_mean: "reduce_sum",
+    in_batch_negatives: "dot_general",
+}
+
+
+@pytest.mark.parametrize("fn", COUPLED)
+def test_a_function_that_couples_examples_is_refused(fn):
+    """The sentence names the operation and its line."""
+    params, net = {"w": drawn(struct(4, 3))}, jp.function(fn)
+    y = fn(params, BATCH[0])
+    loss = jp.Mean() if y.ndim == 1 else jp.HalfSquaredError()
+    target = None if y.ndim == 1 else y
+    with pytest.raises(ValueError, match="gives an example another y in a batch than alone") as e:
+        jp.per_example_sq_norms(net, loss)(params, BATCH[0], target)
+    said = re.search(r": (\w+) at test_function\.py:(\d+)", str(e.value))
+    assert said is not None, e.value
+    first = fn.__code__.co_firstlineno
+    assert said[1] == COUPLED[fn]
+    assert first < int(said[2]) <= first + 3
+    with pytest.raises(ValueError, match="another y in a batch than alone"):
+        jax.jit(jp.clipped_grad(net, loss, 1.0))(params, BATCH[0], target)
+
+
+def test_one_key_for_all_examples_is_refused():
+    """A mask of the batch's shape is another one for a batch of one."""
+    params = {"w": drawn(struct(4, 3)), "key": jp.Unlearned(jax.random.key(0))}
+    norms = jp.per_example_sq_norms(jp.function(one_mask_for_all), jp.HalfSquaredError())
+    with pytest.raises(ValueError, match="give x a key for each example"):
+        norms(params, BATCH[0], jnp.zeros((6, 3)))
+
+
+def test_a_sum_over_examples_is_refused():
+    """A loss is the mean over examples: its sum is not what it is for a batch of one."""
+    norms = jp.per_example_sq_norms(jp.function(the_sum_over_examples), jp.Mean())
+    with pytest.raises(ValueError, match="another y in a batch than alone"):
+        norms({"w": drawn(struct(4, 3))}, BATCH[0])
+
+
+def test_coupled_in_a_scan_is_refused():
+    """The operation stands in the body of a scan."""
+
+    def fn(params, x):
+        def step(h, w):
+            h = jnp.tanh(h @ w)
+            return h - h.mean(0, keepdims=True), None
+
+        return lax.scan(step, x, params)[0]
+
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+    with pytest.raises(ValueError, match="another y in a batch than alone"):
+        norms(drawn(struct(2, 4, 4)), BATCH[0], jnp.zeros((6, 4)))
+
+
+WRONG = {
+    "x of nothing": (lambda f: f(MLP, ()), TypeError, "takes x as arrays"),
+    "x a number": (lambda f: f(MLP, 1.0), TypeError, "takes x as arrays"),
+    "a scalar in x": (
+        lambda f: f(MLP, {"x": BATCH[0], "t": jnp.ones(())}),
+        ValueError,
+        r"example on axis 0 of every leaf.*jp\.Unlearned",
+    ),
+    "two batch sizes": (
+        lambda f: f(MLP, (BATCH[0], jnp.ones(5))),
+        ValueError,
+        "example on axis 0 of every leaf",
+    ),
+    "a word among params": (
+        lambda f: f({"w": MLP, "name": "mlp"}, BATCH[0]),
+        TypeError,
+        r"params\['name'\] is 'mlp'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    call, error, words = WRONG[name]
+    gradient = jp.value_and_grad(jp.function(mlp), jp.HalfSquaredError())
+    with pytest.raises(error, match=words):
+        call(lambda params, x: gradient(params, x, normal(6, 3)))
+
+
+@pytest.mark.parametrize("fn", [int, jp.Dense(3), 3, None])
+def test_what_is_no_function_is_refused(fn):
+    with pytest.raises(TypeError, match="function takes a function of"):
+        jp.function(fn)
+
+
+def test_a_y_without_the_example_on_axis_0_is_refused():
+    norms = jp.per_example_sq_norms(jp.function(lambda w, x: (x @ w).T), jp.HalfSquaredError())
+    with pytest.raises(ValueError, match="axis 0 of every array of y is the example"):
+        norms(drawn(struct(4, 3)), BATCH[0], jnp.zeros((3, 6)))
+    norms = jp.per_example_sq_norms(jp.function(lambda w, x: 3.0), jp.Mean())
+    with pytest.raises(TypeError, match="not arrays"):
+        norms(drawn(struct(4, 3)), BATCH[0])
+
+
+def test_wrong_shapes_raise_what_jax_raises():
+    norms = jp.per_example_sq_norms(jp.function(mlp), jp.HalfSquaredError())
+    with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):
+        norms(MLP, normal(6, 5), normal(6, 3))
+    with pytest.raises(TypeError, match="its params come from where the function does"):
+        jp.function(mlp).init(jax.random.key(0), BATCH[0])
+
+
+def factors_by_taps(product, loss, params, x, target):
+    """For each product the means of sum_t x_t x_t^T and of sum_t J_t^T H J_t, by jacrev.
+
+    Args:
+        product: a function of (params, x, zeros) of one example that adds a zero to each product
+            and returns y and the operand of each, (positions, features).
+        loss: the loss.
+        params: its params.
+        x: a batch.
+        target: for the loss.
+    """
+
+    def of_one(x, target):
+        shapes = jax.eval_shape(lambda: product(params, x, None))[2]
+        zeros = [jnp.zeros(shape.shape) for shape in shapes]
+        y, operands, _ = product(params, x, zeros)
+        hessian = jax.hessian(lambda y: loss.forward(y[None], target[None])[0][0])(y)
+        hessian = hessian.reshape(y.size, y.size)
+        jacobians = jax.jacrev(lambda zeros: product(params, x, zeros)[0])(zeros)
+
+        def of_ct(jacobian):
+            j = jacobian.reshape(y.size, -1, jacobian.shape[-1])
+            return jnp.einsum("pti,pq,qtj->ij", j, hessian, j)
+
+        return [a.T @ a for a in operands], list(map(of_ct, jacobians))
+
+    means = jax.tree.map(lambda each: each.mean(0), jax.vmap(of_one)(x, target))
+    return list(zip(*means, strict=True))
+
+
+class Tapped:
+    """Products whose operands are kept, and to each of which a zero is added."""
+
+    def __init__(self, zeros):
+        self.zeros, self.operands, self.products = zeros, [], []
+
+    def __call__(self, x, w):
+        y = x @ w
+        self.operands.append(x)
+        self.products.append(y)
+        return y if self.zeros is None else y + self.zeros[len(self.products) - 1]
+
+
+def tapped_mlp(params, x, zeros=None):
+    tapped, h = Tapped(zeros), x[None]
+    for index, w in enumerate(params):
+        h = tapped(h, w)
+        h = jnp.tanh(h) if index < len(params) - 1 else h
+    return h[0], tapped.operands, tapped.products
+
+
+def tapped_attention(params, x, zeros=None):
+    tapped = Tapped(zeros)
+    q, k, v = (tapped(x, params[name]) for name in "qkv")
+    y = tapped(jax.nn.softmax(q @ k.T) @ v, params["o"])
+    return y, tapped.operands, tapped.products
+
+
+def tapped_convolution(params, x, zeros=None):
+    """A convolution of sequences as the product of its windows."""
+    tapped = Tapped(zeros)
+    windows = jnp.concatenate([x[start : start + 3] for start in range(3)], 1)
+    h = jnp.tanh(tapped(windows, params["conv"].reshape(9, 2)))
+    y = tapped(h, params["out"])
+    return y, tapped.operands, tapped.products
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "convolution"])
+def test_kronecker_factors_are_those_of_jacobians(name):
+    if name == "mlp":
+        product = tapped_mlp
+        fn = jax.vmap(lambda ws, x: tapped_mlp(ws, x)[0], (None, 0))
+        params, x, order = drawn([struct(4, 5), struct(5, 3)]), BATCH[0], (0, 1)
+    elif name == "attention":
+        product = tapped_attention
+        fn = jax.vmap(lambda params, x: tapped_attention(params, x)[0], (None, 0))
+        params, x, order = drawn(twos(*"qkvo")), normal(4, 5, 3), "qkvo"
+    else:
+        product, x, order = tapped_convolution, normal(4, 5, 3), ("conv", "out")
+        params = drawn({"conv": struct(3, 3, 2), "out": struct(2, 3)})
+
+        def fn(params, x):
+            layouts = ("NWC", "WIO", "NWC")
+            h = lax.conv_general_dilated(
+                x, params["conv"], (1,), "VALID", dimension_numbers=layouts
+            )
+            return jnp.tanh(h) @ params["out"]
+
+    target = normal(*jax.eval_shape(fn, params, x).shape)
+    loss = jp.HalfSquaredError()
+    got = jax.jit(jp.kronecker_factors(jp.function(fn), loss))(params, x, target)
+    want = jax.jit(lambda *args: factors_by_taps(product, loss, *args))(params, x, target)
+    hold_leaves([tuple(got[index]) for index in order], want)

@@ -91,8 +91,8 @@ class Function(Layer):
 
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Tape]:
         x = jax.tree.map(on_device, x)
-        check_uncoupled_function(self.fn, repr(self), arrays(params), x)
         one = Example.of(self.fn, repr(self), params, x)
+        check_uncoupled_function(self.fn, repr(self), arrays(params), x)
         leaves = jax.tree.leaves(x)
         warn_of_large_shares(repr(self), one, params, leaves[0].shape[0])
         moving = tuple(map(_is_floating, leaves))
