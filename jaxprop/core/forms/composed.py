@@ -104,10 +104,21 @@ class Joint(Factored):
         return self._one_by_one(lambda g: norms(g[None])[0])
 
     def squares(self) -> Array:
-        return sum_over(lambda uses: _alone(uses) ** 2, self.uses)
+        return sum_over(lambda one: self._alone(one) ** 2, self._examples_first())
 
     def _one_by_one(self, f: Callable[[Array], Array]) -> Float[Array, " n"]:
-        return jax.lax.map(lambda uses: f(_alone(uses)), self.uses)
+        return jax.lax.map(lambda one: f(self._alone(one)), self._examples_first())
+
+    def _examples_first(self) -> list[Array]:
+        """Return the factors with the example on axis 0, which in a ``Repeated`` form is not."""
+        return [jnp.moveaxis(factor, axis, 0) for factor, axis in self.factors()]
+
+    def _alone(self, one: list[Array]) -> Array:
+        """Return g_n of one example, from its factors."""
+        axes = [axis for _, axis in self.factors()]
+        factors = [jnp.expand_dims(factor, axis) for factor, axis in zip(one, axes, strict=True)]
+        uses = jax.tree.unflatten(jax.tree.structure(self.uses), factors)
+        return _added([wide(use.sum()) for use in uses])
 
 
 def joint(forms: tuple[Factored, ...]) -> Factored:
@@ -127,12 +138,6 @@ def joint(forms: tuple[Factored, ...]) -> Factored:
 def _with_positions(factor: Float[Array, "n ... d"]) -> Float[Array, "n t d"]:
     n, *length, features = factor.shape
     return factor.reshape(n, math.prod(length), features)
-
-
-def _alone(uses: tuple[Factored, ...]) -> Array:
-    """Return g_n of one example, from its factors."""
-    batch = jax.tree.map(lambda factor: factor[None], uses)
-    return _added([wide(use.sum()) for use in batch])
 
 
 def _added(shares: list[Array]) -> Array:
