@@ -563,6 +563,22 @@ CASES = {
         X,
         "",
     ),
+    "batched, and once not": (
+        lambda w, x: jnp.einsum("nij,ijo->nio", x, w) * jnp.sum(w**2),
+        struct(5, 3, 2),
+        SEQUENCE,
+        "",
+    ),
+    "batched, as many as examples": (
+        lambda w, x: jnp.sin(jnp.einsum("nij,ijo->nio", x[:, :3], w)) + x[:, :3] @ w[0],
+        struct(3, 3, 2),
+        SEQUENCE,
+    ),
+    "layers, and one of them alone": (
+        lambda w, x: through_layers(w, x) + jnp.sin(x @ w[1]),
+        struct(2, 3, 3),
+        X,
+    ),
     "unused": (lambda w, x: x @ w["a"], twos("a", "b"), X),
     "used for nothing": (
         lambda w, x: x @ w["a"] + 0 * lax.stop_gradient(x @ w["b"]),
