@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
@@ -44,7 +45,9 @@ class Program(NamedTuple):
         values |= zip(self.jaxpr.invars, args, strict=True)
 
         def read(var: Any) -> Any:
-            return var.val if isinstance(var, Literal) else values[var]
+            if isinstance(var, Literal):  # a number of Python's, in some versions of JAX
+                return np.asarray(var.val, struct(var).dtype)
+            return values[var]
 
         for equation in self.jaxpr.eqns:
             outs = step(equation, [read(var) for var in equation.invars])
