@@ -109,7 +109,7 @@ def both(
     plain = Untapped(fn)
     each = oracles.per_example_grads(plain, loss)(params, x, target)
     norms = oracles.per_example_sq_norms.of(each)
-    bound = jnp.median(jnp.sqrt(norms)) * 0.9
+    bound = jnp.maximum(jnp.median(jnp.sqrt(norms)) * 0.9, 1e-6)
     want = {
         "value": jp.loss_fn(plain, loss)(params, x, target),
         "grads": jax.tree.map(lambda g: g.mean(0), each),

@@ -123,17 +123,20 @@ def test_an_mlp():
     hold(mlp, mlp_params(4, 6, 3), x, target, jp.CrossEntropy(), moments=True, diagonal=True)
 
 
+@pytest.mark.full
 def test_an_mlp_of_sequences():
     hold(mlp, mlp_params(3, 4, 2), normal(3, 5, 3), normal(3, 5, 2), diagonal=True)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("scanned", [True, False])
 def test_a_gpt_of_einsums(scanned):
     ids, target = integers(VOCAB, 3, LENGTH), integers(VOCAB, 3, LENGTH, seed=1)
     fn = gpt_scanned if scanned else gpt
     hold(fn, gpt_params(scanned), ids, target, jp.CrossEntropy(), owned="positions|scale")
 
 
+@pytest.mark.full
 def test_a_vision_transformer():
     hold(
         vit,
@@ -149,6 +152,7 @@ def test_adapters_beside_a_frozen_base():
     hold(lora, lora_params(), normal(4, 5), normal(4, 3), moments=True, diagonal=True)
 
 
+@pytest.mark.full
 def test_the_networks_of_stax(standard_promotion):
     init, mnist = stax.serial(
         stax.Dense(8), stax.Relu, stax.Dense(8), stax.Relu, stax.Dense(3), stax.LogSoftmax
@@ -654,7 +658,7 @@ def case_of(name):
     return fn, params, x, normal(*y.shape, seed=3), *owned
 
 
-@pytest.mark.few(24)
+@pytest.mark.few(12)
 @pytest.mark.parametrize("name", CASES)
 def test_a_param_that_meets_data(name):
     fn, params, x, target, *owned = case_of(name)
@@ -685,20 +689,23 @@ def mean_loss(params, batch):
     return jnp.mean(example_losses(params, batch))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("loss_fn", [mean_loss, example_losses])
 def test_a_whole_loss_of_a_batch(loss_fn):
     """It gives what the same network with the library's loss gives, and takes no target."""
-    hold(loss_fn, MLP, BATCH, moments=True)
+    hold(loss_fn, MLP, BATCH)
     got = jp.clipped_grad(jp.function(loss_fn), jp.Mean(), 0.4)(MLP, BATCH)
     assert relative_error(got, jp.clipped_grad(jp.function(mlp), LOSS, 0.4)(MLP, *BATCH)) <= 1e-12
 
 
+@pytest.mark.full
 def test_a_loss_of_several_numbers_an_example():
     hold(
         lambda params, batch: (mlp(params, batch[0]) - batch[1]) ** 2, MLP, (BATCH[0], normal(6, 3))
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("key", [False, True], ids=["tuple", "dict"])
 def test_a_y_of_several_arrays(key):
     def two(params, x):
@@ -782,7 +789,6 @@ def test_micro_batches():
         "clipped": jp.Clipped(0.4),
         "moment": jp.SecondMoment(),
         "diagonal": jp.DiagGGN(),
-        "noise": jp.NoiseScale(),
     }
     net = jp.function(mlp)
     whole = jax.jit(jp.quantities(net, LOSS, **asked))(MLP, *BATCH)
@@ -806,7 +812,8 @@ def test_weights_of_examples_and_padding():
     hold_leaves(got["clipped"], oracles.clipped.of(each, 0.4))
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("fused", [True, False])
 def test_an_update_is_optax_on_jax_grad(fused, standard_promotion):
     optimizer = optax.adamw(1e-2)
     params, ids = gpt_params(), integers(VOCAB, 4, LENGTH + 1)
@@ -829,6 +836,7 @@ def test_an_update_is_optax_on_jax_grad(fused, standard_promotion):
     assert relative_error(params, other[0]) <= 1e-9
 
 
+@pytest.mark.full
 def test_an_update_of_adapters_leaves_the_base(standard_promotion):
     params, x, target = lora_params(), normal(4, 5), normal(4, 3)
     loss = jp.HalfSquaredError()
@@ -853,6 +861,7 @@ def test_a_whole_loss_is_trained(standard_promotion):
     assert relative_error(params, jax.tree.map(lambda p, g: p - 0.1 * g, MLP, grads)) <= 1e-12
 
 
+@pytest.mark.full
 def test_private_gradients():
     """The noise is that of any layer with the same params, and both ways of clipping agree."""
     net, key = jp.function(mlp), jax.random.key(3)
@@ -882,6 +891,7 @@ def test_clipped_in_one_walk_and_in_two():
         hold_leaves(jax.jit(f)(MLP, *BATCH), want)  # the function is one layer
 
 
+@pytest.mark.full
 def test_an_example_without_a_finite_gradient_is_dropped():
     x = BATCH[0].at[2].set(jnp.inf)
     clipped = jp.clipped_grad(jp.function(mlp), LOSS, 0.4, drop_nonfinite=True)
@@ -915,6 +925,7 @@ NETS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NETS)
 def test_beside_layers_written_by_hand(name):
     net, (x, target) = NETS[name], BATCH
@@ -983,7 +994,7 @@ def test_narrow_dtypes_are_close_to_float64(dtype, tolerance):
     hold_leaves({name: got[name] for name in want}, want, tolerance=tolerance)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("fn", "params", "x"),
     [
@@ -1078,6 +1089,7 @@ def test_in_shard_map_each_device_has_its_examples(fn, check_vma):
     hold_leaves(got, (oracles.per_example_sq_norms.of(each), each))
 
 
+@pytest.mark.full
 def test_sharded_by_jit():
     mesh = mesh_of(2)
     params, ids = gpt_params(), integers(VOCAB, 4, LENGTH + 1)
@@ -1088,7 +1100,8 @@ def test_sharded_by_jit():
     assert relative_error(got, clipped(params, ids[:, :-1], ids[:, 1:])) <= 1e-10
 
 
-@pytest.mark.parametrize("fn", [mlp, through_time, gpt])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("fn", [through_time, mlp, gpt])
 def test_exported_for_any_batch_size(fn):
     pytest.importorskip("flatbuffers")
     params, x = {

@@ -133,7 +133,8 @@ def test_a_cnn():
     hold(fn, params, normal(2, 3, 8, 8), integers(3, 2), jp.CrossEntropy(), owned=r"bias$")
 
 
-@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("scan", [True, False])
 def test_a_gpt(scan):
     fn, params = function_of(Gpt(jax.random.key(0), scan))
     ids, target = integers(VOCAB, 3, LENGTH), integers(VOCAB, 3, LENGTH, seed=1)
@@ -210,9 +211,10 @@ def test_the_whole_model_may_be_the_params():
     hold_leaves(norms(whole, x, target), other(params, x, target))
 
 
-def test_a_linear_layer_has_no_own_share_of_a_matrix():
-    fn, params = function_of(mlp())
-    assert own_shares(jp.function(fn), params, normal(5, 4)) == {}
+def test_a_gpt_has_own_shares_of_positions_alone():
+    fn, params = function_of(Gpt(jax.random.key(0), scan=False))
+    ids = integers(VOCAB, 3, LENGTH)
+    assert own_shares(jp.function(fn), params, ids) == {"positions": (LENGTH, WIDTH)}
 
 
 def haiku_mlp(haiku):

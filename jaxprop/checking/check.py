@@ -19,7 +19,6 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
-from jaxprop.traced.function import Function
 
 DIRECTIONS = 3
 OF_CT = "the sum of squares (of_squares looks at the form's own ct)"
@@ -129,7 +128,9 @@ def _check_forward(layer: Layer, y: PyTree, residuals: Residuals, examples: int)
                 )
             # The residuals of a combinator may have other axes in front, such as one of layers, and
             # those of a function are what jax.vjp saves, params included.
-            inner = name == "residuals" and isinstance(layer, Combinator | Function)
+            inner = name == "residuals" and (
+                isinstance(layer, Combinator) or layer.hands_down_types
+            )
             if not inner and leaf.shape[:1] != (examples,):
                 raise AssertionError(
                     f"{at} has shape {leaf.shape}, but axis 0 is the example and x has {examples}"
