@@ -54,6 +54,33 @@ class Summaries(NamedTuple):
     dead: Array | None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """The terms of one named scope of a function, such as a module of Flax.
+
+    Attributes:
+        name: the scope's name; for a layer of a scan with its number, such as "Block[1]". Outside
+            of any scope it is the source line.
+        line: the source line.
+        params: the names of the params that are used in it.
+        y: a summary of the scope's result, its last one that is used outside.
+        ct: a summary of that result's cotangent, for each example's own loss.
+        grads: a summary of the gradients of its params; None without any. A param that is used
+            elsewhere too has the gradient of all its uses.
+        kept: the result and its cotangent, with the example on axis 0; None if only summaries were
+            kept.
+    """
+
+    name: str = dataclasses.field(metadata={"static": True})
+    line: str = dataclasses.field(metadata={"static": True})
+    params: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    y: Summary
+    ct: Summary
+    grads: Summary | None
+    kept: tuple[Array, Array] | None
+
+
 class Kept(NamedTuple):
     """The whole arrays of one layer.
 
@@ -92,11 +119,13 @@ class Terms:
         summaries: a summary of each array.
         kept: the whole arrays; None if only summaries were kept. Then reading one of its fields
             raises ``ValueError``.
+        scopes: the terms of each named scope of a function, in the order of the forward pass.
     """
 
     layer: Layer | Loss = dataclasses.field(metadata={"static": True})
     summaries: Summaries
     kept: Kept | None
+    scopes: tuple[Scope, ...] = ()
 
     def __getattr__(self, name: str) -> PyTree:
         if name not in Kept._fields:
