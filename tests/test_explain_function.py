@@ -212,3 +212,166 @@ def test_a_flax_model_is_indexed_by_its_paths(standard_promotion):
     terms = jp.explain(net, LOSS, params, x, jnp.zeros((2, 3)))
     factors, _ = terms["params/Dense_0/kernel"][4, 2]
     assert float(factors["ct"]) == pytest.approx(float(terms.layers[""].ct[0, 2]))
+
+
+def scoped(params, x, zeros=(0.0, 0.0, 0.0)):
+    """Three scopes, with what may be added to the result of each."""
+    with jax.named_scope("first"):
+        h = x @ params["w"]
+        h = h + params["b"][None] + zeros[0]
+    with jax.named_scope("relu"):
+        h = jnp.maximum(h, 0) + zeros[1]
+    with jax.named_scope("last"):
+        return jnp.sin(h) @ params["v"] + zeros[2]
+
+
+PARAMS = {"w": normal(3, 4), "b": normal(4, seed=1), "v": normal(4, 2, seed=2)}
+
+
+def test_a_scope_has_its_result_and_its_cotangent():
+    x, target = normal(5, 3, seed=3), normal(5, 2, seed=4)
+    terms = jp.explain(jp.function(scoped), LOSS, PARAMS, x, target, keep=10**6)
+    scopes = {scope.name: scope for scope in terms.layers[""].scopes}
+    assert list(scopes) == ["first", "relu", "last"]
+    assert [set(scope.params) for scope in scopes.values()] == [{"w", "b"}, set(), {"v"}]
+
+    def own(zeros, x, target):
+        return LOSS.forward(scoped(PARAMS, x[None], zeros), target[None])[0][0]
+
+    zeros = [jnp.zeros((5, 1, size)) for size in (4, 4, 2)]
+    cts = jax.vmap(jax.grad(own))(zeros, x, target)
+    first = x @ PARAMS["w"] + PARAMS["b"][None]
+    ys = [first, jnp.maximum(first, 0), jnp.sin(jnp.maximum(first, 0)) @ PARAMS["v"]]
+    grads = jax.grad(jp.loss_fn(jp.function(scoped), LOSS))(PARAMS, x, target)
+    for scope, y, ct in zip(scopes.values(), ys, cts, strict=True):
+        assert np.allclose(scope.kept[0], y, rtol=1e-12)
+        assert np.allclose(scope.kept[1], ct[:, 0], rtol=1e-12)
+        for summary, array in ((scope.y, y), (scope.ct, ct)):
+            assert float(summary.rms) == pytest.approx(np.sqrt(np.mean(np.square(array))))
+        assert float(scope.y.zeros) == pytest.approx(np.mean(np.asarray(y) == 0))
+        if scope.params:
+            each = np.concatenate([np.ravel(grads[name]) for name in scope.params])
+            assert float(scope.grads.rms) == pytest.approx(np.sqrt(np.mean(each**2)))
+        else:
+            assert scope.grads is None
+    assert 0 < float(scopes["relu"].y.zeros) < 1
+
+
+def wrapped(transform):
+    def fn(params, x):
+        return transform(scoped)(params, x)
+
+    return fn
+
+
+def branched(params, x):
+    """Of two branches that are scoped one is taken, in which data are not negated."""
+    return jax.lax.cond(params["w"][0, 0] > -9, scoped, lambda p, x: scoped(p, -x), params, x)
+
+
+@pytest.mark.parametrize("fn", [wrapped(jax.jit), wrapped(jax.checkpoint), branched])
+def test_scopes_are_found_within(fn):
+    x, target = normal(5, 3, seed=3), normal(5, 2, seed=4)
+    inner = jp.explain(jp.function(fn), LOSS, PARAMS, x, target)
+    outer = jp.explain(jp.function(scoped), LOSS, PARAMS, x, target)
+    found = inner.layers[""].scopes
+    for scope in outer.layers[""].scopes:
+        same, *others = (each for each in found if each.name.endswith(scope.name))
+        if fn is branched:
+            (not_taken,) = (each for each in (same, *others) if not np.any(each.kept[0]))
+            assert not np.any(not_taken.kept[1])
+            (same,) = (each for each in (same, *others) if each is not not_taken)
+        else:
+            assert others == []
+        assert np.allclose(same.kept[0], scope.kept[0], rtol=1e-12)
+        assert np.allclose(same.kept[1], scope.kept[1], rtol=1e-12)
+
+
+def test_a_layer_of_a_scan_has_a_line_of_its_own():
+    def fn(params, x):
+        def layer(x, params):
+            with jax.named_scope("layer"):
+                x = x @ params["w"]
+            return jnp.tanh(x), None
+
+        with jax.named_scope("stack"):
+            return jax.lax.scan(layer, x, params)[0]
+
+    params, x, target = {"w": normal(3, 2, 2)}, normal(4, 2), normal(4, 2, seed=1)
+    terms = jp.explain(jp.function(fn), LOSS, params, x, target)
+    scopes = terms.layers[""].scopes
+    lines = [scope.name for scope in scopes]
+    assert [name for name in lines if "layer" in name] == [f"stack/layer[{i}]" for i in range(3)]
+    grads = terms["w"].grad
+    products = [scope for scope in scopes if "layer" in scope.name]
+    for i, scope in enumerate(products):
+        assert float(scope.grads.rms) == pytest.approx(np.sqrt(np.mean(np.square(grads[i]))))
+        assert np.allclose(scope.kept[0], x @ params["w"][i], rtol=1e-12)
+        x = jnp.tanh(x @ params["w"][i])
+
+
+def test_outside_of_scopes_each_line_is_one():
+    terms = jp.explain(jp.function(mlp), LOSS, [{"w": normal(3, 2), "b": normal(2)}], *two())
+    (scope,) = terms.layers[""].scopes
+    assert scope.name == scope.line
+    assert scope.name.startswith("test_explain_function.py:")
+    assert set(scope.params) == {"0/w", "0/b"}
+
+
+def two():
+    return normal(2, 3), normal(2, 2)
+
+
+def test_the_scope_whose_result_is_not_finite_says_so():
+    def fn(params, x):
+        with jax.named_scope("scale"):
+            x = x @ params["w"]
+        with jax.named_scope("root"):
+            return jnp.sqrt(x)
+
+    params, x = {"w": jnp.eye(2)}, jnp.array([[1.0, 2.0], [-1.0, 0.0], [0.5, 0.2]])
+    for keep in (0, 10**6):
+        terms = jp.explain(jp.function(fn), LOSS, params, x, x, keep=keep)
+        scale, root = terms.layers[""].scopes
+        assert int(scale.y.nonfinite) == 0
+        assert int(root.y.nonfinite) == 1
+        assert int(scale.ct.nonfinite) > 0
+        assert "root" in str(terms)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_scopes_of_a_function_among_layers(stacked):
+    params = {**PARAMS, "v": normal(4, 3)}
+    function = jp.function(scoped, lambda key, x: params)
+    net = jp.repeat(function, 2) if stacked else jp.chain(jp.Tanh(), function)
+    x = normal(2, 3, seed=5)
+    given = net.init(jax.random.key(0), x)
+    terms = jax.jit(lambda params: jp.explain(net, LOSS, params, x, x))(given)
+    each = [at for _, at in terms.runs() if at.scopes]
+    assert [[scope.name for scope in at.scopes] for at in each] == [
+        ["first", "relu", "last"] for _ in range(1 + stacked)
+    ]
+    for at in each:
+        assert np.allclose(at.scopes[-1].kept[0], at.y, rtol=1e-12)
+        assert np.allclose(at.scopes[-1].kept[1], at.ct, rtol=1e-12)
+
+
+@pytest.mark.parametrize("keep", [0, 10**6])
+def test_prints_in_80_columns(keep, standard_promotion):
+    nn = pytest.importorskip("flax.linen")
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = x + nn.MultiHeadDotProductAttention(2)(x, x)
+            return nn.Dense(2)(nn.relu(x))
+
+    model, x = Model(), normal(2, 3, 4)
+    net, params = jp.function(model.apply), model.init(jax.random.key(0), x)
+    text = str(jp.explain(net, LOSS, params, x, jnp.zeros((2, 3, 2)), keep=keep))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "Model/Dense_0" in text
+    assert "Attention_0/query" in text
+    if not keep:
+        (line,) = (line for line in text.splitlines() if "Model/Dense_0" in line)
+        assert len(line.split()) == 8  # all columns but that of saturated slopes
