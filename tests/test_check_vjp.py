@@ -260,6 +260,7 @@ def only_float32():
     return ruled(f, lambda x: (f(x), x), lambda x, ct: (2 * x * ct,))
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("case", RIGHT)
 def test_passes_what_is_right(case):
     jp.check_vjp(*RIGHT[case]())

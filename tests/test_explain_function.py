@@ -130,6 +130,7 @@ CASES = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("case", CASES)
 def test_every_entry_is_the_product_of_its_factors(case):
     fn, params, shape, factored = CASES[case]
@@ -375,3 +376,27 @@ def test_prints_in_80_columns(keep, standard_promotion):
     if not keep:
         (line,) = (line for line in text.splitlines() if "Model/Dense_0" in line)
         assert len(line.split()) == 8  # all columns but that of saturated slopes
+
+
+def test_what_stands_beside_a_program_with_scopes_has_its_own_line():
+    """A relu before a part that is computed again, in one scope with it."""
+
+    def fn(params, x):
+        with jax.named_scope("net"):
+            x = jnp.maximum(x, 0)
+            x = jax.checkpoint(lambda w, x: scoped_product(w, x))(params["w"], x)
+            return jnp.sin(x)
+
+    def scoped_product(w, x):
+        with jax.named_scope("inner"):
+            return x @ w
+
+    x, params = normal(2, 3), {"w": normal(3, 2)}
+    terms = jp.explain(jp.function(fn), LOSS, params, x, jnp.zeros((2, 2)))
+    before, inner, after = terms.layers[""].scopes
+    assert [before.name, after.name] == ["net", "net"]
+    assert inner.name.endswith("inner")
+    assert inner.params == ("w",)
+    assert before.params == after.params == ()
+    assert np.allclose(before.kept[0], np.maximum(x, 0))
+    assert np.allclose(after.kept[0], terms.layers[""].y)

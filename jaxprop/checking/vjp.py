@@ -68,7 +68,8 @@ def check_vjp(f: Fn, *args: Any, seed: int = 0, rtol: float | None = None) -> No
     - agree with central differences of f in a random direction, leaf by leaf, near the point and,
       unless there is a kink, at it.
 
-    y must be that of f when it is not differentiated.
+    y must be that of f when it is not differentiated. What f holds by ``jax.lax.stop_gradient``, or
+    a rule that is no derivative on purpose, does not agree with differences.
 
     ``jax.test_util.check_grads`` compares one number: the inner product over all leaves of one
     tangent with the cotangents for one ct, at the dtypes that were given. So it passes a rule that

@@ -64,7 +64,9 @@ def explain(
 
     Returns:
         An ``Explanation``: ``layers["2.0"]`` has the terms of a layer, and ``["2.0.w"][1, 0]`` the
-        chain rule for one weight.
+        chain rule for one weight. The param of a function goes by its path,
+        ``["params/Dense_0/kernel"]``, and ``layers[""].scopes`` has the terms of each named scope
+        of it: a module of Flax, a ``jax.named_scope``, or a source line outside of any.
 
     Raises:
         TypeError: if net is not a layer, loss is not a loss, or keep is not a whole number.

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.extend.core import JaxprEqn, Literal
 
-from jaxprop.traced.equations import Program, place_of, struct
+from jaxprop.traced.equations import Program, inlined, place_of, rematerialized, struct
 
 
 def ends_of(program: Program, data: Sequence[bool]) -> dict[int, int]:
     """Return the last equation of each scope that gives others a floating result made of data.
 
     Equations one after the other are of one scope as long as their scope is the same; outside of
-    any scope, as long as their source line is.
+    any scope, as long as their source line is. One that a param comes into and that has a program
+    with scopes of its own, such as a scan, stands for itself.
 
     Args:
         program: the program.
@@ -24,7 +25,7 @@ def ends_of(program: Program, data: Sequence[bool]) -> dict[int, int]:
     Returns:
         For each such equation, by its number, the number of that result.
     """
-    jaxpr, scopes = program.jaxpr, _scopes(program)
+    jaxpr, scopes = program.jaxpr, _scopes(program, data)
     moving: set[Any] = {var for var, is_data in zip(jaxpr.invars, data, strict=True) if is_data}
     readers: dict[Any, set[int]] = {var: {-1} for var in _variables(jaxpr.outvars)}
     for scope, equation in zip(scopes, jaxpr.eqns, strict=True):
@@ -42,16 +43,31 @@ def ends_of(program: Program, data: Sequence[bool]) -> dict[int, int]:
     return dict(ends.values())
 
 
-def _scopes(program: Program) -> list[int]:
+def _scopes(program: Program, data: Sequence[bool]) -> list[int]:
     """Return the number of each equation's scope."""
     numbers: list[int] = []
-    last = None
+    views = {var for var, is_data in zip(program.jaxpr.invars, data, strict=True) if not is_data}
+    last: object = None
     for equation in program.jaxpr.eqns:
         place = place_of(equation)
-        here = place.scope or place.line
+        here: object = place.scope or place.line
+        with_views = [var in views for var in _variables(equation.invars)]
+        if any(with_views) and _holds_scopes(equation):
+            here = equation
+        elif with_views and all(with_views):
+            views.update(equation.outvars)
         numbers.append((numbers[-1] if numbers else 0) + (here != last))
         last = here
     return numbers
+
+
+def _holds_scopes(equation: JaxprEqn) -> bool:
+    """Return whether the scopes within an equation are watched, if a param comes into it."""
+    program = inlined(equation)
+    if program is not None:
+        inner = program.jaxpr.eqns
+        return any(place_of(each).scope or _holds_scopes(each) for each in inner)
+    return equation.primitive.name in ("scan", "cond") or rematerialized(equation) is not None
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
