@@ -26,7 +26,7 @@ against the other. The names, by group:
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms gram second_moment
                  variance noise_scale diag_ggn kronecker_factors ggn_root
     to see       explain find_nonfinite
-    to check     check_layer check_loss
+    to check     check_layer check_loss check_vjp
     to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
     modules      forms models plot quantity sharding
 
@@ -38,6 +38,7 @@ import jaxprop._command  # noqa: F401
 from jaxprop import forms, models, plot, quantity, sharding
 from jaxprop.checking.check import check_layer
 from jaxprop.checking.losses import check_loss
+from jaxprop.checking.vjp import check_vjp
 from jaxprop.combinators.bidirectional import bidirectional
 from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
@@ -245,6 +246,7 @@ __all__ = [
     # to see, and to check
     "check_layer",
     "check_loss",
+    "check_vjp",
     "explain",
     "find_nonfinite",
     # to extend

@@ -9,8 +9,9 @@ import numpy as np
 from jax import Array
 from jax.tree_util import keystr
 
+from jaxprop.checking.compare import compare
 from jaxprop.checking.differences import differences_of
-from jaxprop.checking.oracles import ONE_BY_ONE, ORACLES, Drawn, backward_of, by_oracles, d_name
+from jaxprop.checking.oracles import ONE_BY_ONE, ORACLES, Drawn, backward_of, by_oracles
 from jaxprop.checking.points import float64, is_floating, normal, with_noise
 from jaxprop.core.checks import check_number, require
 from jaxprop.core.combinator import Combinator
@@ -18,7 +19,7 @@ from jaxprop.core.coupling import coupled, couples
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask, is_not_learned
-from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
+from jaxprop.core.types import Params, PyTree, Residuals
 
 DIRECTIONS = 3
 OF_CT = "the sum of squares (of_squares looks at the form's own ct)"
@@ -93,15 +94,15 @@ def check_layer(
             for words in ORACLES:
                 if words in expected.answers:
                     try:
-                        _compare(layer, got, expected.answers[words], words, rtol, ct)
+                        compare(layer, got, expected.answers[words], words, rtol, ct)
                     except AssertionError as error:
                         if words == ONE_BY_ONE and couples(layer, params, x):
                             raise AssertionError(f"{error}. {coupled(layer)}") from None
                         raise
             if expected.shares is not None and expected.squares is not None:
                 (shares, alone), (squares, moments) = expected.shares, expected.squares
-                _compare(layer, shares, alone, "each example alone", rtol, ct, by_example=True)
-                _compare(layer, squares, moments, OF_CT, rtol, other)
+                compare(layer, shares, alone, "each example alone", rtol, ct, by_example=True)
+                compare(layer, squares, moments, OF_CT, rtol, other)
             differences(rng, params, x, ct, drawn)
 
 
@@ -137,38 +138,3 @@ def _check_forward(layer: Layer, y: PyTree, residuals: Residuals, examples: int)
                 )
             if name == "y" and not is_floating(leaf):
                 raise AssertionError(f"{at} is {leaf.dtype}, which has no cotangent")
-
-
-def _compare(
-    layer: Layer,
-    got: PyTree,
-    expected: PyTree,
-    oracle: str,
-    rtol: float,
-    ct: Cotangent,
-    by_example: bool = False,
-) -> None:
-    """Raise unless each leaf of got is within rtol of the expected one.
-
-    The difference is relative to the leaf's largest element; for d_x, to the example's. A leaf that
-    should be zero may differ by rtol / 100 of the largest element of ct.
-    """
-    floor = rtol / 100 * max(np.abs(np.asarray(leaf)).max() for leaf in jax.tree.leaves(ct))
-    pairs = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True)
-    for (path, leaf), want in pairs:
-        a, b = np.asarray(leaf), np.asarray(want).reshape(np.shape(leaf))
-        with np.errstate(invalid="ignore"):
-            difference = np.where(a == b, 0.0, np.abs(a - b))
-        difference = np.where(np.isnan(difference), np.inf, difference)
-        axes = tuple(range(1, b.ndim)) if by_example or path[0].key == "x" else None
-        scale = np.broadcast_to(np.max(np.abs(b), axes, keepdims=True, initial=0.0), b.shape)
-        excess = difference - np.maximum(rtol * scale, floor)
-        if not np.any(excess > 0):
-            continue
-        at = np.unravel_index(np.argmax(excess), difference.shape)
-        error = difference[at] / scale[at] if scale[at] else np.inf
-        raise AssertionError(
-            f"{layer}: {d_name(path)} disagrees with {oracle}: at {[int(i) for i in at]} backward "
-            f"gives {float(a[at])!r}, the oracle {float(b[at])!r} (relative error {error:.1e}, "
-            f"allowed {rtol:.0e})"
-        )

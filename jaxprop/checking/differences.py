@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.tree_util import KeyPath
 
-from jaxprop.checking.oracles import JIT, Drawn, Expected, d_name
-from jaxprop.checking.points import inner, is_floating, norm, normal, size_of, with_noise
+from jaxprop.checking.compare import d_name
+from jaxprop.checking.oracles import JIT, Answer, Drawn, Expected
+from jaxprop.checking.points import inner, is_floating, norm, normal, size_of, wide, with_noise
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Cotangent, Params, PyTree
 
-STEP = 1e-6  # for which rounding and truncation are near 1e-10 of the slope
-RTOL = 1e-6
+
+class Precision(NamedTuple):
+    """How fine the differences are.
+
+    Attributes:
+        eps: the rounding of the function's floats.
+        step: the step, relative to the direction.
+        rtol: the largest relative difference allowed.
+    """
+
+    eps: float
+    step: float
+    rtol: float
+
+
+# Of a step of 1e-6 rounding and truncation are near 1e-10 of the slope.
+DOUBLE = Precision(float(np.finfo(np.float64).eps), 1e-6, 1e-6)
+KINK = 1e-3  # of the slope, by which the two one-sided ones may differ where there is no kink
 
 
 def differences_of(
@@ -22,12 +40,7 @@ def differences_of(
 ) -> Callable[[np.random.Generator, Params, PyTree, Cotangent, Drawn], None]:
     """Return ``check(rng, params, x, ct, drawn)``: raise unless backward agrees with differences.
 
-    Each leaf is moved along a random direction v. With d the leaf's cotangent by backward, <d, v>
-    must be <ct, s> with s = (f(p + h v) - f(p - h v)) / 2h. First noise moves the point p off any
-    kinks. Noise and v are proportional to each element, so that a positive number stays positive.
-
-    The error is relative to |ct| |s|: it bounds both sides and, unlike them, cannot cancel. An
-    error near eps |ct| (|f| + |p|) / h, which the rounding of f may cause, is allowed.
+    First noise moves the point off any kinks.
 
     Args:
         layer: the layer.
@@ -39,40 +52,90 @@ def differences_of(
         rng: np.random.Generator, params: Params, x: PyTree, ct: Cotangent, drawn: Drawn
     ) -> None:
         point = with_noise(rng, {"params": params, "x": x}, 0.01)
-        directions = jax.tree.map(
-            lambda leaf, v: np.asarray(v) * size_of(leaf) if is_floating(leaf) else leaf,
-            point,
-            normal(rng, point),
-        )
+        directions = normal(rng, point)
         cotangents = expected_of(point["params"], point["x"], ct, drawn).answers[JIT]
-        y = output(**point)
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(y)):
-            raise AssertionError(f"{layer}: forward is not finite near the point that is checked")
-        eps = float(np.finfo(np.float64).eps)
-        hidden = 16 * eps * norm(ct) * (norm(y) + norm(point)) / STEP
-        by_path = dict(jax.tree.leaves_with_path(directions))
-        for path, d_leaf in jax.tree.leaves_with_path(cotangents):
-            if path[0].key == "params" and not np.any(d_leaf):
-                continue  # held constant by forward: jax.vjp, compared before, gave zeros
-
-            def along(h: float, path: KeyPath = path) -> PyTree:
-                def moved(at: KeyPath, leaf: PyTree) -> PyTree:
-                    if at != path:
-                        return leaf
-                    return jax.device_put(np.asarray(leaf) + h * by_path[path])
-
-                return output(**jax.tree.map_with_path(moved, point))
-
-            slope = jax.tree.map(
-                lambda a, b: (np.asarray(a) - np.asarray(b)) / (2 * STEP), along(STEP), along(-STEP)
-            )
-            got, expected = inner(d_leaf, by_path[path]), inner(ct, slope)
-            scale = norm(ct) * norm(slope) or abs(got)
-            if not abs(got - expected) <= RTOL * scale + hidden:
-                raise AssertionError(
-                    f"{layer}: {d_name(path)} disagrees with central differences of forward: in a "
-                    f"random direction backward gives {got!r}, they {expected!r} (relative error "
-                    f"{abs(got - expected) / scale:.1e}, allowed {RTOL:.0e})"
-                )
+        moving = {
+            # held constant by forward: jax.vjp, compared before, gave zeros
+            path: d_leaf
+            for path, d_leaf in jax.tree.leaves_with_path(cotangents)
+            if path[0].key != "params" or np.any(d_leaf)
+        }
+        check_differences(
+            layer, "forward", "backward", lambda p: output(**p), point, directions, moving, ct
+        )
 
     return check
+
+
+def check_differences(
+    who: object,
+    function: str,
+    giver: str,
+    output: Callable[[Answer], PyTree],
+    point: Answer,
+    directions: Answer,
+    cotangents: dict[KeyPath, PyTree],
+    ct: Cotangent,
+    precision: Precision = DOUBLE,
+    kinks: bool = False,
+) -> None:
+    """Raise unless the cotangents at a point agree with central differences.
+
+    Each leaf p is moved along v, a direction in proportion to each element, so that a positive
+    number stays positive. With d the leaf's cotangent, <d, v> must be <ct, s> with
+    s = (f(p + h v) - f(p - h v)) / 2h.
+
+    The error is relative to |ct| |s|: it bounds both sides and, unlike them, cannot cancel. An
+    error near eps |ct| (|f| + |p|) / h, which the rounding of f may cause, is allowed.
+
+    Args:
+        who: what is checked, for the messages.
+        function: what the function is called, likewise.
+        giver: what the cotangents come from, likewise.
+        output: the function f of a point.
+        point: the point.
+        directions: a normal number for each element of the point.
+        cotangents: the cotangent of each leaf that is moved, by its path.
+        ct: the cotangent of the output.
+        precision: the step h and what is allowed.
+        kinks: whether the point may be at a kink, where there is no derivative along v. Then a leaf
+            whose slopes to both sides differ is passed over.
+    """
+    y = output(point)
+    if not all(np.isfinite(wide(leaf)).all() for leaf in jax.tree.leaves(y)):
+        raise AssertionError(f"{who}: {function} is not finite near the point that is checked")
+    hidden = 16 * precision.eps * norm(ct) * (norm(y) + norm(point)) / precision.step
+    leaves = dict(jax.tree.leaves_with_path(point))
+    drawn = dict(jax.tree.leaves_with_path(directions))
+    for path, d_leaf in cotangents.items():
+        v = wide(drawn[path]) * size_of(leaves[path])
+
+        def along(h: float, path: KeyPath = path, v: np.ndarray = v) -> list[np.ndarray]:
+            def moved(at: KeyPath, leaf: PyTree) -> PyTree:
+                if at != path or not is_floating(leaf):
+                    return leaf
+                return jax.device_put((wide(leaf) + h * v).astype(leaf.dtype))
+
+            return [
+                wide(leaf) for leaf in jax.tree.leaves(output(jax.tree.map_with_path(moved, point)))
+            ]
+
+        ahead, behind = along(precision.step), along(-precision.step)
+        slope = [(a - b) / (2 * precision.step) for a, b in zip(ahead, behind, strict=True)]
+        got, expected = inner(d_leaf, v), inner(ct, slope)
+        scale = norm(ct) * norm(slope) or abs(got)
+        if abs(got - expected) <= precision.rtol * scale + hidden:
+            continue
+        if kinks:
+            here = [wide(leaf) for leaf in jax.tree.leaves(y)]
+            bends = [
+                (a + b - 2 * c) / precision.step
+                for a, b, c in zip(ahead, behind, here, strict=True)
+            ]
+            if not norm(bends) <= KINK * norm(slope):
+                continue
+        raise AssertionError(
+            f"{who}: {d_name(path)} disagrees with central differences of {function}: in a "
+            f"random direction {giver} gives {got!r}, they {expected!r} (relative error "
+            f"{abs(got - expected) / scale:.1e}, allowed {precision.rtol:.0e})"
+        )

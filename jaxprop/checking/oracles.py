@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import KeyPath, keystr
 
+from jaxprop.checking.compare import d_name
 from jaxprop.checking.points import is_floating
 from jaxprop.core.cotangents import summed
 from jaxprop.core.describe import shapes
@@ -117,31 +118,40 @@ def in_form(layer: Layer, params: Params, x: PyTree, d_params: Cotangent, d_x: C
         AssertionError: unless they have the structure, shapes and dtypes of their primals.
     """
 
+    primals = {"params": without_unmarked(learned(params), d_params), "x": x}
+    return fitted(layer, primals, {"params": d_params, "x": d_x})
+
+
+def fitted(who: object, primals: Answer, cotangents: Answer) -> Answer:
+    """Return the cotangents, with None for that of what is not floating.
+
+    Args:
+        who: what they are of, for the message.
+        primals: what they are the cotangents of, each by its name.
+        cotangents: the cotangents, by the same names.
+
+    Raises:
+        AssertionError: unless they have the structure, shapes and dtypes of their primals.
+    """
+
     def fit(path: KeyPath, leaf: Array, d_leaf: PyTree) -> PyTree:
         if not is_floating(leaf):
             return None
         if not isinstance(d_leaf, Array | np.ndarray) or shapes(d_leaf) != shapes(leaf):
             name = d_name(path)
             raise AssertionError(
-                f"{layer}: {name} is {shapes(d_leaf)}, but {name[2:]} is {shapes(leaf)}"
+                f"{who}: {name} is {shapes(d_leaf)}, but {name[2:]} is {shapes(leaf)}"
             )
         return d_leaf
 
-    primals = {"params": without_unmarked(learned(params), d_params), "x": x}
-    cotangents = {"params": d_params, "x": d_x}
     for name, primal in primals.items():
         try:
             jax.tree.map(lambda leaf, d_leaf: None, primal, cotangents[name])
         except ValueError:
             raise AssertionError(
-                f"{layer}: d_{name} is {shapes(cotangents[name])}, but {name} is {shapes(primal)}"
+                f"{who}: d_{name} is {shapes(cotangents[name])}, but {name} is {shapes(primal)}"
             ) from None
     return jax.tree.map_with_path(fit, primals, cotangents)
-
-
-def d_name(path: KeyPath) -> str:
-    """Return the name of a cotangent, such as ``d_params.w``."""
-    return f"d_{path[0].key}{keystr(path[1:])}"
 
 
 def _cotangents(

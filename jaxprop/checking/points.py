@@ -53,6 +53,16 @@ def float64(name: str, tree: PyTree) -> PyTree:
     return jax.tree.map_with_path(widen, tree, is_leaf=is_not_learned)
 
 
+def wide(leaf: PyTree) -> np.ndarray:
+    """Return a leaf of floats as an array of NumPy in float64."""
+    return np.asarray(leaf, np.float64)
+
+
+def _like(leaf: PyTree, values: np.ndarray) -> PyTree:
+    """Return values on the device, in the dtype of the leaf."""
+    return jax.device_put(values.astype(leaf.dtype))
+
+
 def _widened(leaf: PyTree) -> PyTree:
     return jax.device_put(np.asarray(leaf, np.float64) if is_floating(leaf) else leaf)
 
@@ -60,8 +70,7 @@ def _widened(leaf: PyTree) -> PyTree:
 def normal(rng: np.random.Generator, tree: PyTree) -> PyTree:
     """Return the tree with standard normal numbers in the place of floats."""
     return jax.tree.map(
-        lambda leaf: jax.device_put(rng.normal(size=leaf.shape)) if is_floating(leaf) else leaf,
-        tree,
+        lambda leaf: _like(leaf, rng.normal(size=leaf.shape)) if is_floating(leaf) else leaf, tree
     )
 
 
@@ -71,14 +80,14 @@ def with_noise(rng: np.random.Generator, tree: PyTree, share: float) -> PyTree:
     def add(leaf: PyTree, noise: PyTree) -> PyTree:
         if not is_floating(leaf):
             return leaf
-        return jax.device_put(np.asarray(leaf) + share * size_of(leaf) * np.asarray(noise))
+        return _like(leaf, wide(leaf) + share * size_of(leaf) * wide(noise))
 
     return jax.tree.map(add, tree, normal(rng, tree))
 
 
 def size_of(leaf: PyTree) -> np.ndarray:
     """Return the size of each element: for a zero the leaf's rms, and in a leaf of zeros 1."""
-    array = np.abs(np.asarray(leaf))
+    array = np.abs(wide(leaf))
     typical = np.sqrt(np.mean(array**2)) if array.size else 1.0
     return np.where(array == 0, typical or 1.0, array)
 
@@ -86,7 +95,7 @@ def size_of(leaf: PyTree) -> np.ndarray:
 def inner(a: PyTree, b: PyTree) -> float:
     """Return the inner product of two trees."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return float(sum(np.sum(np.asarray(x) * np.asarray(y)) for x, y in pairs))
+    return float(sum(np.sum(wide(x) * wide(y)) for x, y in pairs))
 
 
 def norm(tree: PyTree) -> float:

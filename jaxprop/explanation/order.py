@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 
 from jaxprop.core.combinator import runs
+from jaxprop.core.forms import Repeated
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
 
@@ -34,10 +35,21 @@ def in_order(net: Layer, layers: dict[str, PyTree]) -> Iterator[tuple[str, PyTre
             continue
         met.add(place)
         turn = f"[{', '.join(map(str, run.turn))}]" if run.turn else ""
-        yield place + turn, jax.tree.map(lambda leaf, run=run: leaf[run.turn], layers[place])
+        yield place + turn, _at_turn(layers[place], run.turn)
     missed = layers.keys() - met
     if missed:
         raise ValueError(
             f"{net}: the walk came to layers at {', '.join(sorted(missed))}, which the children() "
             "of the layers around them do not declare"
         )
+
+
+def _at_turn(terms: PyTree, turn: tuple[int, ...]) -> PyTree:
+    """Return the terms of one layer of a stack; its forms are no longer those of a stack."""
+
+    def at(node: PyTree) -> PyTree:
+        for _ in turn if isinstance(node, Repeated) else ():
+            node = node.form
+        return jax.tree.map(lambda leaf: leaf[turn], node)
+
+    return jax.tree.map(at, terms, is_leaf=lambda node: isinstance(node, Repeated))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import ClassVar
 
@@ -22,8 +23,11 @@ from jaxprop.core.tree import Unlearned, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.core.walk import check_net_and_loss, forward
 from jaxprop.explanation.summary import dead, numbers, saturated, summary
-from jaxprop.explanation.terms import Explanation, Kept, Summaries, Terms
+from jaxprop.explanation.terms import Explanation, Kept, Scope, Summaries, Terms
 from jaxprop.layers import Elementwise
+from jaxprop.traced.example import is_learned
+from jaxprop.traced.function import Function
+from jaxprop.traced.observed import Result, results_of
 
 KEEP = 10_000  # numbers in a walk that is kept whole
 
@@ -60,7 +64,9 @@ def explain(
 
     Returns:
         An ``Explanation``: ``layers["2.0"]`` has the terms of a layer, and ``["2.0.w"][1, 0]`` the
-        chain rule for one weight.
+        chain rule for one weight. The param of a function goes by its path,
+        ``["params/Dense_0/kernel"]``, and ``layers[""].scopes`` has the terms of each named scope
+        of it: a module of Flax, a ``jax.named_scope``, or a source line outside of any.
 
     Raises:
         TypeError: if net is not a layer, loss is not a loss, or keep is not a whole number.
@@ -86,7 +92,7 @@ def _explained(
     net: Layer, loss: Loss, keep: int, params: Params, x: PyTree, target: PyTree
 ) -> Explanation:
     def walked(kept: bool) -> Explanation:
-        ahead = forward(map_layers(net, Recorded), RecordedLoss(loss), params, Batch(x, target))
+        ahead = forward(map_layers(net, _recorded), RecordedLoss(loss), params, Batch(x, target))
         y, values, _ = ahead.residuals
         ct, ones = ahead.own_gradient(), jnp.ones_like(values)
         collected, _ = ahead.back(ct, lambda step: _read(step, ahead.examples.number, kept))
@@ -119,6 +125,13 @@ class Recorded(Wrapper):
         return self.layer.backward(params, residuals[2], ct)
 
 
+def _recorded(layer: Layer) -> Layer:
+    """Return a layer that saves x and y; a function also what its scopes give."""
+    if isinstance(layer, Function):
+        layer = dataclasses.replace(layer, watching=True)
+    return Recorded(layer)
+
+
 class RecordedLoss(Loss):
     """A loss that saves y and its values among the residuals.
 
@@ -142,21 +155,59 @@ class RecordedLoss(Loss):
 def _read(step: Step, examples: int, kept: bool) -> Terms:
     """Return the terms of one layer, with its whole arrays if ``kept``."""
     x = y = slope = forms = None
+    results: list[Result] = []
     layer = seen_through(step.layer)
     if isinstance(step.layer, Recorded):
         x, y, residuals = step.residuals
         step = step._replace(layer=step.layer.layer, residuals=residuals)
         if isinstance(layer, Elementwise):
             _, slope = step.layer.backward(step.params, residuals, jnp.ones_like(y))
+        if isinstance(layer, Function):
+            results = results_of(residuals, step.ct)
+            layer = dataclasses.replace(layer, watching=False)
     grads, params = jax.tree.map(lambda g: g / examples, gradient(step)), step.learned
     fixed = jax.tree.map(_unlearned, step.params, is_leaf=is_not_learned)
     summaries = _summaries(x, y, step.ct, step.d_x, params, fixed, grads, slope)
+    gradients = _by_number(step.params, grads) if results else {}
+    scopes = tuple(_scope(result, gradients, kept) for result in results)
     if not kept:
-        return Terms(layer, summaries, None)
+        return Terms(layer, summaries, None, scopes)
     if not step.layer.batch_coupled:
         forms = factored(step)
     whole = Kept(x, y, step.ct, slope, step.d_x, params, forms, grads)
-    return Terms(layer, summaries, whole)
+    return Terms(layer, summaries, whole, scopes)
+
+
+def _scope(result: Result, gradients: dict[int, tuple[str, Array]], kept: bool) -> Scope:
+    """Return the terms of a scope.
+
+    Args:
+        result: what is known of it.
+        gradients: the name and the gradient of each param, by its number.
+        kept: whether its whole result is kept.
+    """
+    names, grads = [], []
+    for param, layer in result.params:
+        name, grad = gradients[param]
+        names.append(name)
+        grads.append(grad[layer])
+    whole = (result.y, result.ct) if kept else None
+    y, ct = summary(result.y), summary(result.ct)
+    assert y is not None
+    assert ct is not None
+    name = result.scope or result.line
+    return Scope(name, result.line, tuple(names), y, ct, summary(grads), whole)
+
+
+def _by_number(params: Params, grads: Params) -> dict[int, tuple[str, Array]]:
+    """Return the name and the gradient of each of a function's params that is learned."""
+    nodes = jax.tree.leaves_with_path(params, is_leaf=is_not_learned)
+    learned = [index for index, (_, node) in enumerate(nodes) if is_learned(node)]
+    each = zip(learned, jax.tree.leaves(grads), strict=True)
+    return {
+        index: (jax.tree_util.keystr(nodes[index][0], simple=True, separator="/"), grad)
+        for index, grad in each
+    }
 
 
 def _unlearned(node: PyTree) -> Array | None:

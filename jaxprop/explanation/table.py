@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -18,11 +18,12 @@ from rich.text import Text
 from jaxprop.core.types import PyTree
 from jaxprop.explanation.numerals import aligned, bracketed, fixed, share, short
 from jaxprop.explanation.summary import Summary
-from jaxprop.explanation.terms import Explanation, Terms
+from jaxprop.explanation.terms import Explanation, Scope, Terms
 
 WIDTH = 80
 NUMBERS = 5  # of an array that are written out
 WEIGHTS = 12  # of a param that are written out
+NAME = 21  # characters of a scope's name
 
 
 def plainly(explanation: Explanation) -> str:
@@ -64,7 +65,28 @@ def _summaries(explanation: Explanation) -> Table:
         drawn.add_row(
             f"{name} {terms.layer}".strip(), *y, slope, ct, _rms_of_all(s.grads), _bad(terms)
         )
+        for scope in terms.scopes:
+            drawn.add_row(*_of_scope(scope))
     return drawn
+
+
+def _of_scope(scope: Scope) -> list[str]:
+    """Return the cells of a line for one named scope."""
+    y = [*map(short, (scope.y.mean, scope.y.rms, scope.y.max)), share(scope.y.zeros)]
+    made = [scope.y, scope.ct, *([] if scope.grads is None else [scope.grads])]
+    return [
+        "  " + _end_of(scope.name),
+        *y,
+        "",
+        short(scope.ct.rms),
+        _rms_of_all(scope.grads),
+        _count(made),
+    ]
+
+
+def _end_of(name: str) -> str:
+    """Return the end of a name that is too long for its column."""
+    return name if len(name) <= NAME else "…" + name[1 - NAME :]
 
 
 def _rms_of_all(summaries: PyTree) -> str:
@@ -81,6 +103,10 @@ def _bad(terms: Terms) -> str:
     """Return the number of elements of y, d_x and the gradients that are not finite."""
     s = terms.summaries
     made = jax.tree.leaves((s.y, s.d_x, s.grads), is_leaf=lambda node: isinstance(node, Summary))
+    return _count(made)
+
+
+def _count(made: Sequence[Summary]) -> str:
     count = sum(int(one.nonfinite) for one in made)
     return str(count) if count < 10_000 else f"{count:.0e}"
 
@@ -95,6 +121,10 @@ def _lines(explanation: Explanation) -> Iterator[str]:
             for path, array in jax.tree.leaves_with_path(getattr(terms, what)):
                 place = jax.tree_util.keystr(path, simple=True, separator=".")
                 yield f"  {'.'.join(filter(None, (what, place))):<7} {_vector(array[n])}"
+        for scope in terms.scopes:
+            yield f"  {scope.name}"
+            for what, array in zip(("y", "ct"), scope.kept or (), strict=False):
+                yield f"    {what:<5} {_vector(array[n])}"
         alone = dataclasses.replace(explanation, net=terms.layer, collected=terms)
         for param in alone.names:
             yield from _weights(alone, param)

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.checks import given
-from jaxprop.core.forms import Outer, Repeated, Sum, is_factored
+from jaxprop.core.forms import is_factored
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Cotangent, Params, PyTree, Visited
+from jaxprop.explanation.chain import Product, product_of
 from jaxprop.explanation.order import in_order
 from jaxprop.explanation.summary import Summary
+from jaxprop.traced.function import Function
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -50,6 +52,33 @@ class Summaries(NamedTuple):
     grads: PyTree
     saturated: Array | None
     dead: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """The terms of one named scope of a function, such as a module of Flax.
+
+    Attributes:
+        name: the scope's name; for a layer of a scan with its number, such as "Block[1]". Outside
+            of any scope it is the source line.
+        line: the source line.
+        params: the names of the params that are used in it.
+        y: a summary of the scope's result, its last one that is used outside.
+        ct: a summary of that result's cotangent, for each example's own loss.
+        grads: a summary of the gradients of its params; None without any. A param that is used
+            elsewhere too has the gradient of all its uses.
+        kept: the result and its cotangent, with the example on axis 0; None if only summaries were
+            kept.
+    """
+
+    name: str = dataclasses.field(metadata={"static": True})
+    line: str = dataclasses.field(metadata={"static": True})
+    params: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    y: Summary
+    ct: Summary
+    grads: Summary | None
+    kept: tuple[Array, Array] | None
 
 
 class Kept(NamedTuple):
@@ -90,11 +119,13 @@ class Terms:
         summaries: a summary of each array.
         kept: the whole arrays; None if only summaries were kept. Then reading one of its fields
             raises ``ValueError``.
+        scopes: the terms of each named scope of a function, in the order of the forward pass.
     """
 
     layer: Layer | Loss = dataclasses.field(metadata={"static": True})
     summaries: Summaries
     kept: Kept | None
+    scopes: tuple[Scope, ...] = ()
 
     def __getattr__(self, name: str) -> PyTree:
         if name not in Kept._fields:
@@ -111,20 +142,6 @@ class Terms:
         """The lengths of the axes of turns; ``()`` for a layer outside of any ``repeat``."""
         first = next(s for s in self.summaries[:4] if s is not None)
         return first.mean.shape
-
-
-class Product(NamedTuple):
-    """The chain rule for one weight and one example.
-
-    Attributes:
-        factors: the factors by name, "x" and "ct"; "ct" alone for a bias. In a layer with positions
-            (a sequence, an image) each is an array over positions. Empty for a form without named
-            factors.
-        product: the product of the factors, summed over positions.
-    """
-
-    factors: dict[str, Array]
-    product: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +179,7 @@ class Param:
             ValueError: for a layer that couples the examples of a batch, and where only summaries
                 were kept.
         """
-        forms, repeats = self.terms.forms, self.terms.repeats
+        forms = self.terms.forms
         if forms is None:
             raise ValueError(
                 f"{self.terms.layer} couples the examples of a batch: an example has no chain of "
@@ -170,16 +187,10 @@ class Param:
             )
         place = self._checked(index)
         form = jax.tree.leaves(forms, is_leaf=is_factored)[self.position]
-        while isinstance(form, Repeated):
-            form = form.form
-        at, inner = (*place[: len(repeats)], self.example), place[len(repeats) :]
-        form = jax.tree.map(lambda leaf: leaf[at][None], form)
-        factors: dict[str, Array] = {}
-        if isinstance(form, Outer):
-            factors = {"x": form.x[0][..., inner[0]], "ct": form.ct[0][..., inner[1]]}
-        elif isinstance(form, Sum):
-            factors = {"ct": form.ct[0][..., inner[-1]]}
-        return Product(factors, form.per_example()[0][inner])
+        factors, product = product_of(form, self.example, place)
+        if isinstance(self.terms.layer, Function):  # in whose forms one position has its axis too
+            factors = {name: f.reshape(()) if f.size == 1 else f for name, f in factors.items()}
+        return Product(factors, product)
 
     def _checked(self, index: int | tuple[int, ...]) -> tuple[int, ...]:
         each = index if isinstance(index, tuple) else (index,)
@@ -243,10 +254,14 @@ class Explanation:
         return dataclasses.replace(self, shown=n % self.examples)
 
     def __getitem__(self, name: str) -> Param:
-        """Return a param by its name; raise ``KeyError`` for a name that no param has."""
+        """Return a param by its name; raise ``KeyError`` for a name that no param has.
+
+        The name of a function's param is its path, such as "params/Dense_0/kernel", behind the
+        place of the function, such as "1.params/Dense_0/kernel".
+        """
         for known, terms, position in self._params():
-            if known == name:
-                return Param(name, terms, position, self.shown)
+            if name in (known, known.replace("/", ".")):
+                return Param(known, terms, position, self.shown)
         there = f"there are {', '.join(self.names)}" if self.names else "no param is learned"
         raise KeyError(f"no param that is learned is called {name!r}; {there}")
 
@@ -262,7 +277,9 @@ class Explanation:
         return [
             (".".join(filter(None, (seat, name))), terms, position)
             for seat, terms in self.layers.items()
-            for position, name in enumerate(by_name(terms.summaries.params, Summary))
+            for position, name in enumerate(
+                by_name(terms.summaries.params, Summary, _separator(terms.layer))
+            )
         ]
 
     def __rich__(self) -> Group:
@@ -283,11 +300,16 @@ def _whole(value: Any, name: str) -> int:
         raise TypeError(f"{name} is a whole number, not {given(value)}") from None
 
 
-def by_name(tree: PyTree, kind: type[T]) -> dict[str, T]:
+def by_name(tree: PyTree, kind: type[T], separator: str = ".") -> dict[str, T]:
     """Return the nodes of a class in the tree, by their place in it, such as "2.0.w"."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, kind))
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        jax.tree_util.keystr(path, simple=True, separator=separator): leaf
         for path, leaf in leaves
         if isinstance(leaf, kind)
     }
+
+
+def _separator(layer: Layer | Loss) -> str:
+    """Return what stands between the names in the path of a layer's param."""
+    return "/" if isinstance(layer, Function) else "."

@@ -38,17 +38,25 @@ class Example:
         learned: frozenset[int],
         alone: list[Any],
         structure: Any,
+        watching: bool = False,
     ) -> None:
         self.params, self.learned, self.structure = params, learned, structure
-        self._program = program
+        self._program, self._watching = program, watching
         self.owned: set[int] = set()
-        taps = Taps()
+        taps = Taps(watching=watching)
         jax.eval_shape(functools.partial(self._run, taps, None), alone)
         self.uses: tuple[Use, ...] = tuple(taps.uses)
         self.taps: list[jax.ShapeDtypeStruct] = taps.zeros
 
     @classmethod
-    def of(cls, fn: Callable[..., PyTree], name: str, params: Params, x: PyTree) -> Example:
+    def of(
+        cls,
+        fn: Callable[..., PyTree],
+        name: str,
+        params: Params,
+        x: PyTree,
+        watching: bool = False,
+    ) -> Example:
         """Return the function of the first example of x.
 
         Args:
@@ -56,6 +64,7 @@ class Example:
             name: what it is called in messages.
             params: its params, with the types of what is not learned.
             x: a batch.
+            watching: whether the results of named scopes are tapped too.
 
         Raises:
             TypeError: for a y that is not of arrays.
@@ -83,7 +92,7 @@ class Example:
         except Exception as error:
             error.add_note(f"{name} is called with a batch of one example, {shapes(alone)}")
             raise
-        return cls(program, each, learned, alone, found[-1])
+        return cls(program, each, learned, alone, found[-1], watching)
 
     def run(
         self, taps: Sequence[Array], owns: dict[int, Array], xs: Sequence[Array]
@@ -95,7 +104,7 @@ class Example:
             owns: those that are added to params, by number.
             xs: the leaves of x, of one example.
         """
-        tapped = Taps(taps)
+        tapped = Taps(taps, watching=self._watching)
         outs = self._run(tapped, owns, [leaf[None] for leaf in xs])
         return [out[0] if out.ndim else out for out in outs], tapped.xs
 

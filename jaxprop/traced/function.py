@@ -44,10 +44,12 @@ class Function(Layer):
     Attributes:
         fn: the function.
         init_fn: what ``init`` calls, or None.
+        watching: whether ``forward`` also saves the results of named scopes, for ``jp.explain``.
     """
 
     fn: Fn
     init_fn: Fn | None = None
+    watching: bool = False
     hands_down_types = True
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class Function(Layer):
 
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Tape]:
         x = jax.tree.map(on_device, x)
-        one = Example.of(self.fn, repr(self), params, x)
+        one = Example.of(self.fn, repr(self), params, x, self.watching)
         check_uncoupled_function(self.fn, repr(self), arrays(params), x)
         leaves = jax.tree.leaves(x)
         warn_of_large_shares(repr(self), one, params, leaves[0].shape[0])

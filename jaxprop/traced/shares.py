@@ -24,7 +24,7 @@ from jaxprop.layers.embedding import Rows
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.windows import Windows
 from jaxprop.traced.equations import Convolution
-from jaxprop.traced.taps import LookUp, Product, Use
+from jaxprop.traced.taps import LookUp, Product, Use, Watched
 from jaxprop.traced.views import Part
 
 
@@ -37,6 +37,7 @@ def share(use: Use, part: Part, x: Array, ct: Array) -> tuple[Factored, Moves]:
         x: (N, *scans, ...), the data at each step of the scans that the use is in.
         ct: (N, *scans, ...), the cotangent of the result.
     """
+    assert not isinstance(use.meeting, Watched)
     match use.meeting:
         case Product() as product:
             form, moves = _of_product(product, use, part, x, ct)

@@ -20,6 +20,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxprop.core.forms import Move, Reshaped, Scanned, Sliced, Transposed, Turned
 from jaxprop.core.mesh import shard_map_axes
+from jaxprop.traced.ends import ends_of
 from jaxprop.traced.equations import (
     Axes,
     Convolution,
@@ -66,12 +67,23 @@ class LookUp(NamedTuple):
     clipped: bool
 
 
-Meeting: TypeAlias = Product | Convolution | LookUp
+class Watched(NamedTuple):
+    """No meeting, but the end of a named scope: the data are its result.
+
+    Attributes:
+        params: the number of each param that was used in the scope, with what stands in the view's
+            ``scans``.
+    """
+
+    params: tuple[tuple[int, tuple[bool, ...]], ...]
+
+
+Meeting: TypeAlias = Product | Convolution | LookUp | Watched
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A place where a view meets data.
+    """A place where a view meets data, or where the result of a scope is watched.
 
     Attributes:
         meeting: how they meet.
@@ -101,20 +113,35 @@ class Taps:
         uses: the places, in the order in which they are met.
         xs: the data at each.
         zeros: the shape of the zero that is added at each.
+        watching: whether the results of named scopes are tapped too.
+        met: the params that were used since the last such result, as in ``Watched``.
     """
 
-    def __init__(self, zeros: Sequence[Array] | None = None, within: Sequence[Place] = ()) -> None:
+    def __init__(
+        self,
+        zeros: Sequence[Array] | None = None,
+        within: Sequence[Place] = (),
+        watching: bool = False,
+        scans: tuple[bool, ...] = (),
+    ) -> None:
         """Tap nothing yet.
 
         Args:
             zeros: what is added at each place; None if that is yet to be found out.
             within: the places of the equations whose programs these are, the outermost first.
+            watching: whether the results of named scopes are tapped too.
+            scans: for each scan that these are in, whether it goes through layers.
         """
         self.uses: list[Use] = []
         self.xs: list[Array] = []
         self.zeros: list[jax.ShapeDtypeStruct] = []
         self.within = tuple(within)
-        self._given = zeros
+        self.watching, self.met = watching, dict[tuple[int, tuple[bool, ...]], None]()
+        self._given, self._scans = zeros, scans
+
+    def inside(self, zeros: Sequence[Array] | None = None, *scans: bool) -> Taps:
+        """Return taps for a program within this one, in scans that go through layers or not."""
+        return Taps(zeros, self.within, self.watching, (*self._scans, *scans))
 
     @property
     def line(self) -> str:
@@ -137,6 +164,17 @@ class Taps:
         self.note([use], [x], [struct(y)])
         return y if given is None else y + given[0]
 
+    def watched(self) -> int:
+        """Return how many results of scopes were tapped."""
+        return sum(isinstance(use.meeting, Watched) for use in self.uses)
+
+    def watch(self, equation: JaxprEqn, y: Array) -> Array:
+        """Return the result of a scope with the zero of this place."""
+        meeting, name = Watched(tuple(self.met)), equation.primitive.name
+        self.met.clear()
+        use = Use(meeting, (), None, (), self._scans, name, self.line, self.scope)
+        return self.add(use, y, y)
+
     def note(self, uses: Sequence[Use], xs: Sequence[Array], zeros: Sequence[Any]) -> None:
         """Note places whose zeros are added already."""
         self.uses += uses
@@ -146,17 +184,35 @@ class Taps:
 
 def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
     """Return the program's outputs, for inputs among which are views, tapped on the way."""
-    outer = taps.within
+    outer, numbers = taps.within, itertools.count()
+    data = [not isinstance(value, View) for value in args]
+    ends = ends_of(program, data) if taps.watching else {}
 
     def step(equation: JaxprEqn, ins: list[Any]) -> list[Any]:
-        if not any(isinstance(value, View) for value in ins):
+        end = ends.get(next(numbers))
+        if end is None and not any(isinstance(value, View) for value in ins):
             return evaluate(equation, ins)
         taps.within = (*outer, place_of(equation))
-        outs = _step(taps, equation, ins)
+        outs = _watched(taps, equation, ins, end) if taps.watching else _step(taps, equation, ins)
         taps.within = outer
         return outs
 
     return program.run(args, step)
+
+
+def _watched(taps: Taps, equation: JaxprEqn, ins: list[Any], end: int | None) -> list[Any]:
+    """Return the outputs of an equation, with one of them watched if a scope ends with it."""
+    before = taps.watched()
+    tapped = any(isinstance(value, View) for value in ins)
+    outs = _step(taps, equation, ins) if tapped else evaluate(equation, ins)
+    if taps.watched() > before:  # scopes within it
+        return outs
+    if not all(isinstance(out, View) for out in outs):
+        views = [value for value in ins if isinstance(value, View)]
+        taps.met |= {(part.param, view.scans): None for view in views for part in view.parts}
+    if end is not None and not isinstance(outs[end], View):
+        outs[end] = taps.watch(equation, outs[end])
+    return outs
 
 
 def _step(taps: Taps, equation: JaxprEqn, ins: list[Any]) -> list[Any]:
@@ -356,7 +412,8 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
         values = constants + stacks
         return body(found, carried, values, values)
 
-    found = Taps(within=taps.within)
+    layers = any(isinstance(value, View) for value in stacks)
+    found = taps.inside(None, layers)
     slices = [_first(bare(stack)) for stack in stacks]
     jax.eval_shape(first_run, list(map(for_tracing, carried)), slices)
 
@@ -367,7 +424,7 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
 
     def step(carried: list[Any], here: Any) -> tuple[list[Any], Any]:
         zeros, values, stack_owns = here
-        inner = Taps(zeros, taps.within)
+        inner = taps.inside(zeros, layers)
         outs = body(inner, carried, constants + values, owns[: scan.consts] + stack_owns)
         return outs[: scan.carry], (outs[scan.carry :], inner.xs)
 
@@ -406,7 +463,7 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
     if isinstance(index, View):
         return None
     branches = branches_of(equation)
-    found = [Taps(within=taps.within) for _ in branches]
+    found = [taps.inside() for _ in branches]
     data = [value for value in args if not isinstance(value, View)]
 
     def with_data(data: list[Any]) -> list[Any]:
@@ -425,7 +482,7 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
 
         def f(data: list[Any]) -> Any:
             here = None if zeros is None else zeros[start : start + len(found[number].uses)]
-            inner = Taps(here, taps.within)
+            inner = taps.inside(here)
             outs = list(map(plain, run(branches[number], with_data(data), inner)))
             xs = [
                 inner.xs if n == number else [jnp.zeros(x.shape, x.dtype) for x in other.xs]
@@ -461,14 +518,14 @@ def _rematerialized(
         rest = iter(data)
         return [value if isinstance(value, View) else next(rest) for value in ins]
 
-    found = Taps(within=taps.within)
+    found = taps.inside()
     jax.eval_shape(
         lambda data: list(map(plain, run(program, with_data(data), found))),
         list(map(for_tracing, data)),
     )
 
     def f(zeros: Sequence[Array] | None, data: list[Any]) -> Any:
-        inner = Taps(zeros, taps.within)
+        inner = taps.inside(zeros)
         return list(map(plain, run(program, with_data(data), inner))), inner.xs
 
     outs, xs = jax.checkpoint(f, **options)(taps.next(len(found.uses)), data)

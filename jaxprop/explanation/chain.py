@@ -1,0 +1,112 @@
+"""The factors of the derivative by one entry of a param, from whatever form its cotangent has."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxprop.core.forms import Factored, Joint, Moves, Outer, Rearranged, Repeated, Stacked, Sum
+from jaxprop.core.forms.rearranged import moved_back
+from jaxprop.layers.embedding import Rows
+from jaxprop.layers.patches import Patches
+
+Index = tuple[int, ...]
+
+
+class Product(NamedTuple):
+    """The chain rule for one weight and one example.
+
+    Attributes:
+        factors: the factors by name, "x" and "ct"; "ct" alone for a bias. In a layer with positions
+            (a sequence, an image) each is an array over positions, and for a weight with several
+            uses over the positions of all of them. A row that is looked up has an x of 1 where its
+            id stands, else 0. Empty for a form without named factors.
+        product: the product of the factors, summed over positions.
+    """
+
+    factors: dict[str, Array]
+    product: Array
+
+
+def product_of(form: Factored, example: int, index: Index) -> Product:
+    """Return the chain rule for one entry of a param.
+
+    Args:
+        form: the form of the param's cotangent.
+        example: the number of the example.
+        index: where the entry stands, not negative.
+    """
+    alone = _of_example(form, example)
+    return Product(_factors(alone, index), alone.per_example()[0][index])
+
+
+def _of_example(form: Factored, example: int) -> Factored:
+    """Return the form of a batch of this one example."""
+    factors = [jnp.take(factor, jnp.array([example]), axis) for factor, axis in form.factors()]
+    return jax.tree.unflatten(jax.tree.structure(form), factors)
+
+
+def _factors(form: Factored, index: Index) -> dict[str, Array]:
+    """Return the factors of an entry, in the form of one example."""
+    match form:
+        case Outer(x, ct):
+            return {"x": x[0][..., index[0]], "ct": ct[0][..., index[1]]}
+        case Sum(ct):
+            return {"ct": ct[0][..., index[-1]]}
+        case Rows(ids, ct):
+            return {"x": (ids[0] == index[0]).astype(ct.dtype), "ct": ct[0][..., index[1]]}
+        case Patches():
+            return _of_patches(form, index)
+        case Repeated(each):
+            return _factors(jax.tree.map(lambda factor: factor[index[0]], each), index[1:])
+        case Rearranged(before, moves):
+            there = _before(before, moves, index)
+            if there is not None:
+                return _factors(before, there)
+            none = jnp.zeros(0, jax.tree.leaves(before)[-1].dtype)  # that entry met no data
+            return {"x": none, "ct": none}
+        case Joint(uses):
+            return _together([_use(use, index) for use in uses])
+        case _:
+            return {}
+
+
+def _of_patches(form: Patches, index: Index) -> dict[str, Array]:
+    """Return x where one tap of the window reads one channel, and ct, over all positions."""
+    *tap, channel, feature = index
+    channels, features = form.x.shape[-1] // form.groups, form.ct.shape[-1] // form.groups
+    taps = form.windows.shifted(form.x)
+    at = int(np.ravel_multi_index(tap, form.windows.window))
+    channel += feature // features * channels
+    return {"x": taps[at][0][..., channel], "ct": form.ct[0][..., feature]}
+
+
+def _use(form: Factored, index: Index) -> dict[str, Array]:
+    """Return x and ct of one of several uses; x is 1 where the param itself is added to y."""
+    factors = _factors(form, index)
+    if isinstance(form, Stacked):
+        factors = {"ct": form.g[0][index]}
+    if set(factors) == {"ct"}:
+        return {"x": jnp.ones_like(factors["ct"]), **factors}
+    return factors
+
+
+def _together(uses: list[dict[str, Array]]) -> dict[str, Array]:
+    """Return the factors of all uses, one after the other."""
+    if not all(uses):
+        return {}
+    return {name: jnp.concatenate([use[name].ravel() for use in uses]) for name in ("x", "ct")}
+
+
+def _before(form: Factored, moves: Moves, index: Index) -> Index | None:
+    """Return where an entry stood when it met the data; None for one that did not."""
+    shape = jax.eval_shape(form.per_example).shape[1:]
+    with jax.ensure_compile_time_eval():
+        numbers = jnp.arange(1, math.prod(shape) + 1, dtype=jnp.int32).reshape(shape)
+        at = int(moved_back(moves, numbers)[index])
+    return tuple(map(int, np.unravel_index(at - 1, shape))) if at else None
