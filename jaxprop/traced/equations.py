@@ -5,6 +5,7 @@ Every read of an equation's ``params`` is here, since they differ between versio
 
 from __future__ import annotations
 
+import linecache
 import os
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -19,8 +20,10 @@ from jaxprop.core.mesh import shard_map_axes
 
 INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
 REMATERIALIZED = frozenset(("checkpoint", "remat", "remat2"))
+RULED = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"))
 LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INSTALLED = (LIBRARY, *sysconfig.get_paths().values())  # where no user writes
+EXPLAINING = os.path.join(LIBRARY, "explanation", "")
 Axes = tuple[int, ...]
 
 
@@ -61,6 +64,18 @@ class Scan(NamedTuple):
     options: dict[str, Any]
 
 
+class While(NamedTuple):
+    """A while loop: its condition and its body, and how many constants come before what it carries.
+
+    The inputs are the constants of the condition, those of the body, and what is carried.
+    """
+
+    condition: Program
+    body: Program
+    condition_consts: int
+    body_consts: int
+
+
 class Dot(NamedTuple):
     """The axes of a dot_general's two operands that are contracted, and that are batched."""
 
@@ -93,6 +108,23 @@ class Place(NamedTuple):
     scope: str
 
 
+class Line(NamedTuple):
+    """A line of a source file."""
+
+    file: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The file without its folder, and the number."""
+        return f"{os.path.basename(self.file)}:{self.number}"
+
+    @property
+    def text(self) -> str:
+        """What is written there; "" for a file that cannot be read."""
+        return linecache.getline(self.file, self.number).strip()
+
+
 def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
     """Return what the equation gives for these inputs, by a program of this one equation."""
     wanted: dict[Any, Any] = {
@@ -109,6 +141,24 @@ def inlined(equation: JaxprEqn) -> Program | None:
     if equation.primitive.name not in INLINED:
         return None
     return Program.of(_first(equation, "jaxpr", "call_jaxpr"))
+
+
+def ruled(equation: JaxprEqn) -> Program | None:
+    """Return the program of a function with a derivative rule of its own; None for another."""
+    if equation.primitive.name not in RULED:
+        return None
+    return Program.of(_first(equation, "call_jaxpr", "fun_jaxpr"))
+
+
+def while_of(equation: JaxprEqn) -> While:
+    """Return what the equation of a while loop says."""
+    params = equation.params
+    return While(
+        Program.of(params["cond_jaxpr"]),
+        Program.of(params["body_jaxpr"]),
+        params["cond_nconsts"],
+        params["body_nconsts"],
+    )
 
 
 def scan_of(equation: JaxprEqn) -> Scan:
@@ -209,15 +259,41 @@ def joined_axis_of(equation: JaxprEqn) -> int:
     return equation.params["dimension"]
 
 
+def name_of(equation: JaxprEqn) -> str:
+    """Return the primitive's name, or that of the function that is called."""
+    name = equation.primitive.name
+    return str(equation.params.get("name") or name) if name in INLINED else name
+
+
+def reduced_axes_of(equation: JaxprEqn) -> Axes:
+    """Return the axes of a reduction; ``()`` for an equation that has none."""
+    return tuple(equation.params.get("axes") or ())
+
+
 def place_of(equation: JaxprEqn) -> Place:
     """Return where an equation was written: innermost, outside of installed packages if it is."""
     info = equation.source_info
-    scope = str(info.name_stack)
-    for frame in getattr(info.traceback, "frames", ()):
-        name = frame.file_name
-        if not name.startswith((*INSTALLED, "<frozen")):
-            return Place(f"{os.path.basename(name)}:{frame.line_num}", scope)
+    scope, line = str(info.name_stack), line_of(equation)
+    if line is not None:
+        return Place(line.name, scope)
     return Place(os.path.basename(source_info_util.summarize(info)), scope)
+
+
+def line_of(equation: JaxprEqn, ours: bool = False) -> Line | None:
+    """Return the innermost line outside of installed packages; None if there is none.
+
+    Args:
+        equation: the equation.
+        ours: whether a line of this library will do.
+    """
+    for frame in getattr(equation.source_info.traceback, "frames", ()):
+        name = frame.file_name
+        if name.startswith(EXPLAINING):  # who asked for the trace
+            break
+        installed = name.startswith((*INSTALLED, "<frozen"))
+        if not installed or (ours and name.startswith(LIBRARY + os.sep)):
+            return Line(name, frame.line_num)
+    return None
 
 
 def struct(var: Any) -> jax.ShapeDtypeStruct:
