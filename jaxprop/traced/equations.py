@@ -5,6 +5,7 @@ Every read of an equation's ``params`` is here, since they differ between versio
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sysconfig
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+from jax.api_util import debug_info
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
@@ -132,8 +134,19 @@ def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
         for var, value in zip(equation.invars, values, strict=True)
         if not isinstance(var, Literal)
     }
-    alone = Jaxpr((), list(wanted), equation.outvars, [equation], equation.effects)
+    about = _about(len(wanted), len(equation.outvars))
+    alone = Jaxpr((), list(wanted), equation.outvars, [equation], equation.effects, about)
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*wanted.values())
+
+
+@functools.lru_cache(maxsize=1024)
+def _about(ins: int, outs: int) -> Any:
+    """Return what JAX wants to know of a program for its messages."""
+    paths = tuple(f"result[{index}]" for index in range(outs))
+    args = (0.0,) * ins
+    return debug_info(
+        "equation", lambda *values: values, args, {}, result_paths_thunk=lambda: paths
+    )
 
 
 def inlined(equation: JaxprEqn) -> Program | None:
