@@ -29,7 +29,7 @@ from jaxprop.losses.function import FunctionLoss
 from jaxprop.traced.ahead import Born, look
 from jaxprop.traced.back import look_back
 from jaxprop.traced.births import Birth, birth_of
-from jaxprop.traced.equations import Program
+from jaxprop.traced.equations import Program, struct
 from jaxprop.traced.example import is_learned
 from jaxprop.traced.function import Function
 from jaxprop.traced.tape import is_moving
@@ -209,7 +209,8 @@ def _of_function(layer: Function, stop: Stop, sought: Sought) -> Birth | None:
         xs, cts = jax.tree.leaves(x), jax.tree.leaves(ct)
         program = Program.of(jax.make_jaxpr(f)(params, xs))
         cts = [
-            ct.reshape(var.aval.shape) for ct, var in zip(cts, program.jaxpr.outvars, strict=True)
+            ct.reshape(struct(var).shape)
+            for ct, var in zip(cts, program.jaxpr.outvars, strict=True)
         ]
         born = _in_program(program, [*params, *xs], flags, cts, wanted, sought)
         if born is not None:

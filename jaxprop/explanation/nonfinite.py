@@ -184,7 +184,7 @@ def _finding(
     example = index[0] if has_examples else None
     x = ct = None
     at = "loss" if phase == "loss" else layer
-    title = "the loss" if at == "loss" else f"layer {layer}"
+    title = "the loss" if at == "loss" else f"layer {layer}".strip()
     if at is not None and phase != "input":
         described, every_x, every_ct = jax.device_get(_whole(at, *walk))
         title = f"the loss, {described.layer}," if at == "loss" else f"{title} {described.layer}"

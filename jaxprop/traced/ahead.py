@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxprop.traced.equations import Program, evaluate
-from jaxprop.traced.tape import Loop, Tape, has_nan, inside, is_moving, loop_of, not_finite
+from jaxprop.traced.equations import Line, Program, evaluate
+from jaxprop.traced.tape import Loop, Tape, has_nan, inside, loop_of, not_finite
 
 
 class Within(NamedTuple):
@@ -44,6 +45,7 @@ class Born(NamedTuple):
         cts: on the way back the cotangents of what it gave, None for a zero; else None.
         back: whether this is on the way back. With cts None it is then a backward rule's equation.
         summed: whether not its own result overflowed but the sum of the cotangents of one value.
+        line: the source line, where the equation does not have it.
     """
 
     tape: Tape
@@ -54,6 +56,7 @@ class Born(NamedTuple):
     cts: Sequence[Any] | None = None
     back: bool = False
     summed: bool = False
+    line: Line | None = None
 
     @property
     def equation(self) -> JaxprEqn:
@@ -189,7 +192,7 @@ def _in_loop(
     if position >= loop.carry:
         where = not_finite(out)
         assert where is not None
-        rows = where.reshape(len(where), -1).any(axis=1).nonzero()[0]
+        rows = np.flatnonzero(where.reshape(len(where), -1).any(axis=1))
         step = min(loop.at(int(row)) for row in rows)
         out = out[loop.at(step)]
     wanted, worst = {position}, has_nan(out)
@@ -220,13 +223,3 @@ def _in_loop(
         if found.births:
             break
     return found
-
-
-def marked_back(born: Born | None) -> Born | None:
-    """Return the same, as of an equation of a backward rule."""
-    return None if born is None else born._replace(back=True)
-
-
-def moving_of(values: Sequence[Any]) -> list[bool]:
-    """Return for each value whether it has a derivative."""
-    return list(map(is_moving, values))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxprop.traced.ahead import Born, Within, look
+from jaxprop.traced.ahead import Born, Within
 from jaxprop.traced.equations import (
     Program,
     branches_of,
@@ -19,7 +19,16 @@ from jaxprop.traced.equations import (
     ruled,
     scan_of,
 )
-from jaxprop.traced.tape import Tape, function_of, inside, is_moving, loop_of, not_finite
+from jaxprop.traced.rules import look_in_rule
+from jaxprop.traced.tape import (
+    Tape,
+    function_of,
+    inside,
+    is_moving,
+    loop_of,
+    not_finite,
+    with_values,
+)
 
 Fn = Callable[..., Sequence[Any]]
 
@@ -104,7 +113,7 @@ def _born(
     inner = None
     part = inside(equation, ins)
     if ruled(equation) is not None:
-        inner = _in_rule(equation, ins, flags, pulled.cts, index, around)
+        inner = look_in_rule(equation, ins, index, pulled.cts, around)
     elif part is not None:
         args, start = ins[part.start :], part.start
         inner = look_back(part.program, args, flags[start:], pulled.cts, [index - start], around)
@@ -165,7 +174,7 @@ def pull(f: Fn, ins: Sequence[Any], at: Sequence[int], cts: Sequence[Any]) -> li
     some = [cts[index] for index in live]
 
     def of_moving(*moving: Any) -> list[Any]:
-        outs = f(*_with(ins, at, moving))
+        outs = f(*with_values(ins, at, moving))
         return [outs[index] for index in live]
 
     moving = [jnp.asarray(ins[index]) for index in at]
@@ -177,32 +186,7 @@ def pull(f: Fn, ins: Sequence[Any], at: Sequence[int], cts: Sequence[Any]) -> li
         )
         flags = moved(Program.of(jaxpr), [False] * len(moving) + [True] * len(some))
         ds = [d if reached else None for d, reached in zip(ds, flags, strict=True)]
-    return _with([None] * len(ins), at, ds)
-
-
-def _in_rule(
-    equation: JaxprEqn,
-    ins: Sequence[Any],
-    flags: Sequence[bool],
-    cts: Sequence[Any],
-    index: int,
-    within: tuple[Within, ...],
-) -> Born | None:
-    """Look inside of the derivative rule that a function has of its own."""
-    live = [number for number, ct in enumerate(cts) if ct is not None]
-
-    def joint(value: Any, some: list[Any]) -> list[Any]:
-        def of_one(value: Any) -> list[Any]:
-            outs = evaluate(equation, _with(ins, [index], [value]))
-            return [outs[number] for number in live]
-
-        return list(jax.vjp(of_one, value)[1](some))
-
-    del flags
-    some = [cts[number] for number in live]
-    program = Program.of(jax.make_jaxpr(joint)(ins[index], some))
-    born = look(program, [ins[index], *some], [0], within).first
-    return None if born is None else born._replace(back=True)
+    return with_values([None] * len(ins), at, ds)
 
 
 def _in_scan(
@@ -289,11 +273,3 @@ def _moved_by(equation: JaxprEqn, flags: list[bool]) -> list[bool]:
             *moved(scan.body, [*flags[: scan.consts], *carried, *flags[behind:]])[scan.carry :],
         ]
     return [True] * len(equation.outvars)
-
-
-def _with(values: Sequence[Any], at: Sequence[int], new: Sequence[Any]) -> list[Any]:
-    """Return the values, with new ones in some places."""
-    result = list(values)
-    for index, value in zip(at, new, strict=True):
-        result[index] = value
-    return result

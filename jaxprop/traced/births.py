@@ -14,17 +14,27 @@ import numpy as np
 
 from jaxprop.traced.ahead import Born
 from jaxprop.traced.causes import Given, Seen, cause_of, takes_another
-from jaxprop.traced.equations import Line, line_of, name_of, place_of, reduced_axes_of
+from jaxprop.traced.equations import (
+    Line,
+    line_of,
+    name_of,
+    place_of,
+    reduced_axes_of,
+    rule_of,
+    ruled,
+)
 from jaxprop.traced.tape import not_finite, numbers
 
 WIDTH = 80
+SHOWN = 3  # operands
+TIED = "\x00"  # a space where no line is broken
 TRANSFORMS = re.compile(r"\b(?:jvp|transpose|vmap|jit|checkpoint|remat)\(|rematted_computation|\)")
 
 
 class Step(NamedTuple):
     """A step of a loop: its index, and where the loop is written."""
 
-    index: int
+    at: int
     loop: str
     line: str
 
@@ -40,6 +50,7 @@ class Birth:
             packages. In a layer of this library it is the library's own.
         source: what is written there; "" where the source cannot be read.
         scope: the named scopes, of ``jax.named_scope`` or of Flax modules.
+        rule: the function whose derivative rule it is in; "" if it is in none.
         steps: for each loop that it is in, the step.
         example: the example of the batch; None if it is not known, or if it is of all.
         index: the index of the first element that is not finite, in the primitive's result; on the
@@ -56,6 +67,7 @@ class Birth:
     line: str
     source: str
     scope: str
+    rule: str
     steps: tuple[Step, ...]
     example: int | None
     index: tuple[int, ...]
@@ -68,15 +80,18 @@ class Birth:
     def __str__(self) -> str:
         at = f" at {self.line}" if self.line else ""
         scope = f", in scope {self.scope}" if self.scope else ""
+        rule = f", in the derivative rule of {self.rule}" if self.rule else ""
         steps = "".join(
-            f", in step {step.index} of the {step.loop}{step.line and ' at '}{step.line}"
+            f", in step {step.at} of the {step.loop}{step.line and ' at '}{step.line}"
             for step in self.steps
         )
-        where = "" if not self.index else f" at {list(self.index)} of {self.shape}"
+        place, shape = ", ".join(map(str, self.index)), "×".join(map(str, self.shape))
+        where = f" at [{place}] of {shape}".replace(", ", f",{TIED}") if self.index else ""
         example = "" if self.example is None else f", of example {self.example}"
-        given = " and ".join(map(str, self.given))
+        more = " and more" if len(self.given) > SHOWN else ""
+        given = f"{' and '.join(map(str, self.given[:SHOWN]))}{more}"
         way = "on the way back through" if self.back else "in"
-        first = f"It was born {way} {self.primitive}{at}{scope}{steps}:"
+        first = f"It was born {way} {self.primitive}{at}{rule}{scope}{steps}:"
         if self.ct is not None:
             had = f"had been given {given}; of the cotangent {self.ct} it made"
         else:
@@ -117,6 +132,7 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
         made = born.tape.outs(born.number)
         outs = _seen_at(made[0], index, shape, ())
     line, scope, steps = _place(born)
+    ruled_by = [each.equation for each in born.within if ruled(each.equation) is not None]
     seen = Seen(
         equation.primitive.name,
         given,
@@ -136,6 +152,7 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
         "" if line is None else line.name,
         "" if line is None else line.text,
         scope,
+        rule_of(ruled_by[-1]) if ruled_by and born.back and not through else "",
         steps,
         example,
         index,
@@ -182,7 +199,7 @@ def _place(born: Born) -> tuple[Line | None, str, tuple[Step, ...]]:
     chain = [*(each.equation for each in born.within), born.equation]
     lines = [line_of(equation) for equation in reversed(chain)]
     lines += [line_of(equation, ours=True) for equation in reversed(chain)]
-    line = next((line for line in lines if line is not None), None)
+    line = next((line for line in [born.line, *lines] if line is not None), None)
     scopes = (TRANSFORMS.sub("", place_of(equation).scope) for equation in chain)
     steps = tuple(
         Step(each.step, "scan" if each.equation.primitive.name == "scan" else "loop", at)
@@ -195,4 +212,5 @@ def _place(born: Born) -> tuple[Line | None, str, tuple[Step, ...]]:
 
 
 def _filled(text: str) -> str:
-    return textwrap.fill(text.strip(), WIDTH, break_on_hyphens=False, break_long_words=False)
+    text = textwrap.fill(text.strip(), WIDTH, break_on_hyphens=False, break_long_words=False)
+    return text.replace(TIED, " ")

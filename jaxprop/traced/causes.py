@@ -15,8 +15,12 @@ from jaxprop.traced.ahead import Born
 from jaxprop.traced.equations import inlined, line_of
 
 INF = math.inf
-GROWING = frozenset(("exp", "exp2", "expm1", "sinh", "cosh", "square", "integer_pow", "pow"))
-MOVING = frozenset(("add", "sub", "mul", "add_any", "neg", "div", "cumprod", "reduce_prod"))
+GROWING = frozenset(
+    (
+        *("exp2", "expm1", "sinh", "cosh", "square", "integer_pow", "pow", "cumprod"),
+        *("add", "sub", "mul", "add_any", "div", "reduce_prod"),
+    )
+)
 SUMS = frozenset(
     (
         *("reduce_sum", "cumsum", "dot_general", "conv_general_dilated", "reduce_window_sum"),
@@ -113,7 +117,10 @@ def cause_of(seen: Seen) -> str:
         text = _back(seen)
     else:
         text = _ahead(seen)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+    if not text:
+        return ""
+    is_name = text.split(maxsplit=1)[0] == seen.primitive or text.startswith(("inf", "-inf"))
+    return f"{text if is_name else text[0].upper() + text[1:]}."
 
 
 def _ahead(seen: Seen) -> str:
@@ -141,20 +148,21 @@ def _ahead(seen: Seen) -> str:
     if seen.infinite:
         if name in SUMS:
             return "the sum has inf among its terms: 0 · inf and inf - inf are nan"
-        return "a constant of the program is not finite" if name not in MOVING else ""
+        return "a constant of the program is not finite" if name not in GROWING else ""
     return _overflow(seen)
 
 
 def _overflow(seen: Seen) -> str:
     name = seen.primitive
-    if name in GROWING:
-        call = {"integer_pow": "a power", "pow": "a power", "square": "a square"}.get(name, name)
-        return f"{call} of a number of this size overflows: {seen.largest}"
+    if name == "exp":
+        return (
+            f"exp overflows above {math.log(float(jnp.finfo(seen.dtype).max)):.3g}: {seen.largest}"
+        )
     if name == "convert_element_type":
         return f"the number is too large for a cast: {seen.largest}"
     if name in SUMS:
         return f"the sum overflows: {seen.largest}"
-    if name in MOVING:
+    if name in GROWING:
         return f"the result overflows: {seen.largest}"
     return ""
 
@@ -221,7 +229,7 @@ def _back(seen: Seen) -> str:
         return _product(seen, f"the slope of {name} at {at:g} is infinite", ct)
     if not math.isfinite(out):
         why = _outside(name, a, b) or f"{name} gives {out:g} there on the way forward"
-        return _product(seen, why, ct)
+        return _product(seen, why, ct, out)
     if name == "pow" and seen.position == 1 and a < 0:
         return "the derivative by the power is a multiple of the logarithm of a negative number"
     if name == "div":
@@ -231,17 +239,17 @@ def _back(seen: Seen) -> str:
     return f"the cotangent overflows: {seen.largest}"
 
 
-def _product(seen: Seen, why: str, ct: float) -> str:
+def _product(seen: Seen, why: str, ct: float, slope: float = INF) -> str:
     """Return what becomes of a slope that is not finite with the cotangent that comes back."""
-    safe = f"give {seen.primitive} a safe argument there, by a jnp.where before it too"
+    nought = f"0 · {abs(slope):g} is nan"
     if ct == 0 and seen.hidden:
         return (
-            f"{why}, and the cotangent is 0, since the `where` at {seen.hidden} takes its other "
-            f"value there; but 0 · inf is nan, so that the one it does not take must be finite as "
-            f"well: {safe}"
+            f"{why}. The `where` at {seen.hidden} takes its other value there, so that the "
+            f"cotangent is 0; but {nought}. Both values of a `where` must be finite: guard what "
+            f"{seen.primitive} is given, by a `where` before it too"
         )
     if ct == 0:
-        return f"{why}, and 0 · inf is nan: {safe}"
+        return f"{why}, the cotangent that comes back is 0, and {nought}"
     if seen.primitive == "sqrt" and seen.makers[0] in ("reduce_sum", "div"):
         return (
             f"{why}: a norm of zeros, or a standard deviation of equal numbers, has no "

@@ -9,6 +9,7 @@ import functools
 import linecache
 import os
 import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -118,8 +119,10 @@ class Line(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The file without its folder, and the number."""
-        return f"{os.path.basename(self.file)}:{self.number}"
+        """The file without its folder, in this library with it, and the number."""
+        ours = self.file.startswith(LIBRARY + os.sep)
+        file = os.path.relpath(self.file, os.path.dirname(LIBRARY)) if ours else self.file
+        return f"{file if ours else os.path.basename(file)}:{self.number}"
 
     @property
     def text(self) -> str:
@@ -161,6 +164,13 @@ def ruled(equation: JaxprEqn) -> Program | None:
     if equation.primitive.name not in RULED:
         return None
     return Program.of(_first(equation, "call_jaxpr", "fun_jaxpr"))
+
+
+def rule_of(equation: JaxprEqn) -> str:
+    """Return the name of a function with a derivative rule of its own; "" if it is not known."""
+    program = ruled(equation)
+    info = getattr(getattr(program and program.jaxpr, "debug_info", None), "func_src_info", "")
+    return str(info or "").split(" at ")[0]
 
 
 def while_of(equation: JaxprEqn) -> While:
@@ -303,10 +313,30 @@ def line_of(equation: JaxprEqn, ours: bool = False) -> Line | None:
         name = frame.file_name
         if name.startswith(EXPLAINING):  # who asked for the trace
             break
-        installed = name.startswith((*INSTALLED, "<frozen"))
-        if not installed or (ours and name.startswith(LIBRARY + os.sep)):
+        if is_users(name) or (ours and name.startswith(LIBRARY + os.sep)):
             return Line(name, frame.line_num)
     return None
+
+
+def line_of_error(error: BaseException, inside: str) -> Line | None:
+    """Return the innermost line outside of installed packages at which an error arose.
+
+    Args:
+        error: the error.
+        inside: a file; what called it does not count.
+    """
+    found, within = None, False
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        within |= name == inside
+        if within and is_users(name):
+            found = Line(name, number)
+    return found
+
+
+def is_users(file: str) -> bool:
+    """Return whether a source file lies outside of installed packages."""
+    return not file.startswith((*INSTALLED, "<frozen"))
 
 
 def struct(var: Any) -> jax.ShapeDtypeStruct:

@@ -183,3 +183,11 @@ def numbers(value: Any) -> np.ndarray:
     value = np.asarray(value)
     narrow = value.dtype.kind == "V" or (value.dtype.kind == "f" and value.dtype.itemsize < 4)
     return value.astype(np.float32) if narrow else value
+
+
+def with_values(values: Sequence[Any], at: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    """Return the values, with new ones in some places."""
+    result = list(values)
+    for index, value in zip(at, new, strict=True):
+        result[index] = value
+    return result
