@@ -53,7 +53,7 @@ class Given(NamedTuple):
         some = array[~np.isnan(array)] if array.dtype.kind == "f" else array
         if not some.size:
             return cls(math.nan, math.nan, array.size)
-        return cls(float(some.min()), float(some.max()), array.size)
+        return cls(float(some.min()) + 0.0, float(some.max()) + 0.0, array.size)  # no -0.0
 
     def __str__(self) -> str:
         if self.size == 1:
@@ -248,14 +248,12 @@ def _product(seen: Seen, why: str, ct: float, slope: float = INF) -> str:
             f"cotangent is 0; but {nought}. Both values of a `where` must be finite: guard what "
             f"{seen.primitive} is given, by a `where` before it too"
         )
-    if ct == 0:
-        return f"{why}, the cotangent that comes back is 0, and {nought}"
-    if seen.primitive == "sqrt" and seen.makers[0] in ("reduce_sum", "div"):
-        return (
-            f"{why}: a norm of zeros, or a standard deviation of equal numbers, has no "
-            "derivative; add a small number under the root"
+    if seen.primitive == "sqrt" and seen.makers[0] in ("reduce_sum", "div", "_var"):
+        why += (
+            ": a norm of zeros, or a standard deviation of equal numbers, has no derivative; add a "
+            "small number under the root"
         )
-    return why
+    return f"{why}. The cotangent that comes back is 0, and {nought}" if ct == 0 else why
 
 
 def takes_another(born: Born) -> str:
