@@ -126,7 +126,8 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
         ct = _seen_at(cts[0], kept if len(kept) == np.ndim(cts[0]) else index, shape, ())
     else:
         shape, reduced, ct = result.shape, index, None
-    given = tuple(_seen_at(value, reduced, shape, () if through else here) for value in ins)
+    rows = examples if example is not None else None
+    given = tuple(_seen_at(value, reduced, shape, () if through else here, rows) for value in ins)
     outs = None
     if through:
         made = born.tape.outs(born.number)
@@ -178,7 +179,11 @@ def _first(bad: np.ndarray, examples: int | None, example: int | None) -> tuple[
 
 
 def _seen_at(
-    value: Any, index: tuple[int, ...], shape: tuple[int, ...], reduced: Sequence[int]
+    value: Any,
+    index: tuple[int, ...],
+    shape: tuple[int, ...],
+    reduced: Sequence[int],
+    examples: int | None = None,
 ) -> Given | None:
     """Return the numbers of an operand that an element comes from, as far as it is known."""
     if jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):
@@ -191,6 +196,8 @@ def _seen_at(
         array = array[tuple(slice(None) if a in reduced else next(kept) for a in range(array.ndim))]
     elif array.shape == shape:
         array = array[index]
+    elif examples is not None and array.shape[:1] == shape[:1] == (examples,):
+        array = array[index[0]]
     return Given.of(array)
 
 
