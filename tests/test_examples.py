@@ -155,6 +155,29 @@ def test_vae_has_two_outputs_and_a_loss_that_falls(monkeypatch):
     assert len((EXAMPLES / "vae.py").read_text().splitlines()) <= 60
 
 
+def test_nan_shows_three_tools_side_by_side():
+    out = run("nan.py")
+    lines = (EXAMPLES / "nan.py").read_text().splitlines()
+    found = re.findall(r"It was born [^`]*? at nan.py:(\d+)[^`]*?:\n    (.*)\n", out)
+    assert [source for _, source in found] == [
+        "root = jnp.sqrt(h)",
+        "return jnp.linalg.norm(h, axis=-1)",
+        "h = spot(jnp.sqrt(h - x_t))",
+    ]
+    assert all(lines[int(number) - 1].strip() == source for number, source in found)
+    said = re.findall(r"(invalid value .*)\n    (.*)\n", out)
+    assert [message.rpartition(" ")[2] for message, _ in said] == ["mul", "mul", "scan"]
+    lines_said = [line.partition("(")[0] for _, line in said]
+    assert lines_said == ["return jax.grad", "return jax.grad", "return jax.lax.scan"]
+    assert "in step 1 of the scan" in out
+    shown = re.search(
+        r"```text\n(On the way back layer function.*?)```",
+        (EXAMPLES.parent / "README.md").read_text(),
+        re.DOTALL,
+    )
+    assert shown.group(1) in out
+
+
 def test_two_layer_needs_no_library_but_jax():
     text = (EXAMPLES / "two_layer.py").read_text()
     assert set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) == {"jax"}

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"_command", "core"},
     {"layers", "combinators", "losses", "checking", "quantity"},
-    {"forms", "sharding", "traced", "models", "training", "explanation"},
+    {"traced"},
+    {"forms", "sharding", "models", "training", "explanation"},
     {"plot", "bench", "walkthrough"},
     {"cli"},
     {"__main__"},

@@ -20,15 +20,20 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Cotangent, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
+from jaxprop.explanation.births import Sought, birth
 from jaxprop.explanation.numerals import share, short
 from jaxprop.explanation.record import explain
 from jaxprop.explanation.summary import Summary, summary
 from jaxprop.explanation.terms import Explanation, Terms, by_name
 from jaxprop.layers import Relu
+from jaxprop.traced.births import Birth
 
+WIDTH = 80
 ROWS = 16  # with fewer rows a unit may be 0 for all of them by chance
 DEAD, SATURATED = 0.1, 0.5  # fractions above which a layer is a suspect
 EXPLODING, VANISHING = 1e3, 1e-4  # rms of a cotangent, relative to that of the loss's own
+
+GRADIENT = "the gradient"
 
 Phase = Literal["input", "forward", "loss", "backward"]
 Place = tuple[Phase, str | None, str, Summary | None]
@@ -51,7 +56,10 @@ class Finding:
         x: that example's input to the layer, or to the loss. None if ``example`` is None, and
             before the walk begins.
         ct: that example's cotangent of the output, likewise.
-        sentence: all this in words.
+        birth: the equation that made it, inside of the layer, the function or the loss, with its
+            source line and the usual cause. None if it was not finite to begin with, between
+            layers, or if no equation was found.
+        sentence: all this in words, but for the birth.
         suspects: sentences on layers that are finite but in trouble.
     """
 
@@ -63,6 +71,7 @@ class Finding:
     example: int | None
     x: PyTree = dataclasses.field(repr=False)
     ct: Cotangent = dataclasses.field(repr=False)
+    birth: Birth | None
     sentence: str
     suspects: tuple[str, ...]
 
@@ -70,7 +79,9 @@ class Finding:
         return self.phase is not None
 
     def __str__(self) -> str:
-        return "\n".join(textwrap.fill(s, 88) for s in (self.sentence, *self.suspects))
+        born = [] if self.birth is None else [str(self.birth)]
+        lines = textwrap.fill(self.sentence, WIDTH), *born
+        return "\n".join([*lines, *(textwrap.fill(each, WIDTH) for each in self.suspects)])
 
 
 def find_nonfinite(
@@ -86,8 +97,11 @@ def find_nonfinite(
     """Find the first element of a walk that is not finite.
 
     Give it the batch at which training failed. It names the first layer with a result that is not
-    finite, the example and the element. It also names suspects: units that are dead for the whole
-    batch, saturated activations, and cotangents that explode or vanish from layer to layer.
+    finite, the example and the element; and inside of that layer, of a ``jp.function`` or of the
+    loss, the equation that made it of finite numbers: its source line, the step of a ``scan``, the
+    numbers that came in, and the usual cause. For that the one layer is run again, equation by
+    equation, and a function differentiated so. It also names suspects: units that are dead for the
+    whole batch, saturated activations, and cotangents that explode or vanish from layer to layer.
 
     It looks at values, so that it must be called outside of ``jax.jit``.
 
@@ -119,13 +133,14 @@ def find_nonfinite(
         raise TypeError("find_nonfinite looks at values: call it outside of jax.jit")
     check_fit({"x": x, "target": target})
     params = net.bind(params, key=key, mask=mask)
-    terms, of_x, of_target = jax.device_get(_walked(net, loss, params, x, target))
-    suspects = tuple(_suspects(terms))
-    for phase, layer, array, found in _in_order(terms, of_x, of_target):
-        if found is not None and found.nonfinite:
-            return _finding(phase, layer, array, found, suspects, (net, loss, params, x, target))
+    with jax.debug_nans(False), jax.debug_infs(False):
+        terms, of_x, of_target = jax.device_get(_walked(net, loss, params, x, target))
+        suspects, walk = tuple(_suspects(terms)), (net, loss, params, x, target)
+        for phase, layer, array, found in _in_order(terms, of_x, of_target):
+            if found is not None and found.nonfinite:
+                return _finding(phase, layer, array, found, suspects, walk)
     sentence = "All is finite: x, params, the way forward, the loss and the way back."
-    return Finding(None, None, None, (), 0.0, None, None, None, sentence, suspects)
+    return Finding(None, None, None, (), 0.0, None, None, None, None, sentence, suspects)
 
 
 def _in_order(
@@ -147,9 +162,13 @@ def _in_order(
     yield "loss", None, "d_x", terms.loss.summaries.d_x
     for name, at in reversed(runs):
         yield "backward", name, "ct", at.summaries.ct
-        yield "backward", name, "d_x", at.summaries.d_x
+        first = name == runs[0][0]  # d_x of the first is that of x, which nothing is computed of
+        if not first:
+            yield "backward", name, "d_x", at.summaries.d_x
         for param, each in by_name(at.summaries.grads, Summary).items():
-            yield "backward", name, f"the gradient by {param}".removesuffix(" by "), each
+            yield "backward", name, f"{GRADIENT} by {param}".removesuffix(" by "), each
+        if first:
+            yield "backward", name, "d_x", at.summaries.d_x
 
 
 def _finding(
@@ -165,7 +184,7 @@ def _finding(
     example = index[0] if has_examples else None
     x = ct = None
     at = "loss" if phase == "loss" else layer
-    title = "the loss" if at == "loss" else f"layer {layer}"
+    title = "the loss" if at == "loss" else f"layer {layer}".strip()
     if at is not None and phase != "input":
         described, every_x, every_ct = jax.device_get(_whole(at, *walk))
         title = f"the loss, {described.layer}," if at == "loss" else f"{title} {described.layer}"
@@ -177,7 +196,32 @@ def _finding(
         _sentence(phase, title, array, f"{array}{part}{place}{of}", f"{value:g}", x, ct)
         + f" Not finite in {array}: {int(found.nonfinite)} of {found.size}."
     )
-    return Finding(phase, layer, array + part, index, value, example, x, ct, sentence, suspects)
+    born, said = None, ""
+    if phase != "input" and array not in ("x", "ct") and at is not None:
+        born, said = _born(None if at == "loss" else at, array, part, example, walk)
+    array, sentence = array + part, sentence + said
+    return Finding(phase, layer, array, index, value, example, x, ct, born, sentence, suspects)
+
+
+def _born(
+    layer: str | None,
+    array: str,
+    part: str,
+    example: int | None,
+    walk: tuple[Layer, Loss, Params, PyTree, PyTree],
+) -> tuple[Birth | None, str]:
+    """Return the equation that made an array what it is, and what is said if there is none."""
+    kind = array
+    if array.startswith(GRADIENT):
+        kind, part = "grads", array.removeprefix(GRADIENT).removeprefix(" by ")
+    try:
+        found = birth(Sought(layer, kind, part, example), *walk)
+    except Exception as error:  # what cannot be run equation by equation, such as a callback
+        said = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        return None, f" The equation that made it was not found: {said}"
+    if found is None:
+        return None, " Run equation by equation it is finite: the equation was not found."
+    return found, ""
 
 
 def _sentence(

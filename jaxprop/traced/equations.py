@@ -6,8 +6,10 @@ Every read of an equation's ``params`` is here, since they differ between versio
 from __future__ import annotations
 
 import functools
+import linecache
 import os
 import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +23,10 @@ from jaxprop.core.mesh import shard_map_axes
 
 INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
 REMATERIALIZED = frozenset(("checkpoint", "remat", "remat2"))
+RULED = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"))
 LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INSTALLED = (LIBRARY, *sysconfig.get_paths().values())  # where no user writes
+EXPLAINING = os.path.join(LIBRARY, "explanation", "")
 Axes = tuple[int, ...]
 
 
@@ -65,6 +69,18 @@ class Scan(NamedTuple):
     options: dict[str, Any]
 
 
+class While(NamedTuple):
+    """A while loop: its condition and its body, and how many constants come before what it carries.
+
+    The inputs are the constants of the condition, those of the body, and what is carried.
+    """
+
+    condition: Program
+    body: Program
+    condition_consts: int
+    body_consts: int
+
+
 class Dot(NamedTuple):
     """The axes of a dot_general's two operands that are contracted, and that are batched."""
 
@@ -97,6 +113,25 @@ class Place(NamedTuple):
     scope: str
 
 
+class Line(NamedTuple):
+    """A line of a source file."""
+
+    file: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The file without its folder, in this library with it, and the number."""
+        ours = self.file.startswith(LIBRARY + os.sep)
+        file = os.path.relpath(self.file, os.path.dirname(LIBRARY)) if ours else self.file
+        return f"{file if ours else os.path.basename(file)}:{self.number}"
+
+    @property
+    def text(self) -> str:
+        """What is written there; "" for a file that cannot be read."""
+        return linecache.getline(self.file, self.number).strip()
+
+
 def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
     """Return what the equation gives for these inputs, by a program of this one equation."""
     wanted: dict[Any, Any] = {
@@ -113,11 +148,37 @@ def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*wanted.values())
 
 
+@functools.lru_cache(maxsize=1024)
 def inlined(equation: JaxprEqn) -> Program | None:
     """Return the program that the equation calls, if that is all it does."""
     if equation.primitive.name not in INLINED:
         return None
     return Program.of(_first(equation, "jaxpr", "call_jaxpr"))
+
+
+def ruled(equation: JaxprEqn) -> Program | None:
+    """Return the program of a function with a derivative rule of its own; None for another."""
+    if equation.primitive.name not in RULED:
+        return None
+    return Program.of(_first(equation, "call_jaxpr", "fun_jaxpr"))
+
+
+def rule_of(equation: JaxprEqn) -> str:
+    """Return the name of a function with a derivative rule of its own; "" if it is not known."""
+    program = ruled(equation)
+    info = getattr(getattr(program and program.jaxpr, "debug_info", None), "func_src_info", "")
+    return str(info or "").split(" at ")[0]
+
+
+def while_of(equation: JaxprEqn) -> While:
+    """Return what the equation of a while loop says."""
+    params = equation.params
+    return While(
+        Program.of(params["cond_jaxpr"]),
+        Program.of(params["body_jaxpr"]),
+        params["cond_nconsts"],
+        params["body_nconsts"],
+    )
 
 
 def scan_of(equation: JaxprEqn) -> Scan:
@@ -236,15 +297,61 @@ def joined_axis_of(equation: JaxprEqn) -> int:
     return _first(equation, "dimension", "axis")
 
 
+def name_of(equation: JaxprEqn) -> str:
+    """Return the primitive's name, or that of the function that is called."""
+    name = equation.primitive.name
+    return str(equation.params.get("name") or name) if name in INLINED else name
+
+
+def reduced_axes_of(equation: JaxprEqn) -> Axes:
+    """Return the axes of a reduction; ``()`` for an equation that has none."""
+    return tuple(equation.params.get("axes") or ())
+
+
 def place_of(equation: JaxprEqn) -> Place:
     """Return where an equation was written: innermost, outside of installed packages if it is."""
     info = equation.source_info
-    scope = str(info.name_stack)
-    for frame in getattr(info.traceback, "frames", ()):
-        name = frame.file_name
-        if not name.startswith((*INSTALLED, "<frozen")):
-            return Place(f"{os.path.basename(name)}:{frame.line_num}", scope)
+    scope, line = str(info.name_stack), line_of(equation)
+    if line is not None:
+        return Place(line.name, scope)
     return Place(os.path.basename(source_info_util.summarize(info)), scope)
+
+
+def line_of(equation: JaxprEqn, ours: bool = False) -> Line | None:
+    """Return the innermost line outside of installed packages; None if there is none.
+
+    Args:
+        equation: the equation.
+        ours: whether a line of this library will do.
+    """
+    for frame in getattr(equation.source_info.traceback, "frames", ()):
+        name = frame.file_name
+        if name.startswith(EXPLAINING):  # who asked for the trace
+            break
+        if is_users(name) or (ours and name.startswith(LIBRARY + os.sep)):
+            return Line(name, frame.line_num)
+    return None
+
+
+def line_of_error(error: BaseException, inside: str) -> Line | None:
+    """Return the innermost line outside of installed packages at which an error arose.
+
+    Args:
+        error: the error.
+        inside: a file; what called it does not count.
+    """
+    found, within = None, False
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        within |= name == inside
+        if within and is_users(name):
+            found = Line(name, number)
+    return found
+
+
+def is_users(file: str) -> bool:
+    """Return whether a source file lies outside of installed packages."""
+    return not file.startswith((*INSTALLED, "<frozen"))
 
 
 def struct(var: Any) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,225 @@
+"""Where a value that is not finite was made on the way forward: back from it to its equation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import JaxprEqn, Literal
+
+from jaxprop.traced.equations import Line, Program, evaluate
+from jaxprop.traced.tape import Loop, Tape, has_nan, inside, loop_of, not_finite
+
+
+class Within(NamedTuple):
+    """An equation whose program another one is a part of.
+
+    Attributes:
+        tape: the tape that it is on.
+        number: its number there.
+        step: for a loop, which of its steps.
+    """
+
+    tape: Tape
+    number: int
+    step: int | None = None
+
+    @property
+    def equation(self) -> JaxprEqn:
+        """The equation."""
+        return self.tape.equations[self.number]
+
+
+class Born(NamedTuple):
+    """An equation with a result that is not finite.
+
+    Attributes:
+        tape: the tape that it is on.
+        number: its number there.
+        position: which of the results.
+        results: what it gave, or on the way back the cotangents of what it was given.
+        within: the equations that it is a part of, the outermost first.
+        cts: on the way back the cotangents of what it gave, None for a zero; else None.
+        back: whether this is on the way back. With cts None it is then a backward rule's equation.
+        summed: whether not its own result overflowed but the sum of the cotangents of one value.
+        line: the source line, where the equation does not have it.
+    """
+
+    tape: Tape
+    number: int
+    position: int
+    results: Sequence[Any]
+    within: tuple[Within, ...] = ()
+    cts: Sequence[Any] | None = None
+    back: bool = False
+    summed: bool = False
+    line: Line | None = None
+
+    @property
+    def equation(self) -> JaxprEqn:
+        """The equation."""
+        return self.tape.equations[self.number]
+
+
+@dataclasses.dataclass
+class Found:
+    """What was found on the way from a value back to where it was made.
+
+    Attributes:
+        births: by the number of the equation, what was not finite though all it came from was.
+        turned: where it became NaN, of what was infinite.
+        constants: where a constant came in that is not finite.
+        inputs: which of the program's inputs were not finite, and had a part in it.
+    """
+
+    births: dict[int, Born] = dataclasses.field(default_factory=dict)
+    turned: dict[int, Born] = dataclasses.field(default_factory=dict)
+    constants: dict[int, Born] = dataclasses.field(default_factory=dict)
+    inputs: set[int] = dataclasses.field(default_factory=set)
+
+    @property
+    def first(self) -> Born | None:
+        """The first of the births; where there is none what turned infinity into NaN.
+
+        An infinity that is a constant, as that of a mask is, is none: it is meant.
+        """
+        for each in (self.births, self.turned, self.constants):
+            if each:
+                return each[min(each)]
+        return None
+
+    def take(self, number: int, other: Found) -> None:
+        """Add what was found inside of an equation, but for the inputs."""
+        for mine, theirs in (
+            (self.births, other.births),
+            (self.turned, other.turned),
+            (self.constants, other.constants),
+        ):
+            if theirs:
+                mine.setdefault(number, theirs[min(theirs)])
+
+
+def look(
+    program: Program, args: Sequence[Any], wanted: Iterable[int], within: tuple[Within, ...] = ()
+) -> Found:
+    """Return where those of a program's outputs that are not finite come from.
+
+    The program is run equation by equation. From the outputs the search goes back through what is
+    not finite, and into the programs that equations run, one step of a loop among them.
+
+    Args:
+        program: the program.
+        args: its inputs.
+        wanted: the numbers of the outputs.
+        within: the equations that the program is a part of.
+    """
+    tape, found = Tape(program, args), Found()
+    todo = {program.jaxpr.outvars[index] for index in wanted}
+    todo = {var for var in todo if not isinstance(var, Literal)}
+    for number in reversed(range(len(tape.equations))):
+        equation = tape.equations[number]
+        for position, var in enumerate(equation.outvars):
+            if var in todo and not_finite(tape.values[var]) is not None:
+                inputs = _at(tape, number, position, found, within)
+                todo |= {equation.invars[index] for index in inputs}
+    found.inputs = {index for index, var in enumerate(program.jaxpr.invars) if var in todo}
+    return found
+
+
+def _at(
+    tape: Tape, number: int, position: int, found: Found, within: tuple[Within, ...]
+) -> list[int]:
+    """Note what an equation has to do with a result, and return the inputs to go on from."""
+    equation, ins = tape.equations[number], tape.ins(number)
+    part = inside(equation, ins)
+    if part is not None:
+        inner = look(part.program, ins[part.start :], [position], (*within, Within(tape, number)))
+        found.take(number, inner)
+        inputs = [part.start + index for index in inner.inputs]
+    elif (loop := loop_of(equation, ins)) is not None:
+        inner = _in_loop(loop, tape.outs(number), position, Within(tape, number), within)
+        found.take(number, inner)
+        inputs = list(inner.inputs)
+    else:
+        born = Born(tape, number, position, tape.outs(number), within)
+        inputs = _culprits(equation, ins, born.results[position], position)
+        if not inputs:
+            found.births[number] = born
+        elif has_nan(born.results[position]) and not any(has_nan(ins[i]) for i in inputs):
+            found.turned[number] = born
+    constants = tape.program.jaxpr.constvars
+    for index in inputs:
+        var = equation.invars[index]
+        if isinstance(var, Literal) or var in constants:
+            found.constants[number] = Born(tape, number, position, tape.outs(number), within)
+    return [index for index in inputs if not isinstance(equation.invars[index], Literal)]
+
+
+def _culprits(equation: JaxprEqn, ins: Sequence[Any], out: Any, position: int) -> list[int]:
+    """Return the inputs that are not finite and without which the result would not be so."""
+    bad = {
+        index: where for index, value in enumerate(ins) if (where := not_finite(value)) is not None
+    }
+    if not bad:
+        return []
+    here = not_finite(out)
+    mended = [
+        jnp.where(bad[index], jnp.ones((), value.dtype), value) if index in bad else value
+        for index, value in enumerate(ins)
+    ]
+    still = not_finite(evaluate(equation, mended)[position])
+    if here is None or (still is not None and (still & here).any()):
+        return []
+    beside = [
+        index for index, where in bad.items() if where.shape != here.shape or (where & here).any()
+    ]
+    return beside or list(bad)
+
+
+def _in_loop(
+    loop: Loop, outs: Sequence[Any], position: int, loops: Within, within: tuple[Within, ...]
+) -> Found:
+    """Go back from a loop's result to the step that made it, and look there."""
+    found, consts = Found(), len(loop.consts)
+    step = len(loop.steps) - 1
+    if step < 0:
+        found.inputs = {loop.start + position}
+        return found
+    out = outs[position]
+    if position >= loop.carry:
+        where = not_finite(out)
+        assert where is not None
+        rows = np.flatnonzero(where.reshape(len(where), -1).any(axis=1))
+        step = min(loop.at(int(row)) for row in rows)
+        out = out[loop.at(step)]
+    wanted, worst = {position}, has_nan(out)
+    while wanted:
+        while step > 0:
+            carried = loop.steps[step][consts : consts + loop.carry]
+            bad = {
+                i
+                for i, v in enumerate(carried)
+                if (has_nan(v) if worst else not_finite(v) is not None)
+            }
+            if not bad:
+                break
+            step, wanted = step - 1, bad
+        inner = look(
+            loop.body, loop.steps[step], wanted, (*within, loops._replace(step=loop.at(step)))
+        )
+        found.take(0, inner)
+        wanted, worst = set(), False
+        for index in inner.inputs:
+            if index < consts:
+                found.inputs.add(loop.consts[index])
+            elif step and index < consts + loop.carry:
+                wanted.add(index - consts)
+            else:
+                found.inputs.add(loop.start + index - consts)
+        step -= 1
+        if found.births:
+            break
+    return found

@@ -1,0 +1,62 @@
+"""Where a cotangent that is not finite was made inside of a function's own derivative rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax.extend.core import JaxprEqn
+
+from jaxprop.traced.ahead import Born, Within, look
+from jaxprop.traced.equations import Line, Program, evaluate, line_of_error
+from jaxprop.traced.tape import has_nan, with_values
+
+
+def look_in_rule(
+    equation: JaxprEqn,
+    ins: Sequence[Any],
+    index: int,
+    cts: Sequence[Any],
+    within: tuple[Within, ...],
+) -> Born | None:
+    """Look inside of the rule of a ``jax.custom_vjp`` or ``jax.custom_jvp`` function.
+
+    Args:
+        equation: the equation that calls the function.
+        ins: what it was given.
+        index: by which of them the cotangent is not finite.
+        cts: the cotangents of what it gave, None for a zero.
+        within: the equations that the rule is a part of, this one the innermost.
+    """
+    live = [number for number, ct in enumerate(cts) if ct is not None]
+    some = [cts[number] for number in live]
+
+    def joint(value: Array, some: list[Any]) -> list[Any]:
+        def of_one(value: Array) -> list[Any]:
+            outs = evaluate(equation, with_values(ins, [index], [value]))
+            return [outs[number] for number in live]
+
+        return list(jax.vjp(of_one, value)[1](some))
+
+    program = Program.of(jax.make_jaxpr(joint)(ins[index], some))
+    born = look(program, [ins[index], *some], [0], within).first
+    if born is None:
+        return None
+
+    def run() -> Any:
+        return joint(ins[index], some)
+
+    nan = has_nan(born.results[born.position])
+    return born._replace(back=True, line=_line_in_rule(run, nan))
+
+
+def _line_in_rule(run: Any, nan: bool) -> Line | None:
+    """Return the line of the rule: JAX gives its equations that of the call, but errors do not."""
+    try:
+        with jax.debug_nans(nan), jax.debug_infs(not nan), jax.disable_jit():
+            jax.block_until_ready(run())
+    except FloatingPointError as error:
+        return line_of_error(error, __file__)
+    return None

@@ -1,0 +1,193 @@
+"""A program that was run equation by equation, with every value kept, and what is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+from jaxprop.traced.equations import (
+    Program,
+    Scan,
+    branches_of,
+    evaluate,
+    inlined,
+    rematerialized,
+    ruled,
+    scan_of,
+    while_of,
+)
+
+
+class Tape:
+    """A program, run equation by equation.
+
+    Attributes:
+        program: the program.
+        equations: its equations.
+        values: the value of each variable.
+        makers: for each variable that an equation makes, the equation's number.
+    """
+
+    def __init__(self, program: Program, args: Sequence[Any]) -> None:
+        self.program, self.equations = program, program.jaxpr.eqns
+        self.values: dict[Any, Any] = dict(
+            zip(program.jaxpr.constvars, program.consts, strict=True)
+        )
+        self.values |= zip(program.jaxpr.invars, args, strict=True)
+        self.makers: dict[Any, int] = {}
+        for number, equation in enumerate(self.equations):
+            outs = evaluate(equation, self.ins(number))
+            self.values |= zip(equation.outvars, outs, strict=True)
+            self.makers |= dict.fromkeys(equation.outvars, number)
+
+    def read(self, var: Any) -> Any:
+        """Return the value of a variable, or of a literal."""
+        return var.val if isinstance(var, Literal) else self.values[var]
+
+    def ins(self, number: int) -> list[Any]:
+        """Return what an equation was given."""
+        return list(map(self.read, self.equations[number].invars))
+
+    def outs(self, number: int) -> list[Any]:
+        """Return what an equation gave."""
+        return [self.values[var] for var in self.equations[number].outvars]
+
+    def maker(self, number: int, position: int) -> JaxprEqn | None:
+        """Return the equation that made one of the inputs of another; None for what was given."""
+        var = self.equations[number].invars[position]
+        made = None if isinstance(var, Literal) else self.makers.get(var)
+        return None if made is None else self.equations[made]
+
+
+class Inside(NamedTuple):
+    """The program that an equation runs once, and which of its inputs that is given, from where."""
+
+    program: Program
+    start: int
+
+
+def inside(equation: JaxprEqn, ins: Sequence[Any]) -> Inside | None:
+    """Return what an equation runs once; None if it is a primitive, or a loop."""
+    if equation.primitive.name == "cond":
+        branches = branches_of(equation)
+        return Inside(branches[int(np.clip(int(ins[0]), 0, len(branches) - 1))], 1)
+    again = rematerialized(equation)
+    program = again[0] if again is not None else inlined(equation) or ruled(equation)
+    return None if program is None else Inside(program, 0)
+
+
+class Loop(NamedTuple):
+    """The steps of a scan or of a while loop.
+
+    Attributes:
+        body: what each of them runs, of the constants, what is carried, and its part of the xs.
+        consts: where the constants are among the equation's inputs.
+        start: where what is carried begins among them; the xs come behind.
+        carry: how many are carried.
+        steps: what the body was given, in the order in which it ran.
+        reverse: whether it went through xs from the end.
+        ys: how many results it stacks.
+    """
+
+    body: Program
+    consts: range
+    start: int
+    carry: int
+    steps: list[list[Any]]
+    reverse: bool
+    ys: int
+
+    def at(self, step: int) -> int:
+        """Return the index in xs and ys of a step, or the step of an index."""
+        return len(self.steps) - 1 - step if self.reverse else step
+
+
+def loop_of(equation: JaxprEqn, ins: Sequence[Any]) -> Loop | None:
+    """Return the steps of a loop, run one by one; None for another equation."""
+    if equation.primitive.name == "scan":
+        return _scanned(scan_of(equation), ins)
+    if equation.primitive.name == "while":
+        return _while(equation, ins)
+    return None
+
+
+def _scanned(scan: Scan, ins: Sequence[Any]) -> Loop:
+    number = len(scan.body.jaxpr.outvars) - scan.carry
+    loop = Loop(
+        scan.body,
+        range(scan.consts),
+        scan.consts,
+        scan.carry,
+        [],
+        scan.options["reverse"],
+        number,
+    )
+    run, behind = _compiled(scan.body), scan.consts + scan.carry
+    consts, carried = list(ins[: scan.consts]), list(ins[scan.consts : behind])
+    for step in range(scan.length):
+        at = scan.length - 1 - step if scan.options["reverse"] else step
+        given = [*consts, *carried, *(x[at] for x in ins[behind:])]
+        loop.steps.append(given)
+        carried = list(run(*given))[: scan.carry]
+    return loop
+
+
+def _while(equation: JaxprEqn, ins: Sequence[Any]) -> Loop:
+    loop = while_of(equation)
+    first = loop.condition_consts
+    start = first + loop.body_consts
+    goes_on, run = _compiled(loop.condition), _compiled(loop.body)
+    consts, carried, steps = list(ins[first:start]), list(ins[start:]), []
+    while goes_on(*ins[:first], *carried)[0]:
+        steps.append([*consts, *carried])
+        carried = list(run(*consts, *carried))
+    return Loop(loop.body, range(first, start), start, len(ins) - start, steps, False, 0)
+
+
+def function_of(program: Program) -> Callable[..., list[Any]]:
+    """Return a program as a function of its inputs."""
+    return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, program.consts))
+
+
+def _compiled(program: Program) -> Any:
+    return jax.jit(function_of(program))
+
+
+def is_moving(value: Any) -> bool:
+    """Return whether a value has a derivative."""
+    return bool(jnp.issubdtype(jnp.result_type(value), jnp.inexact))
+
+
+def not_finite(value: Any) -> np.ndarray | None:
+    """Return where an array is not finite; None if it is finite everywhere."""
+    if value is None or not hasattr(value, "dtype"):
+        value = None if value is None else np.asarray(value)
+    if value is None or not jnp.issubdtype(value.dtype, jnp.inexact):
+        return None
+    found = ~np.isfinite(numbers(value))
+    return found if found.any() else None
+
+
+def has_nan(value: Any) -> bool:
+    """Return whether an array has an element that is not a number."""
+    return not_finite(value) is not None and bool(np.isnan(numbers(value)).any())
+
+
+def numbers(value: Any) -> np.ndarray:
+    """Return an array as NumPy computes with it: narrow floats in float32."""
+    value = np.asarray(value)
+    narrow = value.dtype.kind == "V" or (value.dtype.kind == "f" and value.dtype.itemsize < 4)
+    return value.astype(np.float32) if narrow else value
+
+
+def with_values(values: Sequence[Any], at: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    """Return the values, with new ones in some places."""
+    result = list(values)
+    for index, value in zip(at, new, strict=True):
+        result[index] = value
+    return result
