@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.flatten_util import ravel_pytree
 from table import relative_error
 
-from jaxprop.bench import measure, regressions, rows
+from jaxprop.bench import linen, measure, regressions, rows
 from jaxprop.bench.report import EXPLANATION
 from jaxprop.cli import main
 
@@ -64,8 +65,64 @@ def test_the_readme_shows_the_table_as_it_is_printed():
     device, head, *lines = table.splitlines()
     assert "GFLOP/s" in device
     assert head.split()[:3] == ["row", "hand", "ms"]
-    assert [line.split()[0] for line in lines[: len(rows.ROWS)]] == list(rows.ROWS)
-    assert "\n".join(lines[len(rows.ROWS) :]) == EXPLANATION
+    own = [name for name in rows.ROWS if not rows.needs_flax(name)]
+    assert [line.split()[0] for line in lines[: len(own)]] == own
+    assert "\n".join(lines[len(own) :]) == EXPLANATION
+
+
+LINEN = {
+    "mlp": (linen.Mlp((8, 10)), lambda: linen.classified(3, 6)),
+    "cnn": (linen.Cnn((2, 3), 4), lambda: linen.classified(3, 8, 8, 2)),
+    "gpt": (linen.Gpt(7, 8, 2, 1, scan=False), lambda: linen.tokens(3, 4, 7)),
+    "gpt-scan": (linen.Gpt(7, 8, 2, 2, scan=True), lambda: linen.tokens(3, 4, 7)),
+    "lstm": (linen.Lstm(4), lambda: linen.sequences(3, 5, 6)),
+}
+
+
+@pytest.mark.few(2)
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("network", LINEN)
+def test_rows_on_flax_networks_are_of_the_loss_that_they_stand_beside(network, monkeypatch):
+    assert list(linen.MODELS) == list(LINEN)
+    assert type(linen.MODELS[network][0]) is type(LINEN[network][0])
+    monkeypatch.setattr(linen, "MODELS", LINEN)
+    case = rows.linen(network, "norms")
+    params, x, target = case.args
+    vmapped = jax.jit(jax.vmap(case.auto(), (None, 0, 0)))
+    values, each = vmapped(params, x[:, None], target[:, None])
+    norms = sum(jnp.sum(g**2, range(1, g.ndim)) for g in jax.tree.leaves(each))
+    assert relative_error(jax.jit(case.hand())(*case.args), norms) <= 1e-5
+    clipping = rows.linen(network, "clipped")
+    value, clipped = jax.jit(clipping.hand())(*case.args)
+    scales = jnp.minimum(1, 1 / jnp.sqrt(norms)) / len(norms)
+    mean = jax.tree.map(lambda g: jnp.tensordot(scales, g, 1), each)
+    assert relative_error(value, values.mean()) <= 1e-5
+    whole, right = ravel_pytree(clipped)[0], ravel_pytree(mean)[0]  # some leaves' gradients are 0
+    assert relative_error(whole, right) <= 1e-5
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_kronecker_factors_of_a_flax_network_are_sampled_once(monkeypatch):
+    monkeypatch.setattr(linen, "MODELS", LINEN)
+    case = rows.linen("mlp", "kfac")
+    take, (*args, key) = jax.jit(case.hand()), case.args
+    (x, *_), factors = args[1:], take(*args, key)["params"]["Dense_0"]["kernel"]
+    assert factors.a.shape == (6, 6)
+    assert relative_error(factors.a, x.T @ x / 3) <= 1e-5
+    again = take(*args, jax.random.fold_in(key, 1))
+    assert relative_error(factors.b, again["params"]["Dense_0"]["kernel"].b) > 1e-3
+
+
+def test_rows_that_need_flax_are_skipped_with_a_word(capsys, monkeypatch, small):
+    small_rows = {"mlp-small": lambda: rows.mlp(8, 16, 4, batch=4), "linen-x": None}
+    monkeypatch.setattr("jaxprop.bench.report.ROWS", small_rows)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "linen-x" not in out
+    assert out.splitlines()[-1].startswith("1 of the rows need Flax and were skipped")
+    assert main(["bench", "--only", "linen"]) == 2
+    assert "--only linen: 1 of the rows need Flax" in capsys.readouterr().err
 
 
 def test_table_and_figures(capsys, tmp_path, small):

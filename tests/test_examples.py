@@ -109,6 +109,11 @@ def test_two_layer():
 SMALL = {
     "digits.py": (("--epochs", 2), r"accuracy \S+%"),
     "private_sgd.py": (("--epochs", 1), r"epsilon \S+ at delta"),
+    "flax_private.py": (("--epochs", 1), r"epsilon \S+ at delta"),
+    "equinox_noise_scale.py": (
+        ("--steps", 4, "--reports", 2, "--features", 8, "--heads", 2, "--length", 8, "--batch", 4),
+        r"bits per byte  noise scale +\S+ windows",
+    ),
     "kfac.py": (("--steps", 25, "--threshold", 1.0), r"KFAC +\d+ steps, SGD +\d+ steps"),
     "gpt.py": (GPT, r"held out \S+ bits"),
     "lstm.py": (("--steps", 10, "--features", 8, "--batch", 2), r"held out \S+ bits"),
@@ -267,6 +272,37 @@ def test_private_sgd_prints_its_epsilon():
     out = run("private_sgd.py", "--epochs", 20)
     assert float(re.search(r"epsilon (\S+)", out).group(1)) == pytest.approx(4.6, abs=0.3)
     assert float(re.search(r"accuracy (\S+)%", out).group(1)) >= 85
+
+
+@pytest.mark.full
+def test_flax_private_prints_the_epsilon_of_private_sgd():
+    settings = ("--epochs", 10, "--batch", 100, "--noise", 2)
+    out, other = run("flax_private.py", *settings), run("private_sgd.py", *settings)
+    epsilon, accuracy = (r"epsilon (\S+) at delta", r"accuracy (\S+)%")
+    assert re.search(epsilon, out).group(1) == re.search(epsilon, other).group(1)
+    assert float(re.search(accuracy, out).group(1)) >= 85
+    assert len(re.findall("(Patches|Outer)$", out, re.MULTILINE)) == 3
+
+
+@pytest.mark.full
+def test_the_noise_scale_of_an_equinox_transformer_grows_as_it_learns():
+    out = run("equinox_noise_scale.py", "--steps", 150, "--reports", 3, "--features", 32)
+    bits = [float(number) for number in re.findall(r"train (\S+) bits", out)]
+    scales = [float(number) for number in re.findall(r"noise scale +(\S+) windows", out)]
+    assert bits == sorted(bits, reverse=True)
+    assert 0 < scales[0] < scales[-1]
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        ("flax_private.py", ("--batch", 5000), "--batch is at most the 1437 images"),
+        ("equinox_noise_scale.py", ("--batch", 1), "from at least 2 windows"),
+        ("equinox_noise_scale.py", ("--heads", 3), "--heads must divide --features"),
+    ],
+)
+def test_what_an_example_refuses(script, argv, message, monkeypatch, capsys):
+    assert message in refused(script, argv, monkeypatch, capsys)
 
 
 @pytest.mark.full

@@ -65,7 +65,7 @@ def test_the_floors_are_those_of_the_package():
 def test_readme_code_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 14
+    assert len(blocks) == 15
     namespace = {}
     for block in blocks:
         exec(block, namespace)
@@ -73,9 +73,12 @@ def test_readme_code_runs(capsys, monkeypatch, tmp_path):
     assert float(re.search(r"loss (\S+)", out).group(1)) < 1.0
     assert float(re.findall(r"held out (\S+)%", out)[-1]) > 90
     assert len(blocks[0].strip().splitlines()) <= 11
-    assert len([line for line in blocks[5].splitlines() if line]) <= 15
+    assert len([line for line in blocks[6].splitlines() if line]) <= 15
     text = (ROOT / "README.md").read_text()
     assert re.search(r"```text\n(\(Affine.*)\n```", text).group(1) in out.splitlines()
+    table = re.search(r"```text\n(\d+ params, .*?)```", text, re.DOTALL).group(1)
+    lines = re.sub(r"linear\.py:\S+", "linear.py:…", table).splitlines()  # another in each version
+    assert set(lines) <= set(re.sub(r"linear\.py:\S+", "linear.py:…", out).splitlines())
 
 
 def test_readme_shows_what_the_command_prints(capsys):
@@ -136,7 +139,7 @@ def test_heavy_libraries_are_not_imported():
     import subprocess
     import sys
 
-    heavy = ("torch", "flax", "sklearn", "matplotlib", "jinja2", "orbax", "pytest")
+    heavy = ("torch", "flax", "equinox", "sklearn", "matplotlib", "jinja2", "orbax", "pytest")
     code = f"import sys, jaxprop, jaxprop.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from jaxprop.bench.measure import Comparison, compare, matmul_rate
-from jaxprop.bench.rows import ROWS
+from jaxprop.bench.rows import ROWS, needs_flax
 
 RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1  # a ratio above this many times the baseline's is a regression
@@ -21,6 +22,9 @@ hand: jaxprop; auto: jax.value_and_grad of the same loss, in a row /vmap the sam
 jax.vmap, for a network's norms jaxprop's own value_and_grad, in a row fused- jax.value_and_grad and
 the same optimizer. run, trace, compile, temp: ratios hand/auto, medians of neighbouring pairs
 [quartiles]. share: hand's FLOP/s as a part of a large matmul's (- where a loop hides them)."""
+FLAX = """\
+linen: a network of Flax Linen as a jp.function, beside jax.value_and_grad of the same network."""
+NO_FLAX = "of the rows need Flax and were skipped: pip install 'jaxprop-vjp[flax]'"
 
 
 class BenchError(Exception):
@@ -38,11 +42,16 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
         The figures, ready for JSON: the device, the version of JAX, and the costs of each row.
 
     Raises:
-        BenchError: if no row's name contains ``only``.
+        BenchError: if no row's name contains ``only``, or only rows that need Flax do and it is not
+            installed.
     """
     names = [name for name in ROWS if only is None or only in name]
     if not names:
         raise BenchError(f"--only {only}: no such row; there are {', '.join(ROWS)}")
+    skipped = [] if importlib.util.find_spec("flax") else list(filter(needs_flax, names))
+    if skipped == names:
+        raise BenchError(f"--only {only}: {len(skipped)} {NO_FLAX}")
+    names = [name for name in names if name not in skipped]
     console = Console(highlight=False)
     width = max(100, console.width) if not console.is_terminal else min(100, console.width)
     console = Console(highlight=False, width=width)
@@ -75,6 +84,10 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
     )
     console.print(table)
     console.print(EXPLANATION, markup=False)
+    if any(map(needs_flax, names)):
+        console.print(FLAX)
+    if skipped:
+        console.print(f"{len(skipped)} {NO_FLAX}", markup=False)
     return figures
 
 

@@ -100,15 +100,19 @@ def mlp(
     if not key:
         return Case(lambda: hand(net, loss), lambda: auto(net, loss), args)
 
-    def with_key() -> Function:
-        sampled = hand(net, loss)
-        return lambda params, x, target, key: sampled(params, x, target, key=key)
+    return Case(
+        lambda: with_key(hand(net, loss)), lambda: without_key(auto(net, loss)), (*args, keys[3])
+    )
 
-    def without_key() -> Function:
-        plain = auto(net, loss)
-        return lambda params, x, target, key: plain(params, x, target)
 
-    return Case(with_key, without_key, (*args, keys[3]))
+def with_key(f: Function) -> Function:
+    """Return ``f(params, x, target, key=key)`` as a function of four arguments."""
+    return lambda params, x, target, key: f(params, x, target, key=key)
+
+
+def without_key(f: Function) -> Function:
+    """Return ``f(params, x, target)`` as a function that also takes a key."""
+    return lambda params, x, target, key: f(params, x, target)
 
 
 def trained(network: Network) -> Case:
@@ -167,6 +171,13 @@ def fused(optimizer: optax.GradientTransformation) -> Case:
     )
 
 
+def linen(network: str, quantity: str) -> Case:
+    """Return the case of a quantity of a Flax network, beside ``jax.value_and_grad`` alone."""
+    from jaxprop.bench.linen import row  # imports Flax, which not everyone has
+
+    return row(network, quantity)
+
+
 MNIST = functools.partial(mlp, 784, 1024, 1024, 10, batch=128)
 LSTM = functools.partial(lstm, batch=32, length=64, features=256)
 WIDE = functools.partial(mlp, 5120, 2560, 1280, batch=32)
@@ -203,4 +214,20 @@ ROWS: dict[str, Callable[[], Case]] = {
     "fused-sgd": lambda: fused(optax.sgd(1e-2)),
     "fused-adam": lambda: fused(optax.adam(1e-4)),
     "grads/vmap": lambda: MNIST(hand=per_example_grads, auto=vmap_of_grad),
+    "linen-mlp-norms": lambda: linen("mlp", "norms"),
+    "linen-mlp-clipped": lambda: linen("mlp", "clipped"),
+    "linen-mlp-kfac": lambda: linen("mlp", "kfac"),
+    "linen-cnn-norms": lambda: linen("cnn", "norms"),
+    "linen-cnn-clipped": lambda: linen("cnn", "clipped"),
+    "linen-gpt-norms": lambda: linen("gpt", "norms"),
+    "linen-gpt-clipped": lambda: linen("gpt", "clipped"),
+    "linen-gpt-scan-norms": lambda: linen("gpt-scan", "norms"),
+    "linen-gpt-scan-clipped": lambda: linen("gpt-scan", "clipped"),
+    "linen-lstm-norms": lambda: linen("lstm", "norms"),
+    "linen-lstm-clipped": lambda: linen("lstm", "clipped"),
 }
+
+
+def needs_flax(name: str) -> bool:
+    """Return whether a row is measured only where Flax is installed."""
+    return name.startswith("linen-")
