@@ -18,7 +18,7 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Repeated, is_factored
 from jaxprop.core.layer import Layer, layers_in_fields
 from jaxprop.core.step import Total, Visit
-from jaxprop.core.tree import learned
+from jaxprop.core.tree import learned, map_modules
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -192,12 +192,19 @@ def runs(net: Layer) -> Iterator[Run]:
 def layers_with_params(net: Layer, params: Params) -> int:
     """Return how many layers have params that are learned, each in a ``repeat`` counted."""
     if not isinstance(net, Combinator):
-        leaves = jax.tree.leaves(learned(params))
-        return int(any(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves))
+        if not net.by_module:
+            return int(_has_learned(params))
+        counts = map_modules(lambda module: int(_has_learned(module)), params)
+        return sum(jax.tree.leaves(counts))
     return sum(
         (child.times or 1) * layers_with_params(child.layer, child.of(params))
         for child in net.children()
     )
+
+
+def _has_learned(params: Params) -> bool:
+    leaves = jax.tree.leaves(learned(params))
+    return any(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
 
 
 def stack_depths(net: Layer, params: Params, depth: int = 0) -> PyTree:

@@ -23,7 +23,7 @@ from jaxprop.core.describe import structs
 from jaxprop.core.side_inputs import bound, check_side_inputs
 from jaxprop.core.static import Static
 from jaxprop.core.step import Step, Visit, params_of
-from jaxprop.core.tree import Mask, SideInput
+from jaxprop.core.tree import Mask, SideInput, map_modules
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -62,11 +62,14 @@ class Layer(Static):
             takes no mask. It then refuses to stand in a net that is given one.
         hands_down_types: whether ``forward`` and ``backward`` are given params with their types, as
             a layer made of layers must be.
+        by_module: whether a walk visits each of its modules, params that stand together in a node
+            of their tree, as if it were a layer.
     """
 
     takes: ClassVar[type[SideInput] | None] = None
     mixes_positions: ClassVar[bool] = False
     hands_down_types: ClassVar[bool] = False
+    by_module: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -137,7 +140,13 @@ class Layer(Static):
         """
         params = params_of(place, visit)
         d_params, d_x = self.backward(params, residuals, ct)
-        return visit(Step.of(self, params, residuals, ct, d_params, d_x, place)), d_x
+
+        def visited(params: Params, d_params: Cotangent, place: PyTree) -> Visited:
+            return visit(Step.of(self, params, residuals, ct, d_params, d_x, place))
+
+        if self.by_module:
+            return map_modules(visited, params, d_params, place), d_x
+        return visited(params, d_params, place), d_x
 
     def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
         """Return params for inputs like x, and the output as ``jax.ShapeDtypeStruct``."""

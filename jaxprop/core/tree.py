@@ -233,6 +233,28 @@ def without_unmarked(params: Params, d_params: Cotangent) -> Params:
     )
 
 
+def map_modules(f: Callable[..., Any], params: Params, *others: PyTree) -> PyTree:
+    """Return params with ``f(module, *others)`` in the place of each module.
+
+    A module is a node of the tree with nothing but arrays in it, such as the kernel and the bias of
+    a dense layer, or an array that stands beside other nodes. One without arrays stays as it is.
+
+    Args:
+        f: a function of a module and of what stands in its place in the others.
+        params: a tree of params.
+        others: trees that have its structure down to the arrays.
+    """
+    if is_not_learned(params) or jax.tree_util.all_leaves([params]):
+        return f(params, *others)
+    nodes, structure = jax.tree.flatten(params, is_leaf=lambda node: node is not params)
+    if not nodes:
+        return params
+    if all(is_not_learned(node) or jax.tree_util.all_leaves([node]) for node in nodes):
+        return f(params, *others)
+    each = zip(nodes, *map(structure.flatten_up_to, others), strict=True)
+    return jax.tree.unflatten(structure, [map_modules(f, *node) for node in each])
+
+
 def axes_of_examples(params: Params) -> PyTree:
     """Return ``jax.vmap``'s axes for params of single examples: that of a mask, else None."""
     return jax.tree.map(

@@ -148,7 +148,6 @@ def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*wanted.values())
 
 
-@functools.lru_cache(maxsize=1024)
 def inlined(equation: JaxprEqn) -> Program | None:
     """Return the program that the equation calls, if that is all it does."""
     if equation.primitive.name not in INLINED:

@@ -51,6 +51,7 @@ class Function(Layer):
     init_fn: Fn | None = None
     watching: bool = False
     hands_down_types = True
+    by_module = True
 
     def __post_init__(self) -> None:
         for name in ("fn", "init_fn"):
