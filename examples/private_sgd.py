@@ -28,6 +28,15 @@ import jaxprop as jp
 
 LOSS = jp.CrossEntropy()
 NET = jp.chain(jp.Dense(64), jp.Tanh(), jp.Dense(10))
+OPTIONS = (
+    ("epochs", positive, 40, "number of epochs"),
+    ("batch", positive, 128, "expected number of images per step"),
+    ("rate", above_zero, 0.1, "learning rate of SGD with momentum 0.9"),
+    ("max-norm", above_zero, 1.0, "bound of a per-example gradient's norm"),
+    ("noise", above_zero, 1.5, "noise multiplier"),
+    ("delta", above_zero, 1e-5, "delta of differential privacy"),
+    ("seed", natural, 0, "seed of the run"),
+)
 
 
 def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
@@ -36,8 +45,8 @@ def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
     return PLDAccountant().compose(step, steps).get_epsilon(delta)
 
 
-def train(args: argparse.Namespace) -> tuple[float, float]:
-    """Train the MLP, and return epsilon and the accuracy on held-out digits."""
+def train(net: Any, args: argparse.Namespace) -> tuple[float, float]:
+    """Train a net on rows of 64 pixels, and return epsilon and the accuracy on held-out digits."""
     train_x, train_y, test_x, test_y = load(args.seed)
     count = len(train_y)
     rate, steps = args.batch / count, args.epochs * count // args.batch
@@ -48,7 +57,7 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
         jp.clipped_grad, max_norm=args.max_norm, noise_multiplier=args.noise, drop_nonfinite=True
     )
     update = jp.make_update(
-        NET, LOSS, optax.sgd(args.rate, momentum=0.9), value_and_grad=private, aux=True
+        net, LOSS, optax.sgd(args.rate, momentum=0.9), value_and_grad=private, aux=True
     )
 
     def step(carry: Any, key: Any) -> tuple[Any, Any]:
@@ -68,10 +77,10 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
         return params, seen
 
     for_init, for_run = jax.random.split(jax.random.key(args.seed))
-    params, (drawn, clipped) = run(NET.init(for_init, train_x[:1]), for_run, steps)
+    params, (drawn, clipped) = run(net.init(for_init, train_x[:1]), for_run, steps)
     if drawn.max() > room:
         sys.exit(f"{drawn.max()} images were drawn for {room} places: epsilon would be wrong")
-    accuracy = float(jnp.mean(NET(params, test_x).argmax(axis=-1) == test_y))
+    accuracy = float(jnp.mean(net(params, test_x).argmax(axis=-1) == test_y))
     spent = epsilon(args.noise, rate, steps, args.delta)
     print(
         f"{steps} steps of {drawn.mean():.0f} images on average, {clipped.mean():.0%} of them "
@@ -84,16 +93,8 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
 
 def main() -> None:
     parser = Parser("Train an MLP on scikit-learn's digits privately.")
-    parser.add(
-        ("epochs", positive, 40, "number of epochs"),
-        ("batch", positive, 128, "expected number of images per step"),
-        ("rate", above_zero, 0.1, "learning rate of SGD with momentum 0.9"),
-        ("max-norm", above_zero, 1.0, "bound of a per-example gradient's norm"),
-        ("noise", above_zero, 1.5, "noise multiplier"),
-        ("delta", above_zero, 1e-5, "delta of differential privacy"),
-        ("seed", natural, 0, "seed of the run"),
-    )
-    train(parser.parse())
+    parser.add(*OPTIONS)
+    train(NET, parser.parse())
 
 
 if __name__ == "__main__":
