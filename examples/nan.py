@@ -3,16 +3,18 @@
     python examples/nan.py
 
 Three functions fail at one example of a batch. ``jax.debug_nans`` stops at the first primitive with
-a NaN in its result. On the way back that is a primitive that nobody wrote, and the line is that of
-``jax.grad``; in a scan it is the scan. ``equinox.debug.backward_nan`` prints what comes back to a
-spot that has to be known beforehand. ``jp.find_nonfinite`` takes the function as it is, and the
-batch. Without Equinox its part is left out.
+a NaN in its result, which on the way back is one that nobody wrote. In ``jax.jit`` its line is then
+that of the call; without, its traceback goes back to the line that was differentiated. In a scan it
+is the scan. ``equinox.debug.backward_nan`` prints what comes back to a spot that has to be known
+beforehand. ``jp.find_nonfinite`` takes the function as it is, and the batch. Without Equinox its
+part is left out.
 """
 
 import importlib.util
 import re
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +55,10 @@ def recurrent(params: Array, x: Array) -> Array:
 def main() -> None:
     Parser("Find where a NaN was born, by three tools.").parse()
     for fn in (masked_root, distance, recurrent):
-        print(f"{fn.__name__}\n{'=' * len(fn.__name__)}\n-- jax.debug_nans")
-        print(debug_nans(fn))
+        print(f"{fn.__name__}\n{'=' * len(fn.__name__)}\n-- jax.debug_nans, of a step in jax.jit")
+        print(debug_nans(fn, jax.jit))
+        print("-- jax.debug_nans, without")
+        print(debug_nans(fn, lambda step: step))
         if importlib.util.find_spec("equinox"):
             print("-- equinox.debug.backward_nan, at a spot that was guessed")
             backward_nan(fn)
@@ -62,17 +66,18 @@ def main() -> None:
         print(jp.find_nonfinite(jp.function(fn), jp.Mean(), PARAMS, X), end="\n\n")
 
 
-def gradient(fn: Fn) -> Array:
-    return jax.grad(lambda params: jnp.mean(fn(params, X)))(PARAMS)
+def gradient(fn: Fn) -> Callable[[Array], Array]:
+    return jax.grad(lambda params: jnp.mean(fn(params, X)))
 
 
-def debug_nans(fn: Fn) -> str:
+def debug_nans(fn: Fn, compiled: Callable[[Any], Any]) -> str:
     """Return what debug_nans says, and the innermost line of this file in its traceback."""
+    step = compiled(gradient(fn))
     try:
         with jax.debug_nans(True):
-            gradient(fn)
+            step(PARAMS)
     except FloatingPointError as error:
-        frames = traceback.extract_tb(error.__traceback__)
+        frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
         line = [frame.line for frame in frames if frame.filename == __file__][-1]
         said = re.search(r"invalid value \(\w+\) encountered in \S+", str(error))
         return f"{said and said.group()}\n    {line}"
@@ -84,7 +89,7 @@ def backward_nan(fn: Fn) -> None:
     import equinox as eqx
 
     SPOTS.append(lambda h: eqx.debug.backward_nan(h, name="h", terminate=False))
-    gradient(fn)
+    gradient(fn)(PARAMS)
     jax.effects_barrier()
     SPOTS.pop()
 

@@ -1,8 +1,8 @@
 """A number that is not finite is found in the equation that made it, on the user's own line.
 
 Ten classical cases, in the styles of plain JAX, Flax and Equinox. ``jax.debug_nans`` stops at the
-first primitive with a NaN in its result and says its name, which for a NaN of the way back is that
-of an equation that nobody wrote.
+first primitive with a NaN in its result and says its name: on the way back that of an equation that
+nobody wrote, after an overflow that of the first NaN behind it, and in a scan that of the scan.
 """
 
 import re
@@ -473,4 +473,3 @@ def test_what_debug_nans_says(case):
         jax.block_until_ready(jax.grad(mean_loss)(case.params))
     said = re.search(r"invalid value \(nan\) encountered in (\S+)", str(raised.value)).group(1)
     assert said == case.debug_nans
-    assert "test_births.py" not in str(raised.value)

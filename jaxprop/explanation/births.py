@@ -34,20 +34,16 @@ from jaxprop.traced.example import is_learned
 from jaxprop.traced.function import Function
 from jaxprop.traced.tape import is_moving
 
-Walk = tuple[Layer, Loss, Params, PyTree, PyTree]
-
 
 class Sought(NamedTuple):
     """An array of a walk that is not finite.
 
     Attributes:
-        layer: the name of the layer whose it is; None for the loss.
         array: "y", "d_x", or "grads".
         part: its place in what the array is a tree of: a path, or a param's name.
         example: its first example that is not finite; None for a gradient.
     """
 
-    layer: str | None
     array: str
     part: str
     example: int | None
@@ -56,7 +52,15 @@ class Sought(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """What one layer, or the loss, had to do with: all that its results are made of."""
+    """What one layer, or the loss, had to do with: all that its results are made of.
+
+    Attributes:
+        layer: the layer, or the loss.
+        params: the layer's params.
+        x: its input.
+        residuals: what it saved; nothing for a function, which is differentiated anew.
+        ct: the cotangent of its output, for each example's own loss.
+    """
 
     layer: Layer | Loss = dataclasses.field(metadata={"static": True})
     params: Params
@@ -65,7 +69,7 @@ class Stop:
     ct: Cotangent
 
 
-def birth(sought: Sought, *walk: *Walk) -> Birth | None:
+def birth(sought: Sought, stop: Stop, target: PyTree) -> Birth | None:
     """Return where an array of a walk was born; None if that was not found.
 
     A layer's own forward and backward are traced, for the batch, and run equation by equation. Of a
@@ -73,13 +77,12 @@ def birth(sought: Sought, *walk: *Walk) -> Birth | None:
 
     Args:
         sought: the array.
-        walk: the net, the loss, params, x and the target.
+        stop: all that it is made of.
+        target: the target of the walk.
     """
-    stop = _stopped(sought.layer, *walk)
-    layer, examples = stop.layer, jax.tree.leaves(walk[3])[0].shape[0]
+    layer, examples = stop.layer, jax.tree.leaves(stop.ct)[0].shape[0]
     ahead = functools.partial(_ahead, examples, sought)
     if isinstance(layer, Loss):
-        target = walk[-1]
         if sought.array == "y":
             return ahead(lambda *args: layer.forward(*args)[0], [stop.x, target])
         if isinstance(layer, FunctionLoss):
@@ -100,14 +103,14 @@ def birth(sought: Sought, *walk: *Walk) -> Birth | None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _stopped(
+def stopped(
     at: str | None, net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree
 ) -> Stop:
-    """Return what one layer had to do with in a walk; nothing else is computed."""
+    """Return what one layer had to do with in a walk, None for the loss; no other is computed."""
     ahead = forward(map_layers(net, Recorded), RecordedLoss(loss), params, Batch(x, target))
-    y, _, residuals = ahead.residuals
+    y, values, residuals = ahead.residuals
     if at is None:
-        return Stop(loss, (), y, residuals, ())
+        return Stop(loss, (), y, residuals, jnp.ones_like(values))
     collected, _ = ahead.back(ahead.own_gradient(), _stop)
     return dict(in_order(net, by_name(collected, Stop)))[at]
 

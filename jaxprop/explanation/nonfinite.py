@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Literal
@@ -16,15 +15,16 @@ from jax import Array
 from jax.core import Tracer
 
 from jaxprop.core.arrays import check_fit
+from jaxprop.core.combinator import seen_through
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Cotangent, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
-from jaxprop.explanation.births import Sought, birth
+from jaxprop.explanation.births import Sought, Stop, birth, stopped
 from jaxprop.explanation.numerals import share, short
 from jaxprop.explanation.record import explain
 from jaxprop.explanation.summary import Summary, summary
-from jaxprop.explanation.terms import Explanation, Terms, by_name
+from jaxprop.explanation.terms import Explanation, by_name
 from jaxprop.layers import Relu
 from jaxprop.traced.births import Birth
 
@@ -124,9 +124,15 @@ def find_nonfinite(
         >>> import jax.numpy as jnp, jaxprop as jp
         >>> net, x = jp.chain(jp.Tanh(), jp.Dense(1)), jnp.array([[1.0], [2.0]], jnp.float32)
         >>> params = ((), jp.AffineParams(jnp.float32([[3e38]]), jnp.float32([3e38])))
-        >>> print(jp.find_nonfinite(net, jp.HalfSquaredError(), params, x, x))
-        On the way forward layer 1 Dense(1) gave inf: y[0, 0], of example 0. All before it was
-        finite; the largest |x| of that example was 7.6e-01. Not finite in y: 2 of 2.
+        >>> found = jp.find_nonfinite(net, jp.HalfSquaredError(), params, x, x)
+        >>> print(found)  # doctest: +ELLIPSIS
+        On the way forward layer 1 Dense(1) gave inf: y[0, 0], of example 0. All before
+        it was finite; the largest |x| of that example was 7.6e-01. Not finite in y: 2
+        of 2.
+        It was born in add at jaxprop/layers/dense.py:...:
+            return (y if params.b is None else y + aligned(params.b, y)), x
+        add was given 2.28478e+38 and 3e+38 and gave inf at [0, 0] of 2×1, of example 0.
+        The result overflows: float32 goes to 3.4e+38.
     """
     check_net_and_loss(net, loss)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, x, target))):
@@ -182,14 +188,15 @@ def _finding(
     (part, index), value = found.place_of_first(), float(found.value)
     has_examples = array in ("x", "y", "ct", "d_x", "target") and bool(index)
     example = index[0] if has_examples else None
-    x = ct = None
-    at = "loss" if phase == "loss" else layer
-    title = "the loss" if at == "loss" else f"layer {layer}".strip()
-    if at is not None and phase != "input":
-        described, every_x, every_ct = jax.device_get(_whole(at, *walk))
-        title = f"the loss, {described.layer}," if at == "loss" else f"{title} {described.layer}"
+    x = ct = stop = None
+    of_loss = phase == "loss"
+    title = "the loss" if of_loss else f"layer {layer}".strip()
+    if phase != "input":
+        stop = stopped(None if of_loss else layer, *walk)
+        title = f"the loss, {stop.layer}," if of_loss else f"{title} {seen_through(stop.layer)}"
         if example is not None:
-            x, ct = jax.tree.map(lambda leaf: leaf[example], (every_x, every_ct))
+            each = jax.device_get((stop.x, stop.ct))
+            x, ct = jax.tree.map(lambda leaf: leaf[example], each)
     place = f"[{', '.join(map(str, index))}]" if index else ""
     of = "" if example is None else f", of example {example}"
     sentence = (
@@ -197,25 +204,21 @@ def _finding(
         + f" Not finite in {array}: {int(found.nonfinite)} of {found.size}."
     )
     born, said = None, ""
-    if phase != "input" and array not in ("x", "ct") and at is not None:
-        born, said = _born(None if at == "loss" else at, array, part, example, walk)
+    if stop is not None and array not in ("x", "ct"):
+        born, said = _born(array, part, example, stop, walk[-1])
     array, sentence = array + part, sentence + said
     return Finding(phase, layer, array, index, value, example, x, ct, born, sentence, suspects)
 
 
 def _born(
-    layer: str | None,
-    array: str,
-    part: str,
-    example: int | None,
-    walk: tuple[Layer, Loss, Params, PyTree, PyTree],
+    array: str, part: str, example: int | None, stop: Stop, target: PyTree
 ) -> tuple[Birth | None, str]:
     """Return the equation that made an array what it is, and what is said if there is none."""
     kind = array
     if array.startswith(GRADIENT):
         kind, part = "grads", array.removeprefix(GRADIENT).removeprefix(" by ")
     try:
-        found = birth(Sought(layer, kind, part, example), *walk)
+        found = birth(Sought(kind, part, example), stop, target)
     except Exception as error:  # what cannot be run equation by equation, such as a callback
         said = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         return None, f" The equation that made it was not found: {said}"
@@ -270,16 +273,6 @@ def _walked(
 ) -> tuple[Explanation, Summary | None, Summary | None]:
     """Return an explanation in summaries, and the summaries of x and target."""
     return explain(net, loss, params, x, target, keep=0), summary(x), summary(target)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _whole(
-    at: str, net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree
-) -> tuple[Terms, PyTree, Cotangent]:
-    """Return the terms of one layer, and its whole x and ct; nothing else is computed."""
-    terms = explain(net, loss, params, x, target, keep=sys.maxsize)
-    here = terms.loss if at == "loss" else dict(terms.runs())[at]
-    return dataclasses.replace(here, kept=None), here.x, here.ct
 
 
 def _leaves(tree: PyTree) -> list[Array]:

@@ -27,6 +27,7 @@ from jaxprop.traced.tape import (
     is_moving,
     loop_of,
     not_finite,
+    numbers,
     with_values,
 )
 
@@ -180,7 +181,7 @@ def pull(f: Fn, ins: Sequence[Any], at: Sequence[int], cts: Sequence[Any]) -> li
     moving = [jnp.asarray(ins[index]) for index in at]
     _, back = jax.vjp(of_moving, *moving)
     ds = list(back(some))
-    if not all(bool(jnp.any(d != 0)) for d in ds):
+    if not all(numbers(d).any() for d in ds):
         jaxpr = jax.make_jaxpr(lambda moving, cts: jax.vjp(of_moving, *moving)[1](cts))(
             moving, some
         )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprop.traced.ahead import Born
-from jaxprop.traced.causes import Given, Seen, cause_of, takes_another
+from jaxprop.traced.causes import MIXING, Given, Seen, cause_of, takes_another
 from jaxprop.traced.equations import (
     Line,
     line_of,
@@ -120,18 +120,21 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
     through = born.back and born.cts is not None
     here = reduced_axes_of(equation)
     if through:
-        shape, reduced = np.shape(ins[born.position]), index
+        shape = np.shape(ins[born.position])
         kept = tuple(i for axis, i in enumerate(index) if axis not in here)
         cts = [ct for ct in born.cts or () if ct is not None]
-        ct = _seen_at(cts[0], kept if len(kept) == np.ndim(cts[0]) else index, shape, ())
+        ct = _seen_at(cts[0], kept if len(kept) == np.ndim(cts[0]) else index, shape)
     else:
-        shape, reduced, ct = result.shape, index, None
+        shape, ct = result.shape, None
     rows = examples if example is not None else None
-    given = tuple(_seen_at(value, reduced, shape, () if through else here, rows) for value in ins)
+    by_index = equation.primitive.name not in MIXING
+    given = tuple(
+        _seen_at(value, index, shape, () if through else here, rows, by_index) for value in ins
+    )
     outs = None
     if through:
         made = born.tape.outs(born.number)
-        outs = _seen_at(made[0], index, shape, ())
+        outs = _seen_at(made[0], index, shape)
     line, scope, steps = _place(born)
     ruled_by = [each.equation for each in born.within if ruled(each.equation) is not None]
     seen = Seen(
@@ -182,8 +185,9 @@ def _seen_at(
     value: Any,
     index: tuple[int, ...],
     shape: tuple[int, ...],
-    reduced: Sequence[int],
+    reduced: Sequence[int] = (),
     examples: int | None = None,
+    by_index: bool = True,
 ) -> Given | None:
     """Return the numbers of an operand that an element comes from, as far as it is known."""
     if jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):
@@ -194,8 +198,12 @@ def _seen_at(
     if reduced and array.ndim == len(shape) + len(reduced):
         kept = iter(index)
         array = array[tuple(slice(None) if a in reduced else next(kept) for a in range(array.ndim))]
-    elif array.shape == shape:
-        array = array[index]
+    elif (
+        by_index
+        and array.ndim == len(shape)
+        and all(size in (1, length) for size, length in zip(array.shape, shape, strict=True))
+    ):
+        array = array[tuple(min(i, size - 1) for i, size in zip(index, array.shape, strict=True))]
     elif examples is not None and array.shape[:1] == shape[:1] == (examples,):
         array = array[index[0]]
     return Given.of(array)

@@ -37,6 +37,18 @@ SOLVING = {
     "qr": "the matrix has not full rank",
 }
 
+MIXING = SUMS | {
+    *SOLVING,
+    "sort",
+    "transpose",
+    "rev",
+    "fft",
+    "dynamic_slice",
+    "concatenate",
+    "scan",
+}
+"""Primitives whose result at an index does not come from the operands at that index."""
+
 
 class Given(NamedTuple):
     """The least and the largest of some numbers, and how many there are."""

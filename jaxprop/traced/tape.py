@@ -22,6 +22,8 @@ from jaxprop.traced.equations import (
     while_of,
 )
 
+REARRANGING = frozenset(("broadcast_in_dim", "reshape", "squeeze", "convert_element_type"))
+
 
 class Tape:
     """A program, run equation by equation.
@@ -58,10 +60,17 @@ class Tape:
         return [self.values[var] for var in self.equations[number].outvars]
 
     def maker(self, number: int, position: int) -> JaxprEqn | None:
-        """Return the equation that made one of the inputs of another; None for what was given."""
+        """Return the equation that made one of the inputs of another, before it was rearranged.
+
+        None for what was given.
+        """
         var = self.equations[number].invars[position]
-        made = None if isinstance(var, Literal) else self.makers.get(var)
-        return None if made is None else self.equations[made]
+        while not isinstance(var, Literal) and var in self.makers:
+            equation = self.equations[self.makers[var]]
+            if equation.primitive.name not in REARRANGING:
+                return equation
+            var = equation.invars[0]
+        return None
 
 
 class Inside(NamedTuple):
