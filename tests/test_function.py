@@ -129,6 +129,15 @@ def test_an_mlp_of_sequences():
 
 
 @pytest.mark.few(1)
+@pytest.mark.parametrize(
+    "name", ["conv, groups", "conv_transpose", "heads", "a tied table", "time"]
+)
+def test_the_diagonal_of_what_has_positions(name):
+    fn, params, x, target, *_ = case_of(name)
+    hold(fn, params, x, target, diagonal=True)
+
+
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scanned", [True, False])
 def test_a_gpt_of_einsums(scanned):
     ids, target = integers(VOCAB, 3, LENGTH), integers(VOCAB, 3, LENGTH, seed=1)

@@ -311,6 +311,36 @@ def test_running_statistics_are_unlearned():
     hold(model.apply, marked, x, normal(5, 3))
 
 
+def test_batch_norm_in_training_is_refused():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.BatchNorm(use_running_average=False)(nn.Dense(6)(x)))
+
+    model, x = Normed(), normal(5, 4)
+    variables = drawn(jax.eval_shape(model.init, jax.random.key(0), x))
+    marked = {"params": variables["params"], "batch_stats": jp.freeze(variables["batch_stats"])}
+
+    def fn(params, x):
+        return model.apply(params, x, mutable=["batch_stats"])[0]
+
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+    with pytest.raises(ValueError, match=r"in BatchNorm_0|BatchNorm_0 lets one reach another"):
+        norms(marked, x, normal(5, 3))
+
+
+def test_one_dropout_key_for_all_examples_is_refused():
+    model, x = nn.Dropout(0.5, deterministic=False), normal(5, 4)
+
+    def fn(params, x):
+        return model.apply({}, x @ params["w"], rngs={"dropout": params["key"]})
+
+    params = {"w": normal(4, 3), "key": jp.Unlearned(jax.random.key(0))}
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+    with pytest.raises(ValueError, match="give x a key for each example"):
+        norms(params, x, normal(5, 3))
+
+
 def only(word, params):
     """Params of which those are learned whose name ends in the word."""
 
