@@ -371,6 +371,19 @@ def test_kronecker_factors_of_linen_are_those_of_our_layers():
         hold_leaves((factors["kernel"], factors["bias"]), (layer.w, layer.b))
 
 
+def test_kronecker_factors_of_a_network_with_biases():
+    """For one example a bias's block is b, as it is of a kernel kron(a, b)."""
+    x, target, model = normal(1, 4), integers(3, 1), Mlp()
+    params, net, loss = params_of(model, x), jp.function(model.apply), jp.CrossEntropy()
+    factors = jp.kronecker_factors(net, loss)(params, x, target)
+    root = jp.ggn_root(net, loss)(params, x, target)
+    for name in ("Dense_0", "Dense_1"):
+        v = root["params"][name]["bias"][:, 0]
+        a, b = factors["params"][name]["bias"]
+        assert a.shape == (1, 1)
+        assert relative_error(a * b, v.T @ v) <= 1e-10
+
+
 @pytest.mark.full
 def test_kronecker_factors_of_a_linen_gpt_are_finite_and_of_each_kernel():
     model, (ids, target) = GPTS["unrolled"], tokens()
