@@ -895,9 +895,31 @@ def test_private_gradients():
 
 def test_clipped_in_one_walk_and_in_two():
     want = oracle(mlp, LOSS, MLP, *BATCH, bound=0.4)[:2]
-    for options in ({}, {"two_pass": True}, {"per_layer": True}, {"drop_nonfinite": True}):
+    for options in ({}, {"two_pass": True}, {"drop_nonfinite": True}):
         f = jp.clipped_grad(jp.function(mlp), LOSS, 0.4, **options)
-        hold_leaves(jax.jit(f)(MLP, *BATCH), want)  # the function is one layer
+        hold_leaves(jax.jit(f)(MLP, *BATCH), want)
+
+
+def test_each_module_of_params_is_clipped_by_itself():
+    """A module is what stands together in the tree, or an array beside modules."""
+
+    def fn(params, x):
+        return mlp(params["layers"], x) * as_row(params["scale"], x)
+
+    params, bound = {"layers": MLP, "scale": drawn(struct(3))}, 0.2
+    _, _, each = oracle(fn, LOSS, params, *BATCH)
+    modules = {"layers": [0, 1], "scale": 0}
+    asked = {
+        "norms": jp.SqNorms(per_layer=True),
+        "clipped": jp.Clipped(bound, per_layer=True),
+    }
+    got = jax.jit(jp.quantities(jp.function(fn), LOSS, **asked))(params, *BATCH)
+
+    def of_each(f):
+        return jax.tree.map(lambda _, module: f(module), modules, each)
+
+    hold_leaves(got["norms"], of_each(oracles.per_example_sq_norms.of))
+    hold_leaves(got["clipped"], of_each(lambda module: oracles.clipped.of(module, bound)))
 
 
 @pytest.mark.full
