@@ -129,6 +129,15 @@ def test_an_mlp_of_sequences():
 
 
 @pytest.mark.few(1)
+@pytest.mark.parametrize(
+    "name", ["conv, groups", "conv_transpose", "heads", "a tied table", "time"]
+)
+def test_the_diagonal_of_what_has_positions(name):
+    fn, params, x, target, *_ = case_of(name)
+    hold(fn, params, x, target, diagonal=True)
+
+
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scanned", [True, False])
 def test_a_gpt_of_einsums(scanned):
     ids, target = integers(VOCAB, 3, LENGTH), integers(VOCAB, 3, LENGTH, seed=1)
@@ -886,9 +895,31 @@ def test_private_gradients():
 
 def test_clipped_in_one_walk_and_in_two():
     want = oracle(mlp, LOSS, MLP, *BATCH, bound=0.4)[:2]
-    for options in ({}, {"two_pass": True}, {"per_layer": True}, {"drop_nonfinite": True}):
+    for options in ({}, {"two_pass": True}, {"drop_nonfinite": True}):
         f = jp.clipped_grad(jp.function(mlp), LOSS, 0.4, **options)
-        hold_leaves(jax.jit(f)(MLP, *BATCH), want)  # the function is one layer
+        hold_leaves(jax.jit(f)(MLP, *BATCH), want)
+
+
+def test_each_module_of_params_is_clipped_by_itself():
+    """A module is what stands together in the tree, or an array beside modules."""
+
+    def fn(params, x):
+        return mlp(params["layers"], x) * as_row(params["scale"], x)
+
+    params, bound = {"layers": MLP, "scale": drawn(struct(3))}, 0.2
+    _, _, each = oracle(fn, LOSS, params, *BATCH)
+    modules = {"layers": [0, 1], "scale": 0}
+    asked = {
+        "norms": jp.SqNorms(per_layer=True),
+        "clipped": jp.Clipped(bound, per_layer=True),
+    }
+    got = jax.jit(jp.quantities(jp.function(fn), LOSS, **asked))(params, *BATCH)
+
+    def of_each(f):
+        return jax.tree.map(lambda _, module: f(module), modules, each)
+
+    hold_leaves(got["norms"], of_each(oracles.per_example_sq_norms.of))
+    hold_leaves(got["clipped"], of_each(lambda module: oracles.clipped.of(module, bound)))
 
 
 @pytest.mark.full
@@ -1004,11 +1035,11 @@ def test_narrow_dtypes_are_close_to_float64(dtype, tolerance):
             drawn({"h": struct(3, 3), "x": struct(3, 3), "b": struct(3)}),
             normal(2, 4, 3),
         ),
-        (gpt, gpt_params(), integers(VOCAB, 2, LENGTH)),
         (conv(feature_group_count=2), drawn(struct(3, 3, 2, 6)), normal(2, 4, 4, 4)),
         (lora, lora_params(), normal(3, 5)),
+        (gpt, gpt_params(), integers(VOCAB, 2, LENGTH)),
     ],
-    ids=["mlp", "scan", "gpt", "conv", "lora"],
+    ids=["mlp", "scan", "conv", "lora", "gpt"],
 )
 def test_check_layer_passes(fn, params, x):
     jp.check_layer(jp.function(fn), x, params, rtol=1e-10)

@@ -311,6 +311,36 @@ def test_running_statistics_are_unlearned():
     hold(model.apply, marked, x, normal(5, 3))
 
 
+def test_batch_norm_in_training_is_refused():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.BatchNorm(use_running_average=False)(nn.Dense(6)(x)))
+
+    model, x = Normed(), normal(5, 4)
+    variables = drawn(jax.eval_shape(model.init, jax.random.key(0), x))
+    marked = {"params": variables["params"], "batch_stats": jp.freeze(variables["batch_stats"])}
+
+    def fn(params, x):
+        return model.apply(params, x, mutable=["batch_stats"])[0]
+
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+    with pytest.raises(ValueError, match=r"in BatchNorm_0|BatchNorm_0 lets one reach another"):
+        norms(marked, x, normal(5, 3))
+
+
+def test_one_dropout_key_for_all_examples_is_refused():
+    model, x = nn.Dropout(0.5, deterministic=False), normal(5, 4)
+
+    def fn(params, x):
+        return model.apply({}, x @ params["w"], rngs={"dropout": params["key"]})
+
+    params = {"w": normal(4, 3), "key": jp.Unlearned(jax.random.key(0))}
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+    with pytest.raises(ValueError, match="give x a key for each example"):
+        norms(params, x, normal(5, 3))
+
+
 def only(word, params):
     """Params of which those are learned whose name ends in the word."""
 
@@ -339,6 +369,19 @@ def test_kronecker_factors_of_linen_are_those_of_our_layers():
     for index, layer in enumerate(layer for layer in want if jax.tree.leaves(layer)):
         factors = got["params"][f"Dense_{index}"]
         hold_leaves((factors["kernel"], factors["bias"]), (layer.w, layer.b))
+
+
+def test_kronecker_factors_of_a_network_with_biases():
+    """For one example a bias's block is b, as it is of a kernel kron(a, b)."""
+    x, target, model = normal(1, 4), integers(3, 1), Mlp()
+    params, net, loss = params_of(model, x), jp.function(model.apply), jp.CrossEntropy()
+    factors = jp.kronecker_factors(net, loss)(params, x, target)
+    root = jp.ggn_root(net, loss)(params, x, target)
+    for name in ("Dense_0", "Dense_1"):
+        v = root["params"][name]["bias"][:, 0]
+        a, b = factors["params"][name]["bias"]
+        assert a.shape == (1, 1)
+        assert relative_error(a * b, v.T @ v) <= 1e-10
 
 
 @pytest.mark.full

@@ -139,7 +139,7 @@ class Program:
     def product(self, shape):
         """A dot_general whose axes are contracted, batched or free at random."""
         roles = [self.choose("cbf") for _ in shape]
-        if "c" not in roles and "b" not in roles and self.rng.random() < 0.7:
+        if roles and set(roles) == {"f"} and self.rng.random() < 0.7:
             roles[-1] = "c"
         contracted = [1 + a for a, role in enumerate(roles) if role == "c"]
         batched = [1 + a for a, role in enumerate(roles) if role == "b"]
