@@ -81,7 +81,9 @@ def together(
         key = batch.key
         for_samples = None if key is None else jax.random.fold_in(key, SAMPLES)
         given = params, batch._replace(key=for_samples)
-        first = jax.tree.leaves(batch.x)[0]
+        first = next(iter(jax.tree.leaves(batch.x)), None)
+        if first is None:
+            raise ValueError(f"{net} takes an x of one array at least, not {batch.x!r}")
         if is_explicit(first):
             value, taken = by_xla(parts, functools.partial(_laid_out_as, first), *given)
         else:

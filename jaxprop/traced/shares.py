@@ -45,6 +45,9 @@ def share(use: Use, part: Part, x: Array, ct: Array) -> tuple[Factored, Moves]:
             form, moves = _of_convolution(convolution, use, x, ct)
         case LookUp() as look_up:
             form, moves = _of_look_up(look_up, use, x, ct)
+    axis = part.layers
+    if axis is not None:
+        form = jax.tree.map(lambda factor: _cut(factor, axis, part), form)
     return form, (*part.moves, *moves)
 
 

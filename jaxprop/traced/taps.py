@@ -387,10 +387,7 @@ def _side_by_side(equation: JaxprEqn, ins: list[Any], entries: list[Any]) -> lis
 def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
     scan = scan_of(equation)
     carried = list(map(plain, ins[scan.consts : scan.consts + scan.carry]))
-    stacks = [
-        plain(value) if isinstance(value, View) and value.joined is not None else value
-        for value in ins[scan.consts + scan.carry :]
-    ]
+    stacks = ins[scan.consts + scan.carry :]
     consts = ins[: scan.consts]
     constants = list(map(bare, consts))
     asked: set[int] = set()
@@ -446,15 +443,20 @@ def _in_scan(
     view: View, layers: bool, value: Array, own: Array, index: int, asked: set[int]
 ) -> View:
     """Return a view as a scan's body sees it."""
-    parts = view.parts
+    parts, joined = view.parts, view.joined
     if layers:
         parts = tuple(part._replace(moves=(*part.moves, Scanned())) for part in parts)
+    if layers and joined == 0:
+        joined, axis = None, sum(view.scans)
+        parts = tuple(part._replace(layers=axis) for part in parts)
+    elif layers and joined is not None:
+        joined -= 1
 
     def ask() -> Array:
         asked.add(index)
         return own
 
-    return View(parts, value, ask, view.joined, view.scale, (*view.scans, layers))
+    return View(parts, value, ask, joined, view.scale, (*view.scans, layers))
 
 
 def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:

@@ -19,12 +19,15 @@ class Part(NamedTuple):
         moves: how its entries came to lie as they do.
         start: where it begins along the axis that several params are joined on.
         stop: where it ends.
+        layers: where they were joined along the axis that a scan went through, which of the axes of
+            layers that is.
     """
 
     param: int
     moves: Moves
     start: int = 0
     stop: int = 0
+    layers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
