@@ -473,3 +473,70 @@ def test_what_debug_nans_says(case):
         jax.block_until_ready(jax.grad(mean_loss)(case.params))
     said = re.search(r"invalid value \(nan\) encountered in (\S+)", str(raised.value)).group(1)
     assert said == case.debug_nans
+
+
+def ahead(h):
+    return h + jnp.log(h - h)
+
+
+def back(h):
+    root = jnp.sqrt(h - h)
+    return h + root.mean()
+
+
+def in_a_scan(f):
+    return lambda h: jax.lax.scan(lambda h, t: (f(h) * t, None), h, jnp.ones(2))[0]
+
+
+def in_what_it_stacks(f):
+    return lambda h: jax.lax.scan(lambda s, h: (s + h, f(h)), jnp.zeros(h.shape[1:]), h)[1]
+
+
+def in_a_branch(f):
+    return lambda h: jax.lax.cond(h.sum() < 9, f, jnp.sin, h)
+
+
+def with_a_rule(f):
+    @jax.custom_jvp
+    def ruled(h):
+        return f(h)
+
+    ruled.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
+    return lambda h: ruled(h)
+
+
+def without_a_name(f):
+    def named(h):
+        with jax.named_scope("scope"):
+            return f(h)
+
+    return named
+
+
+AROUND = [
+    *(jax.jit, jax.checkpoint, in_a_scan, in_what_it_stacks, in_a_branch, with_a_rule),
+    *(without_a_name, jax.vmap),
+]
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_is_around(seed):
+    chosen = np.random.default_rng(seed).permutation(AROUND)[:3]
+    core = (ahead, back)[seed % 2]
+    inner = core
+    for around in chosen:
+        inner = around(inner)
+    fn = each(lambda params, x: jnp.sum(inner(jnp.sin(x * params))))
+    birth = find_in(fn, jnp.ones(()), jnp.asarray(normal(3, 2, 2, 2)))
+    source = {ahead: "return h + jnp.log(h - h)", back: "root = jnp.sqrt(h - h)"}[core]
+    names = [around.__name__ for around in chosen]
+    if birth.rule:  # JAX gives the equations of a custom_jvp's rule the line of the call
+        assert with_a_rule in chosen
+        assert (birth.rule, source) == ("ruled", "root = jnp.sqrt(h - h)")
+        source = "return lambda h: ruled(h)"
+    assert (birth.source, birth.back) == (source, core is back), names
+    assert birth.example == 0
+    assert ("scope" in birth.scope) == (without_a_name in chosen), (names, birth.scope)
+    loops = [around for around in chosen if around in (in_a_scan, in_what_it_stacks)]
+    assert len(birth.steps) == len(loops)

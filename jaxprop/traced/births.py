@@ -47,7 +47,8 @@ class Birth:
         back: whether on the way back.
         primitive: the name of JAX's primitive.
         line: the file and the number of the source line: the innermost one outside of installed
-            packages. In a layer of this library it is the library's own.
+            packages. In a layer of this library it is the library's own, and in the rule of a
+            ``jax.custom_jvp`` function that of the call.
         source: what is written there; "" where the source cannot be read.
         scope: the named scopes, of ``jax.named_scope`` or of Flax modules.
         rule: the function whose derivative rule it is in; "" if it is in none.
