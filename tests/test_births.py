@@ -540,3 +540,14 @@ def test_whatever_is_around(seed):
     assert ("scope" in birth.scope) == (without_a_name in chosen), (names, birth.scope)
     loops = [around for around in chosen if around in (in_a_scan, in_what_it_stacks)]
     assert len(birth.steps) == len(loops)
+
+
+def test_another_example_that_overflows_later():
+    """Example 1 overflows in the sum alone, example 0 in the square before it."""
+    x = jnp.full((2, 20), 1.0).at[0].set(1e155).at[1].set(1.2e154)
+    params = jp.AffineParams(jnp.eye(20), jnp.zeros(20))
+    birth = jp.find_nonfinite(jp.Dense(20), LOSS, params, x, x * 0).birth
+    assert (birth.primitive, birth.example, birth.index) == ("integer_pow", 0, (0, 0))
+    birth = jp.find_nonfinite(jp.Dense(20), LOSS, params, x[1:], x[1:] * 0).birth
+    assert (birth.primitive, birth.example, birth.index) == ("reduce_sum", 0, (0,))
+    assert birth.cause == "The sum overflows: float64 goes to 1.8e+308."
