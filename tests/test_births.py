@@ -473,3 +473,81 @@ def test_what_debug_nans_says(case):
         jax.block_until_ready(jax.grad(mean_loss)(case.params))
     said = re.search(r"invalid value \(nan\) encountered in (\S+)", str(raised.value)).group(1)
     assert said == case.debug_nans
+
+
+def ahead(h):
+    return h + jnp.log(h - h)
+
+
+def back(h):
+    root = jnp.sqrt(h - h)
+    return h + root.mean()
+
+
+def in_a_scan(f):
+    return lambda h: jax.lax.scan(lambda h, t: (f(h) * t, None), h, jnp.ones(2))[0]
+
+
+def in_what_it_stacks(f):
+    return lambda h: jax.lax.scan(lambda s, h: (s + h, f(h)), jnp.zeros(h.shape[1:]), h)[1]
+
+
+def in_a_branch(f):
+    return lambda h: jax.lax.cond(h.sum() < 9, f, jnp.sin, h)
+
+
+def with_a_rule(f):
+    @jax.custom_jvp
+    def ruled(h):
+        return f(h)
+
+    ruled.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
+    return lambda h: ruled(h)
+
+
+def without_a_name(f):
+    def named(h):
+        with jax.named_scope("scope"):
+            return f(h)
+
+    return named
+
+
+AROUND = [
+    *(jax.jit, jax.checkpoint, in_a_scan, in_what_it_stacks, in_a_branch, with_a_rule),
+    *(without_a_name, jax.vmap),
+]
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_is_around(seed):
+    chosen = np.random.default_rng(seed).permutation(AROUND)[:3]
+    core = (ahead, back)[seed % 2]
+    inner = core
+    for around in chosen:
+        inner = around(inner)
+    fn = each(lambda params, x: jnp.sum(inner(jnp.sin(x * params))))
+    birth = find_in(fn, jnp.ones(()), jnp.asarray(normal(3, 2, 2, 2)))
+    source = {ahead: "return h + jnp.log(h - h)", back: "root = jnp.sqrt(h - h)"}[core]
+    names = [around.__name__ for around in chosen]
+    if birth.rule:  # JAX gives the equations of a custom_jvp's rule the line of the call
+        assert with_a_rule in chosen
+        assert (birth.rule, source) == ("ruled", "root = jnp.sqrt(h - h)")
+        source = "return lambda h: ruled(h)"
+    assert (birth.source, birth.back) == (source, core is back), names
+    assert birth.example == 0
+    assert ("scope" in birth.scope) == (without_a_name in chosen), (names, birth.scope)
+    loops = [around for around in chosen if around in (in_a_scan, in_what_it_stacks)]
+    assert len(birth.steps) == len(loops)
+
+
+def test_another_example_that_overflows_later():
+    """Example 1 overflows in the sum alone, example 0 in the square before it."""
+    x = jnp.full((2, 20), 1.0).at[0].set(1e155).at[1].set(1.2e154)
+    params = jp.AffineParams(jnp.eye(20), jnp.zeros(20))
+    birth = jp.find_nonfinite(jp.Dense(20), LOSS, params, x, x * 0).birth
+    assert (birth.primitive, birth.example, birth.index) == ("integer_pow", 0, (0, 0))
+    birth = jp.find_nonfinite(jp.Dense(20), LOSS, params, x[1:], x[1:] * 0).birth
+    assert (birth.primitive, birth.example, birth.index) == ("reduce_sum", 0, (0,))
+    assert birth.cause == "The sum overflows: float64 goes to 1.8e+308."

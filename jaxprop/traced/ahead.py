@@ -46,6 +46,7 @@ class Born(NamedTuple):
         back: whether this is on the way back. With cts None it is then a backward rule's equation.
         summed: whether not its own result overflowed but the sum of the cotangents of one value.
         line: the source line, where the equation does not have it.
+        where: which elements of the result are meant; None for all that are not finite.
     """
 
     tape: Tape
@@ -57,6 +58,7 @@ class Born(NamedTuple):
     back: bool = False
     summed: bool = False
     line: Line | None = None
+    where: np.ndarray | None = None
 
     @property
     def equation(self) -> JaxprEqn:
@@ -145,9 +147,9 @@ def _at(
         inputs = list(inner.inputs)
     else:
         born = Born(tape, number, position, tape.outs(number), within)
-        inputs = _culprits(equation, ins, born.results[position], position)
-        if not inputs:
-            found.births[number] = born
+        inputs, here = _culprits(equation, ins, born.results[position], position)
+        if here is not None:
+            found.births[number] = born._replace(where=here)
         elif has_nan(born.results[position]) and not any(has_nan(ins[i]) for i in inputs):
             found.turned[number] = born
     constants = tape.program.jaxpr.constvars
@@ -158,25 +160,31 @@ def _at(
     return [index for index in inputs if not isinstance(equation.invars[index], Literal)]
 
 
-def _culprits(equation: JaxprEqn, ins: Sequence[Any], out: Any, position: int) -> list[int]:
-    """Return the inputs that are not finite and without which the result would not be so."""
+def _culprits(
+    equation: JaxprEqn, ins: Sequence[Any], out: Any, position: int
+) -> tuple[list[int], np.ndarray | None]:
+    """Return the inputs that are not finite and without which the result would not be so.
+
+    And where the result would not be finite all the same; None if it would be.
+    """
+    here = not_finite(out)
     bad = {
         index: where for index, value in enumerate(ins) if (where := not_finite(value)) is not None
     }
-    if not bad:
-        return []
-    here = not_finite(out)
+    if not bad or here is None:
+        return [], here
     mended = [
         jnp.where(bad[index], jnp.ones((), value.dtype), value) if index in bad else value
         for index, value in enumerate(ins)
     ]
     still = not_finite(evaluate(equation, mended)[position])
-    if here is None or (still is not None and (still & here).any()):
-        return []
+    own = None if still is None or not (still & here).any() else still & here
+    if own is not None and own.sum() == here.sum():
+        return [], own
     beside = [
         index for index, where in bad.items() if where.shape != here.shape or (where & here).any()
     ]
-    return beside or list(bad)
+    return beside or list(bad), own
 
 
 def _in_loop(

@@ -47,7 +47,8 @@ class Birth:
         back: whether on the way back.
         primitive: the name of JAX's primitive.
         line: the file and the number of the source line: the innermost one outside of installed
-            packages. In a layer of this library it is the library's own.
+            packages. In a layer of this library it is the library's own, and in the rule of a
+            ``jax.custom_jvp`` function that of the call.
         source: what is written there; "" where the source cannot be read.
         scope: the named scopes, of ``jax.named_scope`` or of Flax modules.
         rule: the function whose derivative rule it is in; "" if it is in none.
@@ -113,7 +114,7 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
     """
     equation = born.equation
     result = numbers(born.results[born.position])
-    bad = not_finite(result)
+    bad = not_finite(result) if born.where is None else born.where
     assert bad is not None
     index = _first(bad, examples, example)
     ins = born.tape.ins(born.number)
@@ -215,14 +216,14 @@ def _place(born: Born) -> tuple[Line | None, str, tuple[Step, ...]]:
     lines = [line_of(equation) for equation in reversed(chain)]
     lines += [line_of(equation, ours=True) for equation in reversed(chain)]
     line = next((line for line in [born.line, *lines] if line is not None), None)
-    scopes = (TRANSFORMS.sub("", place_of(equation).scope) for equation in chain)
+    parts = (TRANSFORMS.sub("", place_of(equation).scope).split("/") for equation in chain)
     steps = tuple(
         Step(each.step, "scan" if each.equation.primitive.name == "scan" else "loop", at)
         for each in born.within
         if each.step is not None
         for at in [getattr(line_of(each.equation) or line_of(each.equation, ours=True), "name", "")]
     )
-    scope = "/".join(part.strip("/") for part in scopes if part.strip("/"))
+    scope = "/".join(part for each in parts for part in each if part and "->" not in part)
     return line, scope, steps
 
 
