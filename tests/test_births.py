@@ -214,7 +214,7 @@ def find(case):
     return jp.find_nonfinite(jp.function(case.fn), case.loss, case.params, case.x, target)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_the_classical_cases(case):
     case = case()
@@ -377,6 +377,7 @@ def test_a_cast():
     )
 
 
+@pytest.mark.full
 def test_layers_of_the_library():
     net = jp.chain(jp.Dense(2), jp.Dense(1))
     x = jnp.full((3, 1), 1e200).at[0].set(1)
@@ -438,6 +439,7 @@ def test_the_loss():
     assert birth.cause.startswith("An index is outside of the array")
 
 
+@pytest.mark.full
 def test_the_turn_of_a_loop_of_layers():
     net = jp.chain(jp.repeat(jp.function(lambda params, x: jnp.exp(x)), 4))
     found = jp.find_nonfinite(net, LOSS, ((),), jnp.ones((2, 1)), jnp.ones((2, 1)))
@@ -519,7 +521,7 @@ AROUND = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(24))
 def test_whatever_is_around(seed):
     chosen = np.random.default_rng(seed).permutation(AROUND)[:3]

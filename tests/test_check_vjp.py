@@ -95,6 +95,7 @@ WRONG = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("mistake", WRONG)
 def test_names_the_mistake(mistake):
     change, message = WRONG[mistake]
@@ -260,7 +261,7 @@ def only_float32():
     return ruled(f, lambda x: (f(x), x), lambda x, ct: (2 * x * ct,))
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", RIGHT)
 def test_passes_what_is_right(case):
     jp.check_vjp(*RIGHT[case]())

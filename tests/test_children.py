@@ -199,6 +199,7 @@ def test_what_follows_from_the_children(row):
     assert layers_with_params(row.layer, params) >= (1 if jax.tree.leaves(learned(params)) else 0)
 
 
+@pytest.mark.full
 def test_side_inputs_reach_every_layer():
     block = jp.skip(jp.chain(jp.Dense(6), jp.Attention(1), jp.Dense(2), jp.Dropout(0.5)))
     net = Two(

@@ -114,6 +114,7 @@ def test_generate_compiles_once():
     assert generation._generated._cache_size() == before
 
 
+@pytest.mark.full
 def test_a_decoder_with_a_memory():
     """The memory is given whole with every step, and padded: the first of an encoder."""
     cross = jp.chain(
@@ -143,6 +144,7 @@ def test_a_decoder_with_a_memory():
     assert relative_error(jnp.concatenate(ys, 1), whole) <= 1e-12
 
 
+@pytest.mark.full
 def test_a_memory_in_a_dict_is_not_counted():
     cross = (jp.chain(jp.Item("x"), jp.Dense(4)), jp.chain(jp.Item("memory"), jp.Dense(8)))
     body = jp.chain(jp.branch(*cross, join="tuple"), jp.Attention(2, causal=False))

@@ -160,6 +160,7 @@ def test_vae_has_two_outputs_and_a_loss_that_falls(monkeypatch):
     assert len((EXAMPLES / "vae.py").read_text().splitlines()) <= 60
 
 
+@pytest.mark.full
 def test_nan_shows_three_tools_side_by_side():
     out = run("nan.py")
     lines = (EXAMPLES / "nan.py").read_text().splitlines()

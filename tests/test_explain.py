@@ -216,6 +216,7 @@ def test_a_coupled_layer_has_grads_and_no_chain_of_one_example():
         terms["1"][0]
 
 
+@pytest.mark.full
 def test_integer_inputs_and_narrow_dtypes():
     class Rows(jp.Layer):
         """y = the rows of params that x names."""

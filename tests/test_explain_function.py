@@ -131,7 +131,7 @@ CASES = {
 }
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", CASES)
 def test_every_entry_is_the_product_of_its_factors(case):
     fn, params, shape, factored = CASES[case]
@@ -143,6 +143,7 @@ def test_every_entry_is_the_product_of_its_factors(case):
     assert with_factors == factored
 
 
+@pytest.mark.full
 def test_a_tied_table_has_the_factors_of_both_uses():
     params = {"table": normal(4, 3), "scale": jnp.array(1.5)}
     net, ids = jp.function(tied), jnp.array([[0, 2], [2, 2]])
@@ -174,6 +175,7 @@ def test_a_function_among_layers_and_in_a_stack(seat):
     assert f"{seat}a/w" in with_factors
 
 
+@pytest.mark.full
 def test_the_layers_of_a_scan_within_a_stack_of_functions():
     params = {"w": normal(3, 2, 2), "b": normal(3, 2)}
     net, x = jp.repeat(jp.function(stack, lambda key, x: params), 2), normal(2, 2)
@@ -271,6 +273,7 @@ def branched(params, x):
     return jax.lax.cond(params["w"][0, 0] > -9, scoped, lambda p, x: scoped(p, -x), params, x)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fn", [wrapped(jax.jit), wrapped(jax.checkpoint), branched])
 def test_scopes_are_found_within(fn):
     x, target = normal(5, 3, seed=3), normal(5, 2, seed=4)
@@ -358,6 +361,7 @@ def test_scopes_of_a_function_among_layers(stacked):
         assert np.allclose(at.scopes[-1].kept[1], at.ct, rtol=1e-12)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("keep", [0, 10**6])
 def test_prints_in_80_columns(keep, standard_promotion):
     nn = pytest.importorskip("flax.linen")

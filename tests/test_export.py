@@ -69,7 +69,7 @@ def everything(row, has_params):
     return f
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @rows
 def test_one_program_for_any_batch_size(row):
     params, x = at(row)

@@ -137,7 +137,7 @@ def test_the_diagonal_of_what_has_positions(name):
     hold(fn, params, x, target, diagonal=True)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("scanned", [True, False])
 def test_a_gpt_of_einsums(scanned):
     ids, target = integers(VOCAB, 3, LENGTH), integers(VOCAB, 3, LENGTH, seed=1)
@@ -224,8 +224,8 @@ def through_time(w, x):
     return h
 
 
-def through_layers(w, x):
-    h, _ = lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), x, w)
+def through_layers(w, x, turn=lambda w: w):
+    h, _ = lax.scan(lambda h, layer: (jnp.tanh(h @ turn(layer)), None), x, w)
     return h
 
 
@@ -565,7 +565,16 @@ CASES = {
         lambda w, x: through_layers(jnp.stack([w["a"], w["b"]]), x),
         twos("a", "b"),
         X,
-        "",
+    ),
+    "joined for a scan, and turned there": (
+        lambda w, x: through_layers(jnp.concatenate([w["a"], w["b"], w["a"]]), x, jnp.transpose),
+        {"a": struct(1, 3, 3), "b": struct(2, 3, 3)},
+        X,
+    ),
+    "joined in each layer of a scan": (
+        lambda w, x: through_layers(jnp.concatenate([w["a"], w["b"]], -1), x),
+        {"a": struct(2, 3, 1), "b": struct(2, 3, 2)},
+        X,
     ),
     "two params in one product": (lambda w, x: x @ (w["a"] @ w["b"]), twos("a", "b"), X, "a|b"),
     "twice": (lambda w, x: jnp.tanh(x @ w) @ w, struct(3, 3), X),
@@ -667,7 +676,7 @@ def case_of(name):
     return fn, params, x, normal(*y.shape, seed=3), *owned
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", CASES)
 def test_a_param_that_meets_data(name):
     fn, params, x, target, *owned = case_of(name)
@@ -791,6 +800,7 @@ def test_a_batch_of_one():
     hold(mlp, MLP, x, target, LOSS)
 
 
+@pytest.mark.full
 def test_micro_batches():
     asked = {
         "grads": jp.Gradient(),
@@ -956,7 +966,7 @@ NETS = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NETS)
 def test_beside_layers_written_by_hand(name):
     net, (x, target) = NETS[name], BATCH
@@ -1008,6 +1018,7 @@ def test_cast_to_bfloat16():
     assert 1e-6 < relative_error(got, want) <= 5e-2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-1), ("float16", 1e-2)]
 )
@@ -1094,7 +1105,7 @@ IN_SHARD_MAP = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("fn", IN_SHARD_MAP)
 def test_in_shard_map_each_device_has_its_examples(fn, check_vma):
@@ -1131,7 +1142,7 @@ def test_sharded_by_jit():
     assert relative_error(got, clipped(params, ids[:, :-1], ids[:, 1:])) <= 1e-10
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("fn", [through_time, mlp, gpt])
 def test_exported_for_any_batch_size(fn):
     pytest.importorskip("flatbuffers")
@@ -1357,6 +1368,7 @@ def tapped_convolution(params, x, zeros=None):
     return y, tapped.operands, tapped.products
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["mlp", "attention", "convolution"])
 def test_kronecker_factors_are_those_of_jacobians(name):
     if name == "mlp":

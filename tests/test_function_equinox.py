@@ -150,6 +150,7 @@ def test_a_gpt(scan):
     )
 
 
+@pytest.mark.full
 def test_attention_alone():
     model = eqx.nn.MultiheadAttention(HEADS, WIDTH, key=jax.random.key(0))
     fn, params = function_of(model, lambda model, x: model(x, x, x))
@@ -231,6 +232,7 @@ def test_a_haiku_mlp():
     hold(model.apply, params, x, integers(3, 5), jp.CrossEntropy(), diagonal=True)
 
 
+@pytest.mark.full
 def test_a_haiku_stack_of_layers():
     haiku = pytest.importorskip("haiku")
 

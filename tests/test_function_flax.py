@@ -151,6 +151,7 @@ def test_a_linen_gpt(name):
     hold(model.apply, params, ids, target, jp.CrossEntropy(), owned=ADDED, zero="key/bias")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", GPTS)
 def test_what_of_a_linen_gpt_has_own_shares(name):
     """Unrolled: positions, and biases of heads; by scan also what is a stack of vectors."""
@@ -180,7 +181,7 @@ def test_a_linen_vision_transformer():
 CELLS = ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell", "MGUCell")
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", CELLS)
 def test_a_linen_recurrent_network(name):
     model, x = Recurrent(getattr(nn, name)), normal(3, 5, 3)
@@ -351,6 +352,7 @@ def only(word, params):
     return jax.tree.map_with_path(of, params)
 
 
+@pytest.mark.full
 def test_kronecker_factors_of_linen_are_those_of_our_layers():
     """The same params in Dense layers of this library give the same factors."""
     x, target, loss = normal(5, 4), integers(3, 5), jp.CrossEntropy()

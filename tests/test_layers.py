@@ -44,6 +44,7 @@ def ct_for(layer, params, x, seed=3):
     return jnp.asarray(np.random.default_rng(seed).normal(size=y.shape), y.dtype)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("row", first_of_their_kind(TABLE), ids=row_id)
 def test_check_layer(row):
     jp.check_layer(row.layer, row.x, at(row)[0])

@@ -409,6 +409,7 @@ def test_a_loss_that_is_not_convex_has_no_root():
         assert np.isfinite(tree[:, [0, 2]]).all()
 
 
+@pytest.mark.full
 def test_losses_of_parts_and_of_functions_against_autodiff():
     y, classes, rng = normal(4, 3), np.array([2, 0, -1, 1]), np.random.default_rng(0)
     latent = {"mean": rng.normal(size=(4, 2)), "logvar": rng.normal(size=(4, 1))}

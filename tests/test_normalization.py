@@ -303,6 +303,7 @@ def test_training_inside_scan():
     assert relative_error(scanned, carry[0]) <= 1e-12
 
 
+@pytest.mark.full
 def test_a_layer_inside_scan():
     """The same block three times over stacked params, its residuals stacked by scan."""
     inner = jp.BatchNorm(), jp.Dense(6), jp.GroupNorm(2), jp.Tanh(), jp.LayerNorm(), jp.RMSNorm()

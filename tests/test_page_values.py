@@ -48,6 +48,7 @@ def numbers(value):
             yield str(key), item
 
 
+@pytest.mark.full
 @in_a_browser
 def test_the_page_s_arithmetic_is_the_library_s(show):
     config = config_of(EVERY_ACTIVATION)

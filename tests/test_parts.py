@@ -57,7 +57,7 @@ OF_PRODUCTS = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("net", "x"), NETS + OF_PRODUCTS, ids=lambda v: str(v)[:40])
 def test_check_layer(net, x):
     jp.check_layer(net, x)

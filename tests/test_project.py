@@ -15,6 +15,7 @@ FLOORS = [
     {"_command", "core"},
     {"layers", "combinators", "losses", "checking", "quantity"},
     {"traced"},
+    {"births"},
     {"forms", "sharding", "models", "training", "explanation"},
     {"plot", "bench", "walkthrough"},
     {"cli"},

@@ -283,6 +283,7 @@ def test_together_is_the_same_as_alone(row):
         assert relative_error(got, alone) <= 1e-12, name
 
 
+@pytest.mark.full
 def test_each_function_is_its_quantity():
     net, loss, *args = problem(Row(KFAC_NET, normal(4, 2, 5)), jp.CrossEntropy())
     together = run(jp.quantities(net, loss, **asked(4)), *args)
@@ -540,6 +541,7 @@ def test_padding_weighs_nothing_in_any_quantity():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.full
 def test_an_example_that_is_all_padding_has_no_gradient():
     net, loss = KFAC_NET, jp.CrossEntropy()
     params, x = at(Row(net, normal(3, 5)))
@@ -563,6 +565,7 @@ def test_narrow_dtypes(name, dtype):
     assert error <= {jnp.float32: 1e-4, jnp.bfloat16: 0.1}[dtype]
 
 
+@pytest.mark.full
 def test_noise_has_the_variance_that_accountants_assume():
     net, loss, *args = problem(Row(jp.chain(jp.Dense(40)), normal(5, 30)))
     _, clean = run(jp.clipped_grad(net, loss, 0.5), *args)
@@ -831,6 +834,7 @@ def test_bounds_and_noise_may_be_traced():
     assert relative_error(f(0.1, 0.5), expected) <= 1e-12
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [1e12, 1e-25])
 def test_clipping_where_the_square_of_a_norm_is_no_number(size):
     """Finite gradients of 1e24, whose squares overflow, are clipped to the bound like any other."""

@@ -66,7 +66,7 @@ MASKS = np.array(
 )
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @kinds
 @pytest.mark.parametrize("reverse", [False, True])
 def test_masks_and_states_are_those_of_a_loop_over_the_real_steps(kind, reverse):
@@ -136,6 +136,7 @@ def test_quantities_of_a_masked_batch_are_those_of_each_example_alone():
     assert relative_error(means, jax.tree.map(lambda a, b: (a + b) / 2, mean_a, mean_b)) <= 1e-12
 
 
+@pytest.mark.full
 def test_a_mask_goes_wherever_a_layer_stands():
     block = jp.skip(jp.recompute(jp.Lstm(4)))
     net = jp.chain(jp.repeat(block, 2), jp.frozen(jp.Gru(4)), jp.cast(jp.Rnn(2), jnp.float64))

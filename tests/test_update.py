@@ -209,6 +209,7 @@ def test_fused_is_the_update_for_any_optimizer(optimizer):
         assert got.dtype == expected.dtype
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_fused_with_keys_ids_and_forms():
     """A tied table, positions, attention, dropout in a repeat; float64 and bfloat16."""

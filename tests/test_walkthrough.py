@@ -310,6 +310,7 @@ COMMAND = [sys.executable, "-m", "jaxprop"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
+@pytest.mark.full
 def test_the_command_in_float64_within_ten_seconds():
     start = time.monotonic()
     environment = ENVIRONMENT | {"JAX_ENABLE_X64": "0", "COLUMNS": "40"}

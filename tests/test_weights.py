@@ -349,7 +349,7 @@ def test_noise_is_that_of_the_divisor():
     assert 0.75 * deviation < float(draws.std()) < 1.25 * deviation
 
 
-@pytest.mark.few(2)
+@pytest.mark.full
 @pytest.mark.parametrize("how", [{"fused": True}, {"micro_batches": 2}, {}], ids=str)
 def test_an_update_takes_weights(how):
     net, loss, params, x, target = problem("attention")
@@ -366,6 +366,7 @@ def test_an_update_takes_weights(how):
     assert abs(float(optax.tree.norm(moved)) - 0.1 * 0.1) <= 1e-8
 
 
+@pytest.mark.full
 def test_weights_may_be_scanned_and_mapped():
     net, loss, params, x, target = problem("dense")
     rows = jnp.stack([jnp.asarray(WEIGHTS, float), jnp.ones(4), jnp.array([0.0, 0, 1, 0])])

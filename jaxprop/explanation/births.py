@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.births.ahead import Born, look
+from jaxprop.births.back import look_back
+from jaxprop.births.birth import Birth, birth_of
+from jaxprop.births.tape import is_moving
 from jaxprop.combinators.cast import Cast
 from jaxprop.core.arrays import rounded
 from jaxprop.core.batch import Batch
@@ -26,13 +30,9 @@ from jaxprop.explanation.order import in_order
 from jaxprop.explanation.record import Recorded, RecordedLoss
 from jaxprop.explanation.terms import by_name
 from jaxprop.losses.function import FunctionLoss
-from jaxprop.traced.ahead import Born, look
-from jaxprop.traced.back import look_back
-from jaxprop.traced.births import Birth, birth_of
 from jaxprop.traced.equations import Program, struct
 from jaxprop.traced.example import is_learned
 from jaxprop.traced.function import Function
-from jaxprop.traced.tape import is_moving
 
 
 class Sought(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from jaxprop.births.birth import Birth
 from jaxprop.core.arrays import check_fit
 from jaxprop.core.combinator import seen_through
 from jaxprop.core.layer import Layer
@@ -26,7 +27,6 @@ from jaxprop.explanation.record import explain
 from jaxprop.explanation.summary import Summary, summary
 from jaxprop.explanation.terms import Explanation, by_name
 from jaxprop.layers import Relu
-from jaxprop.traced.births import Birth
 
 WIDTH = 80
 ROWS = 16  # with fewer rows a unit may be 0 for all of them by chance

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
+from jaxprop.births.tape import Loop, Tape, has_nan, inside, loop_of, not_finite
 from jaxprop.traced.equations import Line, Program, evaluate
-from jaxprop.traced.tape import Loop, Tape, has_nan, inside, loop_of, not_finite
 
 
 class Within(NamedTuple):

@@ -9,18 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxprop.traced.ahead import Born, Within
-from jaxprop.traced.equations import (
-    Program,
-    branches_of,
-    evaluate,
-    inlined,
-    rematerialized,
-    ruled,
-    scan_of,
-)
-from jaxprop.traced.rules import look_in_rule
-from jaxprop.traced.tape import (
+from jaxprop.births.ahead import Born, Within
+from jaxprop.births.rules import look_in_rule
+from jaxprop.births.tape import (
     Tape,
     function_of,
     inside,
@@ -29,6 +20,15 @@ from jaxprop.traced.tape import (
     not_finite,
     numbers,
     with_values,
+)
+from jaxprop.traced.equations import (
+    Program,
+    branches_of,
+    evaluate,
+    inlined,
+    rematerialized,
+    ruled,
+    scan_of,
 )
 
 Fn = Callable[..., Sequence[Any]]

@@ -9,9 +9,9 @@ import jax
 from jax import Array
 from jax.extend.core import JaxprEqn
 
-from jaxprop.traced.ahead import Born, Within, look
+from jaxprop.births.ahead import Born, Within, look
+from jaxprop.births.tape import has_nan, with_values
 from jaxprop.traced.equations import Line, Program, evaluate, line_of_error
-from jaxprop.traced.tape import has_nan, with_values
 
 
 def look_in_rule(

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprop.traced.ahead import Born
-from jaxprop.traced.causes import MIXING, Given, Seen, cause_of, takes_another
+from jaxprop.births.ahead import Born
+from jaxprop.births.causes import MIXING, Given, Seen, cause_of, takes_another
+from jaxprop.births.tape import not_finite, numbers
 from jaxprop.traced.equations import (
     Line,
     line_of,
@@ -23,7 +24,6 @@ from jaxprop.traced.equations import (
     rule_of,
     ruled,
 )
-from jaxprop.traced.tape import not_finite, numbers
 
 WIDTH = 80
 SHOWN = 3  # operands

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxprop.traced.ahead import Born
+from jaxprop.births.ahead import Born
 from jaxprop.traced.equations import inlined, line_of
 
 INF = math.inf
