@@ -434,6 +434,11 @@ CASES = {
         struct(2, 2, 4, 3),
         IMAGES,
     ),
+    "conv of several kernels": (
+        lambda w, x: jax.vmap(lambda w: conv()(w, x), out_axes=1)(w),
+        struct(2, 3, 3, 4, 2),
+        IMAGES,
+    ),
     "table[ids]": (lambda w, ids: w[ids], struct(7, 3), 7),
     "table[id] of each": (lambda w, ids: jax.vmap(jax.vmap(lambda i: w[i]))(ids), struct(7, 3), 7),
     "table[id] of each, matrices": (
@@ -470,6 +475,8 @@ CASES = {
     "a table scaled": (lambda w, ids: (w * 2)[ids], struct(7, 3), 7, ""),
     "reshaped": (lambda w, x: x @ w.reshape(3, 4), struct(2, 6), X),
     "ravelled": (lambda w, x: x @ w[:6].reshape(3, 2) + as_row(w[6:], x), struct(8), X),
+    "reshaped by columns": (lambda w, x: x @ w.reshape(3, 4, order="F"), struct(2, 6), X),
+    "ravelled by columns": (lambda w, x: x @ w.ravel("F")[:3], struct(2, 6), X),
     "transposed and reshaped": (
         lambda w, x: x @ w.transpose(2, 0, 1).reshape(3, 4),
         struct(2, 2, 3),

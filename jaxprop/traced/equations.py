@@ -269,6 +269,12 @@ def permutation_of(equation: JaxprEqn) -> Axes:
     return tuple(equation.params["permutation"])
 
 
+def order_of(equation: JaxprEqn) -> Axes | None:
+    """Return the permutation that a reshape does first; None for none."""
+    order = equation.params.get("dimensions")
+    return None if order is None else tuple(order)
+
+
 def slice_of(equation: JaxprEqn) -> tuple[Axes, Axes, Axes]:
     """Return the starts, limits and strides of a slice."""
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]

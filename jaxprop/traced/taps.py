@@ -37,6 +37,7 @@ from jaxprop.traced.equations import (
     joined_axis_of,
     kept_axes_of,
     looks_up_rows,
+    order_of,
     permutation_of,
     pieces_of,
     place_of,
@@ -297,6 +298,19 @@ def _moving(
     return step
 
 
+def _reshape(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
+    """A reshape, which may take the axes in another order first, as one of columns does."""
+    order = order_of(equation)
+    if order is None:
+        return RESHAPE(equation, ins, taps)
+    view, *rest = ins
+    if rest or view.joined is not None:
+        return None
+    shape = struct(equation.outvars[0]).shape
+    view = view.moved(Transposed(order), lambda value: jnp.transpose(value, order))
+    return [view.moved(Reshaped(view.value.shape), lambda value: value.reshape(shape))]
+
+
 def _split(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
     (view,), (sizes, axis) = ins, pieces_of(equation)
     if view.joined is not None:
@@ -550,7 +564,7 @@ STEPS: dict[str, Callable[[JaxprEqn, list[Any], Taps], list[Any] | None]] = {
     "cond": _switch,
     "concatenate": _joined,
     "stack": _stacked,
-    "reshape": RESHAPE,
+    "reshape": _reshape,
     "squeeze": RESHAPE,
     "expand_dims": RESHAPE,
     "broadcast_in_dim": _broadcast,
