@@ -1025,6 +1025,32 @@ def test_cast_to_bfloat16():
     assert 1e-6 < relative_error(got, want) <= 5e-2
 
 
+def wide_product(w, x):
+    return lax.dot_general(x, w * 0.5, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float64)
+
+
+def wide_convolution(w, x):
+    layouts = ("NWC", "WIO", "NWC")
+    return lax.conv_general_dilated(
+        x, w, (1,), "SAME", dimension_numbers=layouts, preferred_element_type=jnp.float64
+    )
+
+
+@pytest.mark.parametrize("name", ["floats", "integers", "windows"])
+def test_a_product_of_two_dtypes(name):
+    """The result is wider than the data, which may be integers."""
+    fn = wide_convolution if name == "windows" else wide_product
+    x = (integers(5, 4, 5, 3) if name == "windows" else integers(5, 4, 3)).astype(
+        jnp.int8 if name == "integers" else jnp.float32
+    )
+    wide = normal(3, 3, 2) if name == "windows" else normal(3, 2)
+    w = wide if name == "integers" else wide.astype(jnp.float32)
+    target = normal(*jax.eval_shape(fn, w, x).shape)
+    got = jax.jit(jp.per_example_grads(jp.function(fn), jp.HalfSquaredError()))(w, x, target)
+    want = oracle(fn, jp.HalfSquaredError(), wide, x.astype(jnp.float64), target)[2]
+    hold_leaves(got, want, tolerance=1e-12 if name == "integers" else 1e-5)
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-1), ("float16", 1e-2)]

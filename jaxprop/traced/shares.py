@@ -38,6 +38,9 @@ def share(use: Use, part: Part, x: Array, ct: Array) -> tuple[Factored, Moves]:
         ct: (N, *scans, ...), the cotangent of the result.
     """
     assert not isinstance(use.meeting, Watched)
+    if not isinstance(use.meeting, LookUp):  # a result may have a wider dtype than what it is of
+        wider = max(x.dtype, ct.dtype, key=lambda dtype: dtype.itemsize)
+        x, ct = x.astype(wider), ct.astype(wider)
     match use.meeting:
         case Product() as product:
             form, moves = _of_product(product, use, part, x, ct)

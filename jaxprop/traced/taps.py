@@ -245,6 +245,8 @@ def _meet(
         taps.line,
         taps.scope,
     )
+    if isinstance(meeting, Product) and not _is_floating(x):  # as a product of several dtypes takes
+        x = x.astype(y.dtype)
     data = x if view.scale is None else x * jnp.asarray(view.scale, x.dtype)
     return [taps.add(use, data, y)]
 
