@@ -39,7 +39,7 @@ def drawn(shapes: Any, seed: int = 0, dtype: Any = np.float64) -> Any:
     def of(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        size = 1 / np.sqrt(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 0.3
+        size = 1 / np.sqrt(max(np.prod(leaf.shape[:-1]), 1)) if len(leaf.shape) > 1 else 0.3
         offset = 1.0 if len(leaf.shape) == 1 else 0.0  # scales of norms, not near 0
         return jnp.asarray((rng.normal(size=leaf.shape) + offset) * size, dtype)
 

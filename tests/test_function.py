@@ -369,6 +369,11 @@ CASES = {
         struct(5, 2),
         SEQUENCE,
     ),
+    "nothing to contract": (
+        lambda w, x: jnp.sin(x[:, :0] @ w["none"] + x @ w["w"]),
+        {"none": struct(0, 2), "w": struct(3, 2)},
+        X,
+    ),
     "a bias": (lambda w, x: jnp.sin(x + as_row(w, x)), struct(3), SEQUENCE),
     "a scale": (lambda w, x: jnp.sin(x * as_row(w, x)), struct(3), SEQUENCE),
     "a scalar": (lambda w, x: x * w, struct(), X),
@@ -687,7 +692,8 @@ def case_of(name):
 @pytest.mark.parametrize("name", CASES)
 def test_a_param_that_meets_data(name):
     fn, params, x, target, *owned = case_of(name)
-    unused = {"unused": "b", "used for nothing": "b"}.get(name, "(?!)")
+    unused = {"unused": "b", "used for nothing": "b", "nothing to contract": "none"}
+    unused = unused.get(name, "(?!)")
     hold(fn, params, x, target, owned=owned[0] if owned else "(?!)", zero=f"/{unused}$")
 
 

@@ -90,19 +90,25 @@ def _of_product(
     shape = [shape[axis] for axis in order]
     i, o = math.prod(shape[batches : batches + len(in_w)]), math.prod(shape[batches + len(in_w) :])
 
-    def rows(a: Array, features: int) -> Array:
-        """Return (layers ..., batch, N, positions, features), without a single position."""
+    def rows(a: Array, last: int, features: int) -> Array:
+        """Return (layers ..., batch, N, positions, features), without a single position.
+
+        Args:
+            a: the data or the cotangent.
+            last: how many of its axes, the last ones, make up the features.
+            features: their product.
+        """
         a = _layers_first(a, use.scans)
         layers = sum(use.scans)
         of_batch = a.shape[lead : lead + batches]
         a = jnp.moveaxis(a, range(lead, lead + batches), range(layers, layers + batches))
         flat = (math.prod(of_batch),) if batches else ()
         n = a.shape[layers + batches]
-        positions = math.prod(a.shape[layers + batches + 1 :]) // features
+        positions = math.prod(a.shape[layers + batches + 1 : a.ndim - last])
         length = () if positions == 1 else (positions,)
         return a.reshape(*a.shape[:layers], *flat, n, *length, features)
 
-    form: Factored = Outer(rows(x, i), rows(ct, o))
+    form: Factored = Outer(rows(x, len(in_w), i), rows(ct, len(free_w), o))
     for _ in range(sum(use.scans) + bool(batches)):
         form = Repeated(form)
     after = ((math.prod(shape[:batches]),) if batches else ()) + (i, o)
