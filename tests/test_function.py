@@ -806,6 +806,10 @@ def test_params_of_numpy_and_of_numbers():
     got = jp.clipped_grad(jp.function(f), jp.HalfSquaredError(), 0.5)(params, BATCH[0], target)
     want = oracle(f, jp.HalfSquaredError(), on_device, BATCH[0], target, bound=0.5)[:2]
     hold_leaves(got, want)
+    each = jp.per_example_grads(jp.function(f), jp.HalfSquaredError())
+    got = each(params | {"times": 2}, BATCH[0], target)
+    assert got.pop("times") == ()
+    hold_leaves(got, oracle(f, jp.HalfSquaredError(), on_device, BATCH[0], target)[2])
 
 
 def test_a_batch_of_one():

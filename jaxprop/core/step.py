@@ -70,7 +70,9 @@ class Step(NamedTuple):
 
 
 def _is_counted(leaf: Any) -> bool:
-    """Return whether a leaf is of a dtype without a derivative: booleans, integers or keys."""
+    """Return whether a leaf has no derivative: booleans, integers, Python's too, and keys."""
+    if isinstance(leaf, int):
+        return True
     return getattr(getattr(leaf, "dtype", FLOAT), "kind", "i") in "biu"  # keys have no kind
 
 

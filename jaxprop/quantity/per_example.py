@@ -204,7 +204,7 @@ def per_example(params: Params, forms: PyTree) -> PyTree:
     """Return g_n of each form in its param's dtype, marked, so that ``repeat`` may stack it."""
 
     def each(p: Array, form: Factored) -> PerExample:
-        return PerExample(form.per_example().astype(p.dtype), axis=-1 - p.ndim)
+        return PerExample(form.per_example().astype(jnp.result_type(p)), axis=-1 - jnp.ndim(p))
 
     return jax.tree.map(each, params, forms)
 
