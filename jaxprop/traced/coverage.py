@@ -128,7 +128,7 @@ def _covered(one: Example, params: Params, examples: int) -> Iterator[Covered]:
         forms = [*dict.fromkeys(map(_form, here)), *["own share"] * owned]
         word = "unused" if index in one.learned else "not learned"
         yield Covered(
-            jax.tree_util.keystr(path, simple=True, separator="/"),
+            jax.tree_util.keystr(path, simple=True, separator="/") or "params",
             tuple(leaf.shape),
             " + ".join(forms) or word,
             tuple((use.primitive, use.line, use.scope) for use in here),

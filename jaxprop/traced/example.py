@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +43,13 @@ class Example:
         self._program, self._watching = program, watching
         self.owned: set[int] = set()
         taps = Taps(watching=watching)
-        jax.eval_shape(functools.partial(self._run, taps, None), alone)
+
+        def first_run(xs: list[Any]) -> list[Array]:
+            outs = self._run(taps, None, xs)
+            taps.keep_shapes()
+            return outs
+
+        jax.eval_shape(first_run, alone)
         self.uses: tuple[Use, ...] = tuple(taps.uses)
         self.taps: list[jax.ShapeDtypeStruct] = taps.zeros
 

@@ -9,6 +9,7 @@ with a zero for each example, whose cotangent is that example's own share of the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -134,7 +135,7 @@ class Taps:
             scans: for each scan that these are in, whether it goes through layers.
         """
         self.uses: list[Use] = []
-        self.xs: list[Array] = []
+        self.xs: list[Any] = []
         self.zeros: list[jax.ShapeDtypeStruct] = []
         self.within = tuple(within)
         self.watching, self.met = watching, dict[tuple[int, tuple[bool, ...]], None]()
@@ -164,6 +165,10 @@ class Taps:
         given = self.next(1)
         self.note([use], [x], [struct(y)])
         return y if given is None else y + given[0]
+
+    def keep_shapes(self) -> None:
+        """Keep of the data their shapes alone: they are of a trace that is over."""
+        self.xs = list(map(struct, self.xs))
 
     def watched(self) -> int:
         """Return how many results of scopes were tapped."""
@@ -423,7 +428,9 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
 
     def first_run(carried: list[Any], stacks: list[Any]) -> list[Any]:
         values = constants + stacks
-        return body(found, carried, values, values)
+        outs = body(found, carried, values, values)
+        found.keep_shapes()
+        return outs
 
     layers = any(isinstance(value, View) for value in stacks)
     found = taps.inside(None, layers)
@@ -488,11 +495,13 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
         rest = iter(data)
         return [value if isinstance(value, View) else next(rest) for value in args]
 
-    for branch, inner in zip(branches, found, strict=True):
-        jax.eval_shape(
-            lambda data, b=branch, t=inner: list(map(plain, run(b, with_data(data), t))),
-            list(map(for_tracing, data)),
-        )
+    def first_run(branch: Program, inner: Taps, data: list[Any]) -> list[Any]:
+        outs = list(map(plain, run(branch, with_data(data), inner)))
+        inner.keep_shapes()
+        return outs
+
+    for each in zip(branches, found, strict=True):
+        jax.eval_shape(functools.partial(first_run, *each), list(map(for_tracing, data)))
     zeros = taps.next(sum(len(inner.uses) for inner in found))
 
     def chosen(number: int) -> Callable[[list[Any]], Any]:
@@ -537,10 +546,13 @@ def _rematerialized(
         return [value if isinstance(value, View) else next(rest) for value in ins]
 
     found = taps.inside()
-    jax.eval_shape(
-        lambda data: list(map(plain, run(program, with_data(data), found))),
-        list(map(for_tracing, data)),
-    )
+
+    def first_run(data: list[Any]) -> list[Any]:
+        outs = list(map(plain, run(program, with_data(data), found)))
+        found.keep_shapes()
+        return outs
+
+    jax.eval_shape(first_run, list(map(for_tracing, data)))
 
     def f(zeros: Sequence[Array] | None, data: list[Any]) -> Any:
         inner = taps.inside(zeros)
