@@ -671,6 +671,23 @@ CASES = {
         [struct(3, 2), (struct(2),)],
         X,
     ),
+    "made complex": (
+        lambda w, x: jnp.abs(jnp.exp(lax.complex(x, x @ w["a"])) @ lax.complex(w["a"], w["b"])),
+        twos("a", "b"),
+        X,
+        "",
+    ),
+    "cast to complex": (
+        lambda w, x: (lax.complex(x, x**2) @ w.astype(complex)).real,
+        struct(3, 3),
+        X,
+        "",
+    ),
+    "fft": (
+        lambda w, x: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(w)[None], n=3),
+        struct(3),
+        X,
+    ),
     "grad inside": (lambda w, x: jax.grad(lambda x: jnp.sum(jnp.sin(x @ w)))(x), struct(3, 3), X),
     "cumulative, sorted, reduced": (
         lambda w, x: jnp.sort(jnp.cumsum(x @ w, axis=1), axis=1).max(1),
@@ -755,6 +772,53 @@ def test_a_y_of_several_arrays(key):
     targets = integers(2, 6), normal(6, 4)
     target = dict(zip(names, targets, strict=True)) if key else targets
     hold(two, params, BATCH[0], target, loss, diagonal=True)
+
+
+def of_dict(params, x):
+    h = jnp.tanh(x @ params)
+    return {"h": h, "most": h.argmax(-1), "wave": jnp.exp(lax.complex(jnp.zeros_like(h), h))}
+
+
+def from_dict(params, x):
+    return x["h"] @ params + x["wave"].real @ params.T + params[x["most"]]
+
+
+def test_integers_and_complex_numbers_between_two_functions():
+    """Integers have no cotangent, and complex numbers have one."""
+    params, x = tuple(drawn([struct(3, 3), struct(3, 3)])), normal(4, 3)
+    net = jp.chain(jp.function(of_dict), jp.function(from_dict))
+    loss, target = jp.HalfSquaredError(), normal(4, 3, seed=1)
+    asked = {"each": jp.PerExampleGrads(), "norms": jp.SqNorms()}
+    got = jax.jit(jp.quantities(net, loss, **asked))(params, x, target)
+
+    def whole(params, x):
+        return from_dict(params[1], of_dict(params[0], x))
+
+    each = oracles.per_example_grads(Untapped(whole), loss)(params, x, target)
+    hold_leaves((got["each"], got["norms"]), (each, oracles.per_example_sq_norms.of(each)))
+
+
+def test_complex_params_are_refused():
+    """Those that are not learned are not."""
+
+    def fn(params, x):
+        return jnp.abs(lax.complex(x, x) @ params["c"]) @ params["w"]
+
+    params = {"c": lax.complex(normal(3, 3), normal(3, 3)), "w": normal(3, 2)}
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+    with pytest.raises(TypeError, match=r"params\['c'\] is complex128; what is learned is real"):
+        norms(params, normal(4, 3), normal(4, 2))
+    hold(fn, params | {"c": jp.Unlearned(params["c"])}, normal(4, 3), normal(4, 2))
+
+
+def test_examples_coupled_by_an_imaginary_part_are_refused():
+    def fn(w, x):
+        return jnp.exp(lax.complex(x, x @ w - jnp.mean(x @ w, axis=0, keepdims=True)))
+
+    net = jp.chain(jp.function(fn), jp.function(lambda _, x: x.imag))
+    norms = jp.per_example_sq_norms(net, jp.HalfSquaredError())
+    with pytest.raises(ValueError, match="another y in a batch than alone"):
+        norms((normal(3, 3), ()), normal(4, 3), normal(4, 3))
 
 
 def test_an_x_of_floats_ids_and_a_key_for_each_example():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -82,6 +83,13 @@ class Function(Layer):
             if not is_array(leaf) and not isinstance(leaf, int | float):
                 name = jax.tree_util.keystr(path)
                 raise TypeError(f"{self}: params{name} is {given(leaf)}, not an array")
+        for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_not_learned):
+            if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                name = jax.tree_util.keystr(path)
+                raise TypeError(
+                    f"{self}: params{name} is {leaf.dtype}; what is learned is real: keep its real "
+                    "and its imaginary part, or mark it as jp.Unlearned"
+                )
         leaves = jax.tree.leaves(x)
         if not leaves or not all(map(is_array, leaves)):
             raise TypeError(f"{self} takes x as arrays, not {shapes(x)}")
@@ -98,21 +106,28 @@ class Function(Layer):
         check_uncoupled_function(self.fn, repr(self), arrays(params), x)
         leaves = jax.tree.leaves(x)
         warn_of_large_shares(repr(self), one, params, leaves[0].shape[0])
-        moving = tuple(map(_is_floating, leaves))
+        moving = tuple(map(_is_inexact, leaves))
 
-        def of_batch(taps: Any, owns: Any, floating: list[Array]) -> tuple[list[Array], Any]:
-            return jax.vmap(one.run)(taps, owns, _placed(floating, moving, leaves))
+        def of_batch(taps: Any, owns: Any, some: list[Array]) -> tuple[list[Array], Any]:
+            outs, xs = jax.vmap(one.run)(taps, owns, _placed(some, moving, leaves))
+            return list(filter(_is_inexact, outs)), (outs, xs)
 
         taps = [zeros(leaves, struct) for struct in one.taps]
         owns = {index: zeros(leaves, one.params[index]) for index in one.owned}
-        floating = [leaf for leaf in leaves if _is_floating(leaf)]
-        outs, pull, xs = jax.vjp(of_batch, taps, owns, floating, has_aux=True)
-        facts = Facts(one.uses, one.learned, jax.tree.structure(x), moving)
+        some = list(filter(_is_inexact, leaves))
+        with _noted(self):
+            moved, pull, (outs, xs) = jax.vjp(of_batch, taps, owns, some, has_aux=True)
+        moves = tuple(map(_is_inexact, outs))
+        outs = _placed(moved, moves, outs)
+        facts = Facts(one.uses, one.learned, jax.tree.structure(x), moving, one.structure, moves)
         return jax.tree.unflatten(one.structure, outs), Tape(pull, xs, facts)
 
     def backward(self, params: Params, residuals: Tape, ct: Cotangent) -> tuple[Params, PyTree]:
-        facts, cts = residuals.facts, jax.tree.leaves(ct)
-        taps, owns, d_floating = residuals.pull(cts)
+        facts = residuals.facts
+        each_ct = zip(facts.y.flatten_up_to(ct), facts.moves, strict=True)
+        cts = [each for each, moves in each_ct if moves]
+        with _noted(self):
+            taps, owns, d_some = residuals.pull(cts)
         shares: dict[int, list[tuple[Factored, Moves]]] = {i: [] for i in facts.learned}
         for use, x, ct_here in zip(facts.uses, residuals.xs, taps, strict=True):
             for part in use.parts:
@@ -122,11 +137,12 @@ class Function(Layer):
         leaves, structure = jax.tree.flatten(params, is_leaf=is_not_learned)
         for index, each in shares.items():
             if not each:  # y does not depend on it
-                each.append((Stacked(zeros(cts, leaves[index])), ()))
+                beside = [*cts, *residuals.xs, *d_some]
+                each.append((Stacked(zeros(beside, leaves[index])), ()))
         d_params = [
             together(shares[index]) if index in shares else () for index in range(len(leaves))
         ]
-        d_x = _placed(d_floating, facts.moving, [None] * len(facts.moving))
+        d_x = _placed(d_some, facts.moving, [None] * len(facts.moving))
         return jax.tree.unflatten(structure, d_params), jax.tree.unflatten(facts.x, d_x)
 
     def coverage(self, params: Params, x: PyTree) -> Coverage:
@@ -151,13 +167,17 @@ class Facts(NamedTuple):
         uses: where params meet data.
         learned: the numbers of the params that are learned.
         x: the structure of x.
-        moving: for each leaf of x, whether it is floating.
+        moving: for each leaf of x, whether it has a cotangent: is floating or complex.
+        y: the structure of y.
+        moves: for each leaf of y, whether it has a cotangent.
     """
 
     uses: tuple[Use, ...]
     learned: frozenset[int]
     x: Any
     moving: tuple[bool, ...]
+    y: Any
+    moves: tuple[bool, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -225,8 +245,20 @@ def function(fn: Fn, init: Fn | None = None) -> Function:
     return Function(fn, init)
 
 
-def _is_floating(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+@contextlib.contextmanager
+def _noted(net: Function) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"{net} is differentiated by what is floating in x too; what has no derivative by x "
+            "takes jax.lax.stop_gradient(x)"
+        )
+        raise
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 def _placed(some: Sequence[Any], where: Sequence[bool], others: Sequence[Any]) -> list[Any]:

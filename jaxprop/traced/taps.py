@@ -231,7 +231,7 @@ def _step(taps: Taps, equation: JaxprEqn, ins: list[Any]) -> list[Any]:
         return run(program, ins, taps)
     elif (again := rematerialized(equation)) is not None:
         return _rematerialized(*again, ins, taps)
-    if not any(_is_floating(struct(var)) for var in equation.outvars):
+    if not any(_is_inexact(struct(var)) for var in equation.outvars):
         return evaluate(equation, list(map(bare, ins)))  # nothing goes back through it
     return evaluate(equation, list(map(plain, ins)))
 
@@ -565,6 +565,10 @@ def _rematerialized(
 
 def _is_floating(value: Any) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.floating))
+
+
+def _is_inexact(value: Any) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
 
 
 RESHAPE = _moving(lambda equation, view: Reshaped(view.value.shape))
