@@ -1356,6 +1356,60 @@ def test_coupled_in_a_scan_is_refused():
         norms(drawn(struct(2, 4, 4)), BATCH[0], jnp.zeros((6, 4)))
 
 
+def mean_of_labelled(params, batch):
+    losses = jnp.sum((batch["x"] @ params) ** 2, axis=-1)
+    counted = (batch["labels"] != -100).astype(losses.dtype)
+    return jnp.sum(losses * counted) / jnp.sum(counted)
+
+
+def mean_of_marked(params, batch):
+    losses = jnp.sum((batch["x"] @ params) ** 2, axis=-1)
+    marked = batch["marked"].astype(losses.dtype)
+    return jnp.sum(losses * marked) / jnp.sum(marked)
+
+
+@pytest.mark.parametrize(
+    ("fn", "batch"),
+    [
+        (mean_of_labelled, {"x": normal(3, 5, 3), "labels": integers(2, 3, 5)}),
+        (mean_of_marked, {"x": normal(6, 3), "marked": integers(2, 6)}),
+    ],
+    ids=["-100", "marked"],
+)
+def test_a_mean_over_what_counts_in_the_batch_is_refused(fn, batch):
+    """How many count in the other examples says what each of this one counts."""
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.Mean())
+    with pytest.raises(ValueError, match="another y in a batch than alone"):
+        norms(normal(3, 2), batch)
+
+
+def test_a_loop_without_a_derivative_by_x_is_explained():
+    def fn(params, x, held=lambda x: x):
+        _, x = lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] / 2), (0, held(x)))
+        return x @ params
+
+    args = normal(3, 2), normal(4, 3), normal(4, 2)
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+    with pytest.raises(ValueError, match="Reverse-mode") as e:
+        norms(*args)
+    assert any("jax.lax.stop_gradient(x)" in note for note in e.value.__notes__)
+    hold(lambda params, x: fn(params, x, lax.stop_gradient), *args)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", ["x w", "layers", "checkpoint", "switch in a scan"])
+def test_no_tracer_outlives_its_trace(name):
+    fn, params, x, target, *_ = case_of(name)
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+    with jax.checking_leaks():
+        jax.jit(norms)(params, x, target)
+
+
+def test_a_single_array_of_params_has_a_name():
+    (covered,) = jp.function(lambda w, x: x @ w).coverage(normal(3, 2), normal(4, 3)).params
+    assert covered.param == "params"
+
+
 WRONG = {
     "x of nothing": (lambda f: f(MLP, ()), TypeError, "takes x as arrays"),
     "x a number": (lambda f: f(MLP, 1.0), TypeError, "takes x as arrays"),

@@ -7,6 +7,7 @@ depends on the others, so that a function that couples them would silently be an
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,6 +85,7 @@ def _coupling(
             if traced.jaxpr.effects:
                 return None
             program = traced.lower().compile(compiler_options=QUICKLY)
+            batches += _of_its_integers(draw, x, str(traced.jaxpr))
             tries = [program(weights, batch) for batch in batches]
     except Exception:  # what is wrong with the function is said where it is used
         return None
@@ -101,11 +103,38 @@ def _same(together: Any, alone: Any, rtol: float) -> bool:
     """Return whether y of two examples is that of each alone, or the mean over them."""
     if np.ndim(together) and np.shape(together)[:1] != (2,):
         return False
-    a, b = np.asarray(together, np.float64), np.asarray(alone, np.float64)
+    wide = np.complex128 if np.iscomplexobj(together) else np.float64
+    a, b = np.asarray(together, wide), np.asarray(alone, wide)
     b = b.reshape(a.shape) if a.ndim else b.mean()
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return True
+        return not np.isfinite(a).all()  # what is finite together is so alone
     return bool(np.max(np.abs(a - b), initial=0) <= rtol * (np.max(np.abs(b), initial=0) + 1e-30))
+
+
+def _of_its_integers(
+    draw: Callable[..., Any], x: Sequence[jax.ShapeDtypeStruct], program: str
+) -> list[list[Any]]:
+    """Return batches for each leaf of integers, which are those that the program speaks of.
+
+    A label of -100 may say that a position is not counted, and in random numbers there is none.
+
+    Args:
+        draw: gives random numbers.
+        x: the leaves of one example.
+        program: the traced program, printed.
+    """
+    spoken = np.array([0, 1, *sorted(set(map(int, re.findall(r"(-?\d+):[iu]\d+\[\]", program))))])
+    rng, batches = np.random.default_rng(2), list[list[Any]]()
+    for index, leaf in enumerate(x):
+        if not jnp.issubdtype(leaf.dtype, jnp.integer):
+            continue
+        info = jnp.iinfo(leaf.dtype)
+        some = spoken[(spoken >= info.min) & (spoken <= info.max)].astype(leaf.dtype)
+        for _ in range(TIMES):
+            batch = [draw(leaf, 2) for leaf in x]
+            batch[index] = some[rng.integers(0, len(some), batch[index].shape)]
+            batches.append(batch)
+    return batches
 
 
 def _drawn(
