@@ -245,18 +245,23 @@ def convolution_of(equation: JaxprEqn) -> Convolution | None:
 def looks_up_rows(equation: JaxprEqn) -> bool:
     """Return whether a gather takes whole entries of its operand's axis 0, by one index each.
 
-    ``jax.vmap`` of ``table[id]`` has an index for each other axis too; clipped, these are all 0.
+    ``jax.vmap`` of ``table[id]`` has an index for each other axis too; inside, these are all 0.
     """
     of, (table, ids) = equation.params["dimension_numbers"], map(struct, equation.invars)
     whole = (1, *table.shape[1:]) == tuple(equation.params["slice_sizes"])
     starts, collapsed = tuple(of.start_index_map), tuple(of.collapsed_slice_dims)
-    rows = starts == (0,) or (starts[:1] == (0,) and clips_ids(equation))
+    rows = starts == (0,) or (starts[:1] == (0,) and _stays_inside(equation))
     kept = table.ndim - len(collapsed)
     last = tuple(range(ids.ndim - 1, ids.ndim - 1 + kept))
     batched = tuple(getattr(of, "operand_batching_dims", ()))
     return (
         whole and rows and not batched and collapsed in ((), (0,)) and tuple(of.offset_dims) == last
     )
+
+
+def _stays_inside(equation: JaxprEqn) -> bool:
+    """Return whether a gather reads within its operand, by a promise or by clipping."""
+    return any(word in str(equation.params["mode"]).lower() for word in ("clip", "promise"))
 
 
 def clips_ids(equation: JaxprEqn) -> bool:
