@@ -1120,6 +1120,11 @@ def test_a_product_of_two_dtypes(name):
     wide = normal(3, 3, 2) if name == "windows" else normal(3, 2)
     w = wide if name == "integers" else wide.astype(jnp.float32)
     target = normal(*jax.eval_shape(fn, w, x).shape)
+    if name == "windows":
+        try:
+            jax.grad(lambda x: fn(w, x).sum())(x)
+        except TypeError:
+            pytest.skip("this version of JAX has no derivative of such a convolution")
     got = jax.jit(jp.per_example_grads(jp.function(fn), jp.HalfSquaredError()))(w, x, target)
     want = oracle(fn, jp.HalfSquaredError(), wide, x.astype(jnp.float64), target)[2]
     hold_leaves(got, want, tolerance=1e-12 if name == "integers" else 1e-5)
