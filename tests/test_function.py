@@ -1204,6 +1204,11 @@ def summed_over_time(w, x):
     return lax.scan(lambda h, x: (jnp.tanh(h + x), None), zero, jnp.moveaxis(x @ w, 1, 0))[0]
 
 
+def numbered(w, x):
+    numbers, x = x
+    return (x + numbers[:, None].astype(x.dtype)) @ w
+
+
 IN_SHARD_MAP = {
     mlp: (MLP, BATCH[0]),
     through_time: (drawn({"h": struct(3, 3), "x": struct(3, 3), "b": struct(3)}), normal(6, 4, 3)),
@@ -1241,6 +1246,25 @@ def test_in_shard_map_each_device_has_its_examples(fn, check_vma):
     _, _, each = oracle(fn, loss, params, x, target)
     got = jax.jit(sharded)(params, x, target)
     hold_leaves(got, (oracles.per_example_sq_norms.of(each), each))
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("fn", [numbered, lambda w, x: numbered(w, x[::-1])], ids=["first", "last"])
+def test_in_shard_map_one_array_of_x_may_be_the_same_on_all_devices(fn):
+    """Numbers of positions, say, that each device counts by itself."""
+    w, x, target, split = drawn(struct(3, 2)), normal(6, 3), normal(6, 2), PartitionSpec("data")
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+
+    def of_device(w, x, target):
+        pair = jnp.arange(len(x)), x
+        return norms(w, pair if fn is numbered else pair[::-1], target)
+
+    sharded = jax.shard_map(
+        of_device, mesh=mesh_of(2), in_specs=(PartitionSpec(), split, split), out_specs=split
+    )
+    pair = jnp.tile(jnp.arange(3), 2), x
+    want = norms(w, pair if fn is numbered else pair[::-1], target)
+    hold_leaves(jax.jit(sharded)(w, x, target), want)
 
 
 @pytest.mark.full
@@ -1344,6 +1368,16 @@ def test_a_sum_over_examples_is_refused():
     norms = jp.per_example_sq_norms(jp.function(the_sum_over_examples), jp.Mean())
     with pytest.raises(ValueError, match="another y in a batch than alone"):
         norms({"w": drawn(struct(4, 3))}, BATCH[0])
+
+
+def test_little_coupling_is_found_in_float64():
+    def fn(w, x):
+        y = x @ w
+        return y + 1e-6 * y.mean(0, keepdims=True)
+
+    norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
+    with pytest.raises(ValueError, match="another y in a batch than alone"):
+        norms(drawn(struct(3, 2)), normal(5, 3), normal(5, 2))
 
 
 def test_coupled_in_a_scan_is_refused():

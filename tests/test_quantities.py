@@ -889,3 +889,27 @@ def test_curvature_under_shard_map():
         expected = f(params, x[part], target[part])
         mine = jax.tree.map(lambda leaf, device=device: leaf[device], got)
         assert relative_error(mine, expected) <= 1e-12
+
+
+def test_the_bound_from_products_is_the_norm_or_is_not_taken():
+    """|X^T C| of 3 examples with few positions: from products, unless one of them is unsound."""
+    rng = np.random.default_rng(0)
+    plain = [rng.normal(size=(3, 4, features)) for features in (64, 32)]
+    alternating = (
+        np.ones((3, 4, 64)),
+        np.tile([[[1.0], [-1.0]]], (3, 2, 32)) * (1 + 1e-4 * plain[1]),
+    )
+    of_padding = plain[0], plain[1] * np.array([1.0, 0, 1])[:, None, None]
+    cases = {
+        "products": plain,
+        "they cancel": alternating,
+        "they overflow": (plain[0] * 1e15, plain[1] * 1e15),
+        "they underflow": (plain[0] * 1e-15, plain[1] * 1e-15),
+        "an example of zeros": of_padding,
+    }
+    for name, (x, ct) in cases.items():
+        form = jp.Outer(jnp.asarray(x, jnp.float32), jnp.asarray(ct, jnp.float32))
+        wide = [np.asarray(a, np.float64) for a in (form.x, form.ct)]
+        want = np.linalg.norm(np.einsum("nti,nto->nio", *wide), axis=(1, 2))
+        rtol = 1e-4 if name == "they cancel" else 1e-5  # what float32 leaves of X^T C itself
+        assert np.all(np.abs(np.asarray(form.norms()) - want) <= rtol * want), name

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxprop.core.describe import structs
 from jaxprop.core.types import PyTree
@@ -92,6 +93,20 @@ def is_bound(axis: str) -> bool:
     except NameError:
         return False
     return True
+
+
+def zero_beside(arrays: Sequence[Array], dtype: DTypeLike) -> Array:
+    """Return a zero, in ``jax.shard_map`` of a type that differs where that of an array does.
+
+    There a cotangent of what is the same on all devices is a sum over them, which that of an
+    example's own zero must not be.
+    """
+    zero = jnp.zeros((), dtype)
+    if shard_map_axes():
+        for array in arrays:
+            if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
+                zero += jnp.zeros_like(array.ravel()[:1].sum(), dtype)
+    return zero
 
 
 def like(primal: Array, cotangent: Array) -> Array:

@@ -156,8 +156,9 @@ class BatchNorm(Layer):
             batch = jnp.where(jnp.isfinite(batch), batch, old)
             return (kept * old + (1 - kept) * batch).astype(running.dtype)
 
-        mean = self._mean(wide(x))
-        var = self._mean((wide(x) - mean) ** 2)
+        same = as_rounded(x)
+        mean = self._mean(same)
+        var = self._mean((same - mean) ** 2)
         return params._replace(
             mean=jax.tree.map(lambda running: moved(running, mean), params.mean),
             var=jax.tree.map(lambda running: moved(running, var), params.var),

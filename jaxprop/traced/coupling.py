@@ -20,7 +20,7 @@ from jaxprop.traced.equations import Program, evaluate, inlined, place_of
 
 LARGEST = 3 * 10**7  # numbers in params that a function is tried with
 TIMES = 3  # that it is tried
-RTOL = {True: 5e-2, False: 1e-3}  # what two programs may differ by, if they compute in 16 bits
+RTOL = {"f16[": 5e-2, "f32[": 1e-3, "": 1e-8}  # what two programs of such floats may differ by
 EXAMPLES = 5  # where the operation is looked for: an axis of this size is taken for theirs
 QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
@@ -41,7 +41,7 @@ def check_uncoupled_function(
         x: a batch.
     """
     leaves, structure = jax.tree.flatten((params, x))
-    if any(isinstance(size, int) is False for leaf in leaves for size in jnp.shape(leaf)):
+    if any(not isinstance(size, int) for leaf in leaves for size in jnp.shape(leaf)):
         return  # a symbol, in jax.export
     structs = tuple(jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in leaves)
     number = len(jax.tree.leaves(params))
@@ -58,7 +58,7 @@ def check_uncoupled_function(
         )
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)
 def _coupling(
     fn: Callable[..., PyTree],
     structure: Any,
@@ -89,7 +89,8 @@ def _coupling(
             tries = [program(weights, batch) for batch in batches]
     except Exception:  # what is wrong with the function is said where it is used
         return None
-    rtol = RTOL["f16[" in str(traced.jaxpr)]  # bf16 too
+    text = str(traced.jaxpr)
+    rtol = next(rtol for floats, rtol in RTOL.items() if floats in text)
     pairs = [pair for of_try in tries for pair in zip(*of_try, strict=True)]
     if all(_same(together, alone, rtol) for together, alone in pairs):
         return None
@@ -177,10 +178,8 @@ def _where(flat: Callable[..., list[Any]], params: Sequence[Any], x: Sequence[An
         result = [_Pair(*out) for out in outs]
         if not found and all(p.apart() for p in pairs) and not all(p.apart() for p in result):
             line, scope = place_of(equation)
-            found.append(
-                f": {equation.primitive.name} at {line}{f' in {scope}' if scope else ''} lets one "
-                "reach another"
-            )
+            at = (f" at {line}" if line else "") + (f" in {scope}" if scope else "")
+            found.append(f": {equation.primitive.name}{at} lets one reach another")
         return result
 
     with jax.ensure_compile_time_eval():

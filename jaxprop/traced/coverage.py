@@ -31,8 +31,8 @@ class Covered:
         param: its path.
         shape: its shape.
         form: what its cotangent is kept as: "Outer", "Patches", "Rows", "Repeated(…)" in a scan
-            over layers, "own share" (``Stacked``), several with a plus between them, "unused", or
-            "not learned".
+            over layers, "own share" (``Stacked``, or ``Sum`` of a vector), several with a plus
+            between them, "unused", or "not learned".
         meets: for each place where it meets data, the primitive, the source line and the scope.
         own_bytes: the memory that an own share takes for all examples of the batch, whether it is
             needed or not.

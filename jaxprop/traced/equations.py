@@ -184,7 +184,7 @@ def scan_of(equation: JaxprEqn) -> Scan:
     """Return what a scan's equation says."""
     params = equation.params
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    consts, carry = _split(params)
+    consts, carry = _counts(params)
     return Scan(Program.of(params["jaxpr"]), consts, carry, params["length"], options)
 
 
@@ -194,7 +194,8 @@ def _empty() -> Jaxpr:
     return jax.make_jaxpr(lambda: ())().jaxpr
 
 
-def _split(params: dict[str, Any]) -> tuple[int, int]:
+def _counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Return how many of a scan's inputs are constants, and how many are carried."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # from jax 0.11 on

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.describe import shapes
-from jaxprop.core.mesh import shard_map_axes
+from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.core.tree import arrays, is_not_learned
 from jaxprop.core.types import Params, PyTree
 from jaxprop.traced.equations import Program, for_tracing
@@ -81,7 +81,8 @@ class Example:
         each = [jnp.asarray(leaf) if isinstance(leaf, int | float) else leaf for leaf in each]
         xs, of_x = jax.tree.flatten(x)
         if shard_map_axes():  # where a param and an example's own zero are of one type
-            each = [leaf + _zero(xs, leaf) if i in learned else leaf for i, leaf in enumerate(each)]
+            for index in learned:
+                each[index] += zero_beside(xs, each[index].dtype)
         found: list[Any] = []
 
         def flat(each: list[Any], xs: list[Any]) -> list[Any]:
@@ -137,15 +138,8 @@ def is_learned(node: Any) -> bool:
 
 def zeros(beside: Sequence[Array], like: Any) -> Array:
     """Return zeros like an array, for each example of the arrays that they stand beside."""
-    return jnp.broadcast_to(_zero(beside, like), (beside[0].shape[0], *like.shape))
-
-
-def _zero(beside: Sequence[Array], like: Any) -> Array:
-    """Return a zero of its dtype; in ``jax.shard_map`` of a type that differs as examples do."""
-    zero = jnp.zeros((), like.dtype)
-    if shard_map_axes():
-        zero = jnp.zeros_like(beside[0].ravel()[:1].sum(), like.dtype)
-    return zero
+    zero = zero_beside(beside, like.dtype)
+    return jnp.broadcast_to(zero, (beside[0].shape[0], *like.shape))
 
 
 def _alone(leaf: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -23,7 +23,8 @@ from jaxprop.traced.coupling import check_uncoupled_function
 from jaxprop.traced.coverage import Coverage, coverage_of, warn_of_large_shares
 from jaxprop.traced.example import Example, zeros
 from jaxprop.traced.shares import share, together
-from jaxprop.traced.taps import Use
+from jaxprop.traced.taps import Use, is_inexact
+from jaxprop.traced.views import placed
 
 Fn: TypeAlias = Callable[..., PyTree]
 
@@ -40,7 +41,8 @@ class Function(Layer):
     not batched there, so that the product of a batch with one of them stays one product.
 
     A param that a ``lax.scan`` goes through layer by layer has a ``Repeated`` form. If it is a
-    constant of the scan, the steps are positions. Several uses make a ``Joint`` form.
+    constant of the scan, the steps are positions. Uses in which its entries lie in the same order
+    are one form, over the positions of all; others make a ``Joint`` one.
 
     Attributes:
         fn: the function.
@@ -106,19 +108,19 @@ class Function(Layer):
         check_uncoupled_function(self.fn, repr(self), arrays(params), x)
         leaves = jax.tree.leaves(x)
         warn_of_large_shares(repr(self), one, params, leaves[0].shape[0])
-        moving = tuple(map(_is_inexact, leaves))
+        moving = tuple(map(is_inexact, leaves))
 
         def of_batch(taps: Any, owns: Any, some: list[Array]) -> tuple[list[Array], Any]:
-            outs, xs = jax.vmap(one.run)(taps, owns, _placed(some, moving, leaves))
-            return list(filter(_is_inexact, outs)), (outs, xs)
+            outs, xs = jax.vmap(one.run)(taps, owns, placed(some, moving, leaves))
+            return list(filter(is_inexact, outs)), (outs, xs)
 
         taps = [zeros(leaves, struct) for struct in one.taps]
         owns = {index: zeros(leaves, one.params[index]) for index in one.owned}
-        some = list(filter(_is_inexact, leaves))
+        some = list(filter(is_inexact, leaves))
         with _noted(self):
             moved, pull, (outs, xs) = jax.vjp(of_batch, taps, owns, some, has_aux=True)
-        moves = tuple(map(_is_inexact, outs))
-        outs = _placed(moved, moves, outs)
+        moves = tuple(map(is_inexact, outs))
+        outs = placed(moved, moves, outs)
         facts = Facts(one.uses, one.learned, jax.tree.structure(x), moving, one.structure, moves)
         return jax.tree.unflatten(one.structure, outs), Tape(pull, xs, facts)
 
@@ -142,7 +144,7 @@ class Function(Layer):
         d_params = [
             together(shares[index]) if index in shares else () for index in range(len(leaves))
         ]
-        d_x = _placed(d_some, facts.moving, [None] * len(facts.moving))
+        d_x = placed(d_some, facts.moving, [None] * len(facts.moving))
         return jax.tree.unflatten(structure, d_params), jax.tree.unflatten(facts.x, d_x)
 
     def coverage(self, params: Params, x: PyTree) -> Coverage:
@@ -255,13 +257,3 @@ def _noted(net: Function) -> Iterator[None]:
             "takes jax.lax.stop_gradient(x)"
         )
         raise
-
-
-def _is_inexact(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
-
-
-def _placed(some: Sequence[Any], where: Sequence[bool], others: Sequence[Any]) -> list[Any]:
-    """Return the others, with some in their place where it says so."""
-    each = iter(some)
-    return [next(each) if here else other for here, other in zip(where, others, strict=True)]

@@ -9,7 +9,6 @@ with a zero for each example, whose cotangent is that example's own share of the
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +19,7 @@ from jax import Array
 from jax.extend.core import JaxprEqn
 
 from jaxprop.core.forms import Move, Reshaped, Scanned, Sliced, Transposed, Turned
-from jaxprop.core.mesh import shard_map_axes
+from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.traced.ends import ends_of
 from jaxprop.traced.equations import (
     Axes,
@@ -48,7 +47,7 @@ from jaxprop.traced.equations import (
     slice_of,
     struct,
 )
-from jaxprop.traced.views import Part, View, bare, plain
+from jaxprop.traced.views import Part, View, bare, is_data, placed, plain
 
 
 class Product(NamedTuple):
@@ -191,8 +190,7 @@ class Taps:
 def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
     """Return the program's outputs, for inputs among which are views, tapped on the way."""
     outer, numbers = taps.within, itertools.count()
-    data = [not isinstance(value, View) for value in args]
-    ends = ends_of(program, data) if taps.watching else {}
+    ends = ends_of(program, list(map(is_data, args))) if taps.watching else {}
 
     def step(equation: JaxprEqn, ins: list[Any]) -> list[Any]:
         end = ends.get(next(numbers))
@@ -231,7 +229,7 @@ def _step(taps: Taps, equation: JaxprEqn, ins: list[Any]) -> list[Any]:
         return run(program, ins, taps)
     elif (again := rematerialized(equation)) is not None:
         return _rematerialized(*again, ins, taps)
-    if not any(_is_inexact(struct(var)) for var in equation.outvars):
+    if not any(is_inexact(struct(var)) for var in equation.outvars):
         return evaluate(equation, list(map(bare, ins)))  # nothing goes back through it
     return evaluate(equation, list(map(plain, ins)))
 
@@ -489,19 +487,9 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
         return None
     branches = branches_of(equation)
     found = [taps.inside() for _ in branches]
-    data = [value for value in args if not isinstance(value, View)]
-
-    def with_data(data: list[Any]) -> list[Any]:
-        rest = iter(data)
-        return [value if isinstance(value, View) else next(rest) for value in args]
-
-    def first_run(branch: Program, inner: Taps, data: list[Any]) -> list[Any]:
-        outs = list(map(plain, run(branch, with_data(data), inner)))
-        inner.keep_shapes()
-        return outs
-
-    for each in zip(branches, found, strict=True):
-        jax.eval_shape(functools.partial(first_run, *each), list(map(for_tracing, data)))
+    data = list(filter(is_data, args))
+    for branch, inner in zip(branches, found, strict=True):
+        _look_ahead(branch, args, inner)
     zeros = taps.next(sum(len(inner.uses) for inner in found))
 
     def chosen(number: int) -> Callable[[list[Any]], Any]:
@@ -510,12 +498,12 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
         def f(data: list[Any]) -> Any:
             here = None if zeros is None else zeros[start : start + len(found[number].uses)]
             inner = taps.inside(here)
-            outs = list(map(plain, run(branches[number], with_data(data), inner)))
+            outs = _run_with(branches[number], args, data, inner)
             xs = [
                 inner.xs if n == number else [jnp.zeros(x.shape, x.dtype) for x in other.xs]
                 for n, other in enumerate(found)
             ]
-            return outs, [_varying_as(data, x) for each in xs for x in each]
+            return outs, [x + zero_beside(data, x.dtype) for each in xs for x in each]
 
         return f
 
@@ -527,47 +515,44 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
     return outs
 
 
-def _varying_as(data: list[Any], x: Array) -> Array:
-    """Return x; in ``jax.shard_map`` of a type that differs between devices as the data do."""
-    if not shard_map_axes():
-        return x
-    numbers = [v for v in data if not jnp.issubdtype(v.dtype, jax.dtypes.extended)]
-    return x + sum(jnp.zeros_like(v.ravel()[:1].sum(), x.dtype) for v in numbers)
-
-
 def _rematerialized(
     program: Program, options: dict[str, Any], ins: list[Any], taps: Taps
 ) -> list[Any]:
     """A part that is computed again on the way back."""
-    data = [value for value in ins if not isinstance(value, View)]
-
-    def with_data(data: list[Any]) -> list[Any]:
-        rest = iter(data)
-        return [value if isinstance(value, View) else next(rest) for value in ins]
-
-    found = taps.inside()
-
-    def first_run(data: list[Any]) -> list[Any]:
-        outs = list(map(plain, run(program, with_data(data), found)))
-        found.keep_shapes()
-        return outs
-
-    jax.eval_shape(first_run, list(map(for_tracing, data)))
+    found, data = taps.inside(), list(filter(is_data, ins))
+    _look_ahead(program, ins, found)
 
     def f(zeros: Sequence[Array] | None, data: list[Any]) -> Any:
         inner = taps.inside(zeros)
-        return list(map(plain, run(program, with_data(data), inner))), inner.xs
+        return _run_with(program, ins, data, inner), inner.xs
 
     outs, xs = jax.checkpoint(f, **options)(taps.next(len(found.uses)), data)
     taps.note(found.uses, xs, found.zeros)
     return outs
 
 
+def _run_with(program: Program, args: list[Any], data: list[Any], taps: Taps) -> list[Any]:
+    """Return what a program gives for these data, beside the views among its inputs."""
+    return list(map(plain, run(program, placed(data, list(map(is_data, args)), args), taps)))
+
+
+def _look_ahead(program: Program, args: list[Any], taps: Taps) -> None:
+    """Find out what there is to tap in a program, from the shapes of its data."""
+
+    def first_run(data: list[Any]) -> list[Any]:
+        outs = _run_with(program, args, data, taps)
+        taps.keep_shapes()
+        return outs
+
+    jax.eval_shape(first_run, list(map(for_tracing, filter(is_data, args))))
+
+
 def _is_floating(value: Any) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
 
-def _is_inexact(value: Any) -> bool:
+def is_inexact(value: Any) -> bool:
+    """Return whether an array has a cotangent: is floating or complex."""
     return bool(jnp.issubdtype(value.dtype, jnp.inexact))
 
 

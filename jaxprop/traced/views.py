@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -67,6 +67,17 @@ class View:
         return dataclasses.replace(
             self, value=f(self.value), own=lambda: f(self.own()), scale=scale
         )
+
+
+def placed(some: Sequence[Any], where: Sequence[bool], others: Sequence[Any]) -> list[Any]:
+    """Return the others, with some in their place where it says so."""
+    each = iter(some)
+    return [next(each) if here else other for here, other in zip(where, others, strict=True)]
+
+
+def is_data(value: Any) -> bool:
+    """Return whether a value is none of a param's."""
+    return not isinstance(value, View)
 
 
 def bare(value: Any) -> Any:
