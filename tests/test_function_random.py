@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from functions import TOLERANCE, both
+from functions import TOLERANCE, both, squashed
 from hypothesis import given
 from jax import lax
 
@@ -339,17 +339,6 @@ def layer(h, w):
 
 def step_to_sum(step):
     return lambda params, h, x: jnp.sin(step(params, h, x)).reshape(len(h), -1).sum(1)
-
-
-@jax.custom_jvp
-def squashed(x):
-    return jnp.tanh(x)
-
-
-@squashed.defjvp
-def _(primals, tangents):
-    y = jnp.tanh(*primals)
-    return y, tangents[0] * (1 - y**2)
 
 
 @jax.custom_vjp
