@@ -30,7 +30,7 @@ from checkpoints import Checkpoints
 from corpus import load, starts
 from gpt import LOSS, make_net
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from options import Parser, above_zero, natural, positive, run
+from options import Parser, above_zero, natural, positive, reader_left, run
 
 import jaxprop as jp
 
@@ -136,8 +136,8 @@ def main() -> None:
         checkpoints = Checkpoints(args.checkpoints, settings, args.resume)
     try:
         train(args, checkpoints)
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, Exception):
+    except Exception as error:
+        if not reader_left(error):
             traceback.print_exc()
         print(f"process {args.process} stops, and the others with it", file=sys.stderr)
         if checkpoints is not None:  # a pending save may wait for a process that has died
@@ -145,7 +145,7 @@ def main() -> None:
             saving.start()
             saving.join(args.timeout)
         # sys.exit would wait for the other processes, which wait for this one
-        os._exit(1 if isinstance(error, Exception) else 130)
+        os._exit(1)
     if checkpoints is not None:
         checkpoints.close()
 

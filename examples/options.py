@@ -1,6 +1,7 @@
 """The command line of the examples: options with their defaults, and ends without a traceback."""
 
 import argparse
+import contextlib
 import functools
 import os
 import signal
@@ -94,13 +95,35 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def reader_left(error: BaseException) -> bool:
+    """Whether an error says that nobody reads standard output any more (``script.py | head``).
+
+    The signal of a closed pipe is not put back to its default, which ends a process at once: it
+    would do so for any pipe or socket in it, one that saves a checkpoint among them.
+    """
+    if isinstance(error, BrokenPipeError):
+        try:
+            print(flush=True)  # what failed to be written is not kept to be tried again
+        except BrokenPipeError:
+            return True
+    return False
+
+
 def run(main: Callable[[], Any]) -> None:
     """Run a script. Ctrl-C ends it with one line, and a closed pipe without any."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         main()
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(130)  # at once: a save in the background would fail, and say so at length
+    except BrokenPipeError as error:
+        if not reader_left(error):
+            raise
+        os._exit(128 + 13)  # as a shell has it of a process that the signal ended
+
+
+def _interrupted(*_: object) -> None:
+    """End the process at once: what is being saved would take an exception for a failure."""
+    print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError, RuntimeError):  # a closed pipe, or amid a print
+        sys.stdout.flush()
+    os._exit(128 + 2)
