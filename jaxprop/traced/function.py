@@ -77,7 +77,7 @@ class Function(Layer):
                 f"{self}: its params come from where the function does; for net.init(key, x) write "
                 "jp.function(fn, init), such as jp.function(model.apply, model.init)"
             )
-        return self.init_fn(key, x)
+        return self.init_fn(key, jax.tree.map(_stand_in, x))
 
     def check_params(self, params: Params, x: PyTree) -> None:
         """Raise for what are no params, or no x with the example on axis 0 of every leaf."""
@@ -245,6 +245,15 @@ def function(fn: Fn, init: Fn | None = None) -> Function:
         (3,)
     """
     return Function(fn, init)
+
+
+def _stand_in(leaf: Any) -> Any:
+    """Return zeros for a ``jax.ShapeDtypeStruct``, as models that run in their init need arrays."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+    return jnp.zeros(leaf.shape, leaf.dtype)
 
 
 @contextlib.contextmanager
