@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ from jaxprop.core.child import Child
 from jaxprop.core.combinator import Combinator, in_layer, over_layers
 from jaxprop.core.describe import shapes, structs
 from jaxprop.core.layer import Layer
-from jaxprop.core.residuals import OfLayers, residual_axes
-from jaxprop.core.step import Replacing, Visit
+from jaxprop.core.residuals import Distinct
+from jaxprop.core.step import Replacing, Visit, params_of
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -59,7 +58,7 @@ class Repeat(Combinator):
         def ahead(x: PyTree, params: Params) -> tuple[PyTree, Distinct]:
             y, residuals = self.layer.forward(params, x)
             self._check_output(x, y)
-            return y, Distinct.of(residuals, x, y)
+            return y, Distinct.of(residuals, jax.tree.leaves(params), x, y)
 
         with in_layer(0, self.layer):
             y, kept = jax.lax.scan(ahead, x, params, length=self.times)
@@ -75,7 +74,8 @@ class Repeat(Combinator):
 
         def back(ct: Cotangent, step: tuple[Array, Params, Distinct]) -> tuple[Cotangent, Visited]:
             index, params, here = step
-            visited, d_x = self.layer.walk(params, here.tree(kept.before(index, first)), ct, visit)
+            saved = here.tree(_leaves(params, visit), kept.before(index, first))
+            visited, d_x = self.layer.walk(params, saved, ct, visit)
             self._check_d_x(ct, d_x)
             return d_x, visited
 
@@ -111,8 +111,9 @@ class Repeat(Combinator):
         def back(carry: Any, step: tuple[Array, Distinct]) -> tuple[Any, None]:
             (stack, late, ct), (index, here) = carry, step
             stack = write(stack, late, jnp.minimum(index + 1, self.times - 1))
-            saved = here.tree(kept.before(index, first))
-            late, d_x = self.layer.walk(read(stack, index), saved, ct, visit)
+            layer = read(stack, index)
+            saved = here.tree(_leaves(layer, visit), kept.before(index, first))
+            late, d_x = self.layer.walk(layer, saved, ct, visit)
             self._check_d_x(ct, d_x)
             return (stack, late, d_x), None
 
@@ -139,63 +140,8 @@ class Repeat(Combinator):
             )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Distinct(OfLayers):
-    """The residuals of a layer, or of a stack of them, each array once.
-
-    Two parts of a layer often save the same array. And where it saves its x and its y, its x is the
-    y of the layer before: then only y is kept.
-
-    Attributes:
-        leaves: the arrays that are kept.
-        places: for each leaf of the residuals, which of them it is; -1 for an x that is not kept.
-        structure: that of the residuals.
-        y: which of them is y, where x is not kept; else None.
-        axes: for each leaf, the axis of the examples in the residuals of one layer.
-    """
-
-    leaves: tuple[Array, ...]
-    places: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    structure: Any = dataclasses.field(metadata={"static": True})
-    y: int | None = dataclasses.field(metadata={"static": True})
-    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, residuals: Residuals, x: PyTree, y: PyTree) -> Distinct:
-        """Return the residuals that a layer saved on the way from x to y."""
-        leaves, structure = jax.tree.flatten(residuals)
-        distinct = {id(leaf): leaf for leaf in leaves}
-        twice = x is not y and id(x) in distinct and id(y) in distinct
-        if twice:
-            del distinct[id(x)]
-        place = {key: index for index, key in enumerate(distinct)}
-        places = tuple(place.get(id(leaf), -1) for leaf in leaves)
-        where = dict(zip(map(id, leaves), jax.tree.leaves(residual_axes(residuals)), strict=True))
-        axes = tuple(where[key] for key in distinct)
-        of_y = place[id(y)] if twice else None
-        return cls(tuple(distinct.values()), places, structure, of_y, axes)
-
-    def axes_of_examples(self) -> Distinct:
-        return dataclasses.replace(self, leaves=tuple(axis + 1 for axis in self.axes))
-
-    def before(self, index: Array, first: PyTree) -> PyTree:
-        """Return the x of one layer of a stack, the y of the layer before, where it is not kept.
-
-        Args:
-            index: which layer.
-            first: the x of the first one.
-        """
-        if self.y is None:
-            return ()
-        ys = self.leaves[self.y]
-        y = jax.lax.dynamic_index_in_dim(ys, jnp.maximum(index - 1, 0), keepdims=False)
-        return jnp.where(index == 0, first, y)
-
-    def tree(self, x: PyTree) -> Residuals:
-        """Return the residuals of a layer whose input was x."""
-        leaves = *self.leaves, x
-        return jax.tree.unflatten(self.structure, [leaves[place] for place in self.places])
+def _leaves(place: PyTree, visit: Visit) -> list[Array]:
+    return jax.tree.leaves(params_of(place, visit))
 
 
 def repeat(layer: Layer, times: int) -> Repeat:

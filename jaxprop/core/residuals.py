@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxprop.core.describe import shapes
 from jaxprop.core.types import PyTree, Residuals
@@ -29,6 +33,76 @@ def residual_axes(residuals: Residuals) -> PyTree:
         return node.axes_of_examples() if isinstance(node, OfLayers) else 0
 
     return jax.tree.map(axes, residuals, is_leaf=is_stack)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Distinct(OfLayers):
+    """The residuals of a layer of a stack, or of all of them, each array once.
+
+    Two parts of a layer often save the same array, or one that the way back has anyway, such as a
+    param. And where a layer saves its x and its y, its x is the y of the layer before: then only y
+    is kept.
+
+    Attributes:
+        leaves: the arrays that are kept.
+        places: for each leaf of the residuals, which of these it is; from -1 down which of those
+            that are known, the last of which is x.
+        structure: that of the residuals.
+        y: which of them is y, where x is not kept; else None.
+        axes: for each leaf, the axis of the examples in the residuals of one layer.
+    """
+
+    leaves: tuple[Array, ...]
+    places: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    structure: Any = dataclasses.field(metadata={"static": True})
+    y: int | None = dataclasses.field(metadata={"static": True})
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, residuals: Residuals, known: Sequence[Array], x: PyTree, y: PyTree) -> Distinct:
+        """Return what is kept of the residuals that a layer saved on the way from x to y.
+
+        Args:
+            residuals: what it saved.
+            known: arrays that ``tree`` is given again.
+            x: its input.
+            y: its output.
+        """
+        leaves, structure = jax.tree.flatten(residuals)
+        given = {id(leaf): ~index for index, leaf in enumerate(reversed([*known, x]))}
+        distinct = {id(leaf): leaf for leaf in leaves}
+        twice = x is not y and id(x) in distinct and id(y) in distinct
+        if not twice:
+            given.pop(id(x))
+        distinct = {key: leaf for key, leaf in distinct.items() if key not in given}
+        place = given | {key: index for index, key in enumerate(distinct)}
+        places = tuple(place[id(leaf)] for leaf in leaves)
+        where = dict(zip(map(id, leaves), jax.tree.leaves(residual_axes(residuals)), strict=True))
+        axes = tuple(where[key] for key in distinct)
+        of_y = place[id(y)] if twice else None
+        return cls(tuple(distinct.values()), places, structure, of_y, axes)
+
+    def axes_of_examples(self) -> Distinct:
+        return dataclasses.replace(self, leaves=tuple(axis + 1 for axis in self.axes))
+
+    def before(self, index: Array, first: PyTree) -> PyTree:
+        """Return the x of one layer of a stack, the y of the layer before, where it is not kept.
+
+        Args:
+            index: which layer.
+            first: the x of the first one.
+        """
+        if self.y is None:
+            return ()
+        ys = self.leaves[self.y]
+        y = jax.lax.dynamic_index_in_dim(ys, jnp.maximum(index - 1, 0), keepdims=False)
+        return jnp.where(index == 0, first, y)
+
+    def tree(self, known: Sequence[Array], x: PyTree) -> Residuals:
+        """Return the residuals of a layer, for the arrays that were known, and its input."""
+        leaves = *self.leaves, *known, x
+        return jax.tree.unflatten(self.structure, [leaves[place] for place in self.places])
 
 
 def check_residuals(layer: object, residuals: Residuals, examples: int) -> None:

@@ -85,6 +85,23 @@ class Total(NamedTuple):
     value: Any
 
 
+class Layerwise(NamedTuple):
+    """A visit that may be paid to each layer of a stack, where it would be paid to the stack.
+
+    So may whatever is asked of each param, or of each entry; not what is asked of a layer's params
+    together, where the layers of a function's scan count as one. Its results are stacked as those
+    of a ``repeat`` are.
+
+    Attributes:
+        visit: the visit.
+    """
+
+    visit: Visit
+
+    def __call__(self, step: Step) -> Any:
+        return self.visit(step)
+
+
 class Placed(abc.ABC):
     """A visit to a walk through a tree of places instead of a tree of params.
 

@@ -255,6 +255,12 @@ def map_modules(f: Callable[..., Any], params: Params, *others: PyTree) -> PyTre
     return jax.tree.unflatten(structure, [map_modules(f, *node) for node in each])
 
 
+def numbered(params: Params) -> PyTree:
+    """Return params with its number for each leaf, and for each node that is not learned."""
+    structure = jax.tree.structure(params, is_leaf=is_not_learned)
+    return jax.tree.unflatten(structure, range(structure.num_leaves))
+
+
 def axes_of_examples(params: Params) -> PyTree:
     """Return ``jax.vmap``'s axes for params of single examples: that of a mask, else None."""
     return jax.tree.map(

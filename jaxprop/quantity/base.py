@@ -67,12 +67,16 @@ class Quantity(Static):
         axes: how many axes such a result has in front of those of params.
         of_pairs: whether it is of pairs of examples, which micro-batches would keep apart.
         stacked: whether it has an axis in front for the columns of its source.
+        layerwise: whether what it takes of a stack of layers is what it takes of each, stacked, as
+            whatever is of each param is. A scan over layers in a function is then asked layer by
+            layer, and keeps no forms; else its modules are asked as a whole.
     """
 
     like_params: ClassVar[bool] = False
     axes: ClassVar[int] = 0
     of_pairs: ClassVar[bool] = False
     stacked: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
 
     @property
     def source(self) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,10 @@ class Clipped(Quantity):
             raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
 
     @property
+    def layerwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.per_layer
+
+    @property
     def before(self) -> Quantity | None:
         return Norms() if self.two_pass else None
 
@@ -168,6 +172,8 @@ class Clipped(Quantity):
 
 class Norms(Quantity):
     """|g_n| over all params, in a way that neither cancels nor overflows; (N,)."""
+
+    layerwise: ClassVar[bool] = True
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         return PerExample(_norms(forms), axis=-1) if jax.tree.leaves(forms) else ()

@@ -30,6 +30,8 @@ class AddedUp(Quantity):
     walk, and ``whole`` of their sum.
     """
 
+    layerwise: ClassVar[bool] = True
+
     @abc.abstractmethod
     def part(self, forms: PyTree, examples: Examples) -> PyTree:
         """Return of one column what is added up over the columns, at one layer."""
@@ -142,6 +144,7 @@ class GGNRoot(Quantity):
         samples: how many columns are sampled; None for the exact root.
     """
 
+    layerwise: ClassVar[bool] = True
     samples: int | None = None
 
     like_params: ClassVar[bool] = True

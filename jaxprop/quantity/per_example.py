@@ -40,6 +40,7 @@ class Moments(NamedTuple):
 class Gradient(Quantity):
     """The gradient of the mean over examples; like params."""
 
+    layerwise: ClassVar[bool] = True
     like_params: ClassVar[bool] = True
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
@@ -48,6 +49,8 @@ class Gradient(Quantity):
 
 class OfForward(Quantity):
     """A quantity that is taken of the pass forward alone."""
+
+    layerwise: ClassVar[bool] = True
 
     @abc.abstractmethod
     def of_forward(self, ahead: Forward) -> PyTree:
@@ -75,6 +78,7 @@ class FiniteLoss(OfForward):
 class PerExampleGrads(Quantity):
     """Each example's gradient g_n; like params, behind an example axis."""
 
+    layerwise: ClassVar[bool] = True
     like_params: ClassVar[bool] = True
     axes: ClassVar[int] = 1
 
@@ -101,6 +105,10 @@ class SqNorms(Quantity):
     def __post_init__(self) -> None:
         check_flags(self, "per_layer")
 
+    @property
+    def layerwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.per_layer
+
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         norms = PerExample(total(lambda form: form.sq_norms(), forms), axis=-1)
         return norms if self.per_layer else Total(norms)
@@ -113,6 +121,7 @@ class SqNorms(Quantity):
 class Gram(Quantity):
     """The inner products <g_n, g_m> of all pairs of examples, over all params; (N, N)."""
 
+    layerwise: ClassVar[bool] = True
     of_pairs: ClassVar[bool] = True
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
@@ -125,6 +134,7 @@ class Gram(Quantity):
 class SecondMoment(Quantity):
     """The mean over examples of g_n^2, elementwise; like params, in at least float32."""
 
+    layerwise: ClassVar[bool] = True
     like_params: ClassVar[bool] = True
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
@@ -138,6 +148,7 @@ class Variance(Quantity):
     divided by it is no mean.
     """
 
+    layerwise: ClassVar[bool] = True
     like_params: ClassVar[bool] = True
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
@@ -171,6 +182,8 @@ class NoiseScale(Quantity):
     example n counts w_n, E |g|^2 = |G|^2 + tr S sum_n w_n^2 / (sum_n w_n)^2, so that
     (sum_n w_n)^2 / sum_n w_n^2 stands for N.
     """
+
+    layerwise: ClassVar[bool] = True
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         def moments(_: Array, form: Factored) -> Moments:

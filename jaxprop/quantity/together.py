@@ -20,7 +20,7 @@ from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.mesh import by_xla, is_explicit
-from jaxprop.core.step import Step
+from jaxprop.core.step import Layerwise, Step, Visit
 from jaxprop.core.tree import learned
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Visited
 from jaxprop.core.walk import Forward, check_net_and_loss, forward
@@ -155,7 +155,7 @@ class _Walks:
             forms = factored(step)
             return Taken({name: self._take(name, step, forms, known) for name in self.asked})
 
-        visited, _ = self.ahead.back(ct, visit)
+        visited, _ = self.ahead.back(ct, self._paid(visit))
         return self._gathered(visited)
 
     def _one_by_one(self, columns: Columns) -> dict[str, PyTree]:
@@ -183,9 +183,8 @@ class _Walks:
             return Taken(of_column(step, forms) | {FORMS: forms})
 
         def another(sofar: dict[str, PyTree], c: Array) -> tuple[dict[str, PyTree], None]:
-            visited, _ = self.ahead.back(
-                columns.column(c), lambda step: Taken(of_column(step, factored(step)))
-            )
+            visit = self._paid(lambda step: Taken(of_column(step, factored(step))))
+            visited, _ = self.ahead.back(columns.column(c), visit)
             taken = self._gathered(visited)
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=c, axis=0)
             return {
@@ -193,7 +192,7 @@ class _Walks:
                 for name in self.asked
             }, None
 
-        visited, _ = self.ahead.back(columns.column(0), with_forms)
+        visited, _ = self.ahead.back(columns.column(0), self._paid(with_forms))
         start = {
             name: taken if name in added else _stacked(taken, columns.number)
             for name, taken in self._gathered(visited).items()
@@ -204,6 +203,11 @@ class _Walks:
             name: quantity.whole(forms, taken[name], self.ahead.examples)
             for name, quantity in added.items()
         }
+
+    def _paid(self, visit: Visit) -> Visit:
+        """Return the visit, to each layer of a stack where no quantity is of a whole module."""
+        layerwise = all(quantity.layerwise for quantity in self.asked.values())
+        return Layerwise(visit) if layerwise else visit
 
     def _take(self, name: str, step: Step, forms: PyTree, known: Mapping[str, PyTree]) -> PyTree:
         """Return what one quantity takes at one layer."""

@@ -119,12 +119,12 @@ def _warn(message: str) -> None:
 def _covered(one: Example, params: Params, examples: int) -> Iterator[Covered]:
     nodes = jax.tree.leaves_with_path(params, is_leaf=is_not_learned)
     uses: dict[int, list[Use]] = {}
-    for use in one.uses:
+    for use in one.whole.uses:
         for part in use.parts:
             uses.setdefault(part.param, []).append(use)
     for index, (path, _) in enumerate(nodes):
         leaf, here = one.params[index], uses.get(index, [])
-        owned = index in one.owned
+        owned = index in one.whole.owned
         forms = [*dict.fromkeys(map(_form, here)), *["own share"] * owned]
         word = "unused" if index in one.learned else "not learned"
         yield Covered(

@@ -58,6 +58,29 @@ class Program(NamedTuple):
             values |= zip(equation.outvars, outs, strict=True)
         return [read(var) for var in self.jaxpr.outvars]
 
+    def part(
+        self, invars: Sequence[Any], outvars: Sequence[Any], equations: Sequence[JaxprEqn]
+    ) -> Program:
+        """Return the program of some of the equations."""
+        jaxpr = _empty().replace(
+            constvars=self.jaxpr.constvars,
+            invars=list(invars),
+            outvars=list(outvars),
+            eqns=list(equations),
+            effects=self.jaxpr.effects,
+        )
+        return Program(jaxpr, self.consts)
+
+    def within(self) -> Program:
+        """Return the program that this one does nothing but call, or this one."""
+        jaxpr = self.jaxpr
+        if len(jaxpr.eqns) != 1:
+            return self
+        (equation,) = jaxpr.eqns
+        inner = inlined(equation)
+        same = equation.invars == jaxpr.invars and equation.outvars == jaxpr.outvars
+        return self if inner is None or not same else inner.within()
+
 
 class Scan(NamedTuple):
     """A scan: its body, how many of the inputs are constants and carried, and how it runs."""

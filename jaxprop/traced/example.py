@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from jaxprop.core.describe import shapes
 from jaxprop.core.mesh import shard_map_axes, zero_beside
-from jaxprop.core.tree import arrays, is_not_learned
+from jaxprop.core.tree import arrays, is_not_learned, map_modules, numbered
 from jaxprop.core.types import Params, PyTree
 from jaxprop.traced.equations import Program, for_tracing
-from jaxprop.traced.taps import Taps, Use, run
-from jaxprop.traced.views import Part, View, plain
+from jaxprop.traced.piece import Piece
+from jaxprop.traced.stages import Straight, stages_of
 
 
 class Example:
-    """A function of one example, and what is tapped in it.
+    """A function of one example.
 
     Attributes:
         params: the leaves of params.
         learned: the numbers of those that are learned.
         structure: that of y.
-        uses: where params meet data.
-        taps: the shape and dtype of what they give there.
-        owned: the numbers of the params that are used elsewhere too.
+        whole: all of it, as one piece.
+        stages: its stages.
     """
 
     def __init__(
@@ -35,23 +34,24 @@ class Example:
         program: Program,
         params: list[Any],
         learned: frozenset[int],
+        modules: Sequence[frozenset[int]],
         alone: list[Any],
         structure: Any,
-        watching: bool = False,
+        watching: bool,
     ) -> None:
         self.params, self.learned, self.structure = params, learned, structure
-        self._program, self._watching = program, watching
-        self.owned: set[int] = set()
-        taps = Taps(watching=watching)
+        self._watching = watching
+        self._views = {index: params[index] for index in sorted(learned)}
+        self._fixed = [leaf for index, leaf in enumerate(params) if index not in learned]
+        stages = functools.partial(stages_of, program, learned, len(params))
+        self.stages = stages(None if watching else modules)
+        (whole,) = self.stages if len(self.stages) == 1 else stages(None)
+        assert isinstance(whole, Straight)
+        self.whole = self.piece(whole.program, [alone[slot] for slot in whole.ins])
 
-        def first_run(xs: list[Any]) -> list[Array]:
-            outs = self._run(taps, None, xs)
-            taps.keep_shapes()
-            return outs
-
-        jax.eval_shape(first_run, alone)
-        self.uses: tuple[Use, ...] = tuple(taps.uses)
-        self.taps: list[jax.ShapeDtypeStruct] = taps.zeros
+    def piece(self, program: Program, data: Sequence[Any]) -> Piece:
+        """Return a piece of it that takes all params, and data."""
+        return Piece(program, self._views, self._fixed, data, self._watching)
 
     @classmethod
     def of(
@@ -94,41 +94,12 @@ class Example:
 
         alone = list(map(_alone, xs))
         try:
-            program = Program.of(jax.make_jaxpr(flat)(list(map(for_tracing, each)), alone))
+            traced = jax.make_jaxpr(flat)(list(map(for_tracing, each)), alone)
         except Exception as error:
             error.add_note(f"{name} is called with a batch of one example, {shapes(alone)}")
             raise
-        return cls(program, each, learned, alone, found[-1], watching)
-
-    def run(
-        self, taps: Sequence[Array], owns: dict[int, Array], xs: Sequence[Array]
-    ) -> tuple[list[Array], list[Array]]:
-        """Return the outputs, and the data at each use, without an axis of examples.
-
-        Args:
-            taps: the zeros that are added at each use.
-            owns: those that are added to params, by number.
-            xs: the leaves of x, of one example.
-        """
-        tapped = Taps(taps, watching=self._watching)
-        outs = self._run(tapped, owns, [leaf[None] for leaf in xs])
-        return [out[0] if out.ndim else out for out in outs], tapped.xs
-
-    def _run(self, taps: Taps, owns: dict[int, Array] | None, xs: Sequence[Array]) -> list[Array]:
-        args = [
-            self._view(index, owns) if index in self.learned else leaf
-            for index, leaf in enumerate(self.params)
-        ]
-        return list(map(plain, run(self._program, [*args, *xs], taps)))
-
-    def _view(self, index: int, owns: dict[int, Array] | None) -> View:
-        leaf = self.params[index]
-
-        def own() -> Array:
-            self.owned.add(index)
-            return leaf if owns is None else leaf + owns[index]
-
-        return View((Part(index, ()),), leaf, own)
+        program = Program.of(traced).within()
+        return cls(program, each, learned, _modules(params), alone, found[-1], watching)
 
 
 def is_learned(node: Any) -> bool:
@@ -136,17 +107,22 @@ def is_learned(node: Any) -> bool:
     return not is_not_learned(node) and bool(jnp.issubdtype(jnp.result_type(node), jnp.floating))
 
 
-def zeros(beside: Sequence[Array], like: Any) -> Array:
-    """Return zeros like an array, for each example of the arrays that they stand beside."""
-    zero = zero_beside(beside, like.dtype)
-    return jnp.broadcast_to(zero, (beside[0].shape[0], *like.shape))
-
-
 def _alone(leaf: Any) -> Any:
     """Return the first example of a leaf of x, for tracing."""
     if shard_map_axes():
         return jax.lax.slice_in_dim(leaf, 0, 1)
     return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+
+
+def _modules(params: Params) -> list[frozenset[int]]:
+    """Return the numbers of the params of each module."""
+    found: list[frozenset[int]] = []
+    map_modules(
+        lambda _, numbers: found.append(frozenset(jax.tree.leaves(numbers))),
+        params,
+        numbered(params),
+    )
+    return found
 
 
 def _check_y(name: str, y: PyTree, outs: list[Any]) -> None:

@@ -6,13 +6,12 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxprop.core.types import Cotangent
-from jaxprop.traced.function import Tape
+from jaxprop.traced.function import Walked
 from jaxprop.traced.taps import Use, Watched
 
 
@@ -35,22 +34,19 @@ class Result(NamedTuple):
     ct: Array
 
 
-def results_of(tape: Tape, ct: Cotangent) -> list[Result]:
+def results_of(walked: Walked, ct: Cotangent) -> list[Result]:
     """Return the results of a function's scopes, in the order in which they were computed.
 
     A zero was added to each of them, as to what params and data give where they meet; the zero's
     cotangent is that of the result. Where a program has no scopes, each source line is one.
 
     Args:
-        tape: what ``forward`` saved, of a function that is ``watching``.
+        walked: what ``forward`` saved, of a function that is ``watching``.
         ct: the cotangent of y.
     """
-    taps, *_ = tape.pull(jax.tree.leaves(ct))
-    watched = [
-        (use, y, ct)
-        for use, y, ct in zip(tape.facts.uses, tape.xs, taps, strict=True)
-        if isinstance(use.meeting, Watched)
-    ]
+    (run,) = walked.tapes
+    told, _, _ = run.tape.told(run.cts(walked.cts(ct)))
+    watched = [each for each in told if isinstance(each[0].meeting, Watched)]
     found: list[Result] = []
     for _, group in itertools.groupby(watched, lambda each: _loop(each[0], each[1])):
         each = [list(_by_layer(use, y, ct)) for use, y, ct in group]

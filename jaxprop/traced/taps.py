@@ -95,6 +95,7 @@ class Use:
         primitive: the name of the primitive.
         line: the source line.
         scope: the named scope.
+        again: whether the data are computed again on the way back, and come with the cotangent.
     """
 
     meeting: Meeting
@@ -105,6 +106,7 @@ class Use:
     primitive: str
     line: str
     scope: str
+    again: bool = False
 
 
 class Taps:
@@ -112,18 +114,20 @@ class Taps:
 
     Attributes:
         uses: the places, in the order in which they are met.
-        xs: the data at each.
-        zeros: the shape of the zero that is added at each.
+        xs: the data at each; None where they come with the cotangent.
+        zeros: the shape of the zero that is added at each, in a pair with that of its data where
+            these come with the cotangent.
         watching: whether the results of named scopes are tapped too.
         met: the params that were used since the last such result, as in ``Watched``.
     """
 
     def __init__(
         self,
-        zeros: Sequence[Array] | None = None,
+        zeros: Sequence[Any] | None = None,
         within: Sequence[Place] = (),
         watching: bool = False,
         scans: tuple[bool, ...] = (),
+        again: bool = False,
     ) -> None:
         """Tap nothing yet.
 
@@ -132,17 +136,25 @@ class Taps:
             within: the places of the equations whose programs these are, the outermost first.
             watching: whether the results of named scopes are tapped too.
             scans: for each scan that these are in, whether it goes through layers.
+            again: whether what runs is computed again on the way back.
         """
         self.uses: list[Use] = []
         self.xs: list[Any] = []
-        self.zeros: list[jax.ShapeDtypeStruct] = []
+        self.zeros: list[Any] = []
         self.within = tuple(within)
         self.watching, self.met = watching, dict[tuple[int, tuple[bool, ...]], None]()
-        self._given, self._scans = zeros, scans
+        self._given, self._scans, self._again = zeros, scans, again
 
-    def inside(self, zeros: Sequence[Array] | None = None, *scans: bool) -> Taps:
-        """Return taps for a program within this one, in scans that go through layers or not."""
-        return Taps(zeros, self.within, self.watching, (*self._scans, *scans))
+    def inside(self, zeros: Sequence[Any] | None = None, *scans: bool, again: bool = False) -> Taps:
+        """Return taps for a program within this one.
+
+        Args:
+            zeros: what is added at each place; None if that is yet to be found out.
+            scans: for each scan around it in this one, whether it goes through layers.
+            again: whether it is computed again on the way back.
+        """
+        scans, again = (*self._scans, *scans), again or self._again
+        return Taps(zeros, self.within, self.watching, scans, again)
 
     @property
     def line(self) -> str:
@@ -154,20 +166,23 @@ class Taps:
         """The named scopes, one within the other."""
         return "/".join(place.scope for place in self.within if place.scope)
 
-    def next(self, number: int) -> Sequence[Array] | None:
+    def next(self, number: int) -> Sequence[Any] | None:
         """Return what is added at the next so many places."""
         at = len(self.uses)
         return None if self._given is None else self._given[at : at + number]
 
     def add(self, use: Use, x: Array, y: Array) -> Array:
         """Return y with the zero of this place."""
-        given = self.next(1)
-        self.note([use], [x], [struct(y)])
+        given, zero = self.next(1), struct(y)
+        if self._again and is_inexact(x):
+            self.note([dataclasses.replace(use, again=True)], [None], [(zero, struct(x))])
+            return y if given is None else told(y, x, *given[0])
+        self.note([use], [x], [zero])
         return y if given is None else y + given[0]
 
     def keep_shapes(self) -> None:
         """Keep of the data their shapes alone: they are of a trace that is over."""
-        self.xs = list(map(struct, self.xs))
+        self.xs = jax.tree.map(struct, self.xs)
 
     def watched(self) -> int:
         """Return how many results of scopes were tapped."""
@@ -180,11 +195,33 @@ class Taps:
         use = Use(meeting, (), None, (), self._scans, name, self.line, self.scope)
         return self.add(use, y, y)
 
-    def note(self, uses: Sequence[Use], xs: Sequence[Array], zeros: Sequence[Any]) -> None:
+    def note(self, uses: Sequence[Use], xs: Sequence[Any], zeros: Sequence[Any]) -> None:
         """Note places whose zeros are added already."""
         self.uses += uses
         self.xs += xs
         self.zeros += zeros
+
+
+@jax.custom_vjp
+def told(y: Array, x: Array, zero: Array, place: Array) -> Array:
+    """Return y; on the way back its cotangent is that of the zero, and x that of its place.
+
+    In what is computed again on the way back x is not kept until then, and neither are the zeros.
+    """
+    del x, zero, place
+    return y
+
+
+def _told_forward(y: Array, x: Array, zero: Array, place: Array) -> tuple[Array, Array]:
+    del zero, place
+    return y, x
+
+
+def _told_backward(x: Array, ct: Array) -> tuple[Array, None, Array, Array]:
+    return ct, None, ct, x
+
+
+told.defvjp(_told_forward, _told_backward)
 
 
 def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
@@ -448,7 +485,9 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
 
     here = taps.next(len(found.uses)), list(map(bare, stacks)), owns[scan.consts :]
     carried, (outs, xs) = jax.lax.scan(step, carried, here, **scan.options)
-    zeros = [jax.ShapeDtypeStruct((scan.length, *z.shape), z.dtype) for z in found.zeros]
+    zeros = jax.tree.map(
+        lambda zero: jax.ShapeDtypeStruct((scan.length, *zero.shape), zero.dtype), found.zeros
+    )
     taps.note(found.uses, xs, zeros)
     return [*carried, *outs]
 
@@ -500,10 +539,11 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
             inner = taps.inside(here)
             outs = _run_with(branches[number], args, data, inner)
             xs = [
-                inner.xs if n == number else [jnp.zeros(x.shape, x.dtype) for x in other.xs]
+                inner.xs if n == number else jax.tree.map(jnp.zeros_like, other.xs)
                 for n, other in enumerate(found)
             ]
-            return outs, [x + zero_beside(data, x.dtype) for each in xs for x in each]
+            xs = jax.tree.map(lambda x: x + zero_beside(data, x.dtype), xs)
+            return outs, [x for each in xs for x in each]
 
         return f
 
@@ -519,11 +559,11 @@ def _rematerialized(
     program: Program, options: dict[str, Any], ins: list[Any], taps: Taps
 ) -> list[Any]:
     """A part that is computed again on the way back."""
-    found, data = taps.inside(), list(filter(is_data, ins))
+    found, data = taps.inside(again=True), list(filter(is_data, ins))
     _look_ahead(program, ins, found)
 
-    def f(zeros: Sequence[Array] | None, data: list[Any]) -> Any:
-        inner = taps.inside(zeros)
+    def f(zeros: Sequence[Any] | None, data: list[Any]) -> Any:
+        inner = taps.inside(zeros, again=True)
         return _run_with(program, ins, data, inner), inner.xs
 
     outs, xs = jax.checkpoint(f, **options)(taps.next(len(found.uses)), data)

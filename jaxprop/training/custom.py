@@ -11,6 +11,7 @@ from jaxprop.core.checks import require
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import like
+from jaxprop.core.step import Layerwise
 from jaxprop.core.tree import is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree
 
@@ -41,7 +42,7 @@ def custom_vjp(layer: Layer) -> Callable[[Params, PyTree], PyTree]:
 
     def backward(saved: PyTree, ct: Cotangent) -> tuple[Cotangent, Cotangent]:
         params, x, residuals = saved
-        grads, d_x = layer.walk(params, residuals, ct, gradient)
+        grads, d_x = layer.walk(params, residuals, ct, Layerwise(gradient))
         grads = jax.tree.map(
             lambda node, grad: None if isinstance(grad, tuple) or is_not_learned(node) else grad,
             params,

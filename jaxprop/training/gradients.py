@@ -15,7 +15,7 @@ from jaxprop.core.cotangents import gradient
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
-from jaxprop.core.step import Step
+from jaxprop.core.step import Layerwise, Step
 from jaxprop.core.tree import check_learned, learned, like_params, merged
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward
@@ -75,7 +75,7 @@ def value_and_grad(
         def visit(step: Step) -> Params:
             return gradient(step, loss_scale)
 
-        grads, _ = ahead.back(ct, visit)
+        grads, _ = ahead.back(ct, Layerwise(visit))
         return (ahead.value, Aux(of_examples(ahead.y))) if aux else ahead.value, grads
 
     return _in_form("value_and_grad", net, in_micro_batches(net, parts, micro_batches))

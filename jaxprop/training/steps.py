@@ -20,6 +20,7 @@ from jaxprop.core.forms import norm_of_all, norms
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.side_inputs import takes_side_input
+from jaxprop.core.step import Layerwise
 from jaxprop.core.tree import Key, Unlearned, check_learned, for_optimizer, is_not_learned, merged
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import forward, loss_fn
@@ -121,7 +122,9 @@ def fused_step(net: Layer, loss: Loss, apply: Apply, options: Options) -> Run:
         seen = Seen(value)
         if options.need_norm:
             if before is None:
-                each, _ = ahead.back(ct, functools.partial(norms_of_gradient, scale=scale))
+                each, _ = ahead.back(
+                    ct, Layerwise(functools.partial(norms_of_gradient, scale=scale))
+                )
             else:
                 visit = NormsOfMean(micro_batches, scale)
                 each, _ = ahead.back(ct, visit, attached(last[0], before.grads))
@@ -163,7 +166,7 @@ def _all_but_last(
     def of_part(i: Array | int) -> tuple[tuple[Array, Params], PyTree]:
         ahead = forward(net, loss, *args(i))
         ct = scaled_up(ahead.mean_gradient(), scale)
-        grads, _ = ahead.back(ct, functools.partial(gradient, scale=scale))
+        grads, _ = ahead.back(ct, Layerwise(functools.partial(gradient, scale=scale)))
         return (ahead.value, jax.tree.map(wide, grads)), ahead.y if options.aux else ()
 
     def add(sums: PyTree, i: Array) -> tuple[PyTree, PyTree]:

@@ -1,0 +1,184 @@
+"""A scan through layers of params, forward and back: each layer's forms as soon as they exist."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.mesh import zero_beside
+from jaxprop.core.residuals import Distinct
+from jaxprop.core.types import Cotangent, PyTree
+from jaxprop.traced.equations import evaluate, struct
+from jaxprop.traced.piece import Piece, Shares, Tape, first_of
+from jaxprop.traced.stages import Flow, Layers
+from jaxprop.traced.taps import is_inexact
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TapeOfLayers:
+    """What a walk through the layers of a scan saves.
+
+    Attributes:
+        kept: what each layer saved.
+        views: the stacks of the params that are learned.
+        fixed: the constants that are the same for all examples.
+        fixed_stacks: the stacks that are.
+        consts: the constants that are data.
+        flow: what comes in and goes out.
+        outs: the shape and dtype of what is carried, and of one layer's part of each stack that
+            goes out.
+    """
+
+    kept: Distinct
+    views: list[Array]
+    fixed: list[Array]
+    fixed_stacks: list[Array]
+    consts: list[Array]
+    flow: Flow = dataclasses.field(metadata={"static": True})
+    outs: tuple[jax.ShapeDtypeStruct, ...] = dataclasses.field(metadata={"static": True})
+
+    def known(self, views: Sequence[Array], fixed_stacks: Sequence[Array]) -> list[Array]:
+        """Return what each layer saves without its being kept, of what is its own."""
+        return [*views, *self.fixed, *fixed_stacks, *self.consts]
+
+
+def ahead(
+    layers: Layers, params: Sequence[Array], slots: dict[int, Array], beside: Sequence[Array]
+) -> TapeOfLayers:
+    """Put the outputs into their slots, and return what the way back needs.
+
+    Args:
+        layers: the scan.
+        params: all params.
+        slots: the data, with all examples on axis 0.
+        beside: arrays of all examples, as in ``Piece.ahead``.
+    """
+    flow, each = layers.flow, iter(layers.before.run(params, evaluate))
+    views = [next(each) for _ in flow.learned]
+    fixed = [next(each) for _ in range(flow.fixed)]
+    fixed_stacks = [next(each) for _ in range(flow.fixed_stacks)]
+    carry = [_of_all(next(each), beside) if slot is None else slots[slot] for slot in flow.carry]
+    consts = [slots[slot] for slot in flow.consts]
+    stacks = [jnp.moveaxis(slots[slot], 1, 0) for slot in flow.stacks]
+    tape = TapeOfLayers(
+        Distinct((), (), None, None, ()), views, fixed, fixed_stacks, consts, flow, ()
+    )
+    found: list[tuple[jax.ShapeDtypeStruct, ...]] = []
+
+    def step(carry: list[Array], here: Any) -> tuple[list[Array], Any]:
+        views, fixed_stacks, stacks = here
+        data = [*consts, *carry, *stacks]
+        of_layer = dict(zip(flow.learned, views, strict=True))
+        piece = Piece(layers.body, of_layer, [*fixed, *fixed_stacks], list(map(first_of, data)))
+        outs, saved = piece.ahead(data, beside)
+        found.append(tuple(map(struct, outs)))
+        kept = Distinct.of(saved, tape.known(views, fixed_stacks), (), ())
+        return outs[: len(carry)], (outs[len(carry) :], kept)
+
+    carry, (ys, kept) = jax.lax.scan(
+        step, carry, (views, fixed_stacks, stacks), **dict(flow.options)
+    )
+    ys = [jnp.moveaxis(y, 0, 1) for y in ys]
+    slots |= {
+        slot: out for slot, out in zip(flow.outs, [*carry, *ys], strict=True) if slot is not None
+    }
+    return dataclasses.replace(tape, kept=kept, outs=found[-1])
+
+
+def back(
+    tape: TapeOfLayers,
+    cts: dict[int, Cotangent],
+    beside: Sequence[Array],
+    own: PyTree,
+    visit: Callable[[PyTree, Shares, list[Cotangent], list[Cotangent], Tape], Any],
+) -> Any:
+    """Add to the cotangents in the slots, and return what the visit gave for each layer.
+
+    Args:
+        tape: what ``ahead`` saved.
+        cts: the cotangents by slot.
+        beside: arrays of all examples.
+        own: a tree of stacks, of which each layer's visit is given its own.
+        visit: called with a layer's own, its shares, the cotangents of its outputs and of its data,
+            and what it saved.
+    """
+    flow = tape.flow
+    pairs = list(zip(flow.outs, tape.outs, strict=True))
+    carried = len(flow.carry)
+
+    def ct_of(slot: int | None, like: Any, *stack: int) -> Cotangent:
+        """Return the cotangent of an output; None for integers."""
+        if not is_inexact(like):
+            return None
+        if slot is not None and slot in cts:
+            ct = cts[slot]
+            return jnp.moveaxis(ct, 1, 0) if stack else ct
+        zero = zero_beside([*beside, *cts.values()], like.dtype)
+        return jnp.broadcast_to(zero, (*stack, *like.shape))
+
+    length = dict(flow.options)["length"]
+    ct_carry = [ct_of(slot, like) for slot, like in pairs[:carried]]
+    ct_ys = [ct_of(slot, like, length) for slot, like in pairs[carried:]]
+    d_consts = [
+        jnp.broadcast_to(zero_beside([const], const.dtype), const.shape)
+        if is_inexact(const)
+        else None
+        for const in tape.consts
+    ]
+
+    def step(carry: Any, here: Any) -> tuple[Any, Any]:
+        ct_carry, d_consts = carry
+        kept, views, fixed_stacks, ct_ys, own = here
+        saved = kept.tree(tape.known(views, fixed_stacks), ())
+        shares: Shares = {number: [] for number in flow.learned}
+        d_data = saved.back([*ct_carry, *ct_ys], shares)
+        more, d_carry, d_stacks = _split(d_data, len(d_consts), carried)
+        d_consts = jax.tree.map(jnp.add, d_consts, more)
+        visited = visit(own, shares, [*ct_carry, *ct_ys], d_data, saved)
+        return (d_carry, d_consts), (visited, d_stacks)
+
+    here = tape.kept, tape.views, tape.fixed_stacks, ct_ys, own
+    options = dict(flow.options) | {"reverse": not dict(flow.options)["reverse"]}
+    (d_carry, d_consts), (visited, d_stacks) = jax.lax.scan(
+        step, (ct_carry, d_consts), here, **options
+    )
+    for slot in flow.outs:
+        cts.pop(slot, None)
+    d_stacks = [d if d is None else jnp.moveaxis(d, 0, 1) for d in d_stacks]
+    pairs = zip(
+        (*flow.consts, *flow.carry, *flow.stacks), (*d_consts, *d_carry, *d_stacks), strict=True
+    )
+    for slot, d in pairs:
+        if slot is not None:
+            add(cts, slot, d)
+    return visited
+
+
+def add(cts: dict[int, Cotangent], slot: int, ct: Cotangent) -> None:
+    """Add a cotangent to that of a slot; None is that of integers."""
+    if ct is not None:
+        cts[slot] = cts[slot] + ct if slot in cts else ct
+
+
+def _of_all(value: Array, beside: Sequence[Array]) -> Array:
+    """Return a value for each example."""
+    value = jnp.broadcast_to(value, (beside[0].shape[0], *value.shape))
+    return (
+        value | zero_beside(beside, bool)
+        if value.dtype == bool
+        else value + zero_beside(beside, value.dtype)
+    )
+
+
+def _split(values: list[Any], *lengths: int) -> list[list[Any]]:
+    parts = []
+    for length in lengths:
+        parts.append(values[:length])
+        values = values[length:]
+    return [*parts, values]

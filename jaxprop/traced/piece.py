@@ -1,0 +1,184 @@
+"""A piece of a function of one example, with its params as views: how it is run and walked back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.forms import Factored, Moves, Stacked, Sum
+from jaxprop.core.mesh import shard_map_axes, zero_beside
+from jaxprop.core.types import Cotangent
+from jaxprop.traced.equations import Program, for_tracing
+from jaxprop.traced.shares import share
+from jaxprop.traced.taps import Taps, Use, is_inexact, run
+from jaxprop.traced.views import Part, View, placed, plain
+
+Shares: TypeAlias = dict[int, list[tuple[Factored, Moves]]]
+
+
+class Piece:
+    """A part of a function of one example, and what is tapped in it.
+
+    Attributes:
+        uses: where params meet data.
+        taps: the shape and dtype of what they give there, as in ``Taps``.
+        owned: the numbers of the params that are used elsewhere too.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        views: Mapping[int, Any],
+        fixed: Sequence[Any],
+        data: Sequence[Any],
+        watching: bool = False,
+    ) -> None:
+        """Find out what there is to tap.
+
+        Args:
+            program: the equations; its inputs are views, what is fixed, and data.
+            views: the params that are learned, by number.
+            fixed: what is the same for all examples.
+            data: what is of one example, to be traced for.
+            watching: whether the results of named scopes are tapped too.
+        """
+        self._program, self._views, self._fixed, self._watching = program, views, fixed, watching
+        self.owned: set[int] = set()
+        taps = Taps(watching=watching)
+
+        def first_run(data: list[Any]) -> list[Array]:
+            outs = self._run(taps, None, data)
+            taps.keep_shapes()
+            return outs
+
+        jax.eval_shape(first_run, list(map(for_tracing, data)))
+        self.uses: tuple[Use, ...] = tuple(taps.uses)
+        self.taps: list[Any] = taps.zeros
+
+    def ahead(self, data: Sequence[Array], beside: Sequence[Array]) -> tuple[list[Array], Tape]:
+        """Return the outputs for all examples, and what the way back needs.
+
+        Args:
+            data: as above, with all examples on axis 0.
+            beside: arrays of all examples, of a type that differs along every axis of a mesh along
+                which any of the data does.
+        """
+        moving = tuple(map(is_inexact, data))
+
+        def of_batch(taps: Any, owns: Any, some: list[Array]) -> tuple[list[Array], Any]:
+            each = jax.vmap(self._tapped, axis_size=beside[0].shape[0])
+            outs, xs = each(taps, owns, placed(some, moving, data))
+            return list(filter(is_inexact, outs)), (outs, xs)
+
+        taps = jax.tree.map(lambda struct: zeros(beside, struct), self.taps)
+        owns = {index: zeros(beside, self._views[index]) for index in self.owned}
+        some = list(filter(is_inexact, data))
+        moved, pull, (outs, xs) = jax.vjp(of_batch, taps, owns, some, has_aux=True)
+        moves = tuple(map(is_inexact, outs))
+        return placed(moved, moves, outs), Tape(pull, xs, Facts(self.uses, moving, moves))
+
+    def _tapped(
+        self, taps: Sequence[Any], owns: dict[int, Array], data: Sequence[Array]
+    ) -> tuple[list[Array], list[Any]]:
+        """Return the outputs, and the data at each use.
+
+        Args:
+            taps: the zeros that are added at each use.
+            owns: those that are added to params, by number.
+            data: the data.
+        """
+        tapped = Taps(taps, watching=self._watching)
+        return self._run(tapped, owns, data), tapped.xs
+
+    def _run(self, taps: Taps, owns: dict[int, Array] | None, data: Sequence[Array]) -> list[Array]:
+        views = [self._view(index, owns) for index in self._views]
+        return list(map(plain, run(self._program, [*views, *self._fixed, *data], taps)))
+
+    def _view(self, index: int, owns: dict[int, Array] | None) -> View:
+        leaf = self._views[index]
+
+        def own() -> Array:
+            self.owned.add(index)
+            return leaf if owns is None else leaf + owns[index]
+
+        return View((Part(index, ()),), leaf, own)
+
+
+class Facts(NamedTuple):
+    """What is known of a walk through a piece without its arrays.
+
+    Attributes:
+        uses: where params meet data.
+        moving: for each of the data, whether it has a cotangent: is floating or complex.
+        moves: for each of the outputs, likewise.
+    """
+
+    uses: tuple[Use, ...]
+    moving: tuple[bool, ...]
+    moves: tuple[bool, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tape:
+    """What a walk through a piece saves.
+
+    Attributes:
+        pull: the way back from the outputs, of ``jax.vjp``: to the zeros at the uses, to those of
+            owned params, and to the data.
+        xs: the data at each use; None where they come with the cotangent.
+        facts: what has no arrays.
+    """
+
+    pull: Any
+    xs: list[Array | None]
+    facts: Facts = dataclasses.field(metadata={"static": True})
+
+    def back(self, cts: Sequence[Cotangent], shares: Shares) -> list[Cotangent]:
+        """Return the cotangents of the data, None for integers, and add to the shares of params.
+
+        Args:
+            cts: those of the outputs, which are not looked at where these are integers.
+            shares: for each param that is learned, by number, the forms of its uses.
+        """
+        told, owns, d_some = self.told(cts)
+        for use, x, ct in told:
+            for part in use.parts:
+                shares[part.param].append(share(use, part, x, ct))
+        for index, own in owns.items():
+            shares[index].append((Sum(own) if own.ndim == 2 else Stacked(own), ()))
+        return placed(d_some, self.facts.moving, [None] * len(self.facts.moving))
+
+    def told(
+        self, cts: Sequence[Cotangent]
+    ) -> tuple[list[tuple[Use, Array, Array]], dict[int, Array], list[Array]]:
+        """Return each use with its data and cotangent, the owned params' shares, and d_data.
+
+        Args:
+            cts: as ``back`` takes them; d_data are those of floating data.
+        """
+        moved = [ct for ct, moves in zip(cts, self.facts.moves, strict=True) if moves]
+        taps, owns, d_some = self.pull(moved)
+        each = [
+            (use, *(reversed(tap) if use.again else (x, tap)))
+            for use, x, tap in zip(self.facts.uses, self.xs, taps, strict=True)
+        ]
+        return each, owns, d_some
+
+
+def first_of(leaf: Array) -> Any:
+    """Return what is of the first example of an array, for tracing."""
+    if shard_map_axes():
+        return jax.lax.index_in_dim(leaf, 0, keepdims=False)
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+
+def zeros(beside: Sequence[Array], like: Any) -> Array:
+    """Return zeros like an array, for each example of the arrays that they stand beside."""
+    zero = zero_beside(beside, like.dtype)
+    return jnp.broadcast_to(zero, (beside[0].shape[0], *like.shape))
