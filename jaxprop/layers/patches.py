@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import field
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,13 @@ class Patches(Factored):
     ct: Float[Array, "n ... o"]
     windows: Windows = field(metadata={"static": True, "read": Windows._make})
     groups: int = field(default=1, metadata={"static": True})
+    room: ClassVar[int] = 2  # patches, of which all else is made, are several times as large as x
 
     def per_example(self) -> Float[Array, "n ..."]:
-        return self._folded(self._outers(Outer.per_example, self.x, self.ct))
+        def of_examples(x: Array, ct: Array) -> Array:
+            return self._folded(self._outers(Outer.per_example, x, ct))
+
+        return self._in_blocks(functools.partial(_stacked, of_examples), self.x, self.ct)
 
     def sum(self) -> Array:
         as_convolution = self.groups > 1 or max(self.windows.spread) > 1
@@ -228,7 +233,8 @@ def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     if known(lambda: size == arrays[0].shape[0]):
         return f(*arrays)
     starts = jnp.arange(0, arrays[0].shape[0], size)
-    return jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts).reshape(-1)
+    each = jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts)
+    return each.reshape(-1, *each.shape[2:])
 
 
 def _block(start: Array, size: int, arrays: tuple[Array, ...]) -> list[Array]:

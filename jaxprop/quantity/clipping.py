@@ -48,6 +48,18 @@ class Bounded(NamedTuple):
     norms: PerExample
 
 
+class Measured(NamedTuple):
+    """What ``Clipped`` takes before the bound is known to bind: forms, and their norms.
+
+    Attributes:
+        forms: like a layer's params.
+        norms: (N,), |g_n| over these params.
+    """
+
+    forms: PyTree
+    norms: Float[Array, " n"]
+
+
 class Clipped(Quantity):
     """The mean of clipped gradients, 1/N sum_n g_n min(1, max_norm / |g_n|); like params.
 
@@ -107,14 +119,19 @@ class Clipped(Quantity):
     ) -> PyTree:
         if self.two_pass:
             return self._bounded(params, forms, before, examples)
-        if self.per_layer and jax.tree.leaves(params):
+        if not jax.tree.leaves(params):
+            return forms
+        forms = map_forms(lambda form: form.compact(), forms)
+        if self.per_layer:
             return self._bounded(params, forms, _norms(forms), examples)
-        return forms
+        return Measured(forms, _norms(forms))
 
     def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
         if not self.two_pass and not self.per_layer:
-            params = without_unmarked(params, taken)
-            taken = self._bounded(params, taken, _norms(taken), examples)
+            norms, forms = _each(taken, "norms"), _each(taken, "forms")
+            if jax.tree.leaves(norms):
+                params, norms = without_unmarked(params, forms), norms_of_all(norms)
+                taken = self._bounded(params, forms, norms, examples)
         elif self.two_pass:  # each layer was told all norms
             told = jax.tree.leaves(_each(taken, "norms"))[:1]
             norms = [PerExample(each[(0,) * (each.ndim - 1)], axis=-1) for each in told]
@@ -191,5 +208,7 @@ def _norms(forms: PyTree) -> Float[Array, " n"]:
 
 def _each(settled: PyTree, field: str) -> PyTree:
     return jax.tree.map(
-        lambda node: getattr(node, field), settled, is_leaf=lambda node: isinstance(node, Bounded)
+        lambda node: getattr(node, field),
+        settled,
+        is_leaf=lambda node: isinstance(node, Bounded | Measured),
     )

@@ -187,6 +187,7 @@ class NoiseScale(Quantity):
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         def moments(_: Array, form: Factored) -> Moments:
+            form = form.compact()
             return Moments(wide(_mean(form, examples)), examples.mean(form.sq_norms()))
 
         return jax.tree.map(moments, params, forms)

@@ -24,6 +24,9 @@ from jaxprop.core.mesh import shard_map_axes
 INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
 REMATERIALIZED = frozenset(("checkpoint", "remat", "remat2"))
 RULED = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"))
+LINEAR = frozenset(
+    ("slice", "split", "reshape", "squeeze", "transpose", "rev", "neg", "convert_element_type")
+)
 LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INSTALLED = (LIBRARY, *sysconfig.get_paths().values())  # where no user writes
 EXPLAINING = os.path.join(LIBRARY, "explanation", "")
@@ -291,6 +294,13 @@ def _stays_inside(equation: JaxprEqn) -> bool:
 def clips_ids(equation: JaxprEqn) -> bool:
     """Return whether a gather reads the nearest row for an id that is outside of the table."""
     return "clip" in str(equation.params["mode"]).lower()
+
+
+def linear(equation: JaxprEqn) -> str | None:
+    """Return the same for equations that do the same, linear in one input; None for others."""
+    if equation.primitive.name not in LINEAR:
+        return None
+    return f"{equation.primitive.name} {sorted(equation.params.items())} {equation.invars[0].aval}"
 
 
 def permutation_of(equation: JaxprEqn) -> Axes:

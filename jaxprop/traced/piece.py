@@ -164,10 +164,11 @@ class Tape:
         """
         moved = [ct for ct, moves in zip(cts, self.facts.moves, strict=True) if moves]
         taps, owns, d_some = self.pull(moved)
-        each = [
-            (use, *(reversed(tap) if use.again else (x, tap)))
-            for use, x, tap in zip(self.facts.uses, self.xs, taps, strict=True)
-        ]
+        each = []
+        for place, (use, x, tap) in enumerate(zip(self.facts.uses, self.xs, taps, strict=True)):
+            ct = taps[place - use.before] if use.before else tap
+            ct, x = ct if use.again else (ct, x)
+            each.append((use, x, ct))
         return each, owns, d_some
 
 

@@ -21,6 +21,7 @@ from jax.extend.core import JaxprEqn
 from jaxprop.core.forms import Move, Reshaped, Scanned, Sliced, Transposed, Turned
 from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.traced.ends import ends_of
+from jaxprop.traced.equal import Equal
 from jaxprop.traced.equations import (
     Axes,
     Convolution,
@@ -96,6 +97,7 @@ class Use:
         line: the source line.
         scope: the named scope.
         again: whether the data are computed again on the way back, and come with the cotangent.
+        before: how many places before it is the one that it shares a zero with: 0 for its own.
     """
 
     meeting: Meeting
@@ -107,6 +109,7 @@ class Use:
     line: str
     scope: str
     again: bool = False
+    before: int = 0
 
 
 class Taps:
@@ -116,7 +119,8 @@ class Taps:
         uses: the places, in the order in which they are met.
         xs: the data at each; None where they come with the cotangent.
         zeros: the shape of the zero that is added at each, in a pair with that of its data where
-            these come with the cotangent.
+            these come with the cotangent; None where another's will do.
+        equal: which variables of the program that runs have the same cotangent.
         watching: whether the results of named scopes are tapped too.
         met: the params that were used since the last such result, as in ``Watched``.
     """
@@ -143,6 +147,7 @@ class Taps:
         self.zeros: list[Any] = []
         self.within = tuple(within)
         self.watching, self.met = watching, dict[tuple[int, tuple[bool, ...]], None]()
+        self.equal: Equal | None = None
         self._given, self._scans, self._again = zeros, scans, again
 
     def inside(self, zeros: Sequence[Any] | None = None, *scans: bool, again: bool = False) -> Taps:
@@ -171,8 +176,21 @@ class Taps:
         at = len(self.uses)
         return None if self._given is None else self._given[at : at + number]
 
-    def add(self, use: Use, x: Array, y: Array) -> Array:
-        """Return y with the zero of this place."""
+    def add(self, use: Use, x: Array, y: Array, var: Any = None) -> Array:
+        """Return y with the zero of this place.
+
+        Args:
+            use: the place.
+            x: the data.
+            y: the result.
+            var: its variable, if another may have the same cotangent.
+        """
+        if var is not None and self.equal is not None and not self._again:
+            first = self.equal.first(var, len(self.uses))
+            if first < len(self.uses):
+                use = dataclasses.replace(use, before=len(self.uses) - first)
+                self.note([use], [x], [None])
+                return y
         given, zero = self.next(1), struct(y)
         if self._again and is_inexact(x):
             self.note([dataclasses.replace(use, again=True)], [None], [(zero, struct(x))])
@@ -226,7 +244,8 @@ told.defvjp(_told_forward, _told_backward)
 
 def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
     """Return the program's outputs, for inputs among which are views, tapped on the way."""
-    outer, numbers = taps.within, itertools.count()
+    outer, numbers, equal = taps.within, itertools.count(), taps.equal
+    taps.equal = Equal(program)
     ends = ends_of(program, list(map(is_data, args))) if taps.watching else {}
 
     def step(equation: JaxprEqn, ins: list[Any]) -> list[Any]:
@@ -238,7 +257,9 @@ def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
         taps.within = outer
         return outs
 
-    return program.run(args, step)
+    outs = program.run(args, step)
+    taps.equal = equal
+    return outs
 
 
 def _watched(taps: Taps, equation: JaxprEqn, ins: list[Any], end: int | None) -> list[Any]:
@@ -288,7 +309,7 @@ def _meet(
     if isinstance(meeting, Product) and not _is_floating(x):  # as a product of several dtypes takes
         x = x.astype(y.dtype)
     data = x if view.scale is None else x * jnp.asarray(view.scale, x.dtype)
-    return [taps.add(use, data, y)]
+    return [taps.add(use, data, y, equation.outvars[0])]
 
 
 def _product(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:

@@ -37,11 +37,17 @@ class Repeated(Factored):
     def sum(self) -> Float[Array, "l ..."]:
         return jax.vmap(lambda form: form.sum())(self.form)
 
+    def compact(self) -> Repeated:
+        return Repeated(jax.vmap(lambda form: form.compact())(self.form))
+
     def only(self, kept: Bool[Array, " n"]) -> Repeated:
         return Repeated(jax.vmap(lambda form: form.only(kept))(self.form))
 
     def scaled(self, weights: Float[Array, " n"]) -> Repeated:
         return Repeated(jax.vmap(lambda form: form.scaled(weights))(self.form))
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Float[Array, "l ..."]:
+        return jax.vmap(lambda form: form.weighted_sum(weights))(self.form)
 
     def sq_norms(self) -> Float[Array, " n"]:
         return jax.lax.map(lambda form: form.sq_norms(), self.form).sum(axis=0)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import selected, weighted, wide
+from jaxprop.core.arrays import known, selected, weighted, wide
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
@@ -51,7 +51,10 @@ class Factored(abc.ABC):
 
     Attributes:
         unfactored: why it has no Kronecker factors, if it has none.
+        room: how many times as large as the factors g_n may be where ``compact`` forms it.
     """
+
+    room: ClassVar[int] = 1
 
     unfactored: ClassVar[str] = "it is not kept as the input and the cotangent of a matrix"
 
@@ -79,6 +82,20 @@ class Factored(abc.ABC):
     def scaled(self, weights: Float[Array, " n"]) -> Factored:
         """Return the form of weights_n g_n, with its factors in at least float32."""
         return Stacked(weighted(wide(self.per_example()), weights))
+
+    def compact(self) -> Factored:
+        """Return the form of g_n itself where there is room for it, else this one.
+
+        What is asked for more than one thing, such as norms and a weighted sum, then forms g_n
+        once.
+        """
+        form = jax.tree.map(lambda a: wide(a) if jnp.issubdtype(a.dtype, jnp.inexact) else a, self)
+        g = jax.eval_shape(lambda form: form.per_example(), form)
+        factors = [(factor.size, factor.dtype.itemsize) for factor in jax.tree.leaves(self)]
+        size = sum(size * itemsize for size, itemsize in factors)
+        if known(lambda: g.size * g.dtype.itemsize <= self.room * size):
+            return Stacked(form.per_example())
+        return self
 
     def only(self, kept: Bool[Array, " n"]) -> Factored:
         """Return the form with zeros in the factors of the examples that are not kept."""

@@ -31,6 +31,9 @@ class Sum(Factored):
     def sum(self) -> Float[Array, " o"]:
         return wide(self.ct).sum(axis=tuple(range(self.ct.ndim - 1)))
 
+    def compact(self) -> Sum:
+        return Sum(Sum(wide(self.ct)).per_example())
+
     def scaled(self, weights: Float[Array, " n"]) -> Sum:
         return Sum(weighted(wide(self.ct), weights))
 

@@ -116,8 +116,14 @@ class Rearranged(Factored):
     def scaled(self, weights: Float[Array, " n"]) -> Rearranged:
         return Rearranged(self.form.scaled(weights), self.moves)
 
+    def compact(self) -> Rearranged:
+        return Rearranged(self.form.compact(), self.moves)
+
     def only(self, kept: Bool[Array, " n"]) -> Rearranged:
         return Rearranged(self.form.only(kept), self.moves)
+
+    def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
+        return self._back(self.form.weighted_sum(weights))
 
     def sq_norms(self) -> Float[Array, " n"]:
         return self.form.sq_norms()

@@ -1,0 +1,69 @@
+"""Which variables of a program have the same cotangent: such as what is added up, or its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from jax.extend.core import JaxprEqn, Literal
+
+from jaxprop.traced.equations import Program, linear
+
+
+class Equal:
+    """The variables of a program by their cotangents.
+
+    A cotangent is the sum of what each reader of a variable hands back. An addition hands back that
+    of its result, to both of its inputs. A slice, or whatever else is linear in one input, hands
+    back something of its own that depends on the cotangents of its results alone. Of any other
+    equation nothing is known. Variables of which the same is known have the same cotangent.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._kinds: dict[Any, int] | None = None
+        self._first: dict[int, int] = {}
+
+    def first(self, var: Any, place: int) -> int:
+        """Return the first place, of those that were asked about, whose cotangent is that of var.
+
+        Args:
+            var: a variable, of a result at this place.
+            place: its number.
+        """
+        if self._kinds is None:
+            self._kinds = _kinds(self._program)
+        return self._first.setdefault(self._kinds[var], place)
+
+
+def _kinds(program: Program) -> dict[Any, int]:
+    """Return a number for each variable, the same for those that have the same cotangent."""
+    numbers: dict[Hashable, int] = {}
+    kinds: dict[Any, int] = {}
+    back: dict[Any, list[Hashable]] = {}
+
+    def kind(var: Any) -> int:
+        parts = back.get(var, [])
+        if len(parts) == 1 and isinstance(parts[0], int):
+            return parts[0]
+        return numbers.setdefault(tuple(sorted(parts, key=repr)), len(numbers))
+
+    for place, var in enumerate(program.jaxpr.outvars):
+        if not isinstance(var, Literal):
+            back.setdefault(var, []).append(("y", place))
+    for number, equation in reversed(list(enumerate(program.jaxpr.eqns))):
+        for var in equation.outvars:
+            kinds[var] = kind(var)
+        for place, var in enumerate(equation.invars):
+            if not isinstance(var, Literal):
+                back.setdefault(var, []).append(_handed_back(equation, number, place, kinds))
+    return kinds
+
+
+def _handed_back(equation: JaxprEqn, number: int, place: int, kinds: dict[Any, int]) -> Hashable:
+    """Return what an equation hands back to one of its inputs: a kind, or a name for it."""
+    outs = tuple(kinds[var] for var in equation.outvars)
+    if equation.primitive.name in ("add", "add_any"):
+        return outs[0]
+    same = linear(equation)
+    return (number, place) if same is None else (same, outs)
