@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -107,7 +107,12 @@ class Placed(abc.ABC):
 
     Such a tree is like params, but with whatever the visit keeps in a param's place, such as the
     param and its optimizer's state. A layer's own is ``step.place``.
+
+    Attributes:
+        sums: whether it asks for nothing of a form but its sum.
     """
+
+    sums: ClassVar[bool] = False
 
     @abc.abstractmethod
     def params(self, place: PyTree) -> Params:

@@ -94,6 +94,11 @@ class Scan(NamedTuple):
     length: int
     options: dict[str, Any]
 
+    @property
+    def carried(self) -> range:
+        """The places of what is carried, among its inputs; the stacks come after."""
+        return range(self.consts, self.consts + self.carry)
+
 
 class While(NamedTuple):
     """A while loop: its condition and its body, and how many constants come before what it carries.

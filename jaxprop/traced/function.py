@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +13,15 @@ from jax import Array
 
 from jaxprop.core.arrays import on_device
 from jaxprop.core.checks import given
-from jaxprop.core.combinator import over_layers
 from jaxprop.core.describe import is_array, shapes
-from jaxprop.core.forms import Stacked
 from jaxprop.core.layer import Layer
-from jaxprop.core.step import Layerwise, Step, Visit, params_of
-from jaxprop.core.tree import arrays, is_not_learned, map_modules, numbered
+from jaxprop.core.step import Step, Visit, params_of
+from jaxprop.core.tree import arrays, is_not_learned, map_modules
 from jaxprop.core.types import Cotangent, Params, PyTree, Visited
 from jaxprop.traced.coupling import check_uncoupled_function
 from jaxprop.traced.coverage import Coverage, coverage_of, warn_of_large_shares
 from jaxprop.traced.example import Example
-from jaxprop.traced.layers import TapeOfLayers, add, ahead, back
-from jaxprop.traced.piece import Shares, Tape, first_of, zeros
-from jaxprop.traced.shares import together
-from jaxprop.traced.stages import Layers, Straight
-from jaxprop.traced.taps import is_inexact
+from jaxprop.traced.walking import Back, Module, Walked, walk_ahead
 
 Fn: TypeAlias = Callable[..., PyTree]
 
@@ -110,19 +103,9 @@ class Function(Layer):
         x = jax.tree.map(on_device, x)
         one = Example.of(self.fn, repr(self), params, x, self.watching)
         check_uncoupled_function(self.fn, repr(self), arrays(params), x)
-        leaves = jax.tree.leaves(x)
-        warn_of_large_shares(repr(self), one, params, leaves[0].shape[0])
-        slots = {slot: jnp.expand_dims(leaf, 1) for slot, leaf in enumerate(leaves)}
-        xs = tuple(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in slots.values())
+        warn_of_large_shares(repr(self), one, params, jax.tree.leaves(x)[0].shape[0])
         with _noted(self):
-            tapes = [_ahead(one, stage, slots, leaves) for stage in one.stages]
-        outs = [slots[~index] for index in range(one.structure.num_leaves)]
-        alone = tuple(out.ndim > 1 for out in outs)
-        outs = [
-            jnp.squeeze(out, 1) if of_one else out for out, of_one in zip(outs, alone, strict=True)
-        ]
-        facts = Facts(one.learned, jax.tree.structure(x), xs, one.structure, alone)
-        return jax.tree.unflatten(one.structure, outs), Walked(tapes, facts)
+            return walk_ahead(one, x)
 
     def backward(self, params: Params, residuals: Walked, ct: Cotangent) -> tuple[Params, PyTree]:
         return self.walk(params, residuals, ct, lambda step: step.d_params)
@@ -130,78 +113,18 @@ class Function(Layer):
     def walk(
         self, place: PyTree, residuals: Walked, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:
-        params, facts = params_of(place, visit), residuals.facts
-        modules: list[Module] = []
-        map_modules(lambda *nodes: modules.append(Module(*nodes)), params, numbered(params), place)
-        cts = residuals.cts(ct)
-        beside = list(cts.values())
-        shares: Shares = {number: [] for number in facts.learned}
-        visited: dict[int, Any] = {}
+        params = params_of(place, visit)
+        modules, back = Module.all(params, place), Back(residuals, ct)
         with _noted(self):
-            for tape in reversed(residuals.tapes):
-                if isinstance(tape, TapeOfLayers):
-                    visited |= self._through(tape, cts, beside, modules, visit)
-                else:
-                    tape.back(cts, shares)
-        d_x = [
-            zeros(beside, like) if is_inexact(like) and slot not in cts else cts.get(slot)
-            for slot, like in enumerate(facts.xs)
-        ]
-        d_x = [d if d is None else jnp.squeeze(d, 1) for d in d_x]
-        d_x = jax.tree.unflatten(facts.x, d_x)
-
-        def visit_to(module: Module, d_params: Cotangent) -> Visited:
-            return visit(Step.of(self, module.params, residuals, ct, d_params, d_x, module.place))
-
-        each = iter(
-            [
-                visit_to(module, visited[index].forms)
-                if isinstance(visited.get(index), Stack)
-                else visited[index]
-                if index in visited
-                else visit_to(module, _d_params(module, shares, beside))
-                for index, module in enumerate(modules)
-            ]
-        )
+            visited = back.go(self, modules, visit)
+        d_x = jax.tree.unflatten(residuals.facts.structure, back.d_x())
+        for number, module in enumerate(modules):
+            if number not in visited:
+                d_params = back.d_params(module)
+                step = Step.of(self, module.params, residuals, ct, d_params, d_x, module.place)
+                visited[number] = visit(step)
+        each = map(visited.__getitem__, range(len(modules)))
         return map_modules(lambda _: next(each), params), d_x
-
-    def _through(
-        self,
-        tape: TapeOfLayers,
-        cts: dict[int, Cotangent],
-        beside: Sequence[Array],
-        modules: Sequence[Module],
-        visit: Visit,
-    ) -> dict[int, Any]:
-        """Go back through the layers of a scan; return what the visit of each module gave."""
-        at = [
-            index
-            for index, module in enumerate(modules)
-            if not set(tape.flow.learned).isdisjoint(jax.tree.leaves(module.numbers))
-        ]
-        own = [(modules[index].params, modules[index].place) for index in at]
-        inside: Visit = visit if isinstance(visit, Layerwise) else lambda step: step.d_params
-
-        def visited(
-            own: list[tuple[PyTree, PyTree]],
-            shares: Shares,
-            ct: list[Cotangent],
-            d_x: list[Cotangent],
-            saved: Tape,
-        ) -> list[Visited]:
-            each = [
-                Module(params, modules[index].numbers, place)
-                for index, (params, place) in zip(at, own, strict=True)
-            ]
-            return [
-                inside(Step.of(self, m.params, saved, ct, _d_params(m, shares, ct), d_x, m.place))
-                for m in each
-            ]
-
-        found = over_layers(back(tape, cts, beside, own, visited))
-        if not isinstance(visit, Layerwise):
-            found = map(Stack, found)
-        return dict(zip(at, found, strict=True))
 
     def coverage(self, params: Params, x: PyTree) -> Coverage:
         """Return, for each param, what data it meets, where, and what form its cotangent has.
@@ -216,119 +139,6 @@ class Function(Layer):
         self.check_params(params, x)
         one = Example.of(self.fn, repr(self), params, x)
         return coverage_of(one, params, jax.tree.leaves(x)[0].shape[0])
-
-
-class Facts(NamedTuple):
-    """What is known of a walk without its arrays.
-
-    Attributes:
-        learned: the numbers of the params that are learned.
-        x: the structure of x.
-        xs: the shape of one example of each leaf of x, in a batch of one.
-        y: the structure of y.
-        alone: for each leaf of y, whether it came in a batch of one; else it is a mean of one.
-    """
-
-    learned: frozenset[int]
-    x: Any
-    xs: tuple[jax.ShapeDtypeStruct, ...]
-    y: Any
-    alone: tuple[bool, ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Walked:
-    """What ``forward`` saves.
-
-    Attributes:
-        tapes: of each stage.
-        facts: what has no arrays.
-    """
-
-    tapes: list[TapeOfRun | TapeOfLayers]
-    facts: Facts = dataclasses.field(metadata={"static": True})
-
-    def cts(self, ct: Cotangent) -> dict[int, Cotangent]:
-        """Return the cotangent of y by slot."""
-        outs = zip(self.facts.y.flatten_up_to(ct), self.facts.alone, strict=True)
-        return {
-            ~index: jnp.expand_dims(ct, 1) if of_one else ct
-            for index, (ct, of_one) in enumerate(outs)
-            if ct is not None
-        }
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TapeOfRun:
-    """What a walk through a run of equations saves.
-
-    Attributes:
-        tape: of its piece.
-        ins: the slots of its data.
-        outs: those of its outputs.
-    """
-
-    tape: Tape
-    ins: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    outs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-    def cts(self, cts: dict[int, Cotangent]) -> list[Cotangent]:
-        """Return the cotangents of the outputs, by what is in the slots."""
-        return [cts.get(slot) for slot in self.outs]
-
-    def back(self, cts: dict[int, Cotangent], shares: Shares) -> None:
-        """Turn the cotangents of the outputs into those of the data, and add to the shares."""
-        d_data = self.tape.back(self.cts(cts), shares)
-        for slot in self.outs:
-            cts.pop(slot, None)
-        for slot, d in zip(self.ins, d_data, strict=True):
-            add(cts, slot, d)
-
-
-class Module(NamedTuple):
-    """Params that stand together, the number of each, and what a visit keeps in their place."""
-
-    params: Params
-    numbers: PyTree
-    place: PyTree
-
-
-class Stack(NamedTuple):
-    """The forms of a module whose layers a scan went through."""
-
-    forms: Cotangent
-
-
-def _ahead(
-    one: Example, stage: Straight | Layers, slots: dict[int, Array], beside: Sequence[Array]
-) -> TapeOfRun | TapeOfLayers:
-    """Go through a stage: put its outputs into their slots, and return what it saves."""
-    if isinstance(stage, Layers):
-        return ahead(stage, one.params, slots, beside)
-    data = [slots[slot] for slot in stage.ins]
-    piece = one.whole if len(one.stages) == 1 else one.piece(stage.program, map(first_of, data))
-    outs, tape = piece.ahead(data, beside)
-    slots |= zip(stage.outs, outs, strict=True)
-    return TapeOfRun(tape, stage.ins, stage.outs)
-
-
-def _d_params(module: Module, shares: Shares, beside: Sequence[Array]) -> Cotangent:
-    """Return the forms of a module's params, and ``()`` for what is not learned."""
-    nodes, structure = jax.tree.flatten(module.params, is_leaf=is_not_learned)
-    beside = jax.tree.leaves(list(beside))
-    return jax.tree.unflatten(
-        structure,
-        [
-            ()
-            if number not in shares
-            else together(shares[number])
-            if shares[number]
-            else Stacked(zeros(beside, node))  # y does not depend on it
-            for number, node in zip(jax.tree.leaves(module.numbers), nodes, strict=True)
-        ],
-    )
 
 
 def function(fn: Fn, init: Fn | None = None) -> Function:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.mesh import zero_beside
+from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.core.residuals import Distinct
 from jaxprop.core.types import Cotangent, PyTree
 from jaxprop.traced.equations import evaluate, struct
@@ -48,7 +48,7 @@ class TapeOfLayers:
         return [*views, *self.fixed, *fixed_stacks, *self.consts]
 
 
-def ahead(
+def layers_ahead(
     layers: Layers, params: Sequence[Array], slots: dict[int, Array], beside: Sequence[Array]
 ) -> TapeOfLayers:
     """Put the outputs into their slots, and return what the way back needs.
@@ -63,7 +63,10 @@ def ahead(
     views = [next(each) for _ in flow.learned]
     fixed = [next(each) for _ in range(flow.fixed)]
     fixed_stacks = [next(each) for _ in range(flow.fixed_stacks)]
-    carry = [_of_all(next(each), beside) if slot is None else slots[slot] for slot in flow.carry]
+    carry = [
+        _of_all(next(each), beside) if slot is None else _beside(slots[slot], beside)
+        for slot in flow.carry
+    ]
     consts = [slots[slot] for slot in flow.consts]
     stacks = [jnp.moveaxis(slots[slot], 1, 0) for slot in flow.stacks]
     tape = TapeOfLayers(
@@ -91,7 +94,7 @@ def ahead(
     return dataclasses.replace(tape, kept=kept, outs=found[-1])
 
 
-def back(
+def layers_back(
     tape: TapeOfLayers,
     cts: dict[int, Cotangent],
     beside: Sequence[Array],
@@ -101,7 +104,7 @@ def back(
     """Add to the cotangents in the slots, and return what the visit gave for each layer.
 
     Args:
-        tape: what ``ahead`` saved.
+        tape: what ``layers_ahead`` saved.
         cts: the cotangents by slot.
         beside: arrays of all examples.
         own: a tree of stacks, of which each layer's visit is given its own.
@@ -117,18 +120,15 @@ def back(
         if not is_inexact(like):
             return None
         if slot is not None and slot in cts:
-            ct = cts[slot]
+            ct = cts.pop(slot)
             return jnp.moveaxis(ct, 1, 0) if stack else ct
-        zero = zero_beside([*beside, *cts.values()], like.dtype)
-        return jnp.broadcast_to(zero, (*stack, *like.shape))
+        return _beside(jnp.zeros((*stack, *like.shape), like.dtype), beside)
 
     length = dict(flow.options)["length"]
     ct_carry = [ct_of(slot, like) for slot, like in pairs[:carried]]
     ct_ys = [ct_of(slot, like, length) for slot, like in pairs[carried:]]
     d_consts = [
-        jnp.broadcast_to(zero_beside([const], const.dtype), const.shape)
-        if is_inexact(const)
-        else None
+        _beside(jnp.zeros(const.shape, const.dtype), [const]) if is_inexact(const) else None
         for const in tape.consts
     ]
 
@@ -148,13 +148,9 @@ def back(
     (d_carry, d_consts), (visited, d_stacks) = jax.lax.scan(
         step, (ct_carry, d_consts), here, **options
     )
-    for slot in flow.outs:
-        cts.pop(slot, None)
-    d_stacks = [d if d is None else jnp.moveaxis(d, 0, 1) for d in d_stacks]
-    pairs = zip(
-        (*flow.consts, *flow.carry, *flow.stacks), (*d_consts, *d_carry, *d_stacks), strict=True
-    )
-    for slot, d in pairs:
+    d_stacks = [None if d is None else jnp.moveaxis(d, 0, 1) for d in d_stacks]
+    ins = *flow.consts, *flow.carry, *flow.stacks
+    for slot, d in zip(ins, (*d_consts, *d_carry, *d_stacks), strict=True):
         if slot is not None:
             add(cts, slot, d)
     return visited
@@ -168,12 +164,14 @@ def add(cts: dict[int, Cotangent], slot: int, ct: Cotangent) -> None:
 
 def _of_all(value: Array, beside: Sequence[Array]) -> Array:
     """Return a value for each example."""
-    value = jnp.broadcast_to(value, (beside[0].shape[0], *value.shape))
-    return (
-        value | zero_beside(beside, bool)
-        if value.dtype == bool
-        else value + zero_beside(beside, value.dtype)
-    )
+    return _beside(jnp.broadcast_to(value, (beside[0].shape[0], *value.shape)), beside)
+
+
+def _beside(value: Array, arrays: Sequence[Array]) -> Array:
+    """Return a value, in ``jax.shard_map`` of a type that differs where that of an array does."""
+    if not shard_map_axes() or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return value
+    return value + zero_beside(arrays, value.dtype)
 
 
 def _split(values: list[Any], *lengths: int) -> list[list[Any]]:

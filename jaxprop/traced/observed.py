@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from jaxprop.core.types import Cotangent
-from jaxprop.traced.function import Walked
 from jaxprop.traced.taps import Use, Watched
+from jaxprop.traced.walking import TapeOfRun, Walked
 
 
 class Result(NamedTuple):
@@ -44,8 +44,9 @@ def results_of(walked: Walked, ct: Cotangent) -> list[Result]:
         walked: what ``forward`` saved, of a function that is ``watching``.
         ct: the cotangent of y.
     """
-    (run,) = walked.tapes
-    told, _, _ = run.tape.told(run.cts(walked.cts(ct)))
+    (run,), cts = walked.tapes, walked.cts(ct)
+    assert isinstance(run, TapeOfRun)
+    told, _, _ = run.tape.told([cts.get(slot) for slot in run.outs])
     watched = [each for each in told if isinstance(each[0].meeting, Watched)]
     found: list[Result] = []
     for _, group in itertools.groupby(watched, lambda each: _loop(each[0], each[1])):

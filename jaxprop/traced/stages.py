@@ -99,6 +99,7 @@ class _Cut:
         jaxpr = program.jaxpr
         self._program, self._modules = program, modules
         self._params, self._xs = jaxpr.invars[:params], jaxpr.invars[params:]
+        self._numbers = {var: number for number, var in enumerate(self._params)}
         self._learned = [self._params[index] for index in sorted(learned)]
         self._unlearned = [var for var in self._params if var not in set(self._learned)]
         self._moving = moving_in(program, self._xs)
@@ -165,85 +166,93 @@ class _Cut:
         """Return the stage of a scan; None for what is none, or one that goes through no layers."""
         if equation.primitive.name != "scan" or equation.effects or self._modules is None:
             return None
-        scan = scan_of(equation)
-        ends = scan.consts, scan.consts + scan.carry
-        params = {
-            place: self._stack(equation, place) for place in range(ends[1], len(equation.invars))
-        }
-        params = {place: var for place, var in params.items() if var is not None}
-        learned = {place: var for place, var in params.items() if var in self._learned}
-        here = {self._params.index(var) for var in params.values()}
-        whole = all(module <= here or not module & here for module in self._modules)
-        if not learned or not scan.length or not whole:
+        scan, atoms = scan_of(equation), list(map(_hashed, equation.invars))
+        learned = self._stacks(scan, atoms)
+        data = [place for place, atom in enumerate(atoms) if atom in self._moving]
+        others = {atom for place, atom in enumerate(atoms) if place not in (*learned, *data)}
+        if not learned or others & self._of_learned or not scan.length:
             return None
-        data = [var in self._moving for var in map(_hashed, equation.invars)]
-        for place, var in enumerate(equation.invars):
-            if not data[place] and place not in learned and _hashed(var) in self._of_learned:
-                return None
-        if not self._all_move(equation, scan, data, learned):
+        if not self._all_move(equation, scan, [*learned, *data]):
             return None
-        fixed = [not here and place not in learned for place, here in enumerate(data)]
-        carried = range(*ends)
-        rest = [place for place in range(len(fixed)) if place not in carried]
-        of_scan = [place for place in rest if fixed[place]]
-        moving = [place for place in rest if data[place]]
-        still = [place for place in carried if not data[place]]
-        consts, stacks = ([p for p in moving if p < ends[0]], [p for p in moving if p >= ends[1]])
-        invars = scan.body.jaxpr.invars
-        order = [*learned, *of_scan, *consts, *carried, *stacks]
-        body = scan.body.part(
-            [invars[p] for p in order], scan.body.jaxpr.outvars, scan.body.jaxpr.eqns
-        )
-        values = [equation.invars[place] for place in (*learned, *of_scan, *still)]
+        fixed = [place for place in range(len(atoms)) if place not in (*learned, *data)]
+        consts = [place for place in data if place < scan.carried.start]
+        stacks = [place for place in data if place >= scan.carried.stop]
+        of_step = [place for place in fixed if place not in scan.carried]
+        at_start = [place for place in fixed if place in scan.carried]
+        body, order = scan.body.jaxpr, [*learned, *of_step, *consts, *scan.carried, *stacks]
+        values = [equation.invars[place] for place in (*learned, *of_step, *at_start)]
         needed, _ = self._needed(values, set(self._params))
         flow = Flow(
-            tuple(self._params.index(var) for var in learned.values()),
-            sum(place < ends[0] for place in of_scan),
-            sum(place >= ends[1] for place in of_scan),
-            tuple(self._slot(equation.invars[place]) for place in consts),
-            tuple(self._slot(equation.invars[p]) if data[p] else None for p in carried),
-            tuple(self._slot(equation.invars[place]) for place in stacks),
+            tuple(learned.values()),
+            sum(place < scan.carried.start for place in fixed),
+            sum(place >= scan.carried.stop for place in fixed),
+            tuple(self._slot(atoms[place]) for place in consts),
+            tuple(
+                None if place in at_start else self._slot(atoms[place]) for place in scan.carried
+            ),
+            tuple(self._slot(atoms[place]) for place in stacks),
             tuple(self._slot(var) if var in self._readers else None for var in equation.outvars),
             tuple(scan.options.items()),
         )
-        return Layers(body, self._program.part(self._params, values, needed), flow)
+        return Layers(
+            scan.body.part([body.invars[place] for place in order], body.outvars, body.eqns),
+            self._program.part(self._params, values, needed),
+            flow,
+        )
 
-    def _stack(self, equation: JaxprEqn, place: int) -> Any | None:
-        """Return the param whose layers come into a scan at a place, and go nowhere else."""
-        var = equation.invars[place]
-        if isinstance(var, Literal):
-            return None
-        while len(self._readers[var]) == 1:
-            if var in self._params:
+    def _stacks(self, scan: Scan, atoms: Sequence[Any]) -> dict[int, int]:
+        """Return, by its place, the number of each learned param whose layers come into a scan.
+
+        There are none if one of them stands in a module with a param that does not.
+        """
+        found = {
+            place: self._numbers[var]
+            for place, atom in enumerate(atoms)
+            if place >= scan.carried.stop and (var := self._param(atom)) is not None
+        }
+        here = set(found.values())
+        assert self._modules is not None
+        if any(module & here and not module <= here for module in self._modules):
+            return {}
+        return {
+            place: number
+            for place, number in found.items()
+            if self._params[number] in self._learned
+        }
+
+    def _param(self, var: Any) -> Any | None:
+        """Return the param that a variable is, maybe in another dtype, if it is read but once."""
+        while var is not None and len(self._readers[var]) == 1:
+            if var in self._numbers:
                 return var
             maker = self._makers.get(var)
             if maker is None or maker.primitive.name not in STAYS:
                 return None
-            (var,) = maker.invars
-            if isinstance(var, Literal):
-                return None
+            var = _hashed(maker.invars[0])
         return None
 
-    def _all_move(
-        self, equation: JaxprEqn, scan: Scan, data: Sequence[bool], learned: Iterable[int]
-    ) -> bool:
-        """Return whether all that is carried, and all outputs that are used, are made of data."""
-        invars = scan.body.jaxpr.invars
-        moving = {var for place, var in enumerate(invars) if data[place] or place in learned}
-        carried = invars[scan.consts : scan.consts + scan.carry]
-        outs = scan.body.jaxpr.outvars
+    def _all_move(self, equation: JaxprEqn, scan: Scan, given: Sequence[int]) -> bool:
+        """Return whether all that is carried, and all outputs that are used, are made of data.
+
+        Args:
+            equation: the scan's.
+            scan: the scan.
+            given: the places of params and data among its inputs.
+        """
+        body = scan.body.jaxpr
+        moving = {body.invars[place] for place in given}
+        carried = [body.invars[place] for place in scan.carried]
+        outs = list(map(_hashed, body.outvars))
         while True:
             found = moving_in(scan.body, list(moving))
-            more = {
-                var for var, out in zip(carried, outs, strict=False) if _hashed(out) in found
-            } - moving
+            more = {var for var, out in zip(carried, outs, strict=False) if out in found} - moving
             if not more:
                 break
             moving |= more
-        used = [
-            out for out, var in zip(outs, equation.outvars, strict=True) if var in self._readers
-        ]
-        return all(var in moving for var in carried) and all(_hashed(out) in found for out in used)
+        pairs = zip(outs, equation.outvars, strict=True)
+        return moving.issuperset(carried) and all(
+            out in found for out, var in pairs if var in self._readers
+        )
 
     def _slot(self, var: Any) -> int:
         return self._slots.setdefault(var, len(self._slots))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class FusedUpdate(Replacing):
         ValueError: where the update of a param depends on another's gradient or state, or that of
             a layer in a ``repeat`` on other layers.
     """
+
+    sums: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -143,6 +145,8 @@ class NormsOfMean(Placed):
         micro_batches: how many there are.
         scale: what the cotangent of the net's output was multiplied by.
     """
+
+    sums: ClassVar[bool] = True
 
     def __init__(self, micro_batches: int, scale: float | Array = 1.0) -> None:
         self._micro_batches, self._scale = micro_batches, scale

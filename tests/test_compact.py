@@ -1,0 +1,90 @@
+"""Forms that are asked for more than one thing: g_n itself, where there is room for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprop as jp
+from jaxprop.core.forms import Rearranged, Repeated, Stacked, Sum, Transposed
+from jaxprop.layers.embedding import Rows
+from jaxprop.layers.patches import Patches
+from jaxprop.layers.windows import Windows
+
+N = 6
+
+
+def normal(*shape, dtype=np.float64):
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), dtype)
+
+
+def outer(positions, i, o, dtype=np.float64):
+    return jp.Outer(normal(N, *positions, i, dtype=dtype), normal(N, *positions, o, dtype=dtype))
+
+
+def patches(side, channels, features):
+    windows = Windows((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
+    return Patches(normal(N, side, side, channels), normal(N, side, side, features), windows)
+
+
+FORMS = {
+    "no positions": (outer((), 5, 4), False),
+    "a few positions": (outer((3,), 8, 8), False),
+    "many positions": (outer((9,), 5, 4), True),
+    "as many": (outer((4,), 8, 8), True),
+    "small images": (patches(3, 4, 8), False),
+    "large images": (patches(9, 4, 8), True),
+    "a large table": (Rows(jnp.zeros((N, 3), int), normal(N, 3, 4), 50), False),
+    "a small table": (Rows(jnp.zeros((N, 9), int), normal(N, 9, 4), 2), True),
+    "rearranged": (Rearranged(outer((9,), 5, 4), (Transposed((1, 0)),)), True),
+    "layers": (Repeated(jp.Outer(normal(2, N, 9, 5), normal(2, N, 9, 4))), True),
+    "used twice": (jp.Joint((outer((9,), 5, 4), outer((3,), 5, 4))), True),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_it_answers_the_same(name):
+    form, formed = FORMS[name]
+    compact = form.compact()
+    inner = compact.form if isinstance(compact, Rearranged | Repeated) else compact
+    assert isinstance(inner, Stacked) == formed
+    weights = jnp.linspace(0.2, 1.0, N)
+    kept = weights > 0.5
+    for ask in (
+        lambda form: form.norms(),
+        lambda form: form.sq_norms(),
+        lambda form: form.weighted_sum(weights),
+        lambda form: form.only(kept).weighted_sum(weights),
+        lambda form: form.sum(),
+        lambda form: form.per_example(),
+    ):
+        np.testing.assert_allclose(ask(compact), ask(form), rtol=1e-10, atol=1e-12)
+
+
+def test_a_narrow_form_is_formed_in_float32():
+    form = outer((9,), 5, 4, jnp.bfloat16)
+    compact = form.compact()
+    assert compact.g.dtype == jnp.float32
+    np.testing.assert_array_equal(compact.weighted_sum(jnp.ones(N)).dtype, jnp.float32)
+    exact = jnp.einsum("nti,nto->nio", *(a.astype(jnp.float32) for a in (form.x, form.ct)))
+    np.testing.assert_allclose(compact.g, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_a_bias_is_added_up_over_positions():
+    form = Sum(normal(N, 7, 4))
+    assert form.compact().ct.shape == (N, 4)
+    np.testing.assert_allclose(form.compact().norms(), form.norms())
+
+
+def test_clipping_forms_the_gradient_of_an_example_once():
+    """One product of x and ct in place of two, and no <X X^T, C C^T>, for a square matrix."""
+    net, loss = jp.Dense(8), jp.HalfSquaredError()
+    x = normal(N, 8, 8)
+    params = net.init(jax.random.key(0), x)
+
+    def products(f):
+        return jax.jit(f).lower(params, x, x).compile().as_text().count(" dot(")
+
+    clipped = jp.clipped_grad(net, loss, 1.0)
+    assert products(clipped) <= products(jp.value_and_grad(net, loss)) + 1  # the weighted sum
+    assert products(jp.per_example_sq_norms(net, loss)) >= 3  # forward, X X^T, C C^T
