@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jaxprop.traced.equations import (
     Program,
@@ -159,7 +159,8 @@ def _while(equation: JaxprEqn, ins: Sequence[Any]) -> Loop:
 
 
 def function_of(program: Program) -> Callable[..., list[Any]]:
-    """Return a program as a function of its inputs."""
+    """Return a program, one of JAX's own, as a function of its inputs."""
+    assert isinstance(program.jaxpr, Jaxpr)
     return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, program.consts))
 
 

@@ -33,10 +33,19 @@ EXPLAINING = os.path.join(LIBRARY, "explanation", "")
 Axes = tuple[int, ...]
 
 
+class Lines(NamedTuple):
+    """Some equations of a program: what is read of a ``Jaxpr``."""
+
+    constvars: Sequence[Any]
+    invars: Sequence[Any]
+    outvars: Sequence[Any]
+    eqns: Sequence[JaxprEqn]
+
+
 class Program(NamedTuple):
     """A traced function, or a part of one: its equations and the constants that they close over."""
 
-    jaxpr: Jaxpr
+    jaxpr: Jaxpr | Lines
     consts: Sequence[Any]
 
     @classmethod
@@ -65,14 +74,7 @@ class Program(NamedTuple):
         self, invars: Sequence[Any], outvars: Sequence[Any], equations: Sequence[JaxprEqn]
     ) -> Program:
         """Return the program of some of the equations."""
-        jaxpr = _empty().replace(
-            constvars=self.jaxpr.constvars,
-            invars=list(invars),
-            outvars=list(outvars),
-            eqns=list(equations),
-            effects=self.jaxpr.effects,
-        )
-        return Program(jaxpr, self.consts)
+        return Program(Lines(self.jaxpr.constvars, invars, outvars, equations), self.consts)
 
     def within(self) -> Program:
         """Return the program that this one does nothing but call, or this one."""
