@@ -10,7 +10,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from table import relative_error
 
-from jaxprop.bench import linen, measure, regressions, rows
+import jaxprop as jp
+from jaxprop.bench import linen, measure, networks, regressions, rows
 from jaxprop.bench.report import EXPLANATION
 from jaxprop.cli import main
 
@@ -75,7 +76,9 @@ LINEN = {
     "cnn": (linen.Cnn((2, 3), 4), lambda: linen.classified(3, 8, 8, 2)),
     "gpt": (linen.Gpt(7, 8, 2, 1, scan=False), lambda: linen.tokens(3, 4, 7)),
     "gpt-scan": (linen.Gpt(7, 8, 2, 2, scan=True), lambda: linen.tokens(3, 4, 7)),
+    "gpt-remat": (linen.Gpt(7, 8, 2, 2, scan=True, remat=True), lambda: linen.tokens(3, 4, 7)),
     "lstm": (linen.Lstm(4), lambda: linen.sequences(3, 5, 6)),
+    "resnet": (linen.ResNet((8, 16)), lambda: linen.classified(3, 8, 8, 3)),
 }
 
 
@@ -99,6 +102,37 @@ def test_rows_on_flax_networks_are_of_the_loss_that_they_stand_beside(network, m
     assert relative_error(value, values.mean()) <= 1e-5
     whole, right = ravel_pytree(clipped)[0], ravel_pytree(mean)[0]  # some leaves' gradients are 0
     assert relative_error(whole, right) <= 1e-5
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_rows_beside_vmap_and_beside_our_layers(monkeypatch):
+    monkeypatch.setattr(linen, "MODELS", LINEN)
+    case = rows.linen_beside_vmap("cnn")
+    assert relative_error(jax.jit(case.hand())(*case.args), case.auto()(*case.args)) <= 1e-5
+    own = jp.chain(jp.Dense(8), jp.Relu(), jp.Dense(10)), jp.CrossEntropy()
+    params = own[0].init(jax.random.key(0), jnp.zeros((3, 6), jnp.float32))
+    case = rows.linen_beside_own("mlp", (*own, (params, None, None)))
+    kernel = case.args[0][0]["params"]["Dense_0"]["kernel"]
+    assert kernel.shape == case.args[0][1][0].w.shape
+    for make in (case.hand, case.auto):
+        assert jax.jit(make())(*case.args).shape == (3,)
+
+
+@pytest.mark.few(1)
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("network", ["mlp", "cnn", "gpt", "lstm"])
+def test_the_two_networks_of_a_row_have_as_many_params(network):
+    model, data = linen.MODELS[network]
+    flax = jax.eval_shape(model.init, jax.random.key(0), data()[0])
+    makers = {
+        "mlp": lambda: networks.mlp(batch=1),
+        "cnn": lambda: networks.cnn(batch=1),
+        "gpt": lambda: networks.gpt(scan=False, vocab=256, batch=1),
+        "lstm": lambda: rows.lstm(batch=1, length=2, features=256),
+    }
+    _, _, (ours, *_) = makers[network]()
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(params)) for params in (flax, ours)]
+    assert abs(sizes[0] - sizes[1]) <= 0.02 * sizes[0]
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -168,7 +202,7 @@ def test_wrong_arguments_exit_2_before_measuring(capsys, tmp_path):
     (tmp_path / "text.json").write_text("no")
     (tmp_path / "odd.json").write_text('{"rows": {"mlp-2x256": 3}}')
     for argv, message in (
-        (["--only", "resnet"], "--only resnet: no such row; there are mlp-2x256"),
+        (["--only", "vgg"], "--only vgg: no such row; there are mlp-2x256"),
         (["--baseline", str(tmp_path / "none.json")], "none.json: no such file or directory"),
         (["--baseline", str(tmp_path / "text.json")], "not JSON"),
         (["--baseline", str(tmp_path / "empty.json")], "not written by jaxprop bench --json"),

@@ -5,6 +5,7 @@ plain JAX; the expressions of the page are run, and what it says theirs is has t
 """
 
 import math
+import operator
 import re
 from pathlib import Path
 
@@ -37,7 +38,19 @@ TARGET = jax.random.randint(KEYS[4], (N,), 0, D)
 PARAMS, BARE_PARAMS = NET.init(KEYS[5], X), BARE.init(KEYS[6], X)
 PADDING = jnp.array([False, False, True, False, True, False])
 X_NAN = X.at[1, 2].set(jnp.nan)
+
+
+def fun_with_aux(params, batch):
+    """A mean loss with an aux, in the signature of jax-privacy."""
+    x, target = batch
+    logits = forward(params, x)[0]
+    values = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    return values.mean(), {"right": (logits.argmax(-1) == target).mean()}
+
+
 NAMES = {
+    "fun_with_aux": fun_with_aux,
+    "first": jp.loss(operator.itemgetter(0)),
     "jp": jp,
     "jax": jax,
     "jnp": jnp,
@@ -320,6 +333,11 @@ def values():
 def zeroed(grads):
     """What ``nan_safe`` does before clipping."""
     return jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0), grads)
+
+
+@row("`has_aux=True`, `aux.aux`")
+def with_aux():
+    return {"right": (forward(PARAMS, X)[0].argmax(-1) == TARGET).astype(X.dtype)}
 
 
 @row("`nan_safe=True` (the default)")

@@ -396,3 +396,23 @@ def test_kronecker_factors_of_a_linen_gpt_are_finite_and_of_each_kernel():
     assert attention["query"]["kernel"].a.shape == attention["query"]["kernel"].b.shape == (8, 8)
     assert block["Dense_0"]["kernel"].b.shape == (16, 16)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(block))
+
+
+@pytest.mark.full
+def test_kronecker_factors_of_a_whole_linen_gpt():
+    """Learned positions and biases by head have own shares: their rows are independent."""
+    model, (ids, target) = GPTS["unrolled"], tokens()
+    params, net, loss = params_of(model, ids), jp.function(model.apply), jp.CrossEntropy()
+    factors = jax.jit(jp.kronecker_factors(net, loss))(params, ids, target)["params"]
+    root = jax.jit(jp.ggn_root(net, loss))(params, ids, target)["params"]
+    attention = ("Block_0", "MultiHeadDotProductAttention_0", "query", "bias")
+    for path in (attention, ("positions",)):
+        kronecker, columns = factors, root
+        for key in path:
+            kronecker, columns = kronecker[key], columns[key]
+        rows = columns.shape[2]
+        assert relative_error(kronecker.a, jnp.eye(rows)) <= 1e-12
+        blocks = jnp.einsum("cnro,cnrp->op", columns, columns) / len(ids)
+        assert relative_error(kronecker.b, blocks) <= 1e-10
+    for leaf in jax.tree.leaves(factors):
+        assert bool(jnp.isfinite(leaf).all())

@@ -161,12 +161,6 @@ OPTIONS = mistakes(
         lambda: traced(jp.quantities(NET, CE, d=jp.DiagGGN(2)), PARAMS, X, TARGET),
         "to sample takes a key",
     ),
-    factors_of_positions=(
-        lambda: jp.kronecker_factors(jp.Positions(3), SE)(
-            jnp.ones((3, 2)), T2[None, :3], T2[None, :3]
-        ),
-        "Leading has no Kronecker factors",
-    ),
     walk_of_none=(lambda: jp.walk(NET, CE, None), "visit is a function of a jp.Step, not None"),
     walk_of_a_quantity=(lambda: jp.walk(NET, CE, jp.Gradient()), "of a jp.Step, not Gradient()"),
 ) | mistakes(

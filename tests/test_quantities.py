@@ -855,6 +855,20 @@ def test_clipping_where_the_square_of_a_norm_is_no_number(size):
         assert abs(step - 1e-3) <= 1e-6
 
 
+def test_positions_have_the_factors_of_a_table_that_is_looked_up_in_order():
+    x, target = normal(4, 3, 2), normal(4, 3, 2)
+    ids = jnp.broadcast_to(jnp.arange(3), (4, 3))
+    loss = jp.HalfSquaredError()
+    table = jp.Positions(5).init(jax.random.key(0), x)
+    got = jp.kronecker_factors(jp.Positions(5), loss)(table, x, target)
+    looked_up = jp.kronecker_factors(jp.Embedding(5, 2), loss)(table, ids, target)
+    jax.tree.map(np.testing.assert_allclose, got, looked_up)
+    added = jp.function(lambda table, x: x + table[None])
+    of_function = jp.kronecker_factors(added, loss)(table[:3], x, target)
+    np.testing.assert_allclose(of_function.a, got.a[:3, :3])
+    np.testing.assert_allclose(of_function.b, got.b)
+
+
 def test_dead_units_and_confident_examples_count_in_kronecker_factors():
     """What is padding is said by the target alone; a cotangent of 0 is a number like others."""
     net, loss = jp.chain(jp.Dense(4), jp.Relu(), jp.Dense(3)), jp.CrossEntropy()

@@ -89,7 +89,7 @@ def everything(net, curvature):
         results["value_and_grad"] = jp.value_and_grad(net, LOSS)(params, x, target)
         results["clipped_grad"] = jp.clipped_grad(net, LOSS, 0.1)(params, x, target)
         results["diag_ggn"] = jp.diag_ggn(net, LOSS)(params, x, target)
-        if curvature:  # a GPT has no Kronecker factors: its positions and its tied table
+        if curvature:  # a GPT has no Kronecker factors: its table is tied
             key = jax.random.key(1)
             results["kronecker"] = jp.kronecker_factors(net, LOSS)(params, x, target, key=key)
         return results

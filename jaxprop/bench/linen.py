@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax import Array
 
 from jaxprop.bench.measure import Function
+from jaxprop.bench.networks import Network
 from jaxprop.bench.rows import Case, with_key, without_key
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -66,13 +67,23 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A GPT with learned positions; its blocks are one ``nn.scan``, or unrolled."""
+    """A GPT with learned positions.
+
+    Attributes:
+        vocab: the number of tokens.
+        features: the width.
+        heads: the number of heads.
+        layers: the number of blocks.
+        scan: whether the blocks are one ``nn.scan``; else they are unrolled.
+        remat: whether each block is computed again on the way back.
+    """
 
     vocab: int
     features: int
     heads: int
     layers: int
     scan: bool
+    remat: bool = False
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
@@ -80,14 +91,15 @@ class Gpt(nn.Module):
             "positions", nn.initializers.normal(0.02), (tokens.shape[1], self.features)
         )
         x = nn.Embed(self.vocab, self.features)(tokens) + positions[None]
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         if self.scan:
             blocks = nn.scan(
-                Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
+                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
             )
             x, _ = blocks(self.heads)(x, None)
         else:
             for _ in range(self.layers):
-                x, _ = Block(self.heads)(x)
+                x, _ = block(self.heads)(x)
         return nn.Dense(self.vocab)(nn.LayerNorm()(x))
 
 
@@ -99,6 +111,40 @@ class Lstm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return nn.Dense(10)(nn.RNN(nn.OptimizedLSTMCell(self.features))(x))
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions with GroupNorm, and what came in added to what they give."""
+
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = nn.Conv(self.channels, (3, 3), self.stride, use_bias=False)(x)
+        y = nn.Conv(self.channels, (3, 3), use_bias=False)(nn.relu(nn.GroupNorm(8)(y)))
+        if x.shape != y.shape:
+            x = nn.Conv(self.channels, (1, 1), self.stride, use_bias=False)(x)
+        return nn.relu(x + nn.GroupNorm(8)(y))
+
+
+class ResNet(nn.Module):
+    """A residual network for images of 32 x 32; ResNet-18 for four widths (He et al. 2016).
+
+    It has GroupNorm in place of BatchNorm, which couples the examples of a batch.
+    https://arxiv.org/abs/1512.03385
+    """
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.Conv(self.widths[0], (3, 3), use_bias=False)(x)
+        x = nn.relu(nn.GroupNorm(8)(x))
+        for number, channels in enumerate(self.widths):
+            x = Residual(channels, 1 if number == 0 else 2)(x)
+            x = Residual(channels, 1)(x)
+        return nn.Dense(10)(x.mean((1, 2)))
 
 
 def classified(*shape: int) -> Data:
@@ -165,7 +211,9 @@ MODELS: dict[str, tuple[nn.Module, Callable[[], Data]]] = {
     "cnn": (Cnn((64, 96, 128), 256), lambda: classified(64, 28, 28, 3)),
     "gpt": (GPT(scan=False), lambda: tokens(8, 128, 256)),
     "gpt-scan": (GPT(scan=True), lambda: tokens(8, 128, 256)),
+    "gpt-remat": (GPT(scan=True, remat=True), lambda: tokens(8, 128, 256)),
     "lstm": (Lstm(256), lambda: sequences(32, 64, 256)),
+    "resnet": (ResNet((64, 128, 256, 512)), lambda: classified(16, 32, 32, 3)),
 }
 
 
@@ -173,3 +221,33 @@ def row(network: str, quantity: str) -> Case:
     """Return the case of the row ``linen-network-quantity``."""
     model, data = MODELS[network]
     return case(model, data(), QUANTITIES[quantity], key=quantity == "kfac")
+
+
+def beside_vmap(network: str) -> Case:
+    """Return the case of the row ``linen-network-norms/vmap``, beside ``jax.vmap(jax.grad)``."""
+    model, data = MODELS[network]
+    loss = loss_of(model)
+
+    def own(params: Params, x: Array, target: Array) -> Array:
+        return loss(params, x[None], target[None])
+
+    def norms(params: Params, x: Array, target: Array) -> Array:
+        grads = jax.vmap(jax.grad(own), (None, 0, 0))(params, x, target)
+        return jax.vmap(optax.tree.norm)(grads) ** 2
+
+    return case(model, data(), QUANTITIES["norms"])._replace(auto=lambda: norms)
+
+
+def beside_own(network: str, own: Network) -> Case:
+    """Return the case of the row ``linen-network-norms/own``, beside the same in our layers."""
+    net, loss, (ours, *_) = own
+    model, data = MODELS[network]
+    of_flax = per_example_sq_norms(function(model.apply), loss)
+    of_own = per_example_sq_norms(net, loss)
+    x, target = data()
+    args = (model.init(jax.random.key(2), x), ours), x, target
+    return Case(
+        lambda: lambda params, x, target: of_flax(params[0], x, target),
+        lambda: lambda params, x, target: of_own(params[1], x, target),
+        args,
+    )

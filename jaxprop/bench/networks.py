@@ -9,7 +9,7 @@ from jaxprop.combinators.chain import chain
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Params, PyTree
-from jaxprop.layers import Dense, Lstm
+from jaxprop.layers import Conv, Dense, Flatten, Lstm, MaxPool, Relu
 from jaxprop.losses import CrossEntropy
 from jaxprop.models import Gpt2Config, gpt2, images
 
@@ -17,15 +17,16 @@ Network = tuple[Layer, Loss, tuple[Params, PyTree, PyTree]]
 """A net, a loss, and (params, x, target)."""
 
 
-def gpt(*, scan: bool, recomputing: bool = False, batch: int = 8) -> Network:
-    """Return a GPT of six blocks, 256 features and 4 heads, on 128 tokens of a vocabulary of 128.
+def gpt(*, scan: bool, recomputing: bool = False, batch: int = 8, vocab: int = 128) -> Network:
+    """Return a GPT of six blocks, 256 features and 4 heads, on 128 tokens.
 
     Args:
         scan: whether the blocks are one ``repeat``.
         recomputing: whether a block saves its input alone and recomputes the rest on the way back.
         batch: the number of examples.
+        vocab: the number of tokens.
     """
-    config = Gpt2Config(vocab=128, length=128, features=256, heads=4, layers=6)
+    config = Gpt2Config(vocab=vocab, length=128, features=256, heads=4, layers=6)
     net, keys = (
         gpt2(config, scan=scan, recomputing=recomputing),
         jax.random.split(jax.random.key(0)),
@@ -49,6 +50,21 @@ def lstm(*, batch: int, length: int, features: int) -> Network:
     return net, CrossEntropy(), (net.init(keys[2], x), x, target)
 
 
+def mlp(*, batch: int) -> Network:
+    """Return dense layers of 1024, 1024 and 10 with ReLU between, on inputs of 784."""
+    net = chain(Dense(1024), Relu(), Dense(1024), Relu(), Dense(10))
+    return _classified(net, batch, 784)
+
+
+def cnn(*, batch: int) -> Network:
+    """Return 3 x 3 convolutions of 64, 96 and 128 with max-pooling, on images of 28 x 28."""
+    layers: list[Layer] = []
+    for channels in (64, 96, 128):
+        layers += [Conv(channels, (3, 3), padding="SAME"), Relu(), MaxPool((2, 2))]
+    net = chain(*layers, Flatten(), Dense(256), Relu(), Dense(10))
+    return _classified(net, batch, 28, 28, 3)
+
+
 def three_c3d(batch: int) -> Network:
     """Return 3C3D on random images of CIFAR-10's size."""
     return _on_random_images(images.three_c3d(), batch, classes=10)
@@ -60,7 +76,11 @@ def all_cnn_c(batch: int) -> Network:
 
 
 def _on_random_images(net: Layer, batch: int, classes: int) -> Network:
+    return _classified(net, batch, 32, 32, 3, classes=classes)
+
+
+def _classified(net: Layer, batch: int, *shape: int, classes: int = 10) -> Network:
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (batch, 32, 32, 3))
+    x = jax.random.normal(keys[0], (batch, *shape), jnp.float32)
     target = jax.random.randint(keys[1], (batch,), 0, classes)
     return net, CrossEntropy(), (net.init(keys[2], x), x, target)

@@ -23,7 +23,8 @@ jax.vmap, for a network's norms jaxprop's own value_and_grad, in a row fused- ja
 the same optimizer. run, trace, compile, temp: ratios hand/auto, medians of neighbouring pairs
 [quartiles]. share: hand's FLOP/s as a part of a large matmul's (- where a loop hides them)."""
 FLAX = """\
-linen: a network of Flax Linen as a jp.function, beside jax.value_and_grad of the same network."""
+linen: a network of Flax Linen as a jp.function, beside jax.value_and_grad of the same network, in a
+row /own the norms of the same network in our own layers."""
 NO_FLAX = "of the rows need Flax and were skipped: pip install 'jaxprop-vjp[flax]'"
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxprop.bench import networks
 from jaxprop.bench.measure import Function, Make
-from jaxprop.bench.networks import Network, all_cnn_c, gpt, lstm, three_c3d
+from jaxprop.bench.networks import Network, all_cnn_c, cnn, gpt, lstm, three_c3d
 from jaxprop.combinators.chain import chain
 from jaxprop.combinators.repeat import repeat
 from jaxprop.core.layer import Layer
@@ -178,6 +179,20 @@ def linen(network: str, quantity: str) -> Case:
     return row(network, quantity)
 
 
+def linen_beside_own(network: str, own: Network) -> Case:
+    """Return the case of a Flax network's norms, beside those of the same net in our layers."""
+    from jaxprop.bench.linen import beside_own
+
+    return beside_own(network, own)
+
+
+def linen_beside_vmap(network: str) -> Case:
+    """Return the case of a Flax network's norms, beside those of ``jax.vmap(jax.grad)``."""
+    from jaxprop.bench.linen import beside_vmap
+
+    return beside_vmap(network)
+
+
 MNIST = functools.partial(mlp, 784, 1024, 1024, 10, batch=128)
 LSTM = functools.partial(lstm, batch=32, length=64, features=256)
 WIDE = functools.partial(mlp, 5120, 2560, 1280, batch=32)
@@ -223,8 +238,20 @@ ROWS: dict[str, Callable[[], Case]] = {
     "linen-gpt-clipped": lambda: linen("gpt", "clipped"),
     "linen-gpt-scan-norms": lambda: linen("gpt-scan", "norms"),
     "linen-gpt-scan-clipped": lambda: linen("gpt-scan", "clipped"),
+    "linen-gpt-kfac": lambda: linen("gpt", "kfac"),
+    "linen-gpt-remat-norms": lambda: linen("gpt-remat", "norms"),
+    "linen-gpt-remat-clipped": lambda: linen("gpt-remat", "clipped"),
     "linen-lstm-norms": lambda: linen("lstm", "norms"),
     "linen-lstm-clipped": lambda: linen("lstm", "clipped"),
+    "linen-resnet-kfac": lambda: linen("resnet", "kfac"),
+    "linen-mlp-norms/own": lambda: linen_beside_own("mlp", networks.mlp(batch=128)),
+    "linen-cnn-norms/own": lambda: linen_beside_own("cnn", cnn(batch=64)),
+    "linen-gpt-norms/own": lambda: linen_beside_own("gpt", gpt(scan=False, vocab=256)),
+    "linen-lstm-norms/own": lambda: linen_beside_own("lstm", LSTM()),
+    "linen-mlp-norms/vmap": lambda: linen_beside_vmap("mlp"),
+    "linen-cnn-norms/vmap": lambda: linen_beside_vmap("cnn"),
+    "linen-gpt-norms/vmap": lambda: linen_beside_vmap("gpt"),
+    "linen-lstm-norms/vmap": lambda: linen_beside_vmap("lstm"),
 }
 
 

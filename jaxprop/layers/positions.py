@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import weighted, wide
 from jaxprop.core.checks import check_counts, check_flags, check_number, check_x
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, Stacked
+from jaxprop.core.forms import Factored, Stacked, gram, of_real
 from jaxprop.core.layer import Layer
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
@@ -53,6 +53,16 @@ class Leading(Factored):
 
     def squares(self) -> Float[Array, "r ..."]:
         return self._padded(Stacked(self.ct).squares())
+
+    def gram_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "r r"]:
+        """Return how often each row is used, on a diagonal."""
+        one = of_real(jnp.ones(self.ct.shape[:2], wide(self.ct).dtype), real, weights) ** 2
+        return jnp.diag(self._padded(one.sum(axis=0)))
+
+    def gram_of_ct(self) -> Float[Array, "d d"]:
+        return gram(self.ct)
 
     def _padded(self, g: Float[Array, "t ..."]) -> Float[Array, "r ..."]:
         return jnp.pad(g, ((0, self.rows - g.shape[0]), *[(0, 0)] * (g.ndim - 1)))

@@ -155,6 +155,9 @@ def function(fn: Fn, init: Fn | None = None) -> Function:
         net = jp.function(loss_fn)
         norms = jp.per_example_sq_norms(net, jp.Mean())(params, (x, target))
 
+    Of a pair of a value and an aux, the loss is ``jp.loss(operator.itemgetter(0))``;
+    with ``aux=True`` a quantity then returns the aux of each example as ``aux.y[1]``.
+
     ``net.coverage(params, x)`` shows which params keep their cotangents in factors, and where.
 
     fn is called with a batch of one example, and must give it the y that it has in any batch. It is

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.forms import Factored, Moves, Stacked, Sum
+from jaxprop.core.forms import Factored, Moves, Sum
 from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.core.types import Cotangent
 from jaxprop.traced.equations import Program, for_tracing
-from jaxprop.traced.shares import share
+from jaxprop.traced.shares import Own, share
 from jaxprop.traced.taps import Taps, Use, is_inexact, run
 from jaxprop.traced.views import Part, View, placed, plain
 
@@ -151,7 +151,7 @@ class Tape:
             for part in use.parts:
                 shares[part.param].append(share(use, part, x, ct))
         for index, own in owns.items():
-            shares[index].append((Sum(own) if own.ndim == 2 else Stacked(own), ()))
+            shares[index].append((Sum(own) if own.ndim == 2 else Own(own), ()))
         return placed(d_some, self.facts.moving, [None] * len(self.facts.moving))
 
     def told(

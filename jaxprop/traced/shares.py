@@ -7,7 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float
 
+from jaxprop.core.arrays import wide
 from jaxprop.core.forms import (
     Factored,
     Joint,
@@ -16,16 +18,39 @@ from jaxprop.core.forms import (
     Rearranged,
     Repeated,
     Reshaped,
+    Stacked,
     Transposed,
+    gram,
     in_place,
     joint,
+    of_real,
 )
+from jaxprop.core.serialization import serializable
 from jaxprop.layers.embedding import Rows
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.windows import Windows
 from jaxprop.traced.equations import Convolution
 from jaxprop.traced.taps import LookUp, Product, Use, Watched
 from jaxprop.traced.views import Part
+
+
+@serializable
+class Own(Stacked):
+    """The form of a param of which each example has its own share: g_n itself, for each example.
+
+    Its rows, along the last axis, are taken for independent: they are the positions of a product
+    whose x is the identity. Learned positions that are added to x have just these factors.
+    """
+
+    def gram_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "i i"]:
+        rows = math.prod(self.g.shape[1:-1])
+        one = of_real(jnp.ones(self.g.shape[0], wide(self.g).dtype), real, weights) ** 2
+        return jnp.eye(rows, dtype=one.dtype) * one.sum()
+
+    def gram_of_ct(self) -> Float[Array, "o o"]:
+        return gram(self.g[:, None] if self.g.ndim == 1 else self.g)
 
 
 def share(use: Use, part: Part, x: Array, ct: Array) -> tuple[Factored, Moves]:

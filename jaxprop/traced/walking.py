@@ -13,7 +13,6 @@ from jax import Array
 
 from jaxprop.core.combinator import over_layers
 from jaxprop.core.cotangents import summed
-from jaxprop.core.forms import Stacked
 from jaxprop.core.layer import Layer
 from jaxprop.core.step import Layerwise, Placed, Step, Visit
 from jaxprop.core.tree import map_modules, numbered
@@ -21,7 +20,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Visited
 from jaxprop.traced.example import Example
 from jaxprop.traced.layers import TapeOfLayers, add, layers_ahead, layers_back
 from jaxprop.traced.piece import Shares, Tape, first_of, zeros
-from jaxprop.traced.shares import together
+from jaxprop.traced.shares import Own, together
 from jaxprop.traced.stages import Layers, Straight
 from jaxprop.traced.taps import is_inexact
 
@@ -221,7 +220,7 @@ def _d_params(
         if number not in shares:
             return ()
         if not shares[number]:  # y does not depend on it
-            return Stacked(zeros(beside, param))
+            return Own(zeros(beside, param))
         return together(shares[number])
 
     each, structure = jax.tree.flatten(numbers)
