@@ -43,7 +43,7 @@ def problem(n, t, c, dtype=jnp.float64):
     return jnp.asarray(normal(n, t, c), dtype), jnp.asarray(normal(n, t, c // 3)[::-1], dtype)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @causals
 @saves
 @pytest.mark.parametrize("t", [1, 65, 200])

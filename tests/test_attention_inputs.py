@@ -87,7 +87,7 @@ CASES = {
 }
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @saves
 @pytest.mark.parametrize("case", CASES)
 def test_against_jax_nn(case, save):
@@ -187,6 +187,7 @@ def test_a_padded_memory_is_no_memory(save):
     assert np.all(d_memory[:, 3:] == 0)
 
 
+@pytest.mark.full
 @saves
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_window_takes_memory_linear_in_t(save, causal):

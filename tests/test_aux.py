@@ -12,7 +12,7 @@ from test_weights import CLOSE, KEY, nets, problem
 import jaxprop as jp
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("make", [jp.value_and_grad, jp.autodiff])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @nets
@@ -57,7 +57,7 @@ def test_outputs_and_clipped_means_are_quantities():
     assert relative_error((result["value"], result["kept"].grads), (value, grads)) <= CLOSE
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_an_update_returns_them_too(fused, micro_batches):
@@ -163,6 +163,7 @@ def test_an_update_moves_the_running_statistics_by_itself(fused):
     assert relative_error(kept, params) == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"micro_batches": 2}], ids=str)
 def test_a_dynamic_loss_scale_finds_its_size(options):
     net = jp.cast(jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3)), jnp.float16)

@@ -104,6 +104,7 @@ def test_rows_on_flax_networks_are_of_the_loss_that_they_stand_beside(network, m
     assert relative_error(whole, right) <= 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_rows_beside_vmap_and_beside_our_layers(monkeypatch):
     monkeypatch.setattr(linen, "MODELS", LINEN)

@@ -214,7 +214,7 @@ def find(case):
     return jp.find_nonfinite(jp.function(case.fn), case.loss, case.params, case.x, target)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_the_classical_cases(case):
     case = case()
@@ -310,6 +310,7 @@ def test_a_loop_without_a_length():
     assert (birth.source, birth.steps[0].at) == ("return n + 1, jnp.exp(h)", 4)
 
 
+@pytest.mark.full
 def test_inside_of_jit_checkpoint_and_cond():
     @jax.jit
     def inner(x):

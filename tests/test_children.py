@@ -119,7 +119,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ORDERS)
 def test_layers_are_explained_in_the_order_in_which_they_run(name):
     net, expected = ORDERS[name]

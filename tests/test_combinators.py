@@ -121,6 +121,7 @@ def test_each_dropout_is_bound_to_a_key_of_its_own():
     assert len({str(jax.random.key_data(key)) for key in [*inside, given[0].value]}) == 4
 
 
+@pytest.mark.full
 def test_dropout_by_hand_is_dropout_by_autodiff():
     net, params, x = dropping()
     key, target, loss = jax.random.key(3), normal(8, 2), jp.HalfSquaredError()
@@ -197,6 +198,7 @@ def test_dropout_keeps_the_mean():
     assert abs(float(kept.mean()) - 0.7) < 0.02
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_cast_computes_narrow_and_accumulates_wide(dtype):
     net = jp.chain(jp.Embedding(7, 6), jp.repeat(jp.skip(jp.Dense(6)), 2), jp.Dense(3))
@@ -221,6 +223,7 @@ def test_cast_computes_narrow_and_accumulates_wide(dtype):
     assert relative_error(norms, wide) <= 0.05
 
 
+@pytest.mark.full
 def test_cast_takes_ids_without_positions():
     net = jp.cast(jp.chain(jp.Embedding(7, 4), jp.Dense(3)), jnp.bfloat16)
     x = jnp.array([1, 2, 3])
@@ -421,6 +424,7 @@ AROUND_STACKS = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.few(2)
 @pytest.mark.parametrize("examples", [2, 5])
 @pytest.mark.parametrize("net", AROUND_STACKS, ids=repr)

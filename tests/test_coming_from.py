@@ -411,6 +411,7 @@ def along_positions(claimed):
         close(layer.w, jnp.kron(a, b) / T)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("theirs", ROWS)
 def test_theirs_is_what_the_page_says(theirs):
     function, names = THEIRS[theirs]
@@ -441,6 +442,7 @@ def test_gradients_that_are_clipped_and_that_are_not():
         assert 0 < (norms(grads) > C).sum() < N
 
 
+@pytest.mark.full
 def test_a_gradient_that_is_nan_in_part_is_dropped_whole():
     """And jax-privacy's ``nan_safe`` keeps what is finite in it."""
 

@@ -70,6 +70,7 @@ def asked(form, weights):
     ]
 
 
+@pytest.mark.full
 @given(form=forms())
 def test_every_question_is_answered_as_by_the_generic_rule(form):
     weights = jnp.linspace(0.1, 1, len(form.x))
@@ -77,6 +78,7 @@ def test_every_question_is_answered_as_by_the_generic_rule(form):
     assert relative_error(got, expected) <= 1e-10
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("channels", [2, patches.WIDE])
 def test_block_by_block_is_all_at_once(channels, monkeypatch):
     windows = Windows.over((5, 4), (3, 2), (1, 2), "SAME", (1, 1))
@@ -127,6 +129,7 @@ def test_groups_have_no_kronecker_factors():
         jp.kronecker_factors(net, loss)(params, x, jnp.array([0, 1]))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("layer", "shape", "widths", "mode"),
     [
@@ -387,7 +390,7 @@ def test_pytorch_agrees():
     assert relative_error(got, expected) <= 1e-12
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("layer", "size"),

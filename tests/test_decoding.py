@@ -47,7 +47,7 @@ def in_pieces(net, params, x, pieces=PIECES):
     return jnp.concatenate(ys, 1)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NETS)
 def test_in_pieces_and_one_by_one(name):
     net, x = NETS[name], jnp.asarray(normal(2, 12, 24))

@@ -328,6 +328,7 @@ def test_donated_params_are_named():
         update(old, optimizer.init(params()), X, TARGET)
 
 
+@pytest.mark.full
 def test_numpy_float64_without_x64_is_no_warning():
     with jax.enable_x64(False):
         x = np.ones((5, 2))

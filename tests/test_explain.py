@@ -131,6 +131,7 @@ def test_slopes_are_derivatives():
     assert terms.loss.slope is None
 
 
+@pytest.mark.full
 def test_a_large_net_leaves_summaries():
     x, target = normal(5, 4), np.arange(5) % 3
     net, loss = jp.chain(jp.Dense(6), jp.Relu(), jp.Dense(3)), jp.CrossEntropy()
@@ -155,6 +156,7 @@ def test_a_large_net_leaves_summaries():
         _ = few.layers["1"].slope
 
 
+@pytest.mark.full
 def test_a_summary_is_of_the_finite_elements_and_survives_their_squares():
     got = summary(jnp.array([1e30, jnp.nan, -1e30, 0, jnp.inf], jnp.float32))
     assert (int(got.nonfinite), int(got.first)) == (2, 1)
@@ -167,6 +169,7 @@ def test_a_summary_is_of_the_finite_elements_and_survives_their_squares():
     assert summary(jnp.zeros((0, 3))).max == 0
 
 
+@pytest.mark.full
 def test_a_repeated_layer_has_an_axis_of_repetitions_and_turns():
     x, target = normal(3, 4), normal(3, 4)
     block = jp.skip(jp.chain(jp.Dense(4), jp.Tanh()))
@@ -245,6 +248,7 @@ def test_integer_inputs_and_narrow_dtypes():
     assert terms.layers["0"].summaries.y.rms.dtype == jnp.float32
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("keep", [0, 10**6])
 def test_prints_in_80_columns_without_colour(keep):
     x, target = normal(3, 7, 6), normal(3, 7, 3)

@@ -131,7 +131,7 @@ CASES = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", CASES)
 def test_every_entry_is_the_product_of_its_factors(case):
     fn, params, shape, factored = CASES[case]
@@ -198,6 +198,7 @@ def test_a_path_may_be_written_with_dots_and_a_wrong_one_names_those_there_are()
     assert terms["0/w"][-1, -1] == terms["0/w"][2, 1]
 
 
+@pytest.mark.full
 def test_a_flax_model_is_indexed_by_its_paths(standard_promotion):
     nn = pytest.importorskip("flax.linen")
 

@@ -887,6 +887,7 @@ def test_micro_batches():
     hold_leaves(parts["clipped"], oracles.clipped.of(each, 0.4))
 
 
+@pytest.mark.full
 def test_weights_of_examples_and_padding():
     """An example of weight 2 is two of it, and one of weight 0 may hold anything."""
     x, target = BATCH

@@ -373,6 +373,7 @@ def test_kronecker_factors_of_linen_are_those_of_our_layers():
         hold_leaves((factors["kernel"], factors["bias"]), (layer.w, layer.b))
 
 
+@pytest.mark.full
 def test_kronecker_factors_of_a_network_with_biases():
     """For one example a bias's block is b, as it is of a kernel kron(a, b)."""
     x, target, model = normal(1, 4), integers(3, 1), Mlp()

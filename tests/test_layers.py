@@ -108,6 +108,7 @@ def test_static_and_hashable(row):
     assert eval(repr(row.layer), names) == row.layer
 
 
+@pytest.mark.few(4)
 @rows
 def test_residuals_have_the_example_first(row):
     if isinstance(row.layer, jp.Combinator):

@@ -107,6 +107,7 @@ def test_in_bfloat16_sums_are_of_the_params_dtype():
     assert relative_error(grads, of_expected) <= 0.01
 
 
+@pytest.mark.full
 def test_every_quantity_of_a_net_that_ends_in_it():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (4, 3)))
     target = jnp.asarray(np.random.default_rng(1).integers(-1, 7, (4, 3)))

@@ -72,7 +72,7 @@ def test_backward_is_each_example_s_own_gradient(loss, y, target):
         assert relative_error(ct, each) <= 1e-12
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(1)
 @rows
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_narrow_dtypes(loss, y, target, dtype):
@@ -182,6 +182,7 @@ def test_infinite_logits_that_are_right():
     np.testing.assert_array_equal(jp.CrossEntropy().backward(residuals), [[0, 0, 0]])
 
 
+@pytest.mark.full
 def test_a_padded_target_does_not_look_at_its_logits():
     loss = jp.CrossEntropy()
     y = jnp.array([[[jnp.inf, jnp.nan, 0], [1.0, 2, 3]]])
@@ -205,6 +206,7 @@ def test_small_integers_count_to_any_number_of_classes():
     np.testing.assert_array_equal(loss.backward(got[1]), loss.backward(expected[1]))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("scale", [1, 20, 1e5])
 def test_a_distribution_on_one_class_is_that_class(scale):
     y, classes = jnp.asarray(scale * normal(5, 4), jnp.float32), jnp.array([0, 3, 1, 2, 2])
@@ -252,6 +254,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("loss", "y", "target"), PAIRS, ids=lambda v: str(v)[:24])
 def test_what_has_weight_0_is_not_looked_at(loss, y, target):
     y, target = jnp.asarray(y), jnp.asarray(target)
@@ -382,6 +385,7 @@ def spread(latent):
     return 0.5 * jnp.sum(mean**2 + jnp.exp(logvar) - logvar - 1)
 
 
+@pytest.mark.full
 def test_a_loss_of_any_function():
     y, target = jnp.asarray(normal(4, 3)), jnp.array([2, 0, 1, 1])
     mine, ours = jp.loss(softmax_loss), jp.CrossEntropy()

@@ -99,6 +99,7 @@ def test_in_the_memory_of_one_micro_batch():
         assert one < 0.12 * (temporaries(maker(net, LOSS)) - gradient)
 
 
+@pytest.mark.full
 def test_each_micro_batch_has_keys_of_its_own():
     net = jp.chain(jp.repeat(jp.chain(jp.Dense(4), jp.Dropout(0.5)), 2), jp.Dropout(0.5))
     params, x, target = problem(net)
@@ -154,7 +155,7 @@ def test_narrow_params_accumulate_in_float32():
     assert relative_error(got[1], whole[1]) <= 2**-8
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     "options",

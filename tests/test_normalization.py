@@ -404,6 +404,7 @@ def test_errors_say_what_is_wrong(make, error, words):
         make()
 
 
+@pytest.mark.full
 @pytest.mark.few(2)
 @pytest.mark.parametrize("size", [1e20, pytest.param(1e30, marks=pytest.mark.full)])
 @pytest.mark.parametrize(

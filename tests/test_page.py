@@ -57,6 +57,7 @@ def test_every_number_at_every_stage_of_every_step(show, text):
     assert tab.evaluate(READ)["last"]
 
 
+@pytest.mark.full
 @in_a_browser
 def test_the_path_from_the_error_is_lit(show):
     tab = show(page(configs.WORKED_EXAMPLE))
@@ -171,6 +172,7 @@ def test_the_drawing_has_names_and_widths(show):
     assert widths["w7"] > widths["w8"] > widths["w5"] > widths["w4"] > 0.8
 
 
+@pytest.mark.full
 @in_a_browser
 def test_a_click_on_a_name_goes_to_its_stage(show):
     tab = show(page(config_of(DEEP), steps=2), has_touch=True)
@@ -274,6 +276,7 @@ def test_dark_and_light(show):
     assert grounds[1] < 100
 
 
+@pytest.mark.full
 @in_a_browser
 def test_a_large_net_is_drawn_as_layers(show):
     config = config_of(WIDE)

@@ -99,6 +99,7 @@ def changed(config, tab):
     )
 
 
+@pytest.mark.full
 @in_a_browser
 @pytest.mark.parametrize("text", [EVERY_ACTIVATION, pytest.param(DEEP, marks=pytest.mark.full)])
 def test_values_can_be_changed(show, text):

@@ -22,6 +22,7 @@ def digits():
     return jnp.float32(x / 16), jnp.int32(target)
 
 
+@pytest.mark.full
 def test_private_digits_with_their_epsilon(digits):
     x, target = digits
     train, test = 1500, slice(1500, None)
@@ -57,6 +58,7 @@ def test_private_digits_with_their_epsilon(digits):
     assert accuracy > 0.8
 
 
+@pytest.mark.full
 def test_a_convolution_net_with_batch_norm_and_dropout(digits):
     x, target = digits
     x = x.reshape(-1, 8, 8, 1)

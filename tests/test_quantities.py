@@ -182,6 +182,7 @@ def clipped_by_layer(by_layer, grads):
     return jax.tree.map(of_layer, weights, learned(grads))
 
 
+@pytest.mark.few(8)
 @rows_and_losses
 def test_every_quantity_against_its_oracle(row, loss, request):
     """All together, from one program; what one gives alone is compared on one net below.
@@ -313,6 +314,7 @@ def test_each_function_is_its_quantity():
         jp.noise_scale(net, loss)(args[0], args[1][:1], args[2][:1])
 
 
+@pytest.mark.full
 def test_clipped_with_a_key_and_a_mask_in_the_seats():
     attention = jp.skip(jp.chain(jp.Dense(6), jp.Attention(1), jp.Dense(2), jp.Dropout(0.5)))
     net, loss = jp.chain(jp.repeat(attention, 2), jp.Dropout(0.5), jp.Dense(3)), jp.CrossEntropy()
@@ -401,6 +403,7 @@ def test_samples_have_the_hessian_for_covariance(loss, y, target):
 KFAC_NET = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3))
 
 
+@pytest.mark.full
 def test_kflr_of_one_example_is_the_ggn_block():
     net, loss, *args = problem(Row(KFAC_NET, normal(1, 5)), jp.CrossEntropy())
     blocks = run(oracles.ggn_blocks(net, loss), *args)
@@ -426,6 +429,7 @@ def test_kronecker_factors_are_means_of_gram_matrices():
     assert relative_error(factors[0].w.b, jnp.einsum("ntic,ntjc->ij", back, back) / 6) <= 1e-12
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("f", "loss"),
     [
@@ -834,6 +838,7 @@ def test_bounds_and_noise_may_be_traced():
     assert relative_error(f(0.1, 0.5), expected) <= 1e-12
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @pytest.mark.parametrize("size", [1e12, 1e-25])
 def test_clipping_where_the_square_of_a_norm_is_no_number(size):
@@ -869,6 +874,7 @@ def test_positions_have_the_factors_of_a_table_that_is_looked_up_in_order():
     np.testing.assert_allclose(of_function.b, got.b)
 
 
+@pytest.mark.full
 def test_dead_units_and_confident_examples_count_in_kronecker_factors():
     """What is padding is said by the target alone; a cotangent of 0 is a number like others."""
     net, loss = jp.chain(jp.Dense(4), jp.Relu(), jp.Dense(3)), jp.CrossEntropy()

@@ -35,6 +35,7 @@ def test_value_and_grad_is_that_of_autodiff(loss, y, target):
     chex.assert_trees_all_equal_shapes_and_dtypes(hand[1], params)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_grads_have_the_dtypes_of_params(dtype):
     params, x, target = problem(dtype)

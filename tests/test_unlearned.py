@@ -77,6 +77,7 @@ def held(params):
     return [np.asarray(node.value) for node in nodes if is_not_learned(node)]
 
 
+@pytest.mark.full
 def test_a_plain_array_that_backward_gives_nothing_for_is_not_learned():
     """A batch of as many examples as the matrix has rows, and one of more."""
     net = Pruned(3, marked=False)
@@ -397,6 +398,7 @@ def test_frozen_within(layer):
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_a_frozen_table_still_scores():
     nets = (
         jp.tied(jp.frozen(jp.Embedding(7, 4)), jp.Dense(4)),

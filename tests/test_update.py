@@ -180,7 +180,7 @@ def trained(update, params, x, target, steps=50, key=None):
     return jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(steps)))(start)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
@@ -236,6 +236,7 @@ def test_fused_with_keys_ids_and_forms():
     assert ends[0][0][0][0].dtype == jnp.bfloat16
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_fused_in_float32_is_close_in_norm():
     net = NETS["repeat"]

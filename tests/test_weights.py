@@ -75,6 +75,7 @@ def spoilt(x):
     return x.at[1].set(jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1)
 
 
+@pytest.mark.full
 @pytest.mark.few(2)
 @nets
 def test_a_whole_weight_is_so_many_copies_and_0_is_none(name):
@@ -95,6 +96,7 @@ HELD = {  # what padding may hold in the target
 }
 
 
+@pytest.mark.full
 @pytest.mark.few(4)
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("jit", [False, True])
@@ -163,6 +165,7 @@ EMPTY = NETS | {
 }
 
 
+@pytest.mark.full
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", EMPTY)
 def test_of_an_empty_batch_every_mean_is_zero(name):
@@ -455,6 +458,7 @@ def test_in_half_precision_weights_keep_the_gradients_dtypes():
         assert relative_error(got, want) <= 4e-3
 
 
+@pytest.mark.full
 @pytest.mark.few(1)
 @pytest.mark.parametrize("how", [{}, {"two_pass": True}, {"micro_batches": 2}], ids=str)
 def test_an_example_that_is_not_finite_is_dropped_where_that_is_asked(how):
