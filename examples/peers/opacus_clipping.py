@@ -1,13 +1,15 @@
-"""Time Opacus's ghost clipping on the network of the `clipped` row of `jaxprop bench`.
+"""Time Opacus's ghost clipping on networks of `jaxprop bench`.
 
     python3 -m venv peers && peers/bin/pip install opacus
-    peers/bin/python examples/peers/opacus_clipping.py
+    peers/bin/python examples/peers/opacus_clipping.py wide|mlp|cnn
 
-A clipped step without noise alternates with a plain step of SGD on the same network. The script
-prints the medians of both times and of their ratio.
+wide is the network of the row `clipped`, mlp and cnn are those of the rows `linen-`. A clipped step
+without noise alternates with a plain step of SGD on the same network. The script prints the medians
+of both times and of their ratio.
 """
 
 import statistics
+import sys
 import time
 import warnings
 
@@ -17,12 +19,24 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 warnings.filterwarnings("ignore")
-BATCH, PAIRS = 32, 9
+PAIRS = 9
+SHAPES = {"wide": (32, 5120), "mlp": (128, 784), "cnn": (64, 3, 28, 28)}
 
 
-def network():
+def network(name):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5120, 2560), nn.ReLU(), nn.Linear(2560, 1280))
+    if name == "wide":
+        return nn.Sequential(nn.Linear(5120, 2560), nn.ReLU(), nn.Linear(2560, 1280))
+    layers, channels = [], 3
+    if name == "cnn":
+        for features in (64, 96, 128):
+            layers += [nn.Conv2d(channels, features, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            channels = features
+        layers += [nn.Flatten(), nn.Linear(9 * channels, 256), nn.ReLU(), nn.Linear(256, 10)]
+        return nn.Sequential(*layers)
+    for before, after in ((784, 1024), (1024, 1024)):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(1024, 10))
 
 
 def timed(step):
@@ -32,16 +46,19 @@ def timed(step):
 
 
 def main():
-    x, target = torch.randn(BATCH, 5120), torch.randint(0, 1280, (BATCH,))
-    plain, plain_loss = network(), nn.CrossEntropyLoss()
+    (name,) = sys.argv[1:] or ["wide"]
+    batch, *shape = SHAPES[name]
+    plain, plain_loss = network(name), nn.CrossEntropyLoss()
+    x = torch.randn(batch, *shape)
+    target = torch.randint(0, plain[-1].out_features, (batch,))
     plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
 
-    net = network()
+    net = network(name)
     net, optimizer, loss, _ = PrivacyEngine().make_private(
         module=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
         criterion=nn.CrossEntropyLoss(),
-        data_loader=DataLoader(TensorDataset(x, target), batch_size=BATCH),
+        data_loader=DataLoader(TensorDataset(x, target), batch_size=batch),
         noise_multiplier=0.0,
         max_grad_norm=1.0,
         grad_sample_mode="ghost",
