@@ -406,3 +406,17 @@ def test_what_stands_beside_a_program_with_scopes_has_its_own_line():
     assert before.params == after.params == ()
     assert np.allclose(before.kept[0], np.maximum(x, 0))
     assert np.allclose(after.kept[0], terms.layers[""].y)
+
+
+@pytest.mark.parametrize("around", [jp.recompute, lambda net: net], ids=["recompute", "alone"])
+def test_in_a_cast_it_has_its_scopes_too(around):
+    def fn(w, x):
+        with jax.named_scope("product"):
+            return jnp.tanh(x @ w)
+
+    net = jp.chain(around(jp.cast(jp.function(fn, lambda key, x: jnp.eye(3)), jnp.bfloat16)))
+    x = jnp.ones((2, 3), jnp.float32)
+    params = net.init(jax.random.key(0), x)
+    explained = jp.explain(net, jp.HalfSquaredError(), params, x, x)
+    assert "\n  product\n" in str(explained)
+    assert "is finite" in str(jp.find_nonfinite(net, jp.HalfSquaredError(), params, x, x))

@@ -127,9 +127,16 @@ class Recorded(Wrapper):
 
 def _recorded(layer: Layer) -> Layer:
     """Return a layer that saves x and y; a function also what its scopes give."""
+    return Recorded(_watching(layer))
+
+
+def _watching(layer: Layer) -> Layer:
+    """Return a function that also saves what its scopes give, maybe in wrappers; others as is."""
     if isinstance(layer, Function):
-        layer = dataclasses.replace(layer, watching=True)
-    return Recorded(layer)
+        return dataclasses.replace(layer, watching=True)
+    if isinstance(layer, Wrapper) and layer.transparent:
+        return dataclasses.replace(layer, layer=_watching(layer.layer))
+    return layer
 
 
 class RecordedLoss(Loss):
@@ -163,6 +170,9 @@ def _read(step: Step, examples: int, kept: bool) -> Terms:
         if isinstance(layer, Elementwise):
             _, slope = step.layer.backward(step.params, residuals, jnp.ones_like(y))
         if isinstance(layer, Function):
+            inner = step.layer
+            while isinstance(inner, Wrapper):
+                inner, residuals = inner.inside(residuals)
             results = results_of(residuals, step.ct)
             layer = dataclasses.replace(layer, watching=False)
     grads, params = jax.tree.map(lambda g: g / examples, gradient(step)), step.learned

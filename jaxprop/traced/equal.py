@@ -46,7 +46,8 @@ def _kinds(program: Program) -> dict[Any, int]:
         parts = back.get(var, [])
         if len(parts) == 1 and isinstance(parts[0], int):
             return parts[0]
-        return numbers.setdefault(tuple(sorted(parts, key=repr)), len(numbers))
+        known = str(var.aval), *sorted(parts, key=repr)  # what nobody reads is 0, of its shape
+        return numbers.setdefault(known, len(numbers))
 
     for place, var in enumerate(program.jaxpr.outvars):
         if not isinstance(var, Literal):
