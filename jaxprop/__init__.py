@@ -28,14 +28,14 @@ against the other. The names, by group:
     to see       explain find_nonfinite
     to check     check_layer check_loss check_vjp
     to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
-    modules      forms models plot quantity sharding
+    modules      forms models plot quantity rules sharding
 
 The quantities' classes are in ``jp.quantity``, with the sources that they start from, and the forms
 in ``jp.forms``; quantities and forms are also here, as ``jp.SqNorms`` and ``jp.Sum``.
 """
 
 import jaxprop._command  # noqa: F401
-from jaxprop import forms, models, plot, quantity, sharding
+from jaxprop import forms, models, plot, quantity, rules, sharding
 from jaxprop.checking.check import check_layer
 from jaxprop.checking.losses import check_loss
 from jaxprop.checking.vjp import check_vjp
@@ -264,6 +264,7 @@ __all__ = [
     "models",
     "plot",
     "quantity",
+    "rules",
     "sharding",
 ]
 

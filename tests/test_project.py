@@ -17,7 +17,7 @@ FLOORS = [
     {"traced"},
     {"births"},
     {"forms", "sharding", "models", "training", "explanation"},
-    {"plot", "bench", "walkthrough"},
+    {"plot", "bench", "walkthrough", "rules"},
     {"cli"},
     {"__main__"},
 ]
@@ -101,7 +101,10 @@ def test_ci_runs_the_readme_s_test_command():
 
 def public():
     """Every name that users meet, and what it is."""
-    modules = [jp, *(getattr(jp, name) for name in ("forms", "models", "quantity", "sharding"))]
+    modules = [
+        jp,
+        *(getattr(jp, name) for name in ("forms", "models", "quantity", "rules", "sharding")),
+    ]
     for module in modules:
         for name in getattr(module, "__all__", dir(module)):
             value = getattr(module, name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,8 +13,17 @@ from jax.tree_util import keystr
 
 from jaxprop.checking.compare import compare
 from jaxprop.checking.differences import differences_of
-from jaxprop.checking.oracles import ONE_BY_ONE, ORACLES, Drawn, backward_of, by_oracles
-from jaxprop.checking.points import float64, is_floating, normal, with_noise
+from jaxprop.checking.oracles import (
+    LINEARITY,
+    ONE_BY_ONE,
+    ORACLES,
+    VJP,
+    Answer,
+    Drawn,
+    backward_of,
+    by_oracles,
+)
+from jaxprop.checking.points import angle, float64, is_floating, normal, with_noise
 from jaxprop.core.checks import check_number, require
 from jaxprop.core.combinator import Combinator
 from jaxprop.core.coupling import coupled, couples
@@ -27,7 +38,7 @@ OF_CT = "the sum of squares (of_squares looks at the form's own ct)"
 
 def check_layer(
     layer: Layer, x: PyTree, params: Params = None, *, seed: int = 0, rtol: float = 1e-12
-) -> None:
+) -> Angles | None:
     """Check ``layer.backward`` against ``layer.forward`` in float64; raise if they disagree.
 
     y and residuals must be arrays with the example on axis 0. For several random cotangents ct of
@@ -44,6 +55,9 @@ def check_layer(
     - be the same in a ``jax.lax.scan``, with the residuals stacked between forward and backward,
     - agree with central differences of ``forward`` in a random direction near the point.
 
+    A layer with another rule than the derivative (``jp.rules``) is held to all of this but the
+    first and the last; where its rule is not linear in ct, not to that either.
+
     A layer that is ``batch_coupled`` is not asked about single examples, and a param that
     ``forward`` holds constant by ``jax.lax.stop_gradient`` is not compared with differences.
 
@@ -56,6 +70,9 @@ def check_layer(
         rtol: the largest difference allowed in a leaf, relative to the leaf's largest element; for
             d_x, to the example's. It does not grow with the size of the array. Central differences
             are held to 1e-6.
+
+    Returns:
+        None; for a layer with another rule its cotangents' ``Angles`` to the derivative.
 
     Raises:
         AssertionError: for the first disagreement. The message names the layer, the leaf
@@ -86,12 +103,18 @@ def check_layer(
         _check_of_more(layer, params, x, examples + 1)
         expected_of = jax.jit(functools.partial(by_oracles, layer))
         differences = differences_of(layer, expected_of)
+        is_derivative, is_linear = (_all(layer, name) for name in ("is_derivative", "is_linear"))
+        left_out = (*[VJP] * (not is_derivative), *[LINEARITY] * (not is_linear))
+        oracles = [words for words in ORACLES if words not in left_out]
+        angles: list[Angles] = []
         for _ in range(DIRECTIONS):
             ct, other = normal(rng, y), normal(rng, y)
             drawn = Drawn(other, with_noise(rng, (x, ct), 0.1))
             got = backward_of(layer, params, x, residuals, ct)
             expected = expected_of(params, x, ct, drawn)
-            for words in ORACLES:
+            if not is_derivative:
+                angles.append(Angles.between(got, expected.answers[VJP]))
+            for words in oracles:
                 if words in expected.answers:
                     try:
                         compare(layer, got, expected.answers[words], words, rtol, ct)
@@ -99,11 +122,42 @@ def check_layer(
                         if words == ONE_BY_ONE and couples(layer, params, x):
                             raise AssertionError(f"{error}. {coupled(layer)}") from None
                         raise
-            if expected.shares is not None and expected.squares is not None:
+            if is_linear and expected.shares is not None and expected.squares is not None:
                 (shares, alone), (squares, moments) = expected.shares, expected.squares
                 compare(layer, shares, alone, "each example alone", rtol, ct, by_example=True)
                 compare(layer, squares, moments, OF_CT, rtol, other)
-            differences(rng, params, x, ct, drawn)
+            if is_derivative:
+                differences(rng, params, x, ct, drawn)
+        return Angles.mean(angles) if angles else None
+
+
+class Angles(NamedTuple):
+    """The angles between a layer's cotangents and the derivative, in degrees.
+
+    0 where they agree, 90 where they have nothing in common, NaN where one of them is 0 or absent.
+
+    Attributes:
+        d_params: of all params together.
+        d_x: of x.
+    """
+
+    d_params: float
+    d_x: float
+
+    @classmethod
+    def between(cls, got: Answer, expected: Answer) -> Angles:
+        """Return those between two answers."""
+        return cls(*(angle(got[name], expected[name]) for name in ("params", "x")))
+
+    @classmethod
+    def mean(cls, angles: Sequence[Angles]) -> Angles:
+        """Return the means of several."""
+        return cls(*(float(np.mean(each)) for each in zip(*angles, strict=True)))
+
+
+def _all(layer: Layer, name: str) -> bool:
+    """Return whether a layer, and all that it is made of, have an attribute that is true."""
+    return getattr(layer, name) and all(_all(child.layer, name) for child in layer.children())
 
 
 def _check_of_more(layer: Layer, params: Params, x: PyTree, examples: int) -> None:

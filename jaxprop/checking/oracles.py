@@ -62,11 +62,13 @@ class Expected(NamedTuple):
     squares: Pair | None
 
 
+VJP = "jax.vjp of forward"
+LINEARITY = "linearity in ct"
 JIT = "itself under jit"
 ONE_BY_ONE = "its examples one by one"
 ORACLES = (
-    "jax.vjp of forward",
-    "linearity in ct",
+    VJP,
+    LINEARITY,
     ONE_BY_ONE,
     JIT,
     "itself under lax.scan",
@@ -85,8 +87,8 @@ def by_oracles(layer: Layer, params: Params, x: PyTree, ct: Cotangent, drawn: Dr
     _, of_both = _cotangents(layer, params, x, residuals, both)
     of_params = without_unmarked(learned(d_params), learned_cotangents(params, forms))
     answers = {
-        "jax.vjp of forward": in_form(layer, params, x, of_params, d_x),
-        "linearity in ct": jax.tree.map(lambda a, b: (a - b) / 2, of_both, of_other),
+        VJP: in_form(layer, params, x, of_params, d_x),
+        LINEARITY: jax.tree.map(lambda a, b: (a - b) / 2, of_both, of_other),
         JIT: own,
         "itself under lax.scan": _by_scan(layer, params, x, ct, drawn),
     }

@@ -92,7 +92,14 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} is True or False, not {given(value)}")
 
 
-def check_number(name: str, value: object, *, positive: bool = False, finite: bool = False) -> None:
+def check_number(
+    name: str,
+    value: object,
+    *,
+    positive: bool = False,
+    finite: bool = False,
+    signed: bool = False,
+) -> None:
     """Raise unless value is a number that is not negative, or a scalar array of such a one.
 
     Args:
@@ -100,6 +107,7 @@ def check_number(name: str, value: object, *, positive: bool = False, finite: bo
         value: the argument. What it is in a traced program is not known.
         positive: whether 0 is refused too.
         finite: whether infinity is refused too.
+        signed: whether it may be negative.
 
     Raises:
         TypeError: for what is not a number.
@@ -111,6 +119,8 @@ def check_number(name: str, value: object, *, positive: bool = False, finite: bo
         raise TypeError(f"{name} is a number, not {given(value)}")
     if isinstance(value, Tracer):
         return
+    if signed:
+        value = abs(value)  # pyright: ignore[reportArgumentType]
     if not (value > 0 if positive else value >= 0):  # pyright: ignore[reportOperatorIssue]
         must = "must be positive" if positive else "must not be negative"
         raise ValueError(f"{name} {must}, not {value}")

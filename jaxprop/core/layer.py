@@ -62,6 +62,9 @@ class Layer(Static):
             takes no mask. It then refuses to stand in a net that is given one.
         hands_down_types: whether ``forward`` and ``backward`` are given params with their types, as
             a layer made of layers must be.
+        is_derivative: whether ``backward`` is the derivative of ``forward``, and not another rule
+            (``jp.rules``).
+        is_linear: whether it is linear in ct, as one that clips it is not.
         by_module: whether a walk visits each of its modules, params that stand together in a node
             of their tree, as if it were a layer.
     """
@@ -69,6 +72,8 @@ class Layer(Static):
     takes: ClassVar[type[SideInput] | None] = None
     mixes_positions: ClassVar[bool] = False
     hands_down_types: ClassVar[bool] = False
+    is_derivative: ClassVar[bool] = True
+    is_linear: ClassVar[bool] = True
     by_module: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -1,0 +1,39 @@
+"""Backward rules that may be put in another's place, ``jp.rules``.
+
+Each is a wrapper, or a layer, over the contract: the forward stays, and another ``backward`` walks
+back. Every quantity, clipping and update is then of *that* backward. ``jp.check_layer`` knows that
+it is not the derivative: it checks all else, and returns the angle to it.
+"""
+
+from jaxprop.rules.angles import angles
+from jaxprop.rules.cotangents import (
+    clip_cotangent,
+    noisy_cotangent,
+    quantize_cotangent,
+    reverse_gradient,
+    scale_gradient,
+    stop_gradient,
+)
+from jaxprop.rules.direct import direct_feedback_alignment
+from jaxprop.rules.feedback import feedback_alignment, kolen_pollack, sign_symmetric
+from jaxprop.rules.spiking import Lif, Spike
+from jaxprop.rules.straight_through import one_hot_argmax, straight_through, top_k
+
+__all__ = [
+    "Lif",
+    "Spike",
+    "angles",
+    "clip_cotangent",
+    "direct_feedback_alignment",
+    "feedback_alignment",
+    "kolen_pollack",
+    "noisy_cotangent",
+    "one_hot_argmax",
+    "quantize_cotangent",
+    "reverse_gradient",
+    "scale_gradient",
+    "sign_symmetric",
+    "stop_gradient",
+    "straight_through",
+    "top_k",
+]

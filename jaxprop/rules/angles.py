@@ -1,0 +1,49 @@
+"""How far a net's gradient is from the derivative."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.batch import Batch
+from jaxprop.core.functions import of_batch
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.tree import learned
+from jaxprop.core.types import OfBatch, Params
+from jaxprop.core.walk import check_net_and_loss
+from jaxprop.training.gradients import autodiff, value_and_grad
+
+
+def angles(net: Layer, loss: Loss) -> OfBatch[Params]:
+    """Return ``f(params, x, target)``, for each param the angle of its gradient to the derivative.
+
+    In degrees, like the params that are learned: 0 where the net's backward is the derivative, 90
+    where it tells nothing of it, NaN where one of the two is 0. The derivative is that of autodiff.
+
+    Args:
+        net: a network with rules of its own.
+        loss: the loss.
+    """
+    check_net_and_loss(net, loss)
+    by_rule, by_autodiff = value_and_grad(net, loss), autodiff(net, loss)
+
+    def of_both(params: Params, batch: Batch) -> Params:
+        _, ours = by_rule(params, batch.x, batch.target)
+        _, true = by_autodiff(params, batch.x, batch.target)
+        return jax.tree.map(angle, learned(ours), learned(true))
+
+    return of_batch("angles", "Return the angle of each gradient to the derivative.", net, of_both)
+
+
+def angle(a: Array, b: Array) -> Float[Array, ""]:
+    """Return the angle between two arrays, in degrees; NaN where one is 0.
+
+    By the half-angle formula, which is exact near 0 and 180 too (Kahan 2006, "How futile are
+    mindless assessments of roundoff", section 12).
+    """
+    a, b = (v / jnp.linalg.norm(v.ravel()) for v in (a, b))
+    less, more = (jnp.linalg.norm(v.ravel()) for v in (a - b, a + b))
+    return jnp.degrees(2 * jnp.arctan2(less, more))

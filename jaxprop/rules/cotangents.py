@@ -1,0 +1,254 @@
+"""Rules for the cotangent that a layer hands back."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.combinators.chain import chain
+from jaxprop.core.checks import check_number, given
+from jaxprop.core.combinator import Combinator, Wrapper
+from jaxprop.core.forms import norms_of_all
+from jaxprop.core.forms.form import norms
+from jaxprop.core.layer import Layer
+from jaxprop.core.step import Visit
+from jaxprop.core.tree import Key
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
+from jaxprop.rules.select import Where, with_rule
+
+
+class Changed(Wrapper, Combinator):
+    """y = f(x), with the cotangent of x changed before it is handed back.
+
+    The params of f have the gradient that they have without it; what comes before f has another.
+
+    Attributes:
+        layer: f.
+    """
+
+    is_derivative: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def changed(self, d_x: Cotangent) -> Cotangent:
+        """Return what is handed back in place of d_x, whose leaves are None for integers."""
+
+    def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
+        return self.layer.init_with_output(key, x)
+
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
+        return self.layer.forward(params, x)
+
+    def walk(
+        self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
+    ) -> tuple[Visited, Cotangent]:
+        visited, d_x = self.layer.walk(place, residuals, ct, visit)
+        return visited, self.changed(d_x)
+
+
+class ScaleGradient(Changed):
+    """d_x times a number; -1 reverses it (Ganin and Lempitsky 2015, arxiv.org/abs/1409.7495).
+
+    Attributes:
+        scale: the number.
+    """
+
+    scale: float = -1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("scale", self.scale, finite=True, signed=True)
+
+    def changed(self, d_x: Cotangent) -> Cotangent:
+        return jax.tree.map(lambda d: d * jnp.asarray(self.scale, d.dtype), d_x)
+
+
+class StopGradient(Changed):
+    """d_x = 0: nothing before f is told of the error, as with ``jax.lax.stop_gradient(x)``."""
+
+    def changed(self, d_x: Cotangent) -> Cotangent:
+        return jax.tree.map(jnp.zeros_like, d_x)
+
+
+class ClipCotangent(Changed):
+    """d_x bounded: each entry by max_value, or each example's norm by max_norm.
+
+    Attributes:
+        max_value: the largest |entry|, or None.
+        max_norm: the largest |d_x_n|, over all leaves of x, or None.
+    """
+
+    max_value: float | None = None
+    max_norm: float | None = None
+
+    is_linear: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.max_value is None) == (self.max_norm is None):
+            raise ValueError("clip_cotangent takes one of max_value and max_norm")
+        for name in ("max_value", "max_norm"):
+            bound = getattr(self, name)
+            if bound is not None:
+                check_number(name, bound, positive=True)
+
+    def changed(self, d_x: Cotangent) -> Cotangent:
+        leaves, bound = jax.tree.leaves(d_x), self.max_value or self.max_norm
+        assert bound is not None
+        if self.max_value is not None:
+            return jax.tree.map(lambda d: jnp.clip(d, -bound, bound), d_x)
+        if not leaves:
+            return d_x
+        size = norms_of_all([norms(d) for d in leaves])
+        scale = bound / jnp.maximum(size, bound)
+        return jax.tree.map(
+            lambda d: (d * jnp.expand_dims(scale, range(1, d.ndim))).astype(d.dtype), d_x
+        )
+
+
+class QuantizeCotangent(Changed):
+    """d_x rounded to a narrower dtype and back, of which it keeps the largest number.
+
+    Attributes:
+        dtype: the name of a floating dtype.
+    """
+
+    dtype: str = "bfloat16"
+    is_linear: ClassVar[bool] = False
+
+    def changed(self, d_x: Cotangent) -> Cotangent:
+        largest = float(jnp.finfo(self.dtype).max)
+
+        def rounded(d: Array) -> Array:
+            most = min(largest, float(jnp.finfo(d.dtype).max))
+            narrow = jnp.clip(d, -most, most).astype(self.dtype)
+            return jax.lax.optimization_barrier(narrow).astype(d.dtype)  # else XLA leaves it out
+
+        return jax.tree.map(rounded, d_x)
+
+
+class NoisyCotangent(Layer):
+    """y = x, d_x = ct + noise of a standard deviation; without a key d_x = ct.
+
+    ``net.bind(params, key=key)`` puts a ``jp.Key`` in the place of the params ``()``.
+
+    Attributes:
+        deviation: the standard deviation of the noise on each entry.
+    """
+
+    deviation: float
+    takes: ClassVar[type[Key]] = Key
+    is_derivative: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_number("noisy_cotangent: deviation", self.deviation, finite=True)
+
+    def forward(self, params: Any, x: PyTree) -> tuple[PyTree, tuple[()]]:
+        return x, ()
+
+    def backward(self, params: Any, residuals: Any, ct: Cotangent) -> tuple[tuple[()], Cotangent]:
+        if not isinstance(params, Key):
+            return (), ct
+        leaves, structure = jax.tree.flatten(ct)
+        keys = jax.random.split(params.value, len(leaves))
+        noisy = [
+            d + jnp.asarray(self.deviation, d.dtype) * jax.random.normal(key, d.shape, d.dtype)
+            for key, d in zip(keys, leaves, strict=True)
+        ]
+        return (), jax.tree.unflatten(structure, noisy)
+
+
+def reverse_gradient(layer: Layer, *, scale: float = 1.0, where: Where | None = None) -> Layer:
+    """Return the layer that hands back -scale d_x, to train what is before it against the loss.
+
+    Ganin and Lempitsky 2015, https://arxiv.org/abs/1409.7495: the layer itself learns as always.
+
+    Args:
+        layer: the layer, or a net.
+        scale: a number.
+        where: which layers of the net; by default the whole of it is one.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxprop as jp
+        >>> net = jp.rules.reverse_gradient(jp.Tanh(), scale=2.0)
+        >>> net.backward((), net.forward((), jnp.zeros((1, 2)))[1], jnp.ones((1, 2)))[1]
+        Array([[-2., -2.]], dtype=float32)
+    """
+    check_number("reverse_gradient: scale", scale, finite=True, signed=True)
+    return _around(layer, lambda layer: ScaleGradient(layer, -scale), where)
+
+
+def scale_gradient(layer: Layer, *, scale: float, where: Where | None = None) -> Layer:
+    """Return the layer that hands back scale d_x.
+
+    Args:
+        layer: the layer, or a net.
+        scale: a number.
+        where: as in ``reverse_gradient``.
+    """
+    return _around(layer, lambda layer: ScaleGradient(layer, scale), where)
+
+
+def stop_gradient(layer: Layer, *, where: Where | None = None) -> Layer:
+    """Return the layer that hands back zeros.
+
+    Args:
+        layer: the layer, or a net.
+        where: as in ``reverse_gradient``.
+    """
+    return _around(layer, StopGradient, where)
+
+
+def clip_cotangent(
+    layer: Layer,
+    *,
+    max_value: float | None = None,
+    max_norm: float | None = None,
+    where: Where | None = None,
+) -> Layer:
+    """Return the layer that hands back a bounded d_x: each entry, or each example's norm.
+
+    Args:
+        layer: the layer, or a net.
+        max_value: the bound on |entry|; one of the two is given.
+        max_norm: the bound on an example's norm.
+        where: as in ``reverse_gradient``.
+    """
+    return _around(layer, lambda layer: ClipCotangent(layer, max_value, max_norm), where)
+
+
+def quantize_cotangent(
+    layer: Layer, dtype: Any = jnp.bfloat16, *, where: Where | None = None
+) -> Layer:
+    """Return the layer that hands back d_x rounded to a dtype, such as bfloat16 or float8_e5m2.
+
+    Args:
+        layer: the layer, or a net.
+        dtype: a floating dtype; others raise ``TypeError``.
+        where: as in ``reverse_gradient``.
+    """
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"quantize_cotangent takes a floating dtype, not {given(dtype)}")
+    name = jnp.dtype(dtype).name
+    return _around(layer, lambda layer: QuantizeCotangent(layer, name), where)
+
+
+def noisy_cotangent(layer: Layer, *, deviation: float, where: Where | None = None) -> Layer:
+    """Return the layer behind one that adds normal noise to the d_x that it hands back.
+
+    It is ``chain(NoisyCotangent(deviation), layer)``, and takes a key as ``Dropout`` does.
+
+    Args:
+        layer: the layer, or a net.
+        deviation: the standard deviation of the noise on each entry.
+        where: as in ``reverse_gradient``.
+    """
+    return _around(layer, lambda layer: chain(NoisyCotangent(deviation), layer), where)
+
+
+def _around(net: Layer, rule: Callable[[Layer], Layer], where: Where | None) -> Layer:
+    return rule(net) if where is None else with_rule(net, rule, where)

@@ -1,0 +1,132 @@
+"""The error at the output through a fixed matrix to every layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.combinators.chain import Chain
+from jaxprop.core.checks import require
+from jaxprop.core.child import Child
+from jaxprop.core.combinator import Combinator, Wrapper, in_layer, runs, seen_through
+from jaxprop.core.describe import structs
+from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
+from jaxprop.core.step import Placed, Step, Visit
+from jaxprop.core.tree import Unlearned, is_not_learned
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
+from jaxprop.rules.feedback import MATRICES
+
+
+@serializable
+class DirectParams(NamedTuple):
+    """The params of a chain whose layers are given the error directly.
+
+    Attributes:
+        params: the chain's.
+        feedback: for each layer of the chain an unlearned array (E, *x.shape[1:]), from the E
+            entries of the error to the layer's x; ``()`` where none is needed.
+    """
+
+    params: tuple[Any, ...]
+    feedback: tuple[Any, ...]
+
+
+class DirectFeedbackAlignment(Wrapper, Combinator):
+    """y = f_k(... f_1(x)), where each h before a layer with matrices has e B for a cotangent.
+
+    e is the cotangent of y (N, ...), and B a fixed random matrix: dE/dh is not passed on from the
+    layer above (Nøkland 2016, https://arxiv.org/abs/1609.01596). What stands between two such
+    layers, as an activation, takes e B back by its own derivative.
+
+    Attributes:
+        layer: the chain.
+    """
+
+    is_derivative: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require(self.layer, Chain, "direct_feedback_alignment: net")
+
+    def __repr__(self) -> str:
+        return f"direct_feedback_alignment({self.layer!r})"
+
+    def children(self) -> tuple[Child, ...]:
+        return (Child(self.layer, "params"),)
+
+    def init(self, key: Array, x: PyTree) -> DirectParams:
+        return self.init_with_output(key, x)[0]
+
+    def init_with_output(self, key: Array, x: PyTree) -> tuple[DirectParams, PyTree]:
+        params, y = self.layer.init_with_output(key, x)
+        if not hasattr(y, "shape"):
+            raise TypeError(f"{self}: y is not one array, so that it has no one error")
+        size, inputs = math.prod(y.shape[1:]), self._inputs(params, x)
+        feedback: list[Any] = []
+        for index, h in enumerate(inputs):
+            if index == 0 or not _has_matrices(self.layers[index]):
+                feedback.append(())
+                continue
+            fixed = jax.random.normal(
+                jax.random.fold_in(jax.random.fold_in(key, 1), index), (size, *h.shape[1:]), h.dtype
+            )
+            feedback.append(Unlearned(fixed / math.sqrt(size)))
+        return DirectParams(params, tuple(feedback)), y
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers of the chain."""
+        assert isinstance(self.layer, Chain)
+        return self.layer.layers
+
+    def _inputs(self, params: Params, x: PyTree) -> list[Any]:
+        """Return the shapes of the x of each layer."""
+        inputs = [structs(x)]
+        for layer, p in zip(self.layers, params, strict=True):
+            inputs.append(jax.eval_shape(lambda p, x, f=layer: f.forward(p, x)[0], p, inputs[-1]))
+        return inputs[:-1]
+
+    def forward(self, params: DirectParams, x: PyTree) -> tuple[PyTree, Residuals]:
+        return self.layer.forward(params.params, x)
+
+    def walk(
+        self, place: DirectParams, residuals: Residuals, ct: Cotangent, visit: Visit
+    ) -> tuple[Visited, Cotangent]:
+        feedback = visit.params(place).feedback if isinstance(visit, Placed) else place.feedback
+        error = ct.reshape(len(ct), math.prod(ct.shape[1:]))
+        visited: list[Visited] = []
+        steps = zip(self.layers, place.params, residuals, feedback, strict=True)
+        for index, (layer, p, r, fixed) in reversed(list(enumerate(steps))):
+            with in_layer(index, layer):
+                here, ct = layer.walk(p, r, ct, visit)
+            visited.append(here)
+            if fixed != ():
+                b = fixed.value if is_not_learned(fixed) else fixed
+                ct = jnp.tensordot(error, b, 1).astype(ct.dtype)
+        unlearned = tuple(() for _ in feedback)
+        fixed = visit(Step.of(self, feedback, residuals, error, unlearned, None, place.feedback))
+        return DirectParams(tuple(reversed(visited)), fixed), ct
+
+
+def direct_feedback_alignment(net: Layer) -> DirectFeedbackAlignment:
+    """Return the chain with the error given to each layer directly (Nøkland 2016).
+
+    The boundaries are before each layer of the chain that has matrices (dense, convolution,
+    recurrent), but for the first; in a layer made of layers the chain rule holds. params
+    become a ``DirectParams``, whose feedback is unlearned.
+
+    Args:
+        net: a ``jp.chain``, whose y is one array.
+
+    Raises:
+        TypeError: for what is not a chain.
+    """
+    return DirectFeedbackAlignment(net)
+
+
+def _has_matrices(layer: Layer) -> bool:
+    return any(isinstance(seen_through(run.layer), MATRICES) for run in runs(layer))

@@ -1,0 +1,238 @@
+"""Feedback through other matrices than those of the way forward."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.arrays import rounded
+from jaxprop.core.combinator import Wrapper
+from jaxprop.core.layer import Layer
+from jaxprop.core.serialization import serializable
+from jaxprop.core.tree import Unlearned, is_not_learned
+from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
+from jaxprop.layers import Conv, ConvTranspose, Dense, Gru, Lstm, Rnn
+from jaxprop.rules.select import Where, with_rule
+
+MATRICES = (Dense, Conv, ConvTranspose, Rnn, Lstm, Gru)
+UNIFORM, FORWARD = "uniform", "forward"
+
+
+@serializable
+class FeedbackParams(NamedTuple):
+    """The params of a layer whose feedback has matrices of its own.
+
+    Attributes:
+        params: the layer's.
+        feedback: an array in the place of each of the layer's params of rank two or more.
+    """
+
+    params: Any
+    feedback: tuple[Any, ...]
+
+
+class Feedback(Wrapper):
+    """y = f(x), with ``backward`` of f taken at other matrices than ``forward``.
+
+    Whatever backward does with a matrix, it does with the other: for a dense layer d_x = ct B^T in
+    place of ct w^T, for a recurrent one also from step to step. dE/dw = x^T ct is of f itself.
+
+    Attributes:
+        layer: f.
+    """
+
+    is_derivative: ClassVar[bool] = False
+
+    def _own(self, params: Params) -> Params:
+        return params
+
+    @abc.abstractmethod
+    def _matrices(self, params: Params) -> list[Array]:
+        """Return the matrices of the way back, one for each of the layer's own."""
+
+    def _cotangent(self, params: Params, d_own: Cotangent) -> Cotangent:
+        return d_own
+
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
+        own = self._own(params)
+        y, residuals = self.layer.forward(own, x)
+        saved = set(map(id, jax.tree.leaves(residuals)))
+        if any(id(matrix) in saved for matrix in matrices(own)):
+            raise TypeError(
+                f"{self}: {self.layer} saves its params among its residuals, so that backward "
+                "cannot be taken at others"
+            )
+        return y, residuals
+
+    def backward(
+        self, params: Params, residuals: Residuals, ct: Cotangent
+    ) -> tuple[Cotangent, Cotangent]:
+        others = with_matrices(self._own(params), self._matrices(params))
+        d_own, d_x = self.layer.backward(others, residuals, ct)
+        return self._cotangent(params, d_own), d_x
+
+
+class Separate(Feedback):
+    """Feedback whose matrices are arrays of their own; params are a ``FeedbackParams``."""
+
+    @abc.abstractmethod
+    def _kept(self, matrix: Array) -> Any:
+        """Return what is kept of a matrix of the way back, as ``init`` draws it."""
+
+    def init(self, key: Array, x: PyTree) -> FeedbackParams:
+        params, others = (self.layer.init(k, x) for k in (key, jax.random.fold_in(key, 1)))
+        return FeedbackParams(params, tuple(map(self._kept, _some(self, others))))
+
+    def rounded(self, params: FeedbackParams, dtype: Any) -> FeedbackParams:
+        own = self.layer.rounded(params.params, dtype)
+        return FeedbackParams(own, rounded(params.feedback, dtype))
+
+    def _own(self, params: FeedbackParams) -> Params:
+        return params.params
+
+    def _matrices(self, params: FeedbackParams) -> list[Array]:
+        return [b.value if is_not_learned(b) else b for b in params.feedback]
+
+
+class FeedbackAlignment(Separate):
+    """Fixed random feedback, d_x = ct B^T (Lillicrap et al. 2016, doi.org/10.1038/ncomms13276).
+
+    B is drawn as the layer's ``init`` draws w, independently of it, and ``Unlearned``.
+    """
+
+    def __repr__(self) -> str:
+        return f"feedback_alignment({self.layer!r})"
+
+    def _kept(self, matrix: Array) -> Unlearned:
+        return Unlearned(matrix)
+
+    def _cotangent(self, params: FeedbackParams, d_own: Cotangent) -> FeedbackParams:
+        return FeedbackParams(d_own, tuple(() for _ in params.feedback))
+
+
+class KolenPollack(Separate):
+    """Feedback that is learned like w: dE/dB is dE/dw, of the same form.
+
+    With a weight decay the same steps make B and w the same (Kolen and Pollack 1994; Akrout et al.
+    2019, https://arxiv.org/abs/1904.05391): B - w shrinks by the decay alone. So the optimizer must
+    be elementwise and decay weights, such as ``optax.adamw`` or ``optax.add_decayed_weights`` with
+    SGD. A norm over all params counts both.
+    """
+
+    def __repr__(self) -> str:
+        return f"kolen_pollack({self.layer!r})"
+
+    def _kept(self, matrix: Array) -> Array:
+        return matrix
+
+    def _cotangent(self, params: FeedbackParams, d_own: Cotangent) -> FeedbackParams:
+        own, structure = jax.tree.flatten(params.params, is_leaf=is_not_learned)
+        pairs = zip(own, structure.flatten_up_to(d_own), strict=True)
+        return FeedbackParams(d_own, tuple(d for leaf, d in pairs if is_matrix(leaf)))
+
+
+class SignSymmetric(Feedback):
+    """Feedback by the signs of w, B = sign(w) s (Liao et al. 2016, https://arxiv.org/abs/1510.05067).
+
+    Attributes:
+        magnitude: "uniform" for s = 1; "forward" for the s that gives B the norm of w.
+    """
+
+    magnitude: str = FORWARD
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.magnitude not in (UNIFORM, FORWARD):
+            raise ValueError(
+                f"sign_symmetric: magnitude is {UNIFORM!r} or {FORWARD!r}, not {self.magnitude!r}"
+            )
+
+    def __repr__(self) -> str:
+        return f"sign_symmetric({self.layer!r}, {self.magnitude!r})"
+
+    def _matrices(self, params: Params) -> list[Array]:
+        return [self._of(w) for w in _some(self, params)]
+
+    def _of(self, w: Array) -> Array:
+        signs = jnp.sign(w)
+        if self.magnitude == UNIFORM:
+            return signs
+        return signs * jnp.sqrt(jnp.mean(w**2))
+
+
+def feedback_alignment(net: Layer, *, where: Where = MATRICES) -> Layer:
+    """Return the net with fixed random matrices on the way back (Lillicrap et al. 2016).
+
+    The params of a layer become a ``FeedbackParams``: its own, and one unlearned array for each of
+    its matrices, which no optimizer, norm or noise touches.
+
+    Args:
+        net: the network.
+        where: which layers; by default all dense, convolution and recurrent ones, and so the
+            projections of attention.
+
+    Raises:
+        TypeError: for what is not a net, and for a layer that saves its params.
+        ValueError: where no layer is meant, or one has no matrix.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net = jp.rules.feedback_alignment(jp.chain(jp.Dense(8), jp.Tanh(), jp.Dense(3)))
+        >>> params = net.init(jax.random.key(0), jnp.ones((2, 4)))
+        >>> params[2].params.w.shape, params[2].feedback[0].value.shape
+        ((8, 3), (8, 3))
+    """
+    return with_rule(net, FeedbackAlignment, where)
+
+
+def kolen_pollack(net: Layer, *, where: Where = MATRICES) -> Layer:
+    """Return the net with feedback matrices that are learned as w is (Akrout et al. 2019).
+
+    They meet w only under a weight decay: use ``optax.adamw``, say.
+
+    Args:
+        net: as in ``feedback_alignment``.
+        where: likewise.
+    """
+    return with_rule(net, KolenPollack, where)
+
+
+def sign_symmetric(net: Layer, *, magnitude: str = FORWARD, where: Where = MATRICES) -> Layer:
+    """Return the net with the signs of w on the way back (Liao et al. 2016); params are the net's.
+
+    Args:
+        net: as in ``feedback_alignment``.
+        magnitude: "uniform" for the signs alone; "forward" for signs with the norm of w.
+        where: as in ``feedback_alignment``.
+    """
+    return with_rule(net, lambda layer: SignSymmetric(layer, magnitude), where)
+
+
+def is_matrix(leaf: Any) -> bool:
+    """Return whether a leaf of params is learned and of rank two or more."""
+    return not is_not_learned(leaf) and jnp.ndim(leaf) > 1
+
+
+def matrices(params: Params) -> list[Array]:
+    """Return the params that feedback goes through."""
+    return list(filter(is_matrix, jax.tree.leaves(params, is_leaf=is_not_learned)))
+
+
+def with_matrices(params: Params, others: Sequence[Array]) -> Params:
+    """Return params with others in the places of its matrices."""
+    each = iter(others)
+    return jax.tree.map(
+        lambda leaf: next(each) if is_matrix(leaf) else leaf, params, is_leaf=is_not_learned
+    )
+
+
+def _some(layer: Wrapper, params: Params) -> list[Array]:
+    found = matrices(params)
+    if not found:
+        raise ValueError(f"{layer}: {layer.layer} has no matrix for feedback to go through")
+    return found

@@ -1,0 +1,86 @@
+"""Functions whose derivative is of no use, with that of another in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from jaxprop.core.checks import check_number, check_x, given
+from jaxprop.core.describe import shapes
+from jaxprop.core.layer import Layer
+from jaxprop.core.types import PyTree
+
+X = Float[Array, "n ..."]
+
+
+class StraightThrough(Layer):
+    """y = fn(x), and ct passes as if y were x: d_x = ct, or 0 where |x| is over a bound.
+
+    Bengio et al. 2013, https://arxiv.org/abs/1308.3432; with the bound 1 it is that of Hubara et
+    al. 2016, https://arxiv.org/abs/1602.02830, for the sign.
+
+    Attributes:
+        fn: a function of x that keeps its shape.
+        passing: the largest |x| through which ct passes; None for all.
+    """
+
+    fn: Callable[[Array], Array]
+    passing: float | None = None
+    is_derivative: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fn, type | Layer) or not callable(self.fn):
+            raise TypeError(f"straight_through takes a function of x, not {given(self.fn)}")
+        if self.passing is not None:
+            check_number("straight_through: passing", self.passing, positive=True)
+
+    def init(self, key: Array, x: PyTree) -> tuple[()]:
+        check_x(self, x, "N, ...")
+        return ()
+
+    def forward(self, params: tuple[()], x: X) -> tuple[X, Bool[Array, "n ..."] | tuple[()]]:
+        y = self.fn(x)
+        if jnp.shape(y) != x.shape:
+            raise ValueError(f"{self}: fn turns {shapes(x)} into {shapes(y)}, not its shape")
+        return y.astype(x.dtype), () if self.passing is None else jnp.abs(x) <= self.passing
+
+    def backward(
+        self, params: tuple[()], passes: Bool[Array, "n ..."] | tuple[()], ct: X
+    ) -> tuple[tuple[()], X]:
+        return (), ct if isinstance(passes, tuple) else jnp.where(passes, ct, 0)
+
+
+def straight_through(
+    fn: Callable[[Array], Array], *, passing: float | None = None
+) -> StraightThrough:
+    """Return the layer y = fn(x) whose backward is that of y = x.
+
+    Args:
+        fn: a function that keeps the shape of x, such as ``jnp.round``, ``jnp.sign``,
+            ``jp.rules.one_hot_argmax`` or ``functools.partial(jp.rules.top_k, k=3)``.
+        passing: the largest |x| through which the cotangent passes; by default all do.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxprop as jp
+        >>> layer = jp.rules.straight_through(jnp.sign, passing=1.0)
+        >>> y, saved = layer.forward((), jnp.array([[-2.0, 0.5]]))
+        >>> y, layer.backward((), saved, jnp.ones((1, 2)))[1]
+        (Array([[-1.,  1.]], dtype=float32), Array([[0., 1.]], dtype=float32))
+    """
+    return StraightThrough(fn, passing)
+
+
+def one_hot_argmax(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    """Return 1 at the largest entry along the last axis, the first of equals, and 0 elsewhere."""
+    return jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[-1], dtype=x.dtype)
+
+
+def top_k(x: Float[Array, "... d"], k: int) -> Float[Array, "... d"]:
+    """Return x with its k largest entries along the last axis, and 0 elsewhere."""
+    _, kept = jax.lax.top_k(x, k)
+    return x * jax.nn.one_hot(kept, x.shape[-1], dtype=x.dtype).sum(axis=-2)
