@@ -490,3 +490,20 @@ def test_mistakes_are_said():
         rules.straight_through(lambda x: x[:, :1]).forward((), X)
     with pytest.raises(TypeError, match="direct_feedback_alignment: net"):
         rules.direct_feedback_alignment(jp.Dense(3))
+
+
+def test_custom_vjp_of_a_tuple_and_of_a_dict_with_integers():
+    net = jp.chain(jp.on("a", rules.reverse_gradient(jp.Dense(3))), jp.on("ids", jp.Embedding(5, 2)))
+    x = {"a": X, "ids": jnp.arange(6) % 5}
+    params, f = init(net, x), jp.custom_vjp(net)
+
+    def total(params, a):
+        y = f(params, x | {"a": a})
+        return jnp.sum(y["a"] ** 2) + jnp.sum(jnp.sin(y["ids"]))
+
+    d_params, d_a = jax.jit(jax.grad(total, (0, 1)))(params, X)
+    w, b = params[0].w, params[0].b
+    y = X @ w + b[None]
+    close(d_a, -2 * y @ w.T)
+    close(d_params[0].w, 2 * X.T @ y)
+    close(d_params[1].sum(), jnp.cos(params[1][x["ids"]]).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.checks import require
@@ -56,4 +57,5 @@ def custom_vjp(layer: Layer) -> Callable[[Params, PyTree], PyTree]:
 
 
 def _like(x: Array, d_x: Array | None) -> Array | None:
-    return None if d_x is None else like(x, d_x)
+    has_none = d_x is None or not jnp.issubdtype(x.dtype, jnp.inexact)
+    return None if has_none else like(x, d_x)
