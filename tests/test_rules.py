@@ -493,7 +493,9 @@ def test_mistakes_are_said():
 
 
 def test_custom_vjp_of_a_tuple_and_of_a_dict_with_integers():
-    net = jp.chain(jp.on("a", rules.reverse_gradient(jp.Dense(3))), jp.on("ids", jp.Embedding(5, 2)))
+    net = jp.chain(
+        jp.on("a", rules.reverse_gradient(jp.Dense(3))), jp.on("ids", jp.Embedding(5, 2))
+    )
     x = {"a": X, "ids": jnp.arange(6) % 5}
     params, f = init(net, x), jp.custom_vjp(net)
 

@@ -226,28 +226,31 @@ def row(network: str, quantity: str) -> Case:
 def beside_vmap(network: str) -> Case:
     """Return the case of the row ``linen-network-norms/vmap``, beside ``jax.vmap(jax.grad)``."""
     model, data = MODELS[network]
-    loss = loss_of(model)
 
-    def own(params: Params, x: Array, target: Array) -> Array:
-        return loss(params, x[None], target[None])
+    def vmapped() -> Function:
+        loss = loss_of(model)
 
-    def norms(params: Params, x: Array, target: Array) -> Array:
-        grads = jax.vmap(jax.grad(own), (None, 0, 0))(params, x, target)
-        return jax.vmap(optax.tree.norm)(grads) ** 2
+        def own(params: Params, x: Array, target: Array) -> Array:
+            return loss(params, x[None], target[None])
 
-    return case(model, data(), QUANTITIES["norms"])._replace(auto=lambda: norms)
+        def norms(params: Params, x: Array, target: Array) -> Array:
+            grads = jax.vmap(jax.grad(own), (None, 0, 0))(params, x, target)
+            return jax.vmap(optax.tree.norm)(grads) ** 2
+
+        return norms
+
+    return case(model, data(), QUANTITIES["norms"])._replace(auto=vmapped)
 
 
 def beside_own(network: str, own: Network) -> Case:
     """Return the case of the row ``linen-network-norms/own``, beside the same in our layers."""
     net, loss, (ours, *_) = own
     model, data = MODELS[network]
-    of_flax = per_example_sq_norms(function(model.apply), loss)
-    of_own = per_example_sq_norms(net, loss)
     x, target = data()
     args = (model.init(jax.random.key(2), x), ours), x, target
-    return Case(
-        lambda: lambda params, x, target: of_flax(params[0], x, target),
-        lambda: lambda params, x, target: of_own(params[1], x, target),
-        args,
-    )
+
+    def of(layer: Layer, which: int) -> Function:
+        norms = per_example_sq_norms(layer, loss)
+        return lambda params, x, target: norms(params[which], x, target)
+
+    return Case(lambda: of(function(model.apply), 0), lambda: of(net, 1), args)

@@ -39,9 +39,10 @@ class DirectParams(NamedTuple):
 class DirectFeedbackAlignment(Wrapper, Combinator):
     """y = f_k(... f_1(x)), where each h before a layer with matrices has e B for a cotangent.
 
-    e is the cotangent of y (N, ...), and B a fixed random matrix: dE/dh is not passed on from the
-    layer above (Nøkland 2016, https://arxiv.org/abs/1609.01596). What stands between two such
-    layers, as an activation, takes e B back by its own derivative.
+    e is the cotangent of y (N, ...), and B a fixed random matrix, drawn as w of a dense layer from
+    h to y would be, of variance 1 / (size of h): dE/dh is not passed on from the layer above
+    (Nøkland 2016, https://arxiv.org/abs/1609.01596). What stands between two such layers, as an
+    activation, takes e B back by its own derivative.
 
     Attributes:
         layer: the chain.
@@ -71,10 +72,9 @@ class DirectFeedbackAlignment(Wrapper, Combinator):
             if index == 0 or not _has_matrices(self.layers[index]):
                 feedback.append(())
                 continue
-            fixed = jax.random.normal(
-                jax.random.fold_in(jax.random.fold_in(key, 1), index), (size, *h.shape[1:]), h.dtype
-            )
-            feedback.append(Unlearned(fixed / math.sqrt(size)))
+            own = jax.random.fold_in(jax.random.fold_in(key, 1), index)
+            fixed = jax.random.normal(own, (size, *h.shape[1:]), h.dtype)
+            feedback.append(Unlearned(fixed / math.sqrt(math.prod(h.shape[1:]))))
         return DirectParams(params, tuple(feedback)), y
 
     @property
