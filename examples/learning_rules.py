@@ -69,16 +69,19 @@ def weights(net: jp.Layer, tree: Any) -> list[Any]:
     return [layer.w for layer in own if hasattr(layer, "w")]
 
 
-@functools.partial(jax.jit, static_argnames=("net", "rate", "epochs"))
-def train(net: jp.Layer, rate: float, epochs: int, data: Any, seeds: Any) -> Course:
-    """Train the net from every seed, and return what the runs showed."""
+@functools.partial(jax.jit, static_argnames=("net", "epochs"))
+def train(net: jp.Layer, epochs: int, data: Any, rates: Any, seeds: Any) -> Course:
+    """Train the net at each rate from every seed, and return what the runs showed.
+
+    Each field of the result has an axis of rates in front.
+    """
     images, labels, test_images, test_labels = data
-    optimizer = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(rate, MOMENTUM))
-    update = jp.make_update(net, LOSS, optimizer)
     angles = jp.rules.angles(net, LOSS)
     steps = len(labels) // BATCH
 
-    def from_seed(seed: Any) -> Course:
+    def one(rate: Any, seed: Any) -> Course:
+        optimizer = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(rate, MOMENTUM))
+        update = jp.make_update(net, LOSS, optimizer)
         key = jax.random.key(seed)
         params = net.init(key, images[:1])
 
@@ -98,16 +101,16 @@ def train(net: jp.Layer, rate: float, epochs: int, data: Any, seeds: Any) -> Cou
 
         return jax.lax.scan(epoch, (params, update.init(params)), jnp.arange(epochs))[1]
 
-    return jax.vmap(from_seed)(seeds)
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(rates, seeds)
 
 
 def best_of(net: jp.Layer, args: argparse.Namespace, data: Any) -> tuple[float, Course]:
     """Return the rate whose training loss ends lowest, over all seeds, and its course."""
-    seeds = args.seed + jnp.arange(args.seeds)
-    courses = {rate: train(net, rate, args.epochs, data, seeds) for rate in RATES}
-    losses = {rate: float(course.loss[:, -1].mean()) for rate, course in courses.items()}
-    rate = min(losses, key=lambda rate: losses[rate] if np.isfinite(losses[rate]) else np.inf)
-    return rate, courses[rate]
+    rates, seeds = jnp.array(RATES), args.seed + jnp.arange(args.seeds)
+    courses = jax.tree.map(np.asarray, train(net, args.epochs, data, rates, seeds))
+    losses = courses.loss[:, :, -1].mean(1)
+    best = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+    return RATES[best], jax.tree.map(lambda values: values[best], courses)
 
 
 def draw(courses: dict[str, dict[str, Course]], path: str) -> None:
@@ -141,6 +144,7 @@ def draw(courses: dict[str, dict[str, Course]], path: str) -> None:
 def main() -> None:
     parser = Parser("Learning rules on handwritten digits.")
     parser.add(
+        ("net", ("both", *NETS), "both", "which network"),
         ("epochs", positive, 30, "passes over the training images"),
         ("seeds", positive, 5, "runs of each rule"),
         ("seed", natural, 0, "first seed"),
@@ -149,13 +153,15 @@ def main() -> None:
     args = parser.parse()
     data, courses = load(args.seed), {}
     for name, net in NETS.items():
+        if args.net not in ("both", name):
+            continue
         courses[name] = {}
         print(
             f"{name:20} {'rate':>6} {'error':>6}  {'of the seeds':>13}  angles, first to last layer"
         )
         for rule, make in RULES.items():
             rate, course = best_of(make(net), args, data)
-            courses[name][rule] = course = jax.tree.map(np.asarray, course)
+            courses[name][rule] = course
             errors = 100 * (1 - course.accuracy[:, -1])
             angles = " ".join(f"{angle:3.0f}" for angle in course.angles[:, -1].mean(0))
             spread = f"{errors.min():.1f} to {errors.max():.1f}"

@@ -115,6 +115,10 @@ SMALL = {
         r"bits per byte  noise scale +\S+ windows",
     ),
     "kfac.py": (("--steps", 25, "--threshold", 1.0), r"KFAC +\d+ steps, SGD +\d+ steps"),
+    "learning_rules.py": (
+        ("--net", "dense", "--epochs", 1, "--seeds", 1),
+        r"feedback alignment +\S+ +\S+% +\S+ to \S+ +\d+ +\d+ +\d+ +\d+",
+    ),
     "gpt.py": (GPT, r"held out \S+ bits"),
     "lstm.py": (("--steps", 10, "--features", 8, "--batch", 2), r"held out \S+ bits"),
     "resnet.py": (

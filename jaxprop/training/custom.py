@@ -57,5 +57,6 @@ def custom_vjp(layer: Layer) -> Callable[[Params, PyTree], PyTree]:
 
 
 def _like(x: Array, d_x: Array | None) -> Array | None:
-    has_none = d_x is None or not jnp.issubdtype(x.dtype, jnp.inexact)
-    return None if has_none else like(x, d_x)
+    if d_x is None or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return None
+    return like(x, d_x)
