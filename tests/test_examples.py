@@ -119,6 +119,7 @@ SMALL = {
         ("--net", "dense", "--epochs", 1, "--seeds", 1),
         r"feedback alignment +\S+ +\S+% +\S+ to \S+ +\d+ +\d+ +\d+ +\d+",
     ),
+    "spiking.py": (("--epochs", 1, "--steps", 5, "--features", 16), r"held out \S+%"),
     "gpt.py": (GPT, r"held out \S+ bits"),
     "lstm.py": (("--steps", 10, "--features", 8, "--batch", 2), r"held out \S+ bits"),
     "resnet.py": (

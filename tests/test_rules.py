@@ -216,6 +216,18 @@ def is_fixed(leaf):
     return isinstance(leaf, jp.Unlearned)
 
 
+def test_explained_and_clipped_by_layer():
+    for net in (rules.feedback_alignment(NET), rules.direct_feedback_alignment(NET)):
+        params = init(net)
+        explained = jp.explain(net, LOSS, params, X, TARGET)
+        assert "Tanh()" in str(explained)
+        assert "is finite" in str(jp.find_nonfinite(net, LOSS, params, X, TARGET))
+        grads = jp.clipped_grad(net, LOSS, 0.1, per_layer=True)(params, X, TARGET)[1]
+        assert jax.tree.structure(grads) == jax.tree.structure(params)
+        factors = jp.kronecker_factors(net, LOSS)(params, X, TARGET)
+        assert sum(leaf.size for leaf in jax.tree.leaves(factors)) > 100
+
+
 def test_where_selects_by_class_predicate_and_path():
     def changed(net):
         return [type(layer).__name__ for layer in net.layers]

@@ -16,7 +16,7 @@ from jaxprop.core.combinator import Combinator, Wrapper, in_layer, runs, seen_th
 from jaxprop.core.describe import structs
 from jaxprop.core.layer import Layer
 from jaxprop.core.serialization import serializable
-from jaxprop.core.step import Placed, Step, Visit
+from jaxprop.core.step import Replacing, Visit, params_of
 from jaxprop.core.tree import Unlearned, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 from jaxprop.rules.feedback import MATRICES
@@ -96,7 +96,7 @@ class DirectFeedbackAlignment(Wrapper, Combinator):
     def walk(
         self, place: DirectParams, residuals: Residuals, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:
-        feedback = visit.params(place).feedback if isinstance(visit, Placed) else place.feedback
+        feedback = params_of(place, visit).feedback
         error = ct.reshape(len(ct), math.prod(ct.shape[1:]))
         visited: list[Visited] = []
         steps = zip(self.layers, place.params, residuals, feedback, strict=True)
@@ -107,9 +107,8 @@ class DirectFeedbackAlignment(Wrapper, Combinator):
             if fixed != ():
                 b = fixed.value if is_not_learned(fixed) else fixed
                 ct = jnp.tensordot(error, b, 1).astype(ct.dtype)
-        unlearned = tuple(() for _ in feedback)
-        fixed = visit(Step.of(self, feedback, residuals, error, unlearned, None, place.feedback))
-        return DirectParams(tuple(reversed(visited)), fixed), ct
+        unvisited = place.feedback if isinstance(visit, Replacing) else tuple(() for _ in feedback)
+        return DirectParams(tuple(reversed(visited)), unvisited), ct
 
 
 def direct_feedback_alignment(net: Layer) -> DirectFeedbackAlignment:

@@ -37,9 +37,11 @@ class Function(Layer):
     function over all examples (``jax.vmap``) walks back, by whatever rules are in it: params are
     not batched there, so that the product of a batch with one of them stays one product.
 
-    A param that a ``lax.scan`` goes through layer by layer has a ``Repeated`` form. If it is a
-    constant of the scan, the steps are positions. Uses in which its entries lie in the same order
-    are one form, over the positions of all; others make a ``Joint`` one.
+    A param that a ``lax.scan`` goes through layer by layer has a ``Repeated`` form. Where it goes
+    through whole modules, and nothing else is done with them, each layer is visited as soon as the
+    way back comes to it. If a param is a constant of the scan, the steps are positions. Uses in
+    which its entries lie in the same order are one form, over the positions of all; others make a
+    ``Joint`` one.
 
     Attributes:
         fn: the function.

@@ -14,8 +14,9 @@ from jaxprop.core.forms import Factored, Moves, Sum
 from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.core.types import Cotangent
 from jaxprop.traced.equations import Program, for_tracing
+from jaxprop.traced.interpreter import run
 from jaxprop.traced.shares import Own, share
-from jaxprop.traced.taps import Taps, Use, is_inexact, run
+from jaxprop.traced.taps import Taps, Use, is_inexact
 from jaxprop.traced.views import Part, View, placed, plain
 
 Shares: TypeAlias = dict[int, list[tuple[Factored, Moves]]]

@@ -1,0 +1,175 @@
+"""Equations that merely rearrange the entries of a param, cast them, or multiply by a number."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import JaxprEqn
+
+from jaxprop.core.forms import Move, Reshaped, Sliced, Transposed, Turned
+from jaxprop.traced.equations import (
+    evaluate,
+    joined_axis_of,
+    kept_axes_of,
+    order_of,
+    permutation_of,
+    pieces_of,
+    reversed_axes_of,
+    slice_of,
+    struct,
+)
+from jaxprop.traced.views import Part, View, bare, plain
+
+Step: TypeAlias = Callable[[JaxprEqn, list[Any]], list[Any] | None]
+"""Returns an equation's outputs, views among them; None where they are no views."""
+
+
+def _moving(
+    move_of: Callable[[JaxprEqn, View], Move | None],
+) -> Step:
+    """Return the step of an equation that moves the entries of its one input."""
+
+    def step(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+        view, *rest = ins
+        if rest or not isinstance(view, View):
+            return None
+        move = move_of(equation, view)
+        if move is not None and view.joined is not None:
+            return None
+        return [view.moved(move, lambda value: evaluate(equation, [value])[0])]
+
+    return step
+
+
+def _reshape(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+    """A reshape, which may take the axes in another order first, as one of columns does."""
+    order = order_of(equation)
+    if order is None:
+        return RESHAPE(equation, ins)
+    view, *rest = ins
+    if rest or view.joined is not None:
+        return None
+    shape = struct(equation.outvars[0]).shape
+    view = view.moved(Transposed(order), lambda value: jnp.transpose(value, order))
+    return [view.moved(Reshaped(view.value.shape), lambda value: value.reshape(shape))]
+
+
+def _split(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+    (view,), (sizes, axis) = ins, pieces_of(equation)
+    if view.joined is not None:
+        return None
+
+    def piece(start: int, size: int) -> View:
+        starts, strides = [0] * view.value.ndim, (1,) * view.value.ndim
+        starts[axis] = start
+        move = Sliced(view.value.shape, tuple(starts), strides)
+        return view.moved(
+            move, lambda value: jax.lax.slice_in_dim(value, start, start + size, axis=axis)
+        )
+
+    starts = itertools.accumulate(sizes, initial=0)
+    return [piece(*each) for each in zip(starts, sizes, strict=False)]
+
+
+def _broadcast(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+    """A broadcast that only adds axes of length 1, and leaves the others in order."""
+    out, kept = struct(equation.outvars[0]), kept_axes_of(equation)
+    if len(ins) > 1 or out.size != ins[0].value.size or list(kept) != sorted(kept):
+        return None
+    return RESHAPE(equation, ins)
+
+
+def _cast(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+    return STAY(equation, ins) if is_floating(struct(equation.outvars[0])) else None
+
+
+def _scaling(factor: Callable[[Any], Any]) -> Step:
+    """Return the step of a product of a view with a number, in one of the two orders."""
+
+    def step(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+        at = int(isinstance(ins[-1], View))
+        view, others = ins[at], [other for index, other in enumerate(ins) if index != at]
+        if any(isinstance(other, View) or jnp.shape(other) for other in others):
+            return None
+        if equation.primitive.name == "div" and at:
+            return None
+
+        def f(value: Array) -> Array:
+            return evaluate(equation, [value, *others] if not at else [*others, value])[0]
+
+        return [view.scaled(factor(*others), f)]
+
+    return step
+
+
+def _negated(equation: JaxprEqn, ins: list[Any]) -> list[Any]:
+    return [ins[0].scaled(-1, lambda value: evaluate(equation, [value])[0])]
+
+
+def _joined(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+    return _side_by_side(equation, ins, ins)
+
+
+def _stacked(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+    axis = joined_axis_of(equation)
+
+    def entry(value: Any) -> Any:
+        if not isinstance(value, View):
+            return jnp.expand_dims(value, axis)
+        return value.moved(Reshaped(value.value.shape), lambda v: jnp.expand_dims(v, axis))
+
+    return _side_by_side(equation, ins, list(map(entry, ins)))
+
+
+def _side_by_side(equation: JaxprEqn, ins: list[Any], entries: list[Any]) -> list[Any] | None:
+    """Several params side by side: each has its part of the product's operands."""
+    axis, start = joined_axis_of(equation), 0
+    parts: list[Part] = []
+    views = [value for value in entries if isinstance(value, View)]
+    if any(len(v.parts) > 1 or v.scale is not None or v.scans != views[0].scans for v in views):
+        return None
+    for value in entries:
+        length = bare(value).shape[axis]
+        if isinstance(value, View):
+            parts.append(value.parts[0]._replace(start=start, stop=start + length))
+        start += length
+    (joined,) = evaluate(equation, list(map(bare, ins)))
+
+    def own() -> Array:
+        return evaluate(equation, list(map(plain, ins)))[0]
+
+    return [View(tuple(parts), joined, own, axis, scans=views[0].scans)]
+
+
+def is_floating(value: Any) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
+
+
+RESHAPE = _moving(lambda equation, view: Reshaped(view.value.shape))
+STAY = _moving(lambda equation, view: None)
+TIMES = _scaling(lambda factor: factor)
+MOVING: dict[str, Step] = {
+    "concatenate": _joined,
+    "stack": _stacked,
+    "reshape": _reshape,
+    "squeeze": RESHAPE,
+    "expand_dims": RESHAPE,
+    "broadcast_in_dim": _broadcast,
+    "transpose": _moving(lambda equation, view: Transposed(permutation_of(equation))),
+    "slice": _moving(lambda equation, view: Sliced(view.value.shape, *slice_of(equation)[::2])),
+    "split": _split,
+    "rev": _moving(lambda equation, view: Turned(reversed_axes_of(equation))),
+    "convert_element_type": _cast,
+    "copy": STAY,
+    "copy_p": STAY,
+    "sharding_constraint": STAY,
+    "stop_gradient": lambda equation, ins: evaluate(equation, [ins[0].value]),
+    "mul": TIMES,
+    "div": _scaling(lambda factor: 1 / factor),
+    "neg": _negated,
+}
