@@ -66,7 +66,7 @@ class Outer(Factored):
     ct: Float[Array, "n ... o"]
 
     def per_example(self) -> Float[Array, "n i o"]:
-        return jnp.einsum("nti,nto->nio", *self._sequences())
+        return _each(*self._sequences())
 
     def sum(self) -> Float[Array, "i o"]:
         """Return x^T ct, or (ct^T x)^T: a CPU copies the operand that is transposed."""
@@ -103,9 +103,11 @@ class Outer(Factored):
         (_, t, i), o = x.shape, ct.shape[-1]
         if t == 1:
             return sq_norms(x) * sq_norms(ct)
-        if not known(lambda: t * (i + o) <= i * o):
-            return _sums_of_squares(x, ct)
-        return _sums_of_products(x, ct)
+        if known(lambda: t * (i + o) < i * o):
+            return _sums_of_products(x, ct)
+        if known(lambda: t * (i + o) >= i * o):  # then g_n is no larger than x and ct
+            return sq_norms(_each(x, ct))
+        return _sums_of_squares(x, ct)
 
     def norms(self) -> Float[Array, " n"]:
         """Return |x| |ct|, or along positions |X^T C|, one example after the other.
@@ -116,9 +118,11 @@ class Outer(Factored):
         (_, t, i), o = x.shape, ct.shape[-1]
         if t == 1:
             return jnp.sqrt(sq_norms(x)) * jnp.sqrt(sq_norms(ct))
-        if not known(lambda: t * (i + o) <= i * o):
-            return _norms_of_products(x, ct)
-        return _roots_of_products(x, ct)
+        if known(lambda: t * (i + o) < i * o):
+            return _roots_of_products(x, ct)
+        if known(lambda: t * (i + o) >= i * o):
+            return norms(_each(x, ct))
+        return _norms_of_products(x, ct)
 
     def inner_products(self) -> Float[Array, "n n"]:
         """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), or <g_n, g_m> where
@@ -182,6 +186,11 @@ def _roots_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
     some = jnp.any(ct != 0, axis=(1, 2))  # else it is 0 indeed
     sound = (total >= 1e-2 * size) & jnp.isfinite(total) & ((total >= least) | ~some)
     return jax.lax.cond(jnp.all(sound), lambda: jnp.sqrt(total), lambda: _norms_of_products(x, ct))
+
+
+def _each(x: Sequences, ct: Sequences) -> Float[Array, "n i o"]:
+    """Return X^T C of each example, of all at once."""
+    return jnp.einsum("nti,nto->nio", x, ct)
 
 
 def _norms_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
