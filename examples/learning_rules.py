@@ -28,11 +28,11 @@ LOSS = jp.CrossEntropy()
 RATES = (0.003, 0.01, 0.03, 0.1)
 DECAY, MOMENTUM, BATCH, SEEN = 1e-3, 0.9, 32, 256
 NETS: dict[str, jp.Layer] = {
-    "dense": jp.chain(
+    "mlp": jp.chain(
         *(jp.Dense(128), jp.Relu(), jp.Dense(128), jp.Relu(), jp.Dense(64), jp.Relu()),
         jp.Dense(10),
     ),
-    "convolutions": jp.chain(
+    "cnn": jp.chain(
         jp.Reshape((8, 8, 1)),
         *(jp.Conv(16, (3, 3), padding="SAME"), jp.Relu(), jp.AvgPool((2, 2))),
         *(jp.Conv(32, (3, 3), padding="SAME"), jp.Relu(), jp.Flatten()),

@@ -1,7 +1,7 @@
 """Classify handwritten digits, given as spike trains, by spiking units and a surrogate gradient.
 
     python examples/spiking.py
-    python examples/spiking.py --surrogate triangle --plot spikes.png
+    python examples/spiking.py --slope 10 --plot spikes.png
 
 Each pixel fires in a step with a probability that is its brightness. Two layers of leaky
 integrate-and-fire units (``jp.rules.Lif``) pass spikes on; the mean over time of what the last
@@ -21,14 +21,13 @@ from digits import load
 from options import Parser, above_zero, natural, picture, positive, run
 
 import jaxprop as jp
-from jaxprop.rules.spiking import SURROGATES
 
 LOSS, BATCH = jp.CrossEntropy(), 64
 
 
 def make_net(args: argparse.Namespace) -> jp.Layer:
     """Return the network, of spikes (N, T, 64)."""
-    lif = jp.rules.Lif(args.decay, surrogate=args.surrogate, slope=args.slope)
+    lif = jp.rules.Lif(args.decay, slope=args.slope)
     return jp.chain(
         *(jp.Dense(args.features), lif, jp.Dense(args.features), lif),
         *(jp.Dense(10), jp.GlobalAvgPool()),
@@ -103,9 +102,8 @@ def main() -> None:
         ("epochs", positive, 30, "passes over the training images"),
         ("steps", positive, 20, "steps of a spike train"),
         ("features", positive, 128, "units of each layer"),
-        ("decay", above_zero, 0.8, "what is left of a potential after a step"),
-        ("surrogate", tuple(SURROGATES), "fast_sigmoid", "smooth step of the way back"),
-        ("slope", above_zero, 5.0, "its slope"),
+        ("decay", above_zero, 0.8, "part of a potential that is left"),
+        ("slope", above_zero, 5.0, "slope of the smooth step"),
         ("rate", above_zero, 2e-3, "learning rate of Adam"),
         ("seed", natural, 0, "seed of the split, the params and the spikes"),
         ("plot", picture, None, "draw the spikes of an image into this file"),

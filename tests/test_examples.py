@@ -116,7 +116,7 @@ SMALL = {
     ),
     "kfac.py": (("--steps", 25, "--threshold", 1.0), r"KFAC +\d+ steps, SGD +\d+ steps"),
     "learning_rules.py": (
-        ("--net", "dense", "--epochs", 1, "--seeds", 1),
+        ("--net", "mlp", "--epochs", 1, "--seeds", 1),
         r"feedback alignment +\S+ +\S+% +\S+ to \S+ +\d+ +\d+ +\d+ +\d+",
     ),
     "spiking.py": (("--epochs", 1, "--steps", 5, "--features", 16), r"held out \S+%"),

@@ -5,7 +5,7 @@ back. Every quantity, clipping and update is then of *that* backward. ``jp.check
 it is not the derivative: it checks all else, and returns the angle to it.
 """
 
-from jaxprop.rules.angles import angles
+from jaxprop.rules.alignment import angles
 from jaxprop.rules.cotangents import (
     clip_cotangent,
     noisy_cotangent,
@@ -15,9 +15,9 @@ from jaxprop.rules.cotangents import (
     stop_gradient,
 )
 from jaxprop.rules.direct import direct_feedback_alignment
+from jaxprop.rules.discrete import one_hot_argmax, straight_through, top_k
 from jaxprop.rules.feedback import feedback_alignment, kolen_pollack, sign_symmetric
 from jaxprop.rules.spiking import Lif, Spike
-from jaxprop.rules.straight_through import one_hot_argmax, straight_through, top_k
 
 __all__ = [
     "Lif",

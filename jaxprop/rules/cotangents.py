@@ -175,8 +175,8 @@ def reverse_gradient(layer: Layer, *, scale: float = 1.0, where: Where | None = 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
         >>> net = jp.rules.reverse_gradient(jp.Tanh(), scale=2.0)
-        >>> net.backward((), net.forward((), jnp.zeros((1, 2)))[1], jnp.ones((1, 2)))[1]
-        Array([[-2., -2.]], dtype=float32)
+        >>> net.backward((), net.forward((), jnp.zeros((1, 2)))[1], jnp.ones((1, 2)))[1].tolist()
+        [[-2.0, -2.0]]
     """
     check_number("reverse_gradient: scale", scale, finite=True, signed=True)
     return _around(layer, lambda layer: ScaleGradient(layer, -scale), where)
