@@ -267,6 +267,19 @@ def test_a_layer_that_saves_its_params_is_refused():
         net.forward(init(net), X)
 
 
+def test_a_function_is_refused():
+    """Its params stand in its own trace, as they are or rounded, where no others come in."""
+
+    def fn(w, x):
+        return x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
+
+    net = jp.chain(jp.function(fn), jp.Dense(2))
+    assert rules.feedback_alignment(net).layers[0] == net.layers[0]
+    for rule in FEEDBACK.values():
+        with pytest.raises(TypeError, match="walks back through its own trace"):
+            rule(net, where=lambda layer: True)
+
+
 HANDED_BACK = {
     "reverse_gradient": (rules.reverse_gradient(NET, scale=0.5), lambda d: -0.5 * d),
     "scale_gradient": (rules.scale_gradient(NET, scale=3.0), lambda d: 3 * d),
@@ -406,6 +419,30 @@ def test_a_surrogate_is_finite_at_the_ends_of_its_dtype(name, dtype):
     assert d_x.dtype == dtype
     assert jnp.isfinite(d_x).all()
     assert (d_x >= 0).all()
+    d_k, _ = rules.Spike(name, learned=True).backward(
+        jnp.asarray(25.0, dtype), x, 2 * jnp.ones_like(x)
+    )
+    assert jnp.isfinite(d_k.sum())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_rules_add_up_in_float32(dtype):
+    """A thousand equal errors, a thousand positions, and squares that would underflow."""
+    net = rules.direct_feedback_alignment(jp.chain(jp.Tanh(), jp.Dense(1000)))
+    x = jnp.zeros((1, 2), dtype)
+    params = init(net, x)
+    ones = tuple(jax.tree.map(jnp.ones_like, b) for b in params.feedback)
+    _, residuals = net.forward(params, x)
+    _, d_x = net.backward(params._replace(feedback=ones), residuals, jnp.ones((1, 1000), dtype))
+    np.testing.assert_array_equal(d_x.astype(float), [[1000, 1000]])
+    spike = rules.Spike("boxcar", 1.0, learned=True)
+    x = jnp.full((1, 1000), 1.0, dtype)
+    d_k, _ = spike.backward(jnp.ones((), dtype), x, jnp.ones_like(x))
+    np.testing.assert_array_equal(d_k.sum(), 500)
+    w = jp.AffineParams(jnp.full((4, 3), 1e-4, dtype))
+    layer = rules.sign_symmetric(jp.Dense(3, bias=False))
+    _, d_x = layer.backward(w, jnp.ones((1, 4), dtype), jnp.ones((1, 3), dtype))
+    np.testing.assert_allclose(d_x.astype(float), 3e-4, rtol=0.02)
 
 
 @pytest.mark.parametrize("reset", [True, False])

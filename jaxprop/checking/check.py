@@ -23,7 +23,8 @@ from jaxprop.checking.oracles import (
     backward_of,
     by_oracles,
 )
-from jaxprop.checking.points import angle, float64, is_floating, normal, with_noise
+from jaxprop.checking.points import float64, is_floating, normal, with_noise
+from jaxprop.core.arrays import angle
 from jaxprop.core.checks import check_number, require
 from jaxprop.core.combinator import Combinator
 from jaxprop.core.coupling import coupled, couples
@@ -147,7 +148,7 @@ class Angles(NamedTuple):
     @classmethod
     def between(cls, got: Answer, expected: Answer) -> Angles:
         """Return those between two answers."""
-        return cls(*(angle(got[name], expected[name]) for name in ("params", "x")))
+        return cls(*(float(angle(got[name], expected[name])) for name in ("params", "x")))
 
     @classmethod
     def mean(cls, angles: Sequence[Angles]) -> Angles:

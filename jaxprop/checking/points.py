@@ -102,16 +102,3 @@ def norm(tree: PyTree) -> float:
     """Return the norm of a tree's floats."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
     return float(np.sqrt(inner(floats, floats)))
-
-
-def angle(a: PyTree, b: PyTree) -> float:
-    """Return the angle between two trees of arrays, in degrees; NaN where one is 0 or empty."""
-    sizes = norm(a), norm(b)
-    if not all(sizes):
-        return float("nan")
-    a, b = (
-        jax.tree.map(lambda leaf, size=size: wide(leaf) / size, tree)
-        for tree, size in zip((a, b), sizes, strict=True)
-    )
-    less, more = (norm(jax.tree.map(sign, a, b)) for sign in (np.subtract, np.add))
-    return float(np.degrees(2 * np.arctan2(less, more)))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, core, errors
+from jax.flatten_util import ravel_pytree
 
 from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.types import PyTree
@@ -186,3 +187,17 @@ def sum_over(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
     # In jax.shard_map the type of an array says on which axes devices differ; a struct's does not.
     terms = first() if shard_map_axes() else jax.eval_shape(first)
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, terms), xs)[0]
+
+
+def angle(a: PyTree, b: PyTree) -> Array:
+    """Return the angle between two trees of floats, in degrees; NaN where one of them is 0.
+
+    Kahan's half-angle formula is exact near 0 and 180 degrees too, where the arc cosine is not.
+
+    Args:
+        a: a tree of arrays.
+        b: another, of the same structure and shapes.
+    """
+    units = [wide(ravel_pytree(tree)[0]) for tree in (a, b)]
+    a, b = (v / jnp.linalg.norm(v) for v in units)
+    return jnp.degrees(2 * jnp.arctan2(jnp.linalg.norm(a - b), jnp.linalg.norm(a + b)))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float
 
+from jaxprop.core.arrays import angle
 from jaxprop.core.batch import Batch
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
@@ -36,14 +34,3 @@ def angles(net: Layer, loss: Loss) -> OfBatch[Params]:
         return jax.tree.map(angle, learned(ours), learned(true))
 
     return of_batch("angles", "Return the angle of each gradient to the derivative.", net, of_both)
-
-
-def angle(a: Array, b: Array) -> Float[Array, ""]:
-    """Return the angle between two arrays, in degrees; NaN where one is 0.
-
-    By the half-angle formula, which is exact near 0 and 180 too (Kahan 2006, "How futile are
-    mindless assessments of roundoff", section 12).
-    """
-    a, b = (v / jnp.linalg.norm(v.ravel()) for v in (a, b))
-    less, more = (jnp.linalg.norm(v.ravel()) for v in (a - b, a + b))
-    return jnp.degrees(2 * jnp.arctan2(less, more))

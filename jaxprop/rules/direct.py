@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.combinators.chain import Chain
+from jaxprop.core.arrays import wide
 from jaxprop.core.checks import require
 from jaxprop.core.child import Child
 from jaxprop.core.combinator import Combinator, Wrapper, in_layer, runs, seen_through
@@ -106,7 +107,7 @@ class DirectFeedbackAlignment(Wrapper, Combinator):
             visited.append(here)
             if fixed != ():
                 b = fixed.value if is_not_learned(fixed) else fixed
-                ct = jnp.tensordot(error, b, 1).astype(ct.dtype)
+                ct = jnp.tensordot(wide(error), wide(b), 1).astype(ct.dtype)
         unvisited = place.feedback if isinstance(visit, Replacing) else tuple(() for _ in feedback)
         return DirectParams(tuple(reversed(visited)), unvisited), ct
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import rounded
+from jaxprop.core.arrays import rounded, wide
 from jaxprop.core.combinator import Wrapper
 from jaxprop.core.layer import Layer
 from jaxprop.core.serialization import serializable
@@ -47,6 +47,14 @@ class Feedback(Wrapper):
     """
 
     is_derivative: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer.by_module:
+            raise TypeError(
+                f"{self.layer} walks back through its own trace, in which its params stand: no "
+                "others can be put in their place"
+            )
 
     def _own(self, params: Params) -> Params:
         return params
@@ -162,7 +170,7 @@ class SignSymmetric(Feedback):
         signs = jnp.sign(w)
         if self.magnitude == UNIFORM:
             return signs
-        return signs * jnp.sqrt(jnp.mean(w**2))
+        return signs * jnp.sqrt(jnp.mean(wide(w) ** 2)).astype(w.dtype)
 
 
 def feedback_alignment(net: Layer, *, where: Where = MATRICES) -> Layer:

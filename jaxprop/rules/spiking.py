@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.arrays import wide
 from jaxprop.core.checks import check_flags, check_number, check_share, check_x
 from jaxprop.core.forms import Stacked
 from jaxprop.core.layer import Layer
@@ -74,10 +75,11 @@ class Spike(Layer):
     def backward(self, params: Array | tuple[()], x: X, ct: X) -> tuple[Stacked | tuple[()], X]:
         k = jnp.asarray(self.slope if isinstance(params, tuple) else params, x.dtype)
         h = SURROGATES[self.surrogate](k * x)
+        d_x = ct * (k * h)
         if isinstance(params, tuple):
-            return (), ct * k * h
-        each = (ct * x * h).astype(ct.dtype)
-        return Stacked(each.sum(axis=tuple(range(1, x.ndim)))), ct * k * h
+            return (), d_x
+        each = wide(ct) * wide(x * h)  # x h first: it is small where x is large
+        return Stacked(each.sum(axis=tuple(range(1, x.ndim)))), d_x
 
 
 class Lif(Layer):

@@ -55,7 +55,6 @@ class Factored(abc.ABC):
     """
 
     room: ClassVar[int] = 1
-
     unfactored: ClassVar[str] = "it is not kept as the input and the cotangent of a matrix"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -110,7 +110,7 @@ class Outer(Factored):
         return _sums_of_squares(x, ct)
 
     def norms(self) -> Float[Array, " n"]:
-        """Return |x| |ct|, or along positions |X^T C|, one example after the other.
+        """Return |x| |ct|, or along positions |X^T C|, of all examples at once where it is small.
 
         Where <X X^T, C C^T> is cheaper, and shows no sign of what is wrong with it, it is its root.
         """
