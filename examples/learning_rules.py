@@ -131,7 +131,7 @@ def draw(courses: dict[str, dict[str, Course]], path: str) -> None:
                 )
         row[0].set(title=f"{name}: held-out accuracy, %", ylim=(60, 100))
         for number, axes in enumerate(row[1:], 1):
-            axes.set(title=f"angle at layer {number}, degrees", ylim=(-3, 95))
+            axes.set(title=f"angle at layer {number}, degrees", ylim=(-3, 125))
         for axes in row:
             axes.set_xlabel("epoch")
             axes.grid(alpha=0.3)

@@ -120,6 +120,14 @@ SMALL = {
         r"feedback alignment +\S+ +\S+% +\S+ to \S+ +\d+ +\d+ +\d+ +\d+",
     ),
     "spiking.py": (("--epochs", 1, "--steps", 5, "--features", 16), r"held out \S+%"),
+    "local_learning.py": (("--epochs", 1, "--features", 16), r"held out \S+%"),
+    "attribution.py": (
+        (
+            "--epochs",
+            1,
+        ),
+        r"at random +\d+%",
+    ),
     "gpt.py": (GPT, r"held out \S+ bits"),
     "lstm.py": (("--steps", 10, "--features", 8, "--batch", 2), r"held out \S+ bits"),
     "resnet.py": (

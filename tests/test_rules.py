@@ -494,34 +494,101 @@ def test_angles_are_0_for_the_derivative_and_fall_as_feedback_meets_w():
     assert jnp.isnan(angles[0].feedback[0])  # no derivative by what the way forward does not use
 
 
-def test_rules_in_ordinary_jax():
-    """In ``vmap``, ``scan``, ``checkpoint`` and ``jit``, by ``jp.custom_vjp``."""
-    for net in (
-        rules.feedback_alignment(NET),
-        rules.direct_feedback_alignment(NET),
-        rules.reverse_gradient(NET),
-        jp.chain(jp.Dense(3), rules.Spike(), jp.Dense(2)),
-    ):
-        params, f = init(net), jp.custom_vjp(net)
-        want = jp.core.tree.learned(jp.value_and_grad(net, LOSS)(params, X, TARGET)[1])
+SPIKING = jp.chain(jp.Dense(3), rules.Spike(), jp.Dense(2))
+ORDINARY = {
+    "feedback_alignment": rules.feedback_alignment(NET),
+    "seeded": rules.feedback_alignment(NET, seed=1),
+    "sign_symmetric": rules.sign_symmetric(NET),
+    "kolen_pollack": rules.kolen_pollack(NET),
+    "direct": rules.direct_feedback_alignment(NET),
+    "reverse": rules.reverse_gradient(NET, where=jp.Tanh),
+    "scale": rules.scale_gradient(NET, scale=0.5, where=jp.Tanh),
+    "stop": rules.stop_gradient(NET, where=(1,)),
+    "clip_value": rules.clip_cotangent(NET, max_value=0.01, where=jp.Tanh),
+    "clip_norm": rules.clip_cotangent(NET, max_norm=0.01, where=jp.Tanh),
+    "quantize": rules.quantize_cotangent(NET, where=jp.Tanh),
+    "noisy": rules.noisy_cotangent(NET, deviation=0.1, where=jp.Tanh),
+    "straight": jp.chain(jp.Dense(3), rules.straight_through(jnp.round), jp.Dense(2)),
+    "spike": SPIKING,
+    "lif": jp.chain(jp.Reshape((2, 2)), rules.Lif(), jp.Flatten(), jp.Dense(2)),
+    "guided": rules.guided_backprop(NET, where=jp.Tanh),
+    "deconvolution": rules.deconvolution(NET, where=jp.Tanh),
+    "relevance": rules.lrp(NET),
+}
 
-        def loss(params, f=f):
-            return 0.5 * jnp.sum((f(params, X) - TARGET) ** 2) / len(X)
 
-        def by_scan(params, f=f):
-            def step(total, pair):
-                x, t = pair
-                return total + 0.5 * jnp.sum((f(params, x[None]) - t[None]) ** 2), None
+@pytest.mark.few(4)
+@pytest.mark.parametrize("name", ORDINARY)
+def test_rules_in_ordinary_jax(name):
+    """In ``vmap``, ``scan``, ``shard_map``, ``checkpoint`` and ``jit``, by ``jp.custom_vjp``.
 
-            return jax.lax.scan(step, jnp.zeros(()), (X, TARGET))[0] / len(X)
+    Noise has a key in the params, the same for all of x; a vmapped or scanned example of its own
+    would draw another.
+    """
+    net = ORDINARY[name]
+    params, f = init(net), jp.custom_vjp(net)
+    batched = name != "noisy"
+    given = params if batched else net.bind(params, key=jax.random.key(3))
+    want = jp.value_and_grad(net, LOSS)(
+        params, X, TARGET, key=None if batched else jax.random.key(3)
+    )[1]
+    want, arrays = jp.core.tree.learned(want), jp.core.tree.learned(params)
 
-        def by_vmap(params, f=f):
-            y = jax.vmap(lambda x: f(params, x[None])[0])(X)
+    def bound(arrays):
+        return jp.core.tree.merged(given, arrays)
+
+    def loss(arrays, x=X, target=TARGET):
+        return 0.5 * jnp.sum((f(bound(arrays), x) - target) ** 2) / len(X)
+
+    def by_scan(arrays):
+        def step(total, pair):
+            x, t = pair
+            return total + loss(arrays, x[None], t[None]), None
+
+        return jax.lax.scan(step, jnp.zeros(()), (X, TARGET))[0]
+
+    def by_vmap(arrays):
+        y = jax.vmap(lambda x: f(bound(arrays), x[None])[0])(X)
+        return 0.5 * jnp.sum((y - TARGET) ** 2) / len(X)
+
+    def by_shard_map(arrays):
+        split, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        of_device = jax.shard_map(
+            lambda *args: jax.lax.psum(loss(*args), "d"),
+            mesh=mesh,
+            in_specs=(whole, split, split),
+            out_specs=whole,
+        )
+        return of_device(arrays, X, TARGET)
+
+    for each in (loss, jax.checkpoint(loss), *[by_scan, by_vmap, by_shard_map] * batched):
+        close(jax.jit(jax.grad(each))(arrays), want, rtol=1e-9)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", [name for name in ORDINARY if name not in ("quantize", "noisy")])
+def test_second_derivatives_are_those_of_the_rule(name):
+    """The derivative of the rule's gradient, by that of its own program."""
+    net = ORDINARY[name]
+    params, f = init(net), jp.custom_vjp(net)
+    arrays = jp.core.tree.learned(params)
+
+    def by_jax(arrays):
+        def loss(arrays):
+            y = f(jp.core.tree.merged(params, arrays), X)
             return 0.5 * jnp.sum((y - TARGET) ** 2) / len(X)
 
-        for each in (loss, jax.checkpoint(loss), by_scan, by_vmap):
-            got = jp.core.tree.learned(jax.jit(jax.grad(each))(params))
-            close(got, want, rtol=1e-10)
+        return jax.grad(loss)(arrays)
+
+    def by_rule(arrays):
+        merged = jp.core.tree.merged(params, arrays)
+        return jp.core.tree.learned(jp.value_and_grad(net, LOSS)(merged, X, TARGET)[1])
+
+    def squares(of):
+        return lambda arrays: sum(jnp.sum(g**2) for g in jax.tree.leaves(of(arrays)))
+
+    close(*(jax.jit(jax.grad(squares(of)))(arrays) for of in (by_jax, by_rule)), rtol=1e-8)
 
 
 def test_mistakes_are_said():

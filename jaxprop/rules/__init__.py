@@ -6,6 +6,15 @@ it is not the derivative: it checks all else, and returns the angle to it.
 """
 
 from jaxprop.rules.alignment import angles
+from jaxprop.rules.attribution import (
+    deconvolution,
+    gradient_times_input,
+    guided_backprop,
+    integrated_gradients,
+    relevance,
+    saliency,
+    smooth_grad,
+)
 from jaxprop.rules.cotangents import (
     clip_cotangent,
     noisy_cotangent,
@@ -17,6 +26,14 @@ from jaxprop.rules.cotangents import (
 from jaxprop.rules.direct import direct_feedback_alignment
 from jaxprop.rules.discrete import one_hot_argmax, straight_through, top_k
 from jaxprop.rules.feedback import feedback_alignment, kolen_pollack, sign_symmetric
+from jaxprop.rules.propagation import (
+    lrp,
+    lrp_alpha_beta,
+    lrp_epsilon,
+    lrp_flat,
+    lrp_gamma,
+    lrp_z_box,
+)
 from jaxprop.rules.spiking import Lif, Spike
 
 __all__ = [
@@ -24,15 +41,28 @@ __all__ = [
     "Spike",
     "angles",
     "clip_cotangent",
+    "deconvolution",
     "direct_feedback_alignment",
     "feedback_alignment",
+    "gradient_times_input",
+    "guided_backprop",
+    "integrated_gradients",
     "kolen_pollack",
+    "lrp",
+    "lrp_alpha_beta",
+    "lrp_epsilon",
+    "lrp_flat",
+    "lrp_gamma",
+    "lrp_z_box",
     "noisy_cotangent",
     "one_hot_argmax",
     "quantize_cotangent",
+    "relevance",
     "reverse_gradient",
+    "saliency",
     "scale_gradient",
     "sign_symmetric",
+    "smooth_grad",
     "stop_gradient",
     "straight_through",
     "top_k",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxprop.core.checks import check_number, check_x, given
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
+from jaxprop.traced.ruled import Part
 
 X = Float[Array, "n ..."]
 
@@ -25,16 +26,17 @@ class StraightThrough(Layer):
     al. 2016, https://arxiv.org/abs/1602.02830, for the sign.
 
     Attributes:
-        fn: a function of x that keeps its shape.
+        fn: a function of x that keeps its shape, or a part of a function that does.
         passing: the largest |x| through which ct passes; None for all.
     """
 
-    fn: Callable[[Array], Array]
+    fn: Callable[[Array], Array] | Part
     passing: float | None = None
     is_derivative: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.fn, type | Layer) or not callable(self.fn):
+        is_part = isinstance(self.fn, Part)
+        if not is_part and (isinstance(self.fn, type | Layer) or not callable(self.fn)):
             raise TypeError(f"straight_through takes a function of x, not {given(self.fn)}")
         if self.passing is not None:
             check_number("straight_through: passing", self.passing, positive=True)
@@ -43,26 +45,31 @@ class StraightThrough(Layer):
         check_x(self, x, "N, ...")
         return ()
 
-    def forward(self, params: tuple[()], x: X) -> tuple[X, Bool[Array, "n ..."] | tuple[()]]:
-        y = self.fn(x)
+    def check_params(self, params: Any, x: PyTree) -> None:
+        if not isinstance(self.fn, Part):
+            super().check_params(params, x)
+
+    def forward(self, params: Any, x: X) -> tuple[X, Bool[Array, "n ..."] | tuple[()]]:
+        y = self.fn.forward(params, x)[0] if isinstance(self.fn, Part) else self.fn(x)
         if jnp.shape(y) != x.shape:
             raise ValueError(f"{self}: fn turns {shapes(x)} into {shapes(y)}, not its shape")
         return y.astype(x.dtype), () if self.passing is None else jnp.abs(x) <= self.passing
 
     def backward(
-        self, params: tuple[()], passes: Bool[Array, "n ..."] | tuple[()], ct: X
+        self, params: Any, passes: Bool[Array, "n ..."] | tuple[()], ct: X
     ) -> tuple[tuple[()], X]:
         return (), ct if isinstance(passes, tuple) else jnp.where(passes, ct, 0)
 
 
 def straight_through(
-    fn: Callable[[Array], Array], *, passing: float | None = None
+    fn: Callable[[Array], Array] | Part, *, passing: float | None = None
 ) -> StraightThrough:
     """Return the layer y = fn(x) whose backward is that of y = x.
 
     Args:
         fn: a function that keeps the shape of x, such as ``jnp.round``, ``jnp.sign``,
-            ``jp.rules.one_hot_argmax`` or ``functools.partial(jp.rules.top_k, k=3)``.
+            ``jp.rules.one_hot_argmax`` or ``functools.partial(jp.rules.top_k, k=3)``; or a part of
+            a function, for ``jp.function(fn, rules={"round": jp.rules.straight_through})``.
         passing: the largest |x| through which the cotangent passes; by default all do.
 
     Example:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.arrays import rounded, wide
+from jaxprop.core.checks import check_count
 from jaxprop.core.combinator import Wrapper
 from jaxprop.core.layer import Layer
 from jaxprop.core.serialization import serializable
@@ -18,6 +21,7 @@ from jaxprop.core.tree import Unlearned, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.layers import Conv, ConvTranspose, Dense, Gru, Lstm, Rnn
 from jaxprop.rules.select import Where, with_rule
+from jaxprop.traced.ruled import Part
 
 MATRICES = (Dense, Conv, ConvTranspose, Rnn, Lstm, Gru)
 UNIFORM, FORWARD = "uniform", "forward"
@@ -88,6 +92,14 @@ class Feedback(Wrapper):
 class Separate(Feedback):
     """Feedback whose matrices are arrays of their own; params are a ``FeedbackParams``."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer, Part):
+            raise TypeError(
+                f"rules for {self.layer}, a part of a function, have no params of their own: use "
+                "sign_symmetric, or functools.partial(jp.rules.feedback_alignment, seed=0)"
+            )
+
     @abc.abstractmethod
     def _kept(self, matrix: Array) -> Any:
         """Return what is kept of a matrix of the way back, as ``init`` draws it."""
@@ -121,6 +133,27 @@ class FeedbackAlignment(Separate):
 
     def _cotangent(self, params: FeedbackParams, d_own: Cotangent) -> FeedbackParams:
         return FeedbackParams(d_own, tuple(() for _ in params.feedback))
+
+
+class Seeded(Feedback):
+    """Fixed random feedback that is drawn anew, the same, each time: B of variance 2 / (I + O).
+
+    Attributes:
+        seed: what it is drawn from.
+        number: which layer of the net this is.
+    """
+
+    seed: int = 0
+    number: int = 0
+
+    def __repr__(self) -> str:
+        return f"feedback_alignment({self.layer!r}, seed={self.seed})"
+
+    def _matrices(self, params: Params) -> list[Array]:
+        key = jax.random.fold_in(jax.random.key(self.seed), self.number)
+        found = _some(self, params)
+        keys = jax.random.split(key, len(found))
+        return [_glorot(key, w) for key, w in zip(keys, found, strict=True)]
 
 
 class KolenPollack(Separate):
@@ -173,14 +206,16 @@ class SignSymmetric(Feedback):
         return signs * jnp.sqrt(jnp.mean(wide(w) ** 2)).astype(w.dtype)
 
 
-def feedback_alignment(net: Layer, *, where: Where = MATRICES) -> Layer:
+def feedback_alignment(net: Layer, *, seed: int | None = None, where: Where = MATRICES) -> Layer:
     """Return the net with fixed random matrices on the way back (Lillicrap et al. 2016).
 
     The params of a layer become a ``FeedbackParams``: its own, and one unlearned array for each of
     its matrices, which no optimizer, norm or noise touches.
 
     Args:
-        net: the network.
+        net: the network, or a part of a function, for ``jp.function(fn, rules=)``.
+        seed: a seed to draw the matrices from at each step instead, so that params are the net's;
+            layers that a ``jp.repeat`` or a scan stacks then share theirs.
         where: which layers; by default all dense, convolution and recurrent ones, and so the
             projections of attention.
 
@@ -195,7 +230,11 @@ def feedback_alignment(net: Layer, *, where: Where = MATRICES) -> Layer:
         >>> params[2].params.w.shape, params[2].feedback[0].value.shape
         ((8, 3), (8, 3))
     """
-    return with_rule(net, FeedbackAlignment, where)
+    if seed is None:
+        return with_rule(net, FeedbackAlignment, where)
+    check_count("feedback_alignment: seed", seed, least=0)
+    numbers = itertools.count(net.number if isinstance(net, Part) else 0)
+    return with_rule(net, lambda layer: Seeded(layer, seed, next(numbers)), where)
 
 
 def kolen_pollack(net: Layer, *, where: Where = MATRICES) -> Layer:
@@ -237,6 +276,12 @@ def with_matrices(params: Params, others: Sequence[Array]) -> Params:
     return jax.tree.map(
         lambda leaf: next(each) if is_matrix(leaf) else leaf, params, is_leaf=is_not_learned
     )
+
+
+def _glorot(key: Array, w: Array) -> Array:
+    outs = w.shape[-1]
+    deviation = math.sqrt(2 / (w.size // outs + outs))
+    return jax.random.normal(key, w.shape, w.dtype) * jnp.asarray(deviation, w.dtype)
 
 
 def _some(layer: Wrapper, params: Params) -> list[Array]:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from jaxprop.core.checks import require
 from jaxprop.core.combinator import Combinator, map_children, seen_through
 from jaxprop.core.layer import Layer
+from jaxprop.traced.ruled import Part
 
 Path: TypeAlias = tuple[int | str, ...]
 Where: TypeAlias = Callable[[Layer], bool] | type[Layer] | tuple[type[Layer], ...] | Path
 """A predicate of a layer, a class or several, or the path to a layer's params in the net's."""
+Rule: TypeAlias = Callable[[Any], Layer]
+"""A function of a layer that returns the layer with another backward."""
 
 
-def with_rule(net: Layer, rule: Callable[[Layer], Layer], where: Where) -> Layer:
+def with_rule(net: Layer, rule: Rule, where: Where) -> Layer:
     """Return the net with ``rule(layer)`` for every layer that is meant.
 
     Args:
-        net: the network.
+        net: the network, or the part of a function that ``jp.function(fn, rules=)`` hands in, which
+            is meant by any ``where``.
         rule: a function of a layer.
         where: which layers.
 
@@ -26,27 +30,47 @@ def with_rule(net: Layer, rule: Callable[[Layer], Layer], where: Where) -> Layer
         TypeError: for what is not a net, or says nothing of a layer.
         ValueError: where no layer is meant.
     """
+    return with_rules(net, {where: rule})
+
+
+def with_rules(
+    net: Layer, rules: Mapping[Where, Rule], others: Callable[[Layer], Layer] = lambda layer: layer
+) -> Layer:
+    """Return the net with ``rule(layer)`` for every layer, by the first rule that is for it.
+
+    Args:
+        net: as in ``with_rule``.
+        rules: a rule for each ``where``.
+        others: the rule for the layers that are left.
+
+    Raises:
+        TypeError: as in ``with_rule``.
+        ValueError: for a ``where`` that means no layer.
+    """
     require(net, Layer, "rules: net")
-    if not callable(where) and not isinstance(where, tuple):
-        raise TypeError(
-            f"where is a predicate of a layer, a class of layers, or a path such as (0, 'w'), not "
-            f"{where!r}"
-        )
-    found: list[Layer] = []
+    for where in rules:
+        if not callable(where) and not isinstance(where, tuple):
+            raise TypeError(
+                "where is a predicate of a layer, a class of layers, or a path such as (0, 'w'), "
+                f"not {where!r}"
+            )
+    found: set[Where] = set()
 
     def of_layer(layer: Layer, path: Path) -> Layer:
-        if not _is_meant(layer, path, where):
-            return layer
-        found.append(layer)
-        return rule(layer)
+        meant = [where for where in rules if _is_meant(layer, path, where)]
+        found.update(meant)
+        return rules[meant[0]](layer) if meant else others(layer)
 
     changed = _mapped(net, of_layer, ())
-    if not found:
-        raise ValueError(f"where={where!r} is no layer of {net}")
+    for where in rules:
+        if where not in found:
+            raise ValueError(f"where={where!r} is no layer of {net}")
     return changed
 
 
 def _is_meant(layer: Layer, path: Path, where: Where) -> bool:
+    if isinstance(layer, Part):
+        return True
     if isinstance(where, tuple) and not all(isinstance(name, type) for name in where):
         return path == where
     if isinstance(where, type | tuple):

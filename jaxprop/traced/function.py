@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -21,6 +22,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Visited
 from jaxprop.traced.coupling import check_uncoupled_function
 from jaxprop.traced.coverage import Coverage, coverage_of, warn_of_large_shares
 from jaxprop.traced.example import Example
+from jaxprop.traced.ruled import Rule, Ruled
 from jaxprop.traced.walking import Back, Module, Walked, walk_ahead
 
 Fn: TypeAlias = Callable[..., PyTree]
@@ -54,6 +56,17 @@ class Function(Layer):
     watching: bool = False
     hands_down_types = True
     by_module = True
+
+    @property
+    def is_derivative(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not isinstance(self.fn, Ruled)
+
+    @property
+    def is_linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.is_derivative  # what the rules are is known where the function is traced
+
+    def plain(self) -> Layer:
+        return dataclasses.replace(self, fn=self.fn.fn) if isinstance(self.fn, Ruled) else self
 
     def __post_init__(self) -> None:
         for name in ("fn", "init_fn"):
@@ -143,7 +156,9 @@ class Function(Layer):
         return coverage_of(one, params, jax.tree.leaves(x)[0].shape[0])
 
 
-def function(fn: Fn, init: Fn | None = None) -> Function:
+def function(
+    fn: Fn, init: Fn | None = None, *, rules: Mapping[str, Rule] | None = None
+) -> Function:
     """Return the layer of a pure JAX function, whatever made it.
 
     Every quantity, clipping, curvature, micro-batches and updates work for it as for any layer:
@@ -177,9 +192,18 @@ def function(fn: Fn, init: Fn | None = None) -> Function:
             ``lambda params, x: jax.vmap(eqx.combine(params, static))(x)``.
         init: ``init(key, x) -> params``, for ``net.init`` and for a function inside of ``chain`` or
             ``repeat``.
+        rules: other backward rules for parts of the function, which is not touched: for each key a
+            function of a layer, such as those of ``jp.rules``. A key is the name of a primitive
+            ("dot_general"), of a function that is compiled or has a rule of its own ("relu"), or of
+            a scope, such as a Flax module's ("Dense_0"), which is then one layer; scopes may stand
+            in front ("Block_1/Dense_0/dot_general"). The part's x is what it takes of what depends
+            on x, its params are the rest; where it takes nothing of x they are its x. The rule is
+            for the cotangent of the part's x: params have their own derivative for the cotangent
+            that comes there. It has no params of its own: ``feedback_alignment`` takes a ``seed``.
 
     Raises:
-        TypeError: for what is not a function.
+        TypeError: for what is not a function, and a rule that needs what a part has not.
+        ValueError: for a rule that is for no part.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -191,7 +215,7 @@ def function(fn: Fn, init: Fn | None = None) -> Function:
         >>> jp.per_example_sq_norms(net, jp.Mean())(params, batch).shape
         (3,)
     """
-    return Function(fn, init)
+    return Function(fn if not rules else Ruled(fn, tuple(rules.items())), init)
 
 
 def _stand_in(leaf: Any) -> Any:

@@ -20,6 +20,7 @@ from jaxprop.traced.equations import (
     permutation_of,
     pieces_of,
     reversed_axes_of,
+    rule_of,
     slice_of,
     struct,
 )
@@ -146,6 +147,14 @@ def _side_by_side(equation: JaxprEqn, ins: list[Any], entries: list[Any]) -> lis
     return [View(tuple(parts), joined, own, axis, scans=views[0].scans)]
 
 
+def _passed_on(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+    """A value in the place of a view, whose cotangent is the view's."""
+    if rule_of(equation) != "passed_on" or isinstance(ins[0], View):
+        return None
+    y, view = ins
+    return [view.moved(None, lambda value: evaluate(equation, [y, value])[0])]
+
+
 def is_floating(value: Any) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
@@ -172,4 +181,6 @@ MOVING: dict[str, Step] = {
     "mul": TIMES,
     "div": _scaling(lambda factor: 1 / factor),
     "neg": _negated,
+    "custom_vjp_call": _passed_on,
+    "custom_vjp_call_jaxpr": _passed_on,
 }

@@ -1,0 +1,356 @@
+"""A function with other backward rules for chosen parts of its program."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import JaxprEqn, Literal
+
+from jaxprop.core.checks import given
+from jaxprop.core.combinator import runs
+from jaxprop.core.describe import shapes
+from jaxprop.core.layer import Layer
+from jaxprop.core.types import Cotangent, Params, PyTree
+from jaxprop.traced.equations import (
+    Program,
+    branches_of,
+    evaluate,
+    inlined,
+    name_of,
+    rematerialized,
+    rule_of,
+    scan_of,
+    struct,
+)
+from jaxprop.traced.stages import moving_in, variables
+from jaxprop.traced.taps import is_inexact
+from jaxprop.traced.views import placed
+
+Rule: TypeAlias = Callable[[Any], Layer]
+Names: TypeAlias = tuple[str, ...]
+
+
+class Part(Layer):
+    """y = run(params, x), a part of a function, as the layer that a rule is given.
+
+    x is what the part takes of what depends on the function's x, with the one example on axis 0;
+    params are what else it takes. One that takes nothing of x, such as one that rounds params, has
+    these for its x.
+
+    Attributes:
+        name: the rule's key.
+        number: which of the parts with a rule it is.
+        run: the function of one example, without an axis for it.
+    """
+
+    name: str
+    number: int
+    run: Callable[[Params, PyTree], PyTree]
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def init(self, key: Array, x: PyTree) -> Params:
+        raise TypeError(f"{self} is a part of a function, and its params are of that")
+
+    def check_params(self, params: Params, x: PyTree) -> None:
+        """Take what the function gives."""
+
+    def forward(self, params: Params, x: PyTree) -> tuple[PyTree, PyTree]:
+        return jax.vmap(self.run, (None, 0))(params, x), x
+
+    def backward(self, params: Params, x: PyTree, ct: Cotangent) -> tuple[Cotangent, Cotangent]:
+        leaves, structure = jax.tree.flatten(x)
+        moving = list(map(is_inexact, leaves))
+
+        def of_moving(params: Params, some: list[Array]) -> PyTree:
+            return self.forward(params, structure.unflatten(placed(some, moving, leaves)))[0]
+
+        _, pull = jax.vjp(of_moving, params, list(filter(is_inexact, leaves)))
+        d_params, d_some = pull(ct)
+        return d_params, structure.unflatten(placed(d_some, moving, [None] * len(moving)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ruled:
+    """``fn(params, x)``, in which chosen parts walk back by rules.
+
+    Attributes:
+        fn: the function.
+        rules: pairs of a key and a function of a layer, to which the part is given.
+    """
+
+    fn: Callable[..., PyTree]
+    rules: tuple[tuple[str, Rule], ...]
+
+    def __post_init__(self) -> None:
+        for key, rule in self.rules:
+            if not isinstance(key, str) or not all(key.split("/")):
+                raise TypeError(
+                    "function: rules are by the name of a primitive, a function or a scope, such "
+                    f"as 'Dense_0/dot_general', not {key!r}"
+                )
+            if isinstance(rule, type | Layer) or not callable(rule):
+                raise TypeError(
+                    f"function: rules[{key!r}] is a function of a layer, such as "
+                    f"jp.rules.sign_symmetric, not {given(rule)}"
+                )
+
+        object.__setattr__(self, "__qualname__", self.name)
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return getattr(self.fn, "__qualname__", repr(self.fn))
+
+    def __call__(self, params: Params, x: PyTree) -> PyTree:
+        (ps, of_params), (xs, of_x) = map(jax.tree.flatten, (params, x))
+        found: list[Any] = []
+
+        def flat(ps: list[Any], xs: list[Any]) -> list[Any]:
+            outs, structure = jax.tree.flatten(self.fn(of_params.unflatten(ps), of_x.unflatten(xs)))
+            found.append(structure)
+            return outs
+
+        program = Program.of(jax.make_jaxpr(flat)(ps, xs)).within()
+        ruling = _Ruling(dict(self.rules))
+        outs = ruling.run(program, [*ps, *xs], [False] * len(ps) + [True] * len(xs), ())
+        for key, _ in self.rules:
+            if key not in ruling.used:
+                raise ValueError(
+                    f"function: rules[{key!r}] is for no part of {self.name}, in which "
+                    f"there are {', '.join(sorted(ruling.seen))}"
+                )
+        return found[-1].unflatten(outs)
+
+
+class _Ruling:
+    """One run of a program by rules.
+
+    Attributes:
+        used: the keys that a part was found for.
+        seen: the names of what there is.
+    """
+
+    def __init__(self, rules: dict[str, Rule]) -> None:
+        self._rules, self._numbers = rules, itertools.count()
+        self.used: set[str] = set()
+        self.seen: set[str] = set()
+
+    def run(
+        self, program: Program, args: Sequence[Any], of_x: Sequence[bool], scope: Names
+    ) -> list[Any]:
+        """Return the program's outputs.
+
+        Args:
+            program: the program.
+            args: its inputs.
+            of_x: for each of them, whether it depends on the function's x.
+            scope: the names of the scopes around the program.
+        """
+        jaxpr = program.jaxpr
+        moving = moving_in(program, list(itertools.compress(jaxpr.invars, of_x)))
+        values: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
+        values |= zip(jaxpr.invars, args, strict=True)
+
+        def read(atoms: Sequence[Any]) -> tuple[list[Any], list[bool]]:
+            numbers = [isinstance(atom, Literal) for atom in atoms]
+            moves = [not n and atom in moving for n, atom in zip(numbers, atoms, strict=True)]
+            each = zip(numbers, atoms, strict=True)
+            return [jnp.asarray(a.val, struct(a).dtype) if n else values[a] for n, a in each], moves
+
+        for key, equations in self._grouped(jaxpr.eqns, scope):
+            if key is None:
+                (equation,) = equations
+                around = (*scope, *_scopes(equation))
+                outs = equation.outvars
+                made = self._step(equation, *read(equation.invars), around)
+            else:
+                part = _part(program, equations)
+                outs = part.jaxpr.outvars
+                made = self._by_rule(key, part, *read(part.jaxpr.invars))
+            values |= zip(outs, made, strict=True)
+        return read(jaxpr.outvars)[0]
+
+    def _grouped(
+        self, equations: Sequence[JaxprEqn], scope: Names
+    ) -> Iterator[tuple[str | None, list[JaxprEqn]]]:
+        """Yield each equation with its rule's key or None; those of a scope with one together."""
+        for (key, whole, _), group in itertools.groupby(
+            enumerate(equations), lambda each: self._key(*each, scope)
+        ):
+            del whole
+            yield key, [equation for _, equation in group]
+
+    def _key(
+        self, number: int, equation: JaxprEqn, scope: Names
+    ) -> tuple[str | None, bool, int | None]:
+        """Return the rule's key, whether it is that of a whole scope, and else the number."""
+        around = (*scope, *_scopes(equation))
+        names = {equation.primitive.name, name_of(equation), rule_of(equation)} - {""}
+        self.seen |= names | set(around)
+        for key in self._rules:
+            *outer, last = key.split("/")
+            alone = last in names and _has(around, outer)
+            if alone or _has(around, [*outer, last]):
+                self.used.add(key)
+                return key, not alone, number if alone else None
+        return None, False, number
+
+    def _step(
+        self, equation: JaxprEqn, ins: list[Any], of_x: list[bool], scope: Names
+    ) -> list[Any]:
+        if equation.primitive.name == "scan":
+            return self._scan(equation, ins, of_x, scope)
+        if equation.primitive.name == "cond":
+            index, *args = ins
+            branches = [self._run(each, of_x[1:], scope) for each in branches_of(equation)]
+            return jax.lax.switch(jnp.asarray(index, jnp.int32), branches, *args)
+        if (again := rematerialized(equation)) is not None:
+            program, options = again
+            return jax.checkpoint(self._run(program, of_x, scope), **options)(*ins)
+        if (program := inlined(equation)) is not None:
+            return self.run(program, ins, of_x, scope)
+        return evaluate(equation, ins)
+
+    def _run(self, program: Program, of_x: Sequence[bool], scope: Names) -> Callable[..., list]:
+        return lambda *args: self.run(program, args, of_x, scope)
+
+    def _scan(
+        self, equation: JaxprEqn, ins: list[Any], of_x: list[bool], scope: Names
+    ) -> list[Any]:
+        scan = scan_of(equation)
+        start, stop = scan.carried.start, scan.carried.stop
+        of_x = [*of_x[:start], *[any(of_x)] * scan.carry, *of_x[stop:]]
+
+        def step(carried: list[Any], here: list[Any]) -> tuple[list[Any], list[Any]]:
+            outs = self.run(scan.body, [*ins[:start], *carried, *here], of_x, scope)
+            return outs[: scan.carry], outs[scan.carry :]
+
+        carried, outs = jax.lax.scan(step, ins[start:stop], ins[stop:], **scan.options)
+        return [*carried, *outs]
+
+    def _by_rule(self, key: str, part: Program, ins: list[Any], of_x: list[bool]) -> list[Any]:
+        if not any(of_x):
+            of_x = list(map(is_inexact, ins))
+        xs = tuple(itertools.compress(ins, of_x))
+        params = tuple(itertools.compress(ins, [not here for here in of_x]))
+
+        def run(params: Sequence[Any], x: Any) -> PyTree:
+            xs, others = iter(x if isinstance(x, tuple) else (x,)), iter(params)
+            outs = part.run([next(xs if here else others) for here in of_x], evaluate)
+            return outs[0] if len(outs) == 1 else tuple(outs)
+
+        layer = self._rules[key](Part(key, next(self._numbers), run))
+        if not isinstance(layer, Layer):
+            raise TypeError(f"function: rules[{key!r}] returns a layer, not {given(layer)}")
+        if any(inner.layer.takes for inner in runs(layer)):
+            raise TypeError(
+                f"function: {layer} takes a key or a mask, and a part of a function has none"
+            )
+        x = xs[0] if len(xs) == 1 else xs
+        fixed, still = jax.tree.map(jax.lax.stop_gradient, (params, x))
+        y = turned(layer, fixed, x, run(params, still))
+        return list(y) if isinstance(y, tuple) else [y]
+
+
+def turned(layer: Layer, params: Params, x: PyTree, y: PyTree) -> PyTree:
+    """Return y, whose cotangent goes to x by the layer's backward, and on to what made y.
+
+    Args:
+        layer: of a batch of one.
+        params: its params.
+        x: its x, without an axis for the example.
+        y: its y, made of an x that has no cotangent.
+    """
+    if not all(map(is_inexact, jax.tree.leaves(y))):
+        raise ValueError(f"function: {layer} gives {shapes(y)}, and integers have no cotangent")
+    if _passes_on(layer, params, x, y):
+        return passed_on(y, x)
+
+    @jax.custom_vjp
+    def by_layer(params: Params, x: PyTree, y: PyTree) -> PyTree:
+        del params, x
+        return y
+
+    def ahead(params: Params, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        y = by_layer(params, x, y)  # so that what differentiates this way forward takes the rule
+        return y, (params, layer.forward(params, _alone(x))[1])
+
+    def back(saved: PyTree, ct: Cotangent) -> tuple[None, PyTree, Cotangent]:
+        params, inner = saved
+        d_x = layer.backward(params, inner, _alone(ct))[1]
+        return None, jax.tree.map(lambda leaf: leaf[0], d_x), ct
+
+    by_layer.defvjp(ahead, back)
+    return by_layer(params, x, y)
+
+
+def _passes_on(layer: Layer, params: Params, x: PyTree, y: PyTree) -> bool:
+    """Return whether the layer hands back ct as it is; raise if that is nothing like x."""
+    passes: list[bool] = []
+
+    def trial(params: Params, x: PyTree, ct: Cotangent) -> Cotangent:
+        d_x = layer.backward(params, layer.forward(params, x)[1], ct)[1]
+        passes.append(d_x is ct)
+        return d_x
+
+    d_x = jax.eval_shape(trial, params, *map(_alone, (x, y)))
+    like = jax.tree.map(lambda leaf: leaf[None] if is_inexact(leaf) else None, x)
+    if shapes(d_x) != shapes(like):
+        raise ValueError(f"function: {layer} hands back {shapes(d_x)} for an x {shapes(like)}")
+    return passes[0]
+
+
+@jax.custom_vjp
+def passed_on(y: Array, x: Array) -> Array:
+    """Return y, whose cotangent is that of x too: of a view of params it is a view (``moving``)."""
+    del x
+    return y
+
+
+def _passed_on_ahead(y: Array, x: Array) -> tuple[Array, tuple[()]]:
+    return passed_on(y, x), ()
+
+
+def _passed_on_back(saved: tuple[()], ct: Array) -> tuple[Array, Array]:
+    del saved
+    return ct, ct
+
+
+passed_on.defvjp(_passed_on_ahead, _passed_on_back)
+
+
+def _alone(tree: PyTree) -> PyTree:
+    """Return the one example of a tree as a batch."""
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def _scopes(equation: JaxprEqn) -> Names:
+    return tuple(filter(None, str(equation.source_info.name_stack).split("/")))
+
+
+def _has(names: Names, some: Sequence[str]) -> bool:
+    """Return whether some names stand in a row among these."""
+    size = len(some)
+    return any(names[at : at + size] == tuple(some) for at in range(len(names) - size + 1))
+
+
+def _part(program: Program, equations: Sequence[JaxprEqn]) -> Program:
+    """Return the program of some equations in a row."""
+    jaxpr = program.jaxpr
+    made = [var for equation in equations for var in equation.outvars]
+    inside = {*made, *jaxpr.constvars}
+    others = [
+        equation for equation in jaxpr.eqns if all(equation is not each for each in equations)
+    ]
+    wanted = set(variables([*jaxpr.outvars, *(a for each in others for a in each.invars)]))
+    taken = variables(atom for equation in equations for atom in equation.invars)
+    ins = list(dict.fromkeys(var for var in taken if var not in inside))
+    return program.part(ins, [var for var in made if var in wanted], equations)
