@@ -49,7 +49,8 @@ def train(args: argparse.Namespace, images: Any, labels: Any) -> Any:
         order = jax.random.permutation(key, len(labels))[: batches * BATCH]
 
         def step(carry: Any, rows: Any) -> tuple[Any, Any]:
-            params, state, value = update(*carry, images[rows], labels[rows])
+            params, state = carry
+            params, state, value = update(params, state, images[rows], labels[rows])
             return (params, state), value
 
         return jax.lax.scan(step, carry, order.reshape(batches, BATCH))

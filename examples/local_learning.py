@@ -1,7 +1,7 @@
 """Train the digits without backpropagation through the layers, by two local rules.
 
     python examples/local_learning.py
-    python examples/local_learning.py --rule forward-forward --epochs 100
+    python examples/local_learning.py --rule forward --epochs 100
 
 Forward-forward (Hinton 2022, https://arxiv.org/abs/2212.13345): each layer learns by itself to give
 a large sum of squares for an image that has its right label written into it, and a small one for a
@@ -133,12 +133,13 @@ def target_propagation(args: argparse.Namespace, pixels: int) -> Method:
         w, of_head, value = last(w, of_head, hs[-1], labels)
         new_fs, new_gs = list(fs), list(gs)
         for i in reversed(range(len(layers))):
-            new_fs[i] = ahead[i](*fs[i], hs[i], target)[:2]
+            params, s = fs[i]
+            new_fs[i] = ahead[i](params, s, hs[i], target)[:2]
             if i:  # the difference: what the inverse says of the target, less its own error
-                g, (params, _) = inverses[i - 1], gs[i - 1]
+                g, (params, s) = inverses[i - 1], gs[i - 1]
                 target = hs[i] + g(params, target) - g(params, hs[i + 1])
                 noisy = hs[i] + 0.1 * jax.random.normal(jax.random.fold_in(key, i), hs[i].shape)
-                new_gs[i - 1] = back[i - 1](*gs[i - 1], layers[i](fs[i][0], noisy), noisy)[:2]
+                new_gs[i - 1] = back[i - 1](params, s, layers[i](fs[i][0], noisy), noisy)[:2]
         return (new_fs, new_gs, (w, of_head)), value
 
     def classes(state: Any, images: Any) -> Any:
@@ -150,7 +151,7 @@ def target_propagation(args: argparse.Namespace, pixels: int) -> Method:
     return Method(start, step, classes)
 
 
-METHODS = {"forward-forward": forward_forward, "targets": target_propagation}
+METHODS = {"forward": forward_forward, "target": target_propagation}
 
 
 def train(method: Method, args: argparse.Namespace, data: Any) -> None:
