@@ -1,7 +1,7 @@
 """Train the digits without backpropagation through the layers, by two local rules.
 
     python examples/local_learning.py
-    python examples/local_learning.py --rule forward --epochs 100
+    python examples/local_learning.py --rule ff --epochs 100
 
 Forward-forward (Hinton 2022, https://arxiv.org/abs/2212.13345): each layer learns by itself to give
 a large sum of squares for an image that has its right label written into it, and a small one for a
@@ -151,7 +151,10 @@ def target_propagation(args: argparse.Namespace, pixels: int) -> Method:
     return Method(start, step, classes)
 
 
-METHODS = {"forward": forward_forward, "target": target_propagation}
+METHODS = {
+    "ff": ("forward-forward", forward_forward),
+    "dtp": ("difference target propagation", target_propagation),
+}
 
 
 def train(method: Method, args: argparse.Namespace, data: Any) -> None:
@@ -193,8 +196,8 @@ def main() -> None:
     )
     args = parser.parse()
     data = load(args.seed)
-    for name, make in METHODS.items():
-        if args.rule in ("both", name):
+    for rule, (name, make) in METHODS.items():
+        if args.rule in ("both", rule):
             print(name)
             train(make(args, data[0].shape[1]), args, data)
 
