@@ -191,7 +191,7 @@ def main() -> None:
         ("layers", positive, 2, "hidden layers"),
         ("features", positive, 256, "units of each"),
         ("rate", above_zero, 1e-3, "learning rate of Adam"),
-        ("nudge", above_zero, 1.0, "step of the last layer's target down the loss"),
+        ("nudge", above_zero, 1.0, "step of the last target down the loss"),
         ("seed", natural, 0, "seed of the split and the params"),
     )
     args = parser.parse()
