@@ -5,6 +5,7 @@ back. Every quantity, clipping and update is then of *that* backward. ``jp.check
 it is not the derivative: it checks all else, and returns the angle to it.
 """
 
+from jaxprop.rules.affine import lrp_alpha_beta, lrp_epsilon, lrp_flat, lrp_gamma, lrp_z_box
 from jaxprop.rules.alignment import angles
 from jaxprop.rules.attribution import (
     deconvolution,
@@ -26,14 +27,7 @@ from jaxprop.rules.cotangents import (
 from jaxprop.rules.direct import direct_feedback_alignment
 from jaxprop.rules.discrete import one_hot_argmax, straight_through, top_k
 from jaxprop.rules.feedback import feedback_alignment, kolen_pollack, sign_symmetric
-from jaxprop.rules.propagation import (
-    lrp,
-    lrp_alpha_beta,
-    lrp_epsilon,
-    lrp_flat,
-    lrp_gamma,
-    lrp_z_box,
-)
+from jaxprop.rules.propagation import lrp
 from jaxprop.rules.spiking import Lif, Spike
 
 __all__ = [

@@ -18,7 +18,7 @@ from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Residuals
 from jaxprop.layers import Relu
-from jaxprop.rules.propagation import nonzero
+from jaxprop.rules.affine import nonzero
 from jaxprop.rules.select import Where, with_rule
 
 

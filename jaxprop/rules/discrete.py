@@ -14,7 +14,7 @@ from jaxprop.core.checks import check_number, check_x, given
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
-from jaxprop.traced.ruled import Part
+from jaxprop.traced.part import Part
 
 X = Float[Array, "n ..."]
 

@@ -21,7 +21,7 @@ from jaxprop.core.tree import Unlearned, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.layers import Conv, ConvTranspose, Dense, Gru, Lstm, Rnn
 from jaxprop.rules.select import Where, with_rule
-from jaxprop.traced.ruled import Part
+from jaxprop.traced.part import Part
 
 MATRICES = (Dense, Conv, ConvTranspose, Rnn, Lstm, Gru)
 UNIFORM, FORWARD = "uniform", "forward"

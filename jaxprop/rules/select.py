@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from jaxprop.core.checks import require
 from jaxprop.core.combinator import Combinator, map_children, seen_through
 from jaxprop.core.layer import Layer
-from jaxprop.traced.ruled import Part
+from jaxprop.traced.part import Part
 
 Path: TypeAlias = tuple[int | str, ...]
 Where: TypeAlias = Callable[[Layer], bool] | type[Layer] | tuple[type[Layer], ...] | Path

@@ -1,0 +1,257 @@
+"""Shares of relevance in layers that are affine in x, dense and convolution ones.
+
+Relevance R is handed back as a cotangent c with R = x c, entry by entry.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.arrays import wide
+from jaxprop.core.checks import check_number
+from jaxprop.core.combinator import Wrapper
+from jaxprop.core.layer import Layer
+from jaxprop.core.types import Cotangent, Params, Residuals
+from jaxprop.layers import Conv, ConvTranspose, Dense
+from jaxprop.rules.feedback import is_matrix
+from jaxprop.rules.select import Where, with_rule
+
+Term: TypeAlias = tuple[Params, Array]
+AFFINE = (Dense, Conv, ConvTranspose)
+
+
+def nonzero(z: Array, dtype: Any = None) -> Array:
+    """Return z with a tiny number in the place of what is smaller, so that it can divide.
+
+    Args:
+        z: an array.
+        dtype: a narrower dtype for the tiny number to be one of.
+    """
+    tiny = max(1e-12, float(jnp.finfo(dtype or z.dtype).tiny))
+    return jnp.where(jnp.abs(z) < tiny, jnp.where(z < 0, -tiny, tiny), z)
+
+
+class Relevance(Wrapper):
+    """y = f(x), whose relevance R_y = y ct is shared out among the entries of x.
+
+    R_x / x is handed back. The params have the gradient of f for ct.
+
+    Attributes:
+        layer: f.
+    """
+
+    is_derivative: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def shared(self, params: Params, x: Array, relevance: Array) -> Array:
+        """Return R_x, for R_y."""
+
+    def forward(self, params: Params, x: Array) -> tuple[Array, Residuals]:
+        y, residuals = self.layer.forward(params, x)
+        return y, (x, y, residuals)
+
+    def backward(self, params: Params, residuals: Residuals, ct: Array) -> tuple[Cotangent, Array]:
+        x, y, inner = residuals
+        d_params, _ = self.layer.backward(params, inner, ct)
+        shared = self.shared(params, x, wide(nonzero(y)) * wide(ct))
+        return d_params, (shared / wide(nonzero(x))).astype(x.dtype)
+
+    def inside(self, residuals: Residuals) -> tuple[Layer, Residuals]:
+        return self.layer, residuals[2]
+
+
+class Affine(Relevance):
+    """f affine, by terms f(p_i, x_i) with sum z: R_x = sum_i x_i f(p_i)^T (R_y / z)."""
+
+    epsilon: ClassVar[float] = 0.0
+
+    @abc.abstractmethod
+    def groups(self, params: Params, x: Array) -> list[tuple[float, Sequence[Term]]]:
+        """Return the terms (p_i, x_i), in groups with the share of the relevance of each."""
+
+    def shared(self, params: Params, x: Array, relevance: Array) -> Array:
+        each = [w * self._by(relevance, terms) for w, terms in self.groups(params, x)]
+        return sum(each[1:], each[0])
+
+    def _by(self, relevance: Array, terms: Sequence[Term]) -> Array:
+        ys, saved = zip(*(self.layer.forward(*term) for term in terms), strict=True)
+        z = nonzero(sum(map(wide, ys[1:]), wide(ys[0])), ys[0].dtype)
+        ct = (relevance / (z + jnp.copysign(self.epsilon, z))).astype(ys[0].dtype)
+        each = [
+            wide(x) * wide(self.layer.backward(p, residuals, ct)[1])
+            for (p, x), residuals in zip(terms, saved, strict=True)
+        ]
+        return sum(each[1:], each[0])
+
+
+class Epsilon(Affine):
+    """R_x = x w^T (R_y / (y + epsilon sign y)).
+
+    Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140.
+
+    Attributes:
+        epsilon: what divides at least; it and the bias keep their share of the relevance.
+    """
+
+    epsilon: float = 1e-6  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def groups(self, params: Params, x: Array) -> list[tuple[float, Sequence[Term]]]:
+        return [(1, [(params, x)])]
+
+
+class Gamma(Affine):
+    """R_x = x (w + g w+)^T (R_y / z), z = x (w + g w+) + b + g b+, for x that is not negative.
+
+    w+ is what is positive of w (Montavon et al. 2019, doi.org/10.1007/978-3-030-28954-6_10).
+
+    Attributes:
+        gamma: g.
+    """
+
+    gamma: float = 0.25
+
+    def groups(self, params: Params, x: Array) -> list[tuple[float, Sequence[Term]]]:
+        def more(w: Array) -> Array:
+            return w + jnp.asarray(self.gamma, w.dtype) * jnp.maximum(w, 0)
+
+        return [(1, [(jax.tree.map(more, params), x)])]
+
+
+class AlphaBeta(Affine):
+    """a of the relevance by the products x w that are positive, less a - 1 by the negative ones.
+
+    z+ = x+ w+ + x- w- + b+, z- = x+ w- + x- w+ + b- (Bach et al. 2015, as in ``Epsilon``).
+
+    Attributes:
+        alpha: a, at least 1.
+    """
+
+    alpha: float = 2.0
+
+    def groups(self, params: Params, x: Array) -> list[tuple[float, Sequence[Term]]]:
+        above, below = (jax.tree.map(half, params) for half in (_positive, _negative))
+        positive = [(above, _positive(x)), (_unbiased(below), _negative(x))]
+        if self.alpha == 1:
+            return [(1, positive)]
+        negative = [(below, _positive(x)), (_unbiased(above), _negative(x))]
+        return [(self.alpha, positive), (1 - self.alpha, negative)]
+
+
+class ZBox(Affine):
+    """R_x = (x w - l w+ - h w-)^T (R_y / z), for x between l and h, such as pixels.
+
+    z is the sum of the same, to which the bias adds nothing
+    (Montavon et al. 2017, doi.org/10.1016/j.patcog.2016.11.008).
+
+    Attributes:
+        low: l, the smallest that an entry of x can be.
+        high: h, the largest.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def groups(self, params: Params, x: Array) -> list[tuple[float, Sequence[Term]]]:
+        above, below = (jax.tree.map(half, params) for half in (_positive, _negative))
+        bounds = (above, self.low), (below, self.high)
+        less = [(jax.tree.map(jnp.negative, p), jnp.full_like(x, bound)) for p, bound in bounds]
+        return [(1, [(params, x), *less])]
+
+
+class Flat(Affine):
+    """R_x = 1^T (R_y / z), the same for each entry of x that y is made of (Lapuschkin et al. 2019).
+
+    https://doi.org/10.1038/s41467-019-08987-4: it tells where, and nothing of the features there.
+    """
+
+    def groups(self, params: Params, x: Array) -> list[tuple[float, Sequence[Term]]]:
+        ones = jax.tree.map(lambda w: jnp.full_like(w, float(is_matrix(w))), params)
+        return [(1, [(ones, jnp.ones_like(x))])]
+
+
+def lrp_epsilon(net: Layer, *, epsilon: float = 1e-6, where: Where = AFFINE) -> Layer:
+    """Return the net with the LRP-epsilon rule for its affine layers.
+
+    Args:
+        net: a layer or a network.
+        epsilon: a number, 0 or more.
+        where: which layers; by default all dense and convolution ones.
+    """
+    check_number("lrp_epsilon: epsilon", epsilon, finite=True)
+    return with_rule(net, lambda layer: Epsilon(layer, epsilon), where)
+
+
+def lrp_gamma(net: Layer, *, gamma: float = 0.25, where: Where = AFFINE) -> Layer:
+    """Return the net with the LRP-gamma rule for its affine layers, behind a ReLU.
+
+    Args:
+        net: a layer or a network.
+        gamma: how much more positive weights count; 0 is LRP-0.
+        where: as in ``lrp_epsilon``.
+    """
+    check_number("lrp_gamma: gamma", gamma, finite=True)
+    return with_rule(net, lambda layer: Gamma(layer, gamma), where)
+
+
+def lrp_alpha_beta(net: Layer, *, alpha: float = 2.0, where: Where = AFFINE) -> Layer:
+    """Return the net with the LRP-alpha-beta rule for its affine layers, with beta = alpha - 1.
+
+    Args:
+        net: a layer or a network.
+        alpha: at least 1; 1 is the z+ rule.
+        where: as in ``lrp_epsilon``.
+
+    Raises:
+        ValueError: for an alpha below 1.
+    """
+    check_number("lrp_alpha_beta: alpha", alpha, finite=True)
+    if alpha < 1:
+        raise ValueError(f"lrp_alpha_beta: alpha is at least 1, not {alpha}")
+    return with_rule(net, lambda layer: AlphaBeta(layer, alpha), where)
+
+
+def lrp_z_box(net: Layer, *, low: float = 0.0, high: float = 1.0, where: Where = AFFINE) -> Layer:
+    """Return the net with the z-box rule, for the first layer of a net of pixels.
+
+    Args:
+        net: a layer or a network.
+        low: the smallest that an entry of x can be.
+        high: the largest.
+        where: as in ``lrp_epsilon``.
+
+    Raises:
+        ValueError: unless ``low`` is below ``high``.
+    """
+    for name, bound in (("low", low), ("high", high)):
+        check_number(f"lrp_z_box: {name}", bound, finite=True, signed=True)
+    if low >= high:
+        raise ValueError(f"lrp_z_box: low is below high, not {low} and {high}")
+    return with_rule(net, lambda layer: ZBox(layer, low, high), where)
+
+
+def lrp_flat(net: Layer, *, where: Where = AFFINE) -> Layer:
+    """Return the net with the flat rule for its affine layers.
+
+    Args:
+        net: a layer or a network.
+        where: as in ``lrp_epsilon``.
+    """
+    return with_rule(net, Flat, where)
+
+
+def _positive(z: Array) -> Array:
+    return jnp.maximum(z, 0)
+
+
+def _negative(z: Array) -> Array:
+    return jnp.minimum(z, 0)
+
+
+def _unbiased(params: Params) -> Params:
+    return jax.tree.map(lambda w: w if is_matrix(w) else jnp.zeros_like(w), params)
