@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -59,6 +59,13 @@ def check_key(name: str, key: object) -> None:
 def is_whole(value: object) -> bool:
     """Return whether value is an integer of any kind; a bool is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_one_of(name: str, value: object, words: Sequence[str]) -> None:
+    """Raise ``ValueError``, whose message begins with name, unless value is one of some words."""
+    if value not in words:
+        *most, last = map(repr, words)
+        raise ValueError(f"{name} is {', '.join(most)} or {last}, not {value!r}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jaxprop.core.arrays import of_indices, weighted, wide
 from jaxprop.core.checks import check_counts
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, gram, of_real
+from jaxprop.core.forms import Factored, OfX, Outer, gram, mean_of_real, of_real
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.serialization import serializable
@@ -34,6 +35,7 @@ class Rows(Factored):
         vocab: V.
     """
 
+    is_pair: ClassVar[bool] = True
     ids: Int[Array, "n ..."]
     ct: Float[Array, "n ... d"]
     vocab: int = dataclasses.field(metadata={"static": True})
@@ -82,12 +84,17 @@ class Rows(Factored):
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> Float[Array, "v v"]:
-        """Return the counts of each id, on a diagonal."""
+    ) -> OfX:
+        """Return the counts of each id, a diagonal."""
         one = of_real(jnp.ones(self.ids.shape, wide(self.ct).dtype), real, weights) ** 2
         counts = jnp.zeros(self.vocab, one.dtype)
         ids = _inside(self.ids, self.vocab)
-        return jnp.diag(counts.at[ids.ravel()].add(one.ravel(), mode="drop"))
+        return OfX(counts.at[ids.ravel()].add(one.ravel(), mode="drop"), one.sum())
+
+    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Outer:
+        """Return how often each id is there, (N, V), for the input."""
+        rows = jax.nn.one_hot(_inside(self.ids, self.vocab), self.vocab, dtype=wide(self.ct).dtype)
+        return Outer(mean_of_real(rows, real), self._sequences()[1].sum(axis=1))
 
     def gram_of_ct(self) -> Float[Array, "d d"]:
         return gram(self._sequences()[1])

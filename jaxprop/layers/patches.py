@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import known, sum_over, weighted, wide
-from jaxprop.core.forms import Factored, Outer, Sum, norms_of_all, of_real
+from jaxprop.core.forms import Factored, OfX, Outer, count_of, gram, norms_of_all, of_real
 from jaxprop.core.mesh import by_xla, is_explicit
 from jaxprop.core.serialization import serializable
 from jaxprop.layers.windows import Windows
@@ -45,6 +45,7 @@ class Patches(Factored):
     ct: Float[Array, "n ... o"]
     windows: Windows = field(metadata={"static": True, "read": Windows._make})
     groups: int = field(default=1, metadata={"static": True})
+    is_pair: ClassVar[bool] = True
     room: ClassVar[int] = 2  # patches, of which all else is made, are several times as large as x
 
     def per_example(self) -> Float[Array, "n ..."]:
@@ -86,35 +87,44 @@ class Patches(Factored):
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> Float[Array, "i i"]:
+    ) -> OfX:
         """Return the Gram matrix of the patches, summed over examples and positions.
 
         With that of ct it is the factor of Grosse and Martens 2016,
-        https://arxiv.org/abs/1602.01407.
+        https://arxiv.org/abs/1602.01407. Groups have one each, on an axis in front.
 
         Args:
             real: False where an example is padding, or all its positions are.
             weights: what each example counts; 1 by default.
-
-        Raises:
-            TypeError: for several groups, whose weights are not one matrix.
         """
-        if self.groups > 1:
-            raise TypeError(
-                f"a convolution in {self.groups} groups has no Kronecker factors: its weights are "
-                "not one matrix"
-            )
 
-        def gram(x: Array) -> Array:
-            (rows,) = _patches(wide(x), self.windows, 1)
-            return Outer(rows, rows).sum()
+        def grams_of(x: Array) -> Array:
+            rows = _patches(wide(x), self.windows, self.groups)
+            return jax.vmap(lambda rows: Outer(rows, rows).sum())(rows)
 
         if real is not None:
             real = jnp.any(real, axis=tuple(range(1, real.ndim)))
-        return self._in_blocks(functools.partial(_added, gram), of_real(self.x, real, weights))
+        of_x = of_real(self.x, real, weights)
+        grams = self._in_blocks(functools.partial(_added, grams_of), of_x)
+        count = count_of(self.ct[..., 0], real, weights)
+        return OfX(grams if self.groups > 1 else grams[0], count)
 
-    def gram_of_ct(self) -> Float[Array, "o o"]:
-        return Sum(self.ct).gram_of_ct()
+    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Factored:
+        """Return the mean patch and the sum of ct of each example, as a convolution of one window.
+
+        Args:
+            real: False where an example is padding, or all its positions are: it has a ct of 0.
+        """
+        axes = tuple(range(1, self.x.ndim - 1))
+        taps = [tap.mean(axis=axes) for tap in self.windows.shifted(wide(self.x))]
+        patch = jnp.stack(taps, axis=1).reshape(len(self.x), *self.windows.window, -1)
+        ones, none = (1,) * len(axes), ((0, 0),) * len(axes)
+        alone = Windows(self.windows.window, ones, none, ones, ones)
+        return Patches(patch, wide(self.ct).sum(axis=axes, keepdims=True), alone, self.groups)
+
+    def gram_of_ct(self) -> Float[Array, "... o o"]:
+        grams = jax.vmap(gram)(jnp.moveaxis(_in_groups(self.ct, self.groups), 2, 0))
+        return grams if self.groups > 1 else grams[0]
 
     def _outers(self, f: Callable[[Outer], Array], x: Array, ct: Array) -> Array:
         """Return f of each group's ``Outer``, on a leading axis."""

@@ -6,6 +6,7 @@ The tables of sines and cosines are constants, computed in float64 while tracing
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float
 from jaxprop.core.arrays import weighted, wide
 from jaxprop.core.checks import check_counts, check_flags, check_number, check_x
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, Stacked, gram, of_real
+from jaxprop.core.forms import Factored, OfX, Stacked, gram, of_real
 from jaxprop.core.layer import Layer
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
@@ -33,6 +34,7 @@ class Leading(Factored):
         rows: R.
     """
 
+    is_pair: ClassVar[bool] = True
     ct: Float[Array, "n t ..."]
     rows: int = dataclasses.field(metadata={"static": True})
 
@@ -56,10 +58,14 @@ class Leading(Factored):
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> Float[Array, "r r"]:
-        """Return how often each row is used, on a diagonal."""
+    ) -> OfX:
+        """Return how often each row is used, a diagonal."""
         one = of_real(jnp.ones(self.ct.shape[:2], wide(self.ct).dtype), real, weights) ** 2
-        return jnp.diag(self._padded(one.sum(axis=0)))
+        return OfX(self._padded(one.sum(axis=0)), one.sum())
+
+    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Leading:
+        """Return the form itself: each position has a row of its own."""
+        return self
 
     def gram_of_ct(self) -> Float[Array, "d d"]:
         return gram(self.ct)

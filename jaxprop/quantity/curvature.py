@@ -8,14 +8,14 @@ its root is J_n^T S_n: one walk back for each column of S_n (``HessianRoot``).
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.batch import Examples
-from jaxprop.core.checks import check_flags
+from jaxprop.core.checks import check_flags, check_one_of
 from jaxprop.core.forms import Factored, Kronecker, is_factored
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, is_marked, map_forms
@@ -77,26 +77,57 @@ class DiagGGN(AddedUp):
         )
 
 
+class _Means(NamedTuple):
+    """Means of what a ``Kronecker`` is made of, over the same number.
+
+    Attributes:
+        gram: of the input, summed over positions.
+        rows: of the number of positions.
+        b: of ct, summed over positions.
+    """
+
+    gram: Array
+    rows: Array
+    b: Array
+
+    def factors(self) -> Kronecker:
+        rows = jnp.maximum(self.rows, jnp.finfo(self.rows.dtype).tiny)
+        axes = range(rows.ndim, self.gram.ndim)
+        return Kronecker(self.gram / jnp.expand_dims(rows, axes), self.b)
+
+
+POSITIONS, OTHERS = ("expand", "reduce"), ("raise", "skip", "diagonal")
+
+
 class KroneckerFactors(AddedUp):
     """Two factors for each param's block of the Gauss-Newton matrix; like params.
 
-    A ``Kronecker(a, b)`` at each leaf: a and b are the means over examples of sum_t x_t x_t^T and
-    of sum_c sum_t ct_t ct_t^T, and their Kronecker product stands for that param's block, rows of w
+    A ``Kronecker(a, b)`` at each leaf, whose product stands for that param's block, rows of w
     outermost. Sampled they are KFAC's (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671),
     from the exact root KFLR's (Botev et al. 2017, https://arxiv.org/abs/1706.03662), and from the
     loss gradient those of the empirical Fisher matrix. For one example without positions the
-    product is the block. A bias has a = [[1]]. Examples and positions whose target says that they
-    are padding count in neither.
+    product is the block. A bias has a = [[1]].
 
-    Raises ``TypeError`` for a param whose cotangent has no two factors.
+    Along T positions there are two (Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636).
+    "expand" takes positions for independent: a is the mean over examples and positions of
+    x_t x_t^T, and b the mean over examples of sum_c sum_t ct_t ct_t^T, as in Grosse and Martens
+    2016 (https://arxiv.org/abs/1602.01407), where T divides b. "reduce" is of x's mean over
+    positions and of ct's sum, exact where y is linear in the mean of a linear net. Examples and
+    positions whose target says that they are padding count in neither.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.
         empirical: whether the source is the loss gradient.
+        positions: "expand" or "reduce".
+        others: what a param has whose cotangent has no two factors, as the scale of a
+            normalization, or one that is used twice: "raise" for ``TypeError``, "skip" for ``()``,
+            "diagonal" for the diagonal of its block, an array like the param.
     """
 
     samples: int | None = None
     empirical: bool = False
+    positions: Literal["expand", "reduce"] = "expand"
+    others: Literal["raise", "skip", "diagonal"] = "raise"
 
     like_params: ClassVar[bool] = True
 
@@ -107,30 +138,45 @@ class KroneckerFactors(AddedUp):
             raise ValueError(
                 "empirical factors are of the loss gradient: there is nothing to sample"
             )
+        for name, words in (("positions", POSITIONS), ("others", OTHERS)):
+            check_one_of(f"KroneckerFactors: {name}", getattr(self, name), words)
 
     @property
     def source(self) -> Source:
         return LossGradient() if self.empirical else HessianRoot(self.samples)
 
     def part(self, forms: PyTree, examples: Examples) -> PyTree:
-        return map_forms(lambda form: rooted(form, examples).gram_of_ct(), forms)
+        def of(form: Factored) -> Any:
+            form = rooted(form, examples)
+            if (pair := self._pair(form, examples)) is not None:
+                return pair.gram_of_ct()
+            return form.squares() if self.others == "diagonal" else ()
+
+        return map_forms(of, forms)
 
     def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
-        def factors(form: Factored, of_ct: Array) -> Kronecker:
-            of_x = form.gram_of_x(examples.real, examples.weights)
-            return Kronecker(examples.over(of_x), examples.over(of_ct))
+        leaves, structure = jax.tree.flatten(forms, is_leaf=is_factored)
 
-        return jax.tree.map(factors, forms, parts, is_leaf=is_factored)
+        def factors(form: Factored, part: Any) -> Any:
+            if (pair := self._pair(form, examples)) is not None:
+                of_x = pair.gram_of_x(examples.real, examples.weights)
+                return _Means(*map(examples.over, (*of_x, part)))
+            return examples.over(form.of_squares(part)) if self.others == "diagonal" else ()
+
+        each = map(factors, leaves, structure.flatten_up_to(parts))
+        return jax.tree.unflatten(structure, each)
+
+    def _pair(self, form: Factored, examples: Examples) -> Factored | None:
+        """Return the form that the factors are of; None for one that has no two."""
+        if self.others != "raise" and not form.is_pair:
+            return None
+        return form if self.positions == "expand" else form.in_one_position(examples.real)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
-        """Of two means only one is over a divisor that was given; the other is over the total."""
-        if examples.given is None:
-            return settled
-        scale = examples.to_mean()
         return jax.tree.map(
-            lambda of: Kronecker(of.a * scale.astype(of.a.dtype), of.b),
+            lambda node: node.factors() if isinstance(node, _Means) else node,
             settled,
-            is_leaf=lambda node: isinstance(node, Kronecker),
+            is_leaf=lambda node: isinstance(node, _Means),
         )
 
 

@@ -12,7 +12,7 @@ is tried on two examples, and found out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from jax import Array
 from jaxtyping import Float
@@ -202,7 +202,13 @@ def diag_ggn(
 
 
 def kronecker_factors(
-    net: Layer, loss: Loss, *, samples: int = 1, micro_batches: int = 1
+    net: Layer,
+    loss: Loss,
+    *,
+    samples: int = 1,
+    positions: Literal["expand", "reduce"] = "expand",
+    others: Literal["raise", "skip", "diagonal"] = "raise",
+    micro_batches: int = 1,
 ) -> OfBatch[Params]:
     """Return ``f(params, x, target)``, the Kronecker factors of each param's Gauss-Newton block.
 
@@ -213,11 +219,14 @@ def kronecker_factors(
         net: the network. A param whose cotangent has no two factors raises ``TypeError``.
         loss: the loss.
         samples: how many walks a key samples.
+        positions: "expand" or "reduce", what is made of the positions of a sequence or an image.
+        others: what a param without factors has: "raise", "skip" or "diagonal".
         micro_batches: into how many parts the batch is split. Each draws anew.
     """
-    return _exact_or_sampled(
-        "kronecker_factors", net, loss, KroneckerFactors(), KroneckerFactors(samples), micro_batches
+    exact, sampled = (
+        KroneckerFactors(number, positions=positions, others=others) for number in (None, samples)
     )
+    return _exact_or_sampled("kronecker_factors", net, loss, exact, sampled, micro_batches)
 
 
 def ggn_root(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxprop.core.forms import (
     Factored,
     Joint,
     Moves,
+    OfX,
     Outer,
     Rearranged,
     Repeated,
@@ -42,12 +44,19 @@ class Own(Stacked):
     whose x is the identity. Learned positions that are added to x have just these factors.
     """
 
+    is_pair: ClassVar[bool] = True
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> Float[Array, "i i"]:
+    ) -> OfX:
         rows = math.prod(self.g.shape[1:-1])
         one = of_real(jnp.ones(self.g.shape[0], wide(self.g).dtype), real, weights) ** 2
-        return jnp.eye(rows, dtype=one.dtype) * one.sum()
+        diagonal = jnp.full((rows,), one.sum())
+        return OfX(diagonal.reshape(1, 1) if rows == 1 else diagonal, one.sum() * rows)
+
+    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Own:
+        """Return the form itself: each row is one of its own."""
+        return self
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
         return gram(self.g[:, None] if self.g.ndim == 1 else self.g)

@@ -4,6 +4,7 @@ from jaxprop.core.forms.composed import Joint, Repeated, joint
 from jaxprop.core.forms.form import (
     Factored,
     Kronecker,
+    OfX,
     Stacked,
     is_factored,
     norm_of_all,
@@ -11,7 +12,7 @@ from jaxprop.core.forms.form import (
     norms_of_all,
     sq_norms,
 )
-from jaxprop.core.forms.outer import Outer, Sum, gram, of_real
+from jaxprop.core.forms.outer import Outer, Sum, count_of, gram, mean_of_real, of_real
 from jaxprop.core.forms.rearranged import (
     Move,
     Moves,
@@ -30,6 +31,7 @@ __all__ = [
     "Kronecker",
     "Move",
     "Moves",
+    "OfX",
     "Outer",
     "Rearranged",
     "Repeated",
@@ -40,10 +42,12 @@ __all__ = [
     "Sum",
     "Transposed",
     "Turned",
+    "count_of",
     "gram",
     "in_place",
     "is_factored",
     "joint",
+    "mean_of_real",
     "norm_of_all",
     "norms",
     "norms_of_all",

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import sum_over, wide
-from jaxprop.core.forms.form import Factored, norms, norms_of_all, sq_norms
+from jaxprop.core.forms.form import Factored, OfX, norms, norms_of_all, sq_norms
 from jaxprop.core.forms.outer import Outer, Sum
 from jaxprop.core.serialization import serializable
 
@@ -26,6 +26,10 @@ class Repeated(Factored):
     """
 
     form: Factored
+
+    @property
+    def is_pair(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.form.is_pair
 
     def factors(self) -> Iterator[tuple[Array, int]]:
         for factor, axis in self.form.factors():
@@ -66,8 +70,11 @@ class Repeated(Factored):
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> Float[Array, "l i i"]:
+    ) -> OfX:
         return jax.vmap(lambda form: form.gram_of_x(real, weights))(self.form)
+
+    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Repeated:
+        return Repeated(jax.vmap(lambda form: form.in_one_position(real))(self.form))
 
     def gram_of_ct(self) -> Float[Array, "l o o"]:
         return jax.vmap(lambda form: form.gram_of_ct())(self.form)

@@ -29,13 +29,28 @@ from jaxprop.core.types import PyTree
 class Kronecker(NamedTuple):
     """The Kronecker product a (outer) b, for a param of shape (I, O).
 
+    A convolution in G groups has a product for each, (G, I, I) and (G, O / G, O / G), and the
+    params of a stack of layers one for each layer, on axes in front.
+
     Attributes:
-        a: (I, I), of the layer's input.
+        a: (I, I), of the layer's input; (I,) where it is diagonal, as of a table's rows.
         b: (O, O), of the cotangent of its output.
     """
 
-    a: Float[Array, "i i"]
-    b: Float[Array, "o o"]
+    a: Float[Array, "... i i"] | Float[Array, "... i"]
+    b: Float[Array, "... o o"]
+
+
+class OfX(NamedTuple):
+    """What a form knows of its input, for the factor a = gram / rows.
+
+    Attributes:
+        gram: the Gram matrix, summed over examples and positions, or its diagonal.
+        rows: how many positions those are, of all examples together.
+    """
+
+    gram: Float[Array, "i i"] | Float[Array, " i"]
+    rows: Float[Array, ""]
 
 
 @dataclass_transform(frozen_default=True)
@@ -50,11 +65,13 @@ class Factored(abc.ABC):
     ``squares`` and ``gram_of_ct`` are what can be added up over them.
 
     Attributes:
-        unfactored: why it has no Kronecker factors, if it has none.
+        is_pair: whether it has two Kronecker factors.
+        unfactored: why it has none, if it has none.
         room: how many times as large as the factors g_n may be where ``compact`` forms it.
     """
 
     room: ClassVar[int] = 1
+    is_pair: ClassVar[bool] = False
     unfactored: ClassVar[str] = "it is not kept as the input and the cotangent of a matrix"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -135,12 +152,23 @@ class Factored(abc.ABC):
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> Float[Array, "i i"]:
-        """Return the Gram matrix of the input, summed over examples and positions.
+    ) -> OfX:
+        """Return the Gram matrix of the input, summed over examples and positions, and their count.
 
         Args:
             real: False where an example, or a position, is padding that does not count.
             weights: what each example counts; 1 by default.
+
+        Raises:
+            TypeError: for a form that has no two factors.
+        """
+        raise TypeError(f"{type(self).__name__} has no Kronecker factors: {self.unfactored}")
+
+    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Factored:
+        """Return the form with the mean of the input and the sum of ct for its one position.
+
+        Args:
+            real: as in ``gram_of_x``.
 
         Raises:
             TypeError: for a form that has no two factors.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import known, sum_over, weighted, wide
-from jaxprop.core.forms.form import Factored, norms, sq_norms
+from jaxprop.core.forms.form import Factored, OfX, norms, sq_norms
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.serialization import serializable
 
@@ -23,6 +24,7 @@ class Sum(Factored):
         ct: (N, ..., O), the cotangent of what the bias was added to.
     """
 
+    is_pair: ClassVar[bool] = True
     ct: Float[Array, "n ... o"]
 
     def per_example(self) -> Float[Array, "n o"]:
@@ -45,9 +47,12 @@ class Sum(Factored):
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> Float[Array, "1 1"]:
-        count = self.ct.shape[0] if weights is None else weights.sum()
-        return jnp.full((1, 1), count, wide(self.ct).dtype)
+    ) -> OfX:
+        count = count_of(self.ct[..., 0], real, weights)
+        return OfX(count.reshape(1, 1), count)
+
+    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Sum:
+        return Sum(self.per_example())
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
         return gram(self.ct)
@@ -62,6 +67,7 @@ class Outer(Factored):
         ct: (N, ..., O), the cotangent of the product, linear in that of the layer's output.
     """
 
+    is_pair: ClassVar[bool] = True
     x: Float[Array, "n ... i"]
     ct: Float[Array, "n ... o"]
 
@@ -149,8 +155,12 @@ class Outer(Factored):
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> Float[Array, "i i"]:
-        return gram(of_real(self.x, real, weights))
+    ) -> OfX:
+        return OfX(gram(of_real(self.x, real, weights)), count_of(self.x[..., 0], real, weights))
+
+    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Outer:
+        ct = self._sequences()[1]
+        return Outer(mean_of_real(self.x, real), wide(ct).sum(axis=1))
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
         return gram(self.ct)
@@ -270,6 +280,25 @@ def of_real(
     if real.shape != x.shape[: real.ndim]:
         real = jnp.any(real, axis=tuple(range(1, real.ndim)))
     return jnp.where(jnp.expand_dims(real, range(real.ndim, x.ndim)), x, 0)
+
+
+def count_of(
+    like: Float[Array, "n ..."],
+    real: Bool[Array, "n ..."] | None,
+    weights: Float[Array, " n"] | None,
+) -> Float[Array, ""]:
+    """Return how many positions count, of all examples: the entries of an array, as ``of_real``."""
+    return jnp.sum(of_real(jnp.ones_like(wide(like)), real, weights) ** 2)
+
+
+def mean_of_real(
+    x: Float[Array, "n ... d"], real: Bool[Array, "n ..."] | None
+) -> Float[Array, "n d"]:
+    """Return the mean of each example's rows, over those that are no padding."""
+    axes = tuple(range(1, x.ndim - 1))
+    total = of_real(wide(x), real).sum(axis=axes)
+    count = of_real(jnp.ones_like(wide(x[..., :1])), real).sum(axis=axes)
+    return total / jnp.maximum(count, 1)
 
 
 def gram(x: Float[Array, "n ... d"]) -> Float[Array, "d d"]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.forms.form import Factored
+from jaxprop.core.forms.form import Factored, OfX
 
 Sizes = tuple[int, ...]
 
@@ -101,6 +101,10 @@ class Rearranged(Factored):
     form: Factored
     moves: Moves = dataclasses.field(metadata={"static": True})
 
+    @property
+    def is_pair(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.form.is_pair
+
     def factors(self) -> Iterator[tuple[Array, int]]:
         return self.form.factors()
 
@@ -142,8 +146,11 @@ class Rearranged(Factored):
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> Float[Array, "... i i"]:
+    ) -> OfX:
         return self.form.gram_of_x(real, weights)
+
+    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Rearranged:
+        return Rearranged(self.form.in_one_position(real), self.moves)
 
     def gram_of_ct(self) -> Float[Array, "... o o"]:
         return self.form.gram_of_ct()
