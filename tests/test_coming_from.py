@@ -408,7 +408,7 @@ def along_positions(claimed):
     for layer, inputs, ct in ((claimed[0], x, before), (claimed[2], hidden, rows)):
         a = jnp.einsum("nti,ntj->ij", inputs, inputs) / N
         b = jnp.einsum("cnti,cntj->ij", ct, ct) / N
-        close(layer.w, jnp.kron(a, b) / T)
+        close(layer.w, jnp.kron(a / T, b))
 
 
 @pytest.mark.few(8)

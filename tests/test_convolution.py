@@ -122,11 +122,20 @@ def test_kronecker_factors_of_one_position_are_the_ggn_block():
     assert relative_error(got, expected) <= 1e-12
 
 
-def test_groups_have_no_kronecker_factors():
-    net, loss = jp.chain(jp.Conv(4, groups=2), jp.GlobalAvgPool()), jp.CrossEntropy()
-    params, x = at(Row(net, np.asarray(normal(2, 3, 3, 2))))
-    with pytest.raises(TypeError, match="in 2 groups has no Kronecker factors"):
-        jp.kronecker_factors(net, loss)(params, x, jnp.array([0, 1]))
+def test_each_group_has_kronecker_factors():
+    """A group of a window over the whole image is a dense layer of its channels."""
+    net = jp.chain(jp.Conv(4, (2, 3), padding="VALID", groups=2), jp.Flatten())
+    loss = jp.HalfSquaredError()
+    params, x = at(Row(net, np.asarray(normal(3, 2, 3, 6))))
+    a, b = jp.kronecker_factors(net, loss)(params, x, jnp.zeros((3, 4)))[0].w
+    assert a.shape == (2, 18, 18)
+    for group in range(2):
+        dense = jp.chain(jp.Flatten(), jp.Dense(2))
+        part = x[..., 3 * group : 3 * group + 3]
+        w = params[0].w[..., 2 * group : 2 * group + 2].reshape(18, 2)
+        flat = ((), jp.AffineParams(w, params[0].b[2 * group : 2 * group + 2]))
+        want = jp.kronecker_factors(dense, loss)(flat, part, jnp.zeros((3, 2)))[1].w
+        assert relative_error((a[group], b[group]), tuple(want)) <= 1e-12
 
 
 @pytest.mark.few(1)

@@ -422,11 +422,85 @@ def test_kronecker_factors_are_means_of_gram_matrices():
     factors = jp.kronecker_factors(net, loss)(*args)
     params, x, _ = args
     h = jnp.tanh(x @ params[0].w + params[0].b[None, None])
-    assert relative_error(factors[0].w.a, jnp.einsum("nti,ntj->ij", x, x) / 6) <= 1e-12
-    assert relative_error(factors[2].w.a, jnp.einsum("nti,ntj->ij", h, h) / 6) <= 1e-12
+    assert relative_error(factors[0].w.a, jnp.einsum("nti,ntj->ij", x, x) / 12) <= 1e-12
+    assert relative_error(factors[2].w.a, jnp.einsum("nti,ntj->ij", h, h) / 12) <= 1e-12
     assert relative_error(factors[2].w.b, 2 * jnp.eye(3)) <= 1e-12  # H = 1 at two positions
     back = jnp.einsum("ij,nti->ntij", params[2].w, 1 - h**2)
     assert relative_error(factors[0].w.b, jnp.einsum("ntic,ntjc->ij", back, back) / 6) <= 1e-12
+    reduced = jp.kronecker_factors(net, loss, positions="reduce")(*args)
+    mean = x.mean(1)
+    assert relative_error(reduced[0].w.a, mean.T @ mean / 6) <= 1e-12
+    assert relative_error(reduced[0].w.b, factors[0].w.b) <= 1e-12  # a column has one position
+
+
+@pytest.mark.parametrize("length", [1, 4, 16, 64])
+def test_kronecker_factors_are_as_large_as_the_block_at_any_length(length):
+    """By its trace, where positions are independent: not so many times as there are positions."""
+    net, loss = jp.chain(jp.Dense(6), jp.Tanh(), jp.Dense(3)), jp.HalfSquaredError()
+    params, x = at(Row(net, normal(16, length, 5)))
+    factors = jax.jit(jp.kronecker_factors(net, loss))(params, x, x[..., :3])
+    diagonal = jax.jit(jp.diag_ggn(net, loss))(params, x, x[..., :3])
+    for index in (0, 2):
+        a, b = factors[index].w
+        assert 0.7 <= float(jnp.trace(a) * jnp.trace(b) / diagonal[index].w.sum()) <= 1.4
+
+
+def test_reduced_factors_are_the_block_of_a_linear_net_with_a_mean():
+    """A net of dense layers and a mean over positions, of one example: kron(a, b) is exact."""
+    net, loss = jp.chain(jp.Dense(3), jp.GlobalAvgPool(), jp.Dense(2)), jp.HalfSquaredError()
+    params, x = at(Row(net, normal(1, 5, 4)))
+    factors = jp.kronecker_factors(net, loss, positions="reduce")(params, x, jnp.zeros((1, 2)))
+    root = jp.ggn_root(net, loss)(params, x, jnp.zeros((1, 2)))
+    columns = root[0].w.reshape(2, 12)
+    assert relative_error(jnp.kron(*factors[0].w), columns.T @ columns) <= 1e-12
+
+
+def test_reduced_factors_of_a_convolution_are_of_its_mean_patch():
+    loss, x = jp.HalfSquaredError(), normal(3, 5, 5, 4)
+    for groups in (1, 2):
+        net = jp.chain(jp.Conv(6, (3, 2), strides=2, groups=groups), jp.GlobalAvgPool())
+        params, x = at(Row(net, x))
+        target = jnp.zeros((3, 6))
+        got = jp.kronecker_factors(net, loss, positions="reduce")(params, x, target)[0].w
+        root = jp.ggn_root(net, loss)(params, x[:1], target[:1])[0].w
+        alone = jp.kronecker_factors(net, loss, positions="reduce")(params, x[:1], target[:1])[0].w
+        for group in range(groups):
+            a, b = (f if groups == 1 else f[group] for f in alone)
+            o = slice(group * 6 // groups, (group + 1) * 6 // groups)
+            columns = root[:, 0, ..., o].reshape(6, -1)
+            assert relative_error(jnp.kron(a, b), columns.T @ columns) <= 1e-12
+        assert got.a.shape[-1] == 3 * 2 * 4 // groups
+
+
+def test_what_has_no_factors_is_skipped_or_has_a_diagonal():
+    table = jp.Embedding(7, 4)
+    net = jp.chain(jp.tied(table, jp.chain(jp.LayerNorm(), jp.Dense(4))))
+    ids, loss = jnp.arange(6).reshape(2, 3) % 7, jp.CrossEntropy()
+    params = net.init(jax.random.key(0), ids)
+    with pytest.raises(TypeError, match="used more than once"):
+        jp.kronecker_factors(net, loss)(params, ids, ids)
+    diagonal = jp.kronecker_factors(net, loss, others="diagonal")(params, ids, ids)
+    exact = jp.diag_ggn(net, loss)(params, ids, ids)
+    skipped = jp.kronecker_factors(net, loss, others="skip")(params, ids, ids)
+
+    inner = diagonal[0][1]
+    assert relative_error(diagonal[0][0], exact[0][0]) <= 1e-12
+    assert skipped[0][0] == ()
+    assert relative_error(skipped[0][1], inner) <= 1e-12
+
+
+def test_padding_counts_in_neither_factor():
+    net, loss = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3)), jp.CrossEntropy()
+    params, x = at(Row(net, normal(4, 3, 5)))
+    target = jnp.array([[0, 1, -1], [2, -1, -1], [0, 2, 1], [-1, -1, -1]])
+    alone = [(n, t) for n in range(4) for t in range(3) if target[n, t] >= 0]
+    rows = jnp.stack([x[at] for at in alone])
+    got = jp.kronecker_factors(net, loss)(params, x, target)
+    assert relative_error(got[0].w.a, rows.T @ rows / len(rows)) <= 1e-12
+    for parts in (1, 2):
+        again = jp.kronecker_factors(net, loss, micro_batches=parts)(params, x, target)
+        assert relative_error(again[0].w.a, got[0].w.a) <= 1e-12
+        assert relative_error(again[2].w.b, got[2].w.b) <= 1e-12
 
 
 @pytest.mark.few(1)
@@ -870,7 +944,8 @@ def test_positions_have_the_factors_of_a_table_that_is_looked_up_in_order():
     jax.tree.map(np.testing.assert_allclose, got, looked_up)
     added = jp.function(lambda table, x: x + table[None])
     of_function = jp.kronecker_factors(added, loss)(table[:3], x, target)
-    np.testing.assert_allclose(of_function.a, got.a[:3, :3])
+    np.testing.assert_allclose(got.a, [1 / 3, 1 / 3, 1 / 3, 0, 0])
+    np.testing.assert_allclose(of_function.a, got.a[:3])
     np.testing.assert_allclose(of_function.b, got.b)
 
 
