@@ -1008,3 +1008,73 @@ def test_the_bound_from_products_is_the_norm_or_is_not_taken():
         want = np.linalg.norm(np.einsum("nti,nto->nio", *wide), axis=(1, 2))
         rtol = 1e-4 if name == "they cancel" else 1e-5  # what float32 leaves of X^T C itself
         assert np.all(np.abs(np.asarray(form.norms()) - want) <= rtol * want), name
+
+
+SMALL = {
+    "dense": (jp.chain(jp.Dense(2)), (64, 3)),
+    "sequence": (jp.chain(jp.Dense(2)), (64, 2, 3)),
+    "convolution": (jp.chain(jp.Conv(2, (2, 2)), jp.Flatten(), jp.Dense(2)), (64, 3, 3, 1)),
+    "repeat": (jp.chain(jp.repeat(jp.Dense(3), 2), jp.Dense(2)), (64, 3)),
+    "function": (jp.function(lambda w, x: x @ w["w"] + jnp.sum(w["v"] ** 2)), (64, 3)),
+}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_small_deviations_from_a_large_mean_are_not_lost(name, parts):
+    """Deviations of 1e-4 of the mean: its square in float32 is rounded by more than theirs."""
+    net, shape = SMALL[name]
+    rng = np.random.default_rng(0)
+    x = 1 + 1e-4 * rng.normal(size=shape)
+    loss = jp.HalfSquaredError()
+    if name == "function":
+        params = {"w": rng.normal(size=(3, 2)), "v": rng.normal(size=3)}
+    else:
+        params = net.init(jax.random.key(0), jnp.asarray(x))
+    y = jax.eval_shape(net, params, jnp.asarray(x))
+    target = np.full(y.shape, -5.0)
+    wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, x, target))
+    exact = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), wide)
+    variance, noise = jp.variance(net, loss), jp.noise_scale(net, loss)
+    each = jp.per_example_grads(net, loss)(*exact)
+    want = jax.tree.map(lambda g: jnp.var(g, axis=0), each)
+    trace = sum(leaf.sum() for leaf in jax.tree.leaves(want)) * 64 / 63
+    square = sum((leaf.mean(0) ** 2).sum() for leaf in jax.tree.leaves(each)) - trace / 64
+    rounding = 2e-6 if parts > 1 else 0.0  # of the mean's square, between micro-batches
+    got = jax.jit(jp.variance(net, loss, micro_batches=parts))(*wide)
+    for a, b, g in zip(*map(jax.tree.leaves, (got, want, each)), strict=True):
+        largest = float(jnp.max(b) * 0.02 + rounding * jnp.max(g.mean(0) ** 2))
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=largest)
+    got = jax.jit(jp.noise_scale(net, loss, micro_batches=parts))(*wide)
+    np.testing.assert_allclose(got, trace / square, rtol=0.02, atol=rounding)
+    for f, each in ((variance, want), (noise, trace / square)):
+        relative_error(f(*exact), each)
+        assert relative_error(f(*exact), each) <= 1e-6
+
+
+def test_parts_of_the_noise_scale_add_up():
+    net = jp.chain(jp.repeat(jp.skip(jp.chain(jp.Dense(4), jp.Tanh())), 3), jp.Dense(2))
+    params, x = at(Row(net, normal(6, 4)))
+    loss, target = jp.HalfSquaredError(), normal(6, 2)
+    f = jp.quantities(
+        net,
+        loss,
+        ratio=jp.NoiseScale(),
+        whole=jp.NoiseScale(parts=True),
+        each=jp.NoiseScale(per_param=True),
+    )
+    got = f(params, x, target)
+    trace, square = got["whole"]
+    assert relative_error(got["ratio"], trace / square) <= 1e-12
+    each = jax.tree.leaves(
+        got["each"], is_leaf=lambda node: isinstance(node, jp.quantity.NoiseParts)
+    )
+    assert relative_error(sum(one.trace.sum() for one in each), trace) <= 1e-12
+    assert relative_error(sum(one.square.sum() for one in each), square) <= 1e-12
+    assert got["each"][0][0].w.trace.shape == (3,)
+    grads = jp.per_example_grads(net, loss)(params, x, target)
+    of_first = jnp.var(grads[0][0].w[:, 0], axis=0, ddof=1).sum()
+    assert relative_error(got["each"][0][0].w.trace[0], of_first) <= 1e-12
+    micro = jp.quantities(net, loss, micro_batches=3, each=jp.NoiseScale(per_param=True))
+    assert relative_error(micro(params, x, target)["each"], got["each"]) <= 1e-10

@@ -12,6 +12,7 @@ from jaxprop.quantity.curvature import AddedUp, DiagGGN, GGNRoot, KroneckerFacto
 from jaxprop.quantity.per_example import (
     Gradient,
     Gram,
+    NoiseParts,
     NoiseScale,
     Output,
     PerExampleGrads,
@@ -34,6 +35,7 @@ __all__ = [
     "Kronecker",
     "KroneckerFactors",
     "LossGradient",
+    "NoiseParts",
     "NoiseScale",
     "Output",
     "PerExample",

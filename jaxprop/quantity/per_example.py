@@ -31,10 +31,60 @@ from jaxprop.quantity.base import (
 
 
 class Moments(NamedTuple):
-    """The gradient of one param, and a second moment of its per-example gradients."""
+    """Means over a batch, or over a micro-batch of it.
 
+    Attributes:
+        part: W, what the examples count together, by what their sums are divided by.
+        mean: W times the mean.
+        square: W times the square of the mean, of each entry or of all together.
+        within: W times the variance around it, likewise.
+    """
+
+    part: Array
     mean: Array
-    second: Array
+    square: Array
+    within: Array
+
+    @classmethod
+    def of(cls, form: Factored, examples: Examples, entries: bool) -> Moments:
+        """Return the moments of one param.
+
+        Args:
+            form: its form.
+            examples: what the examples count.
+            entries: whether squares are of each entry, or of all entries together.
+        """
+        mean = wide(_mean(form, examples))
+        part = jnp.asarray(examples.total, mean.dtype) / jnp.asarray(examples.divisor, mean.dtype)
+        center = mean / jnp.where(part == 0, 1, part)
+        square = mean * center if entries else jnp.sum(mean * center)
+        second = _mean_of_squares(form, examples) if entries else examples.mean(form.sq_norms())
+        apart = second.astype(mean.dtype) - square
+
+        def around() -> Array:
+            squares = form.squares_around(center, examples.shares()).astype(mean.dtype)
+            return squares if entries else squares.sum()
+
+        holds = jnp.all((apart >= CANCELLED * square) | (square == 0))
+        return cls(part, mean, square, jax.lax.cond(holds, lambda: apart, around))
+
+    def variance(self) -> Array:
+        """Return the variance around the mean of all micro-batches, of each entry."""
+        return self.within + self._between(self.mean**2)
+
+    def spread(self) -> Float[Array, "... 2"]:
+        """Return the sum of the variance over all entries, and the squared norm of the mean."""
+        square = jnp.sum(self.mean**2, axis=tuple(range(self.square.ndim, self.mean.ndim)))
+        return jnp.stack([self.within + self._between(square), square], axis=-1)
+
+    def _between(self, square_of_mean: Array) -> Array:
+        """Return the variance of the micro-batches' means; what is no more than rounding is 0."""
+        square = square_of_mean / self.part.reshape(-1)[0]  # of a stack's layers they are the same
+        apart = self.square - square
+        return jnp.where(apart > 16 * jnp.finfo(apart.dtype).eps * square, apart, 0)
+
+
+CANCELLED = 1e-3  # of the mean's square: of a difference that is less, a part is rounding
 
 
 class Gradient(Quantity):
@@ -142,27 +192,24 @@ class SecondMoment(Quantity):
 
 
 class Variance(Quantity):
-    """The mean over examples of (g_n - mean)^2, elementwise: second moment - gradient^2.
+    """The mean over examples of (g_n - mean)^2, elementwise; like params, in at least float32.
 
-    Like params, in at least float32. It raises ``ValueError`` for a divisor that was given: what is
-    divided by it is no mean.
+    It is the second moment less the square of the mean, unless that cancels: where deviations are
+    small against the mean, they are squared one example after the other. Between micro-batches it
+    is the difference always, so that of their means what is below rounding, 1e-6 of the mean's
+    square in float32, is 0.
+
+    It raises ``ValueError`` for a divisor that was given: what is divided by it is no mean.
     """
 
     layerwise: ClassVar[bool] = True
     like_params: ClassVar[bool] = True
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
-        def moments(_: Array, form: Factored) -> Moments:
-            return Moments(_mean(form, examples), _mean_of_squares(form, examples))
-
-        return jax.tree.map(moments, params, forms)
+        return jax.tree.map(lambda _, form: Moments.of(form, examples, True), params, forms)
 
     def settle(self, taken: PyTree) -> PyTree:
-        def variance(of: Moments) -> Array:
-            square = of.mean.astype(of.second.dtype) ** 2
-            return jnp.maximum(of.second - square, 0)  # of equal examples it is rounding alone
-
-        return _map_moments(variance, taken)
+        return _map_moments(Moments.variance, taken)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         if examples.given is not None:
@@ -176,42 +223,71 @@ class Variance(Quantity):
 class NoiseScale(Quantity):
     """tr(S) / |G|^2, with S the covariance of g_n and G its mean, each by its unbiased estimate.
 
-    With m the mean of |g_n|^2 and g the gradient, E m = |G|^2 + tr S and E |g|^2 = |G|^2 + tr S / N
-    give tr S = (m - |g|^2) N / (N - 1) and |G|^2 = (N |g|^2 - m) / (N - 1): the simple noise scale
-    of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one batch. Where
-    example n counts w_n, E |g|^2 = |G|^2 + tr S sum_n w_n^2 / (sum_n w_n)^2, so that
-    (sum_n w_n)^2 / sum_n w_n^2 stands for N.
+    With v the mean of |g_n - g|^2 and g the gradient, E v = (N - 1) / N tr S and
+    E |g|^2 = |G|^2 + tr S / N give tr S = v N / (N - 1) and |G|^2 = |g|^2 - tr S / N: the simple
+    noise scale of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one
+    batch. Where example n counts w_n, E |g|^2 = |G|^2 + tr S sum_n w_n^2 / (sum_n w_n)^2, so that
+    (sum_n w_n)^2 / sum_n w_n^2 stands for N. Small deviations are safe, as in ``Variance``.
+
+    Attributes:
+        per_param: False for the ratio over all params; True for a ``NoiseParts`` of each, like
+            params and inside ``repeat`` of each layer, whose sums are those over all params.
+        parts: whether to return a ``NoiseParts`` instead of the ratio. Both parts are without bias,
+            and their ratio is not: average each over steps, and divide then.
     """
 
     layerwise: ClassVar[bool] = True
+    per_param: bool = False
+    parts: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(self, "per_param", "parts")
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
-        def moments(_: Array, form: Factored) -> Moments:
-            form = form.compact()
-            return Moments(wide(_mean(form, examples)), examples.mean(form.sq_norms()))
-
-        return jax.tree.map(moments, params, forms)
+        return jax.tree.map(
+            lambda _, form: Moments.of(form.compact(), examples, False), params, forms
+        )
 
     def settle(self, taken: PyTree) -> PyTree:
-        each = jax.tree.leaves(
-            _map_moments(lambda of: jnp.stack([jnp.sum(of.second), jnp.sum(of.mean**2)]), taken)
-        )
-        return Total(sum(each[1:], start=each[0]) if each else ())
+        each = _map_moments(Moments.spread, taken)
+        if self.per_param:
+            return each
+        leaves = [leaf.reshape(-1, 2).sum(axis=0) for leaf in jax.tree.leaves(each)]
+        return Total(sum(leaves[1:], start=leaves[0]) if leaves else ())
 
-    def finish(self, settled: PyTree, examples: Examples) -> Float[Array, ""]:
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         if known(lambda: examples.number < 2):
             words = "the noise scale is estimated from at least 2 examples"
             raise ValueError(f"{words}, not {examples.number}")
-        mean_of_squares, square_of_mean = everything(settled)
-        n = examples.number
-        if examples.weights is not None:
-            n = examples.total**2 / jnp.sum(examples.weights**2)
-            n = n.astype(mean_of_squares.dtype)
-        if examples.given is not None:  # then neither is a mean yet
-            scale = examples.to_mean().astype(mean_of_squares.dtype)
-            mean_of_squares, square_of_mean = mean_of_squares * scale, square_of_mean * scale**2
-        trace = (mean_of_squares - square_of_mean) * n / (n - 1)
-        return trace * (n - 1) / (n * square_of_mean - mean_of_squares)
+        if self.per_param:
+            return jax.tree.map(lambda spread: _parts_of(spread, examples), settled)
+        noise = _parts_of(everything(settled), examples)
+        return noise if self.parts else noise.trace / noise.square
+
+
+class NoiseParts(NamedTuple):
+    """What a noise scale is the ratio of, each without bias.
+
+    Attributes:
+        trace: of the covariance of the per-example gradients.
+        square: |G|^2 of the true gradient, which of a small batch may come out negative.
+    """
+
+    trace: Float[Array, ""]
+    square: Float[Array, ""]
+
+
+def _parts_of(spread: Float[Array, "2 ..."], examples: Examples) -> NoiseParts:
+    variance, square_of_mean = spread[..., 0], spread[..., 1]
+    n = examples.number
+    if examples.weights is not None:
+        n = examples.total**2 / jnp.sum(examples.weights**2)
+        n = n.astype(variance.dtype)
+    if examples.given is not None:  # then neither is a mean yet
+        scale = examples.to_mean().astype(variance.dtype)
+        variance, square_of_mean = variance * scale, square_of_mean * scale**2
+    trace = variance * n / (n - 1)
+    return NoiseParts(trace, square_of_mean - trace / n)
 
 
 def per_example(params: Params, forms: PyTree) -> PyTree:

@@ -102,7 +102,7 @@ class Joint(Factored):
         return _added([wide(use.per_example()) for use in self.uses])
 
     def sum(self) -> Array:
-        return _added([use.sum() for use in self.uses])
+        return _added([wide(use.sum()) for use in self.uses])
 
     def only(self, kept: Bool[Array, " n"]) -> Joint:
         return Joint(tuple(use.only(kept) for use in self.uses))
@@ -111,27 +111,18 @@ class Joint(Factored):
         return Joint(tuple(use.scaled(weights) for use in self.uses))
 
     def sq_norms(self) -> Float[Array, " n"]:
-        return self._one_by_one(lambda g: sq_norms(g[None])[0])
+        return self._of_each(lambda g: sq_norms(g[None])[0])
 
     def norms(self) -> Float[Array, " n"]:
-        return self._one_by_one(lambda g: norms(g[None])[0])
+        return self._of_each(lambda g: norms(g[None])[0])
 
     def squares(self) -> Array:
-        return sum_over(lambda one: self._alone(one) ** 2, self._examples_first())
+        each, alone = self.one_by_one()
+        return sum_over(lambda one: alone(one) ** 2, each)
 
-    def _one_by_one(self, f: Callable[[Array], Array]) -> Float[Array, " n"]:
-        return jax.lax.map(lambda one: f(self._alone(one)), self._examples_first())
-
-    def _examples_first(self) -> list[Array]:
-        """Return the factors with the example on axis 0, which in a ``Repeated`` form is not."""
-        return [jnp.moveaxis(factor, axis, 0) for factor, axis in self.factors()]
-
-    def _alone(self, one: list[Array]) -> Array:
-        """Return g_n of one example, from its factors."""
-        axes = [axis for _, axis in self.factors()]
-        factors = [jnp.expand_dims(factor, axis) for factor, axis in zip(one, axes, strict=True)]
-        uses = jax.tree.unflatten(jax.tree.structure(self.uses), factors)
-        return _added([wide(use.sum()) for use in uses])
+    def _of_each(self, f: Callable[[Array], Array]) -> Float[Array, " n"]:
+        each, alone = self.one_by_one()
+        return jax.lax.map(lambda one: f(alone(one)), each)
 
 
 def joint(forms: tuple[Factored, ...]) -> Factored:

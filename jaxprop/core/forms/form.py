@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import known, selected, weighted, wide
+from jaxprop.core.arrays import known, selected, sum_over, weighted, wide
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
@@ -149,6 +149,30 @@ class Factored(abc.ABC):
     def of_squares(self, squares: Array) -> Array:
         """Return the second moment from the sum of squares, without a look at the form's own ct."""
         return squares
+
+    def one_by_one(self) -> tuple[list[Array], Callable[[list[Array]], Array]]:
+        """Return arrays with the example on axis 0, and a function from an entry of each to g_n.
+
+        So a loop has one g_n at a time in memory.
+        """
+        axes, structure = [axis for _, axis in self.factors()], jax.tree.structure(self)
+
+        def alone(one: list[Array]) -> Array:
+            each = zip(one, axes, strict=True)
+            factors = [jnp.expand_dims(factor, axis) for factor, axis in each]
+            return wide(jax.tree.unflatten(structure, factors).sum())
+
+        return [jnp.moveaxis(factor, axis, 0) for factor, axis in self.factors()], alone
+
+    def squares_around(self, mean: Array, weights: Float[Array, " n"]) -> Array:
+        """Return sum_n weights_n (g_n - mean)^2, elementwise, without what squares would cancel."""
+        each, alone = self.one_by_one()
+
+        def of_one(one: tuple[list[Array], Array]) -> Array:
+            apart = alone(one[0]) - mean
+            return apart**2 * one[1].astype(apart.dtype)
+
+        return sum_over(of_one, (each, weights))
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
