@@ -7,7 +7,7 @@ their own, such as ``jp.per_example_sq_norms``.
 from jaxprop.core.forms import Kronecker
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import PerExample, Quantity
-from jaxprop.quantity.clipping import Clipped, ClippedMean
+from jaxprop.quantity.clipping import Clipped, ClippedMean, automatic, next_max_norm, normalized
 from jaxprop.quantity.curvature import AddedUp, DiagGGN, GGNRoot, KroneckerFactors
 from jaxprop.quantity.per_example import (
     Gradient,
@@ -45,4 +45,7 @@ __all__ = [
     "Source",
     "SqNorms",
     "Variance",
+    "automatic",
+    "next_max_norm",
+    "normalized",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from jaxtyping import Float
 
 from jaxprop.core.arrays import weighted
 from jaxprop.core.batch import Examples
-from jaxprop.core.checks import check_flags, check_number
+from jaxprop.core.checks import check_flags, check_number, given
 from jaxprop.core.combinator import layers_with_params
+from jaxprop.core.describe import shapes
 from jaxprop.core.forms import is_factored, norms_of_all
 from jaxprop.core.mesh import like
 from jaxprop.core.serialization import serializable
@@ -21,6 +23,7 @@ from jaxprop.core.tree import like_params, without_unmarked
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, Whole, everything, map_forms, unmarked
 
+Weight: TypeAlias = Callable[[Array, Any], Array]
 NOISE = 0x6E6F6973  # folded into the key, so that noise is drawn apart from what the layers draw
 
 
@@ -63,6 +66,10 @@ class Measured(NamedTuple):
 class Clipped(Quantity):
     """The mean of clipped gradients, 1/N sum_n g_n min(1, max_norm / |g_n|); like params.
 
+    Another ``weight`` may stand in the place of the minimum, such as that of ``automatic`` clipping
+    (Bu et al. 2022, https://arxiv.org/abs/2206.07136); no |g_n| is then larger than max_norm
+    either.
+
     The g_n are not kept: one walk back leaves the factors, the norms come from them, and so does
     the weighted sum. An example whose gradient is not finite makes the mean not finite, unless it
     is dropped.
@@ -76,13 +83,15 @@ class Clipped(Quantity):
 
     Attributes:
         max_norm: the bound on |g_n|, positive and finite; a number, or a scalar array (which
-            ``jax.jit`` may trace).
+            ``jax.jit`` may trace); with per_layer also one for each layer, in a tree with a bound
+            where a layer's params stand (inside ``repeat`` also one for each layer, (L,)), and
+            ``()`` for a layer without.
         noise_multiplier: the standard deviation of the noise in units of the bound, likewise. With
             more than 0, or where it is an array, the function takes a key, a new one each step, and
             raises ``TypeError`` for params narrower than float32, which would round the noise away.
         per_layer: whether each layer's part of g_n is bounded by max_norm by itself. The whole of L
-            layers with params is then bounded by sqrt(L) max_norm, and the noise is that much
-            larger.
+            layers with params is then bounded by sqrt(L) max_norm, or the root of the sum of their
+            squared bounds, and the noise is that much larger.
         two_pass: whether to walk back twice, for the norms and then for the sum, so that no
             layer's cotangents are needed after it. Through ``repeat`` this saves their memory; for
             unrolled layers it is up to XLA's schedule, which on a CPU goes back through the whole
@@ -90,21 +99,34 @@ class Clipped(Quantity):
         drop_nonfinite: whether an example whose gradient is not finite counts as a gradient of 0;
             with per_layer, that layer's part of it.
         norms: whether the result is a ``ClippedMean``, with the norms beside the mean.
+        weight: ``weight(norms, max_norm)``, what g_n is multiplied by, for norms (N,). It is no
+            more than max_norm / |g_n|, whatever the function says.
     """
 
-    max_norm: float | Array
+    max_norm: float | Array | PyTree
     noise_multiplier: float | Array = 0.0
     per_layer: bool = False
     two_pass: bool = False
     drop_nonfinite: bool = False
     norms: bool = False
+    weight: Weight | None = None
 
     def __post_init__(self) -> None:
         check_flags(self, "per_layer", "two_pass", "drop_nonfinite", "norms")
-        check_number("max_norm", self.max_norm, positive=True, finite=True)
+        for leaf in jax.tree.leaves(self.max_norm) if self._by_tree else [self.max_norm]:
+            of_layers = self._by_tree and getattr(leaf, "ndim", 0) == 1
+            for bound in leaf if of_layers else [leaf]:
+                check_number("max_norm", bound, positive=True, finite=True)
+        if self.weight is not None and not callable(self.weight):
+            raise TypeError(f"weight is a function of norms and max_norm, not {given(self.weight)}")
         check_number("noise_multiplier", self.noise_multiplier, finite=True)
         if self.per_layer and self.two_pass:
             raise ValueError("per_layer needs one pass: a layer's norms are known at that layer")
+
+    @property
+    def _by_tree(self) -> bool:
+        """Whether each layer has a bound of its own, which is known where all layers are."""
+        return self.per_layer and not jax.tree_util.all_leaves([self.max_norm])
 
     @property
     def layerwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -122,11 +144,13 @@ class Clipped(Quantity):
         if not jax.tree.leaves(params):
             return forms
         forms = map_forms(lambda form: form.compact(), forms)
-        if self.per_layer:
+        if self.per_layer and not self._by_tree:
             return self._bounded(params, forms, _norms(forms), examples)
         return Measured(forms, _norms(forms))
 
     def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
+        if self._by_tree:
+            return self._by_layer(params, taken, examples)
         if not self.two_pass and not self.per_layer:
             norms, forms = _each(taken, "norms"), _each(taken, "forms")
             if jax.tree.leaves(norms):
@@ -143,22 +167,59 @@ class Clipped(Quantity):
     def end(self, settled: PyTree, batch: Whole) -> PyTree:
         mean, norms = (_each(settled, field) for field in Bounded._fields)
         if not (isinstance(self.noise_multiplier, int | float) and self.noise_multiplier == 0):
-            mean = self._noisy(mean, batch)
+            mean = self._noisy(mean, norms, batch)
         grads = like_params(batch.params, mean)
         if not self.norms:
             return grads
         norms = unmarked(norms)
-        return ClippedMean(
-            grads,
-            norms,
-            jax.tree.map(lambda norms: batch.examples.share(norms > self.max_norm), norms),
+        bounds = self.max_norm if self._by_tree else jax.tree.map(lambda _: self.max_norm, norms)
+
+        def share(norms: Array, bound: Any) -> Array:
+            bound = jnp.broadcast_to(bound, norms.shape[:-1])[..., None]
+            return batch.examples.share(norms > bound)
+
+        return ClippedMean(grads, norms, jax.tree.map(share, norms, bounds))
+
+    def _by_layer(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
+        """Return each layer's mean, by a bound of its own."""
+        layers, structure = jax.tree.flatten(taken, is_leaf=_is_measured)
+        try:
+            bounds = structure.flatten_up_to(self.max_norm)
+        except ValueError:
+            raise ValueError(
+                f"max_norm is {shapes(self.max_norm)}: give a bound where each layer's params "
+                f"stand, and () for a layer without, as in {shapes(_each(taken, 'norms'))}"
+            ) from None
+
+        def of_layer(params: Params, measured: Measured, bound: Any) -> Bounded:
+            if measured.norms.ndim == 1:
+                return self._bounded(params, *measured, examples, bound)
+            inner = map_forms(lambda form: getattr(form, "form", form), measured.forms)
+            bound = jnp.broadcast_to(bound, measured.norms.shape[:1])
+            return jax.vmap(of_layer)(params, Measured(inner, measured.norms), bound)
+
+        each = zip(structure.flatten_up_to(params), layers, bounds, strict=True)
+        return structure.unflatten(
+            of_layer(*one) if _is_measured(one[1]) else one[1] for one in each
         )
 
     def _bounded(
-        self, params: Params, forms: PyTree, norms: Float[Array, " n"], examples: Examples
+        self,
+        params: Params,
+        forms: PyTree,
+        norms: Float[Array, " n"],
+        examples: Examples,
+        bound: Any = None,
     ) -> Bounded:
-        """Return the mean of the gradients times min(1, max_norm / |g_n|), and the |g_n|."""
-        weights = self.max_norm / jnp.maximum(norms, self.max_norm)
+        """Return the mean of the gradients times their weights, and the |g_n|.
+
+        The bound is max_norm if it is not given.
+        """
+        bound = self.max_norm if bound is None else bound
+        weights = bound / jnp.maximum(norms, bound)
+        if self.weight is not None:
+            largest = bound / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny)
+            weights = jnp.minimum(self.weight(norms, bound), largest)
         if examples.weights is None:
             weights = examples.over(weights)
         else:
@@ -170,14 +231,13 @@ class Clipped(Quantity):
         mean = jax.tree.map(lambda p, form: like(p, form.weighted_sum(weights)), params, forms)
         return Bounded(mean, PerExample(norms, axis=-1))
 
-    def _noisy(self, grads: PyTree, batch: Whole) -> PyTree:
+    def _noisy(self, grads: PyTree, norms: PyTree, batch: Whole) -> PyTree:
         leaves, structure = jax.tree.flatten(grads)
         if batch.key is None:
             raise ValueError("a noise_multiplier needs a key, a new one each step")
         if any(leaf.dtype.itemsize < 4 for leaf in leaves):
             raise TypeError("noise is for params of float32 or float64: narrower ones round it")
-        layers = layers_with_params(batch.net, batch.params) if self.per_layer else 1
-        bound = self.max_norm * math.sqrt(layers)
+        bound = self._bound_of_all(norms, batch)
         deviation = self.noise_multiplier * bound / batch.examples.divisor
         keys = jax.random.split(jax.random.fold_in(batch.key, NOISE), len(leaves))
         noisy = [
@@ -185,6 +245,18 @@ class Clipped(Quantity):
             for key, leaf in zip(keys, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, noisy)
+
+    def _bound_of_all(self, norms: PyTree, batch: Whole) -> Any:
+        """Return the bound on the norm of all that one example adds to the sum."""
+        if not self._by_tree:
+            layers = layers_with_params(batch.net, batch.params) if self.per_layer else 1
+            return self.max_norm * math.sqrt(layers)
+
+        def squares(norms: Array, bound: Any) -> Array:
+            return jnp.sum(jnp.broadcast_to(bound, norms.shape[:-1]) ** 2)
+
+        each = jax.tree.map(squares, unmarked(norms), self.max_norm)
+        return jnp.sqrt(sum(jax.tree.leaves(each)))
 
 
 class Norms(Quantity):
@@ -204,6 +276,65 @@ def _norms(forms: PyTree) -> Float[Array, " n"]:
     """Return |g_n| over all forms of a tree, of which there is one at least."""
     leaves = jax.tree.leaves(forms, is_leaf=is_factored)
     return norms_of_all([form.norms() for form in leaves]) if leaves else everything(())
+
+
+def automatic(norms: Array, max_norm: float | Array) -> Array:
+    """Return max_norm / (|g_n| + 0.01), the weight of automatic clipping (Bu et al. 2022).
+
+    No gradient is left as it is, and only the product of max_norm and the learning rate matters.
+
+    Args:
+        norms: (N,), the |g_n|.
+        max_norm: the bound.
+    """
+    return max_norm / (norms + 0.01)
+
+
+def normalized(norms: Array, max_norm: float | Array) -> Array:
+    """Return max_norm / |g_n|, so that each gradient has the norm max_norm, but for one that is 0.
+
+    Args:
+        norms: (N,), the |g_n|.
+        max_norm: the bound.
+    """
+    return jnp.where(norms > 0, max_norm / jnp.where(norms > 0, norms, 1), 0)
+
+
+def next_max_norm(
+    max_norm: float | Array,
+    clipped: float | Array,
+    *,
+    quantile: float = 0.5,
+    rate: float = 0.2,
+) -> Array:
+    """Return the bound for the next step, on its way to a quantile of the norms.
+
+    max_norm exp(-rate (share unclipped - quantile)) (Andrew et al. 2021,
+    https://arxiv.org/abs/1905.03871). For differential privacy add noise to ``clipped`` before, and
+    account for it.
+
+    Args:
+        max_norm: the bound of this step.
+        clipped: the share of the examples that it clipped, of a ``ClippedMean`` or an ``Aux``.
+        quantile: which one, between 0 and 1.
+        rate: how far a step goes.
+
+    Example:
+        >>> import jaxprop as jp
+        >>> bound = 1.0
+        >>> for _ in range(2):
+        ...     bound = jp.quantity.next_max_norm(bound, 1.0)  # all were clipped
+        >>> print(f"{bound:.3f}")
+        1.221
+    """
+    for name, number in (("quantile", quantile), ("rate", rate)):
+        check_number(f"next_max_norm: {name}", number, finite=True)
+    unclipped = 1 - jnp.asarray(clipped, float)
+    return jnp.asarray(max_norm, float) * jnp.exp(-rate * (unclipped - quantile))
+
+
+def _is_measured(node: object) -> bool:
+    return isinstance(node, Measured)
 
 
 def _each(settled: PyTree, field: str) -> PyTree:

@@ -24,7 +24,7 @@ from jaxprop.core.loss import Loss
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import Quantity
-from jaxprop.quantity.clipping import Clipped
+from jaxprop.quantity.clipping import Clipped, Weight
 from jaxprop.quantity.curvature import DiagGGN, GGNRoot, KroneckerFactors
 from jaxprop.quantity.per_example import (
     FiniteLoss,
@@ -130,12 +130,13 @@ def noise_scale(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Fl
 def clipped_grad(
     net: Layer,
     loss: Loss,
-    max_norm: float,
-    noise_multiplier: float = 0.0,
+    max_norm: float | Array | PyTree,
+    noise_multiplier: float | Array = 0.0,
     *,
     per_layer: bool = False,
     two_pass: bool = False,
     drop_nonfinite: bool = False,
+    weight: Weight | None = None,
     micro_batches: int = 1,
     aux: bool = False,
 ) -> OfBatch[tuple[Any, Params]]:
@@ -150,13 +151,16 @@ def clipped_grad(
     Args:
         net: the network. A layer that couples the examples of a batch raises ``ValueError``.
         loss: the loss; ``value`` is its mean, not clipped.
-        max_norm: the bound on |g_n|, positive.
+        max_norm: the bound on |g_n|, positive; with ``per_layer`` also a tree with one where each
+            layer's params stand.
         noise_multiplier: the standard deviation of the noise of DP-SGD, in units of the bound
             (``jp.quantity.Clipped``). With more than 0, ``f`` takes a key, a new one each step.
         per_layer: whether each layer's part of g_n is bounded by max_norm by itself.
         two_pass: whether to walk back twice, which needs less memory through ``repeat``.
         drop_nonfinite: whether an example whose gradient is not finite counts as a gradient of 0,
             and one whose loss is not as a loss of 0.
+        weight: ``weight(norms, max_norm)`` in the place of min(1, max_norm / |g_n|), such as
+            ``jp.quantity.automatic`` or ``normalized``; max_norm stays the bound.
         micro_batches: into how many parts the batch is split. Noise is drawn once.
         aux: whether ``f`` returns ``((value, aux), grads)``, with a ``jp.Aux`` that holds the net's
             output, the norms, and the share of the examples that was clipped.
@@ -167,7 +171,9 @@ def clipped_grad(
         TypeError: ``f`` raises it for noise on params narrower than float32.
     """
     asked: dict[str, Quantity] = {
-        "mean": Clipped(max_norm, noise_multiplier, per_layer, two_pass, drop_nonfinite, norms=True)
+        "mean": Clipped(
+            max_norm, noise_multiplier, per_layer, two_pass, drop_nonfinite, True, weight
+        )
     }
     if aux:
         asked["y"] = Output()

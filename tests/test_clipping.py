@@ -1,0 +1,138 @@
+"""Other clippings: bounds for each layer, other weights, a bound that finds its quantile."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from table import Row, at, normal, relative_error
+
+import jaxprop as jp
+
+LOSS = jp.HalfSquaredError()
+NET = jp.chain(jp.Dense(4), jp.Tanh(), jp.repeat(jp.skip(jp.Dense(4)), 3), jp.Dense(2))
+PARAMS, X = at(Row(NET, normal(6, 3)))
+TARGET = normal(6, 2)
+EACH = jp.per_example_grads(NET, LOSS)(PARAMS, X, TARGET)
+
+
+def norms_of(tree):
+    return jnp.sqrt(sum((g**2).sum(tuple(range(1, g.ndim))) for g in jax.tree.leaves(tree)))
+
+
+def mean_of(tree, weights):
+    return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1) / len(weights), tree)
+
+
+def by_hand(bounds):
+    """Clipped by layer, and each layer of the stack by itself."""
+    first, middle, last = bounds
+    stack = EACH[2]
+    middle = jnp.broadcast_to(jnp.asarray(middle), (3,))
+    each = [jax.tree.map(lambda g, i=i: g[:, i], stack) for i in range(3)]
+    clipped = [
+        mean_of(part, jnp.minimum(1, bound / norms_of(part)))
+        for part, bound in [(EACH[0], first), *zip(each, middle, strict=True), (EACH[3], last)]
+    ]
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *clipped[1:4])
+    return (clipped[0], (), stacked, clipped[4])
+
+
+@pytest.mark.parametrize("middle", [0.3, jnp.array([0.1, 0.3, 0.9])], ids=["one", "each"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_bound_for_each_layer(middle, micro_batches):
+    bounds = (0.5, (), middle, 0.2)
+    f = jp.clipped_grad(
+        NET, LOSS, bounds, per_layer=True, aux=micro_batches == 1, micro_batches=micro_batches
+    )
+    value, grads = f(PARAMS, X, TARGET)
+    assert relative_error(grads, by_hand((0.5, middle, 0.2))) <= 1e-11
+    if micro_batches == 1:
+        _, aux = value
+        assert aux.norms[2].shape == (3, 6)
+        assert relative_error(aux.clipped[0], jnp.mean(norms_of(EACH[0]) > 0.5)) <= 1e-12
+        assert aux.clipped[2].shape == (3,)
+
+
+def test_equal_bounds_are_one_bound():
+    alike = jp.clipped_grad(NET, LOSS, (0.3, (), 0.3, 0.3), per_layer=True)(PARAMS, X, TARGET)
+    one = jp.clipped_grad(NET, LOSS, 0.3, per_layer=True)(PARAMS, X, TARGET)
+    assert relative_error(alike, one) <= 1e-12
+
+
+def test_noise_is_of_the_bound_of_all():
+    """sqrt(0.5^2 + 3 * 0.3^2 + 0.2^2) times the multiplier, by the number of examples."""
+    net = jp.chain(jp.Dense(200), jp.repeat(jp.Dense(200), 3), jp.Dense(200))
+    x = jnp.zeros((2, 200))
+    params = net.init(jax.random.key(0), x)
+    f = jp.clipped_grad(net, LOSS, (0.5, 0.3, 0.2), 2.0, per_layer=True)
+    noise = f(params, x, net(params, x), key=jax.random.key(1))[1]
+    want = 2.0 * np.sqrt(0.25 + 3 * 0.09 + 0.04) / 2
+    for leaf in jax.tree.leaves(noise)[::2]:
+        assert abs(float(leaf.std()) / want - 1) < 0.05
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_automatic_and_normalized(two_pass):
+    norms = norms_of(EACH)
+    for weight, factors in (
+        (jp.quantity.automatic, 0.7 / (norms + 0.01)),
+        (jp.quantity.normalized, 0.7 / norms),
+        (lambda norms, bound: jnp.exp(-norms) * bound, jnp.exp(-norms) * 0.7),
+    ):
+        f = jp.clipped_grad(NET, LOSS, 0.7, weight=weight, two_pass=two_pass)
+        want = mean_of(EACH, factors)
+        assert relative_error(f(PARAMS, X, TARGET)[1], want) <= 1e-11
+
+
+def test_no_weight_exceeds_the_bound():
+    f = jp.clipped_grad(NET, LOSS, 0.7, weight=lambda norms, bound: 1e6 * jnp.ones_like(norms))
+    want = mean_of(EACH, 0.7 / norms_of(EACH))
+    assert relative_error(f(PARAMS, X, TARGET)[1], want) <= 1e-11
+
+
+def test_a_gradient_of_zero_is_left_so_by_every_weight():
+    target = NET(PARAMS, X).at[1].set(0.0)
+    each = jp.per_example_grads(NET, LOSS)(PARAMS, X, target)
+    one = jax.tree.map(lambda g: g[1] / 6, each)
+    norm = norms_of(jax.tree.map(lambda g: g[None], one))[0] * 6
+    for weight in (jp.quantity.automatic, jp.quantity.normalized):
+        got = jp.clipped_grad(NET, LOSS, 0.7, weight=weight)(PARAMS, X, target)[1]
+        want = jax.tree.map(lambda g, w=weight: g * w(norm[None], 0.7)[0], one)
+        assert relative_error(got, want) <= 1e-11
+
+
+def test_the_bound_goes_to_its_quantile():
+    norms = jnp.asarray(np.random.default_rng(0).lognormal(size=400))
+    bound = 0.01
+    for _ in range(200):
+        bound = jp.quantity.next_max_norm(bound, jnp.mean(norms > bound), quantile=0.8)
+    assert abs(float(jnp.mean(norms <= bound)) - 0.8) < 0.02
+    step = jax.jit(lambda bound: jp.clipped_grad(NET, LOSS, bound, aux=True)(PARAMS, X, TARGET))
+    (_, aux), _ = step(jnp.asarray(0.5))
+    assert 0 <= float(jp.quantity.next_max_norm(0.5, aux.clipped)) < 1
+
+
+def test_bounds_of_a_function_s_modules():
+    def fn(params, x):
+        return jnp.tanh(x @ params["a"]["w"]) @ params["b"]["w"] + params["b"]["c"][None]
+
+    params = {"a": {"w": normal(3, 4)}, "b": {"w": normal(4, 2), "c": normal(2)}}
+    net = jp.function(fn)
+    each = jp.per_example_grads(net, LOSS)(params, X, TARGET)
+    got = jp.clipped_grad(net, LOSS, {"a": 0.3, "b": 0.5}, per_layer=True)(params, X, TARGET)[1]
+    for name, bound in (("a", 0.3), ("b", 0.5)):
+        want = mean_of(each[name], jnp.minimum(1, bound / norms_of(each[name])))
+        assert relative_error(got[name], want) <= 1e-11
+
+
+def test_mistakes_are_said():
+    with pytest.raises(ValueError, match="give a bound where each layer's params stand"):
+        jp.clipped_grad(NET, LOSS, (0.5, 0.2), per_layer=True)(PARAMS, X, TARGET)
+    with pytest.raises(TypeError, match="max_norm is a number"):
+        jp.clipped_grad(NET, LOSS, (0.5, 0.2))
+    with pytest.raises(ValueError, match="max_norm must be positive"):
+        jp.clipped_grad(NET, LOSS, (0.5, -0.2), per_layer=True)
+    with pytest.raises(TypeError, match="weight is a function"):
+        jp.clipped_grad(NET, LOSS, 0.5, weight=1.0)
+    with pytest.raises(ValueError, match="quantile"):
+        jp.quantity.next_max_norm(1.0, 0.5, quantile=-1)
