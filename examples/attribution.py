@@ -105,6 +105,8 @@ def main() -> None:
     )
     args = parser.parse()
     train_x, train_y, test_x, test_y = load(args.seed)
+    if args.removed > test_x.shape[1]:
+        parser.error(f"--removed: an image has {test_x.shape[1]} pixels")
     if args.digit >= len(test_x):
         parser.error(f"--digit: there are {len(test_x)} held-out images")
     train_x, test_x = (x.reshape(-1, 8, 8, 1) for x in (train_x, test_x))

@@ -4,9 +4,9 @@
     python examples/local_learning.py --rule ff --epochs 100
 
 Forward-forward (Hinton 2022, https://arxiv.org/abs/2212.13345): each layer learns by itself to give
-a large sum of squares for an image that has its right label written into it, and a small one for a
-wrong label. Each normalizes its input, so that the next one does not see how large the sum was. A
-digit is of the class whose label makes the sums largest.
+a large sum of squares for an image that stands beside its right label, and a small one for a wrong
+label. Each normalizes its input, so that the next one does not see how large the sum was. A digit
+is of the class whose label makes the sums of all layers but the first largest.
 
 Difference target propagation (Lee et al. 2015, https://arxiv.org/abs/1412.7525): each layer has a
 target of its own, to which an inverse, learned too, takes the target of the layer above back. The
@@ -90,7 +90,7 @@ def forward_forward(args: argparse.Namespace, pixels: int) -> Method:
             for block, (params, _) in zip(blocks, state, strict=True):
                 x = block(params, x)
                 each.append(jnp.mean(x**2, -1))
-            return sum(each)
+            return sum(each[1:] or each)
 
         return jax.vmap(squares)(jnp.arange(CLASSES)).argmax(0)
 

@@ -46,6 +46,8 @@ def directory(text: str) -> Path:
 def picture(text: str) -> Path:
     """Parse the path of a file to be written, in a directory that exists."""
     path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{path} must end with .png, .pdf or .svg")
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: no such directory")
     return path

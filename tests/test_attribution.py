@@ -335,6 +335,30 @@ def test_narrow_relevance_is_finite_at_black_pixels(dtype):
     np.testing.assert_allclose(got.astype(float), want, atol=0.05 * scale)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("rule", [rules.lrp_flat, rules.lrp_alpha_beta, rules.lrp_z_box])
+def test_large_scores_are_shared_out_in_narrow_numbers(rule, dtype):
+    net = rules.lrp(UNBIASED, {(0,): rule})
+    params = jax.tree.map(jnp.abs, init(net))
+    x = X.at[0, 1:4].set(0.0)
+    want = rules.relevance(net)(params, x, TARGET)
+    assert float(output(net, params, x, TARGET).max()) > 10
+    got = rules.relevance(net)(*jax.tree.map(lambda leaf: leaf.astype(dtype), (params, x)), TARGET)
+    np.testing.assert_allclose(got.astype(float), want, atol=0.05 * float(jnp.abs(want).max()))
+
+
+def test_rules_reach_what_is_shared():
+    inner = jp.chain(jp.Dense(5), jp.Relu())
+    net = jp.chain(jp.Dense(5), jp.shared(inner, 2), jp.Dense(3))
+    unrolled = jp.chain(jp.Dense(5), *(jp.Dense(5), jp.Relu()) * 2, jp.Dense(3))
+    params = init(net)
+    ((w, _), last) = params[1], params[2]
+    flat = (params[0], w, (), w, (), last)
+    for rule in (rules.guided_backprop, rules.deconvolution, rules.sign_symmetric, rules.lrp):
+        got = rules.saliency(rule(net))(params, X, TARGET)
+        close(got, rules.saliency(rule(unrolled))(flat, X, TARGET))
+
+
 def test_in_jit_vmap_and_of_one_example():
     params = init(MLP)
     for f in (rules.relevance(rules.lrp(MLP)), rules.integrated_gradients(MLP, steps=3)):
@@ -366,7 +390,11 @@ def test_mistakes_are_said():
         rules.saliency(MLP)(params, X, [1.0])
     text = jp.chain(jp.Embedding(7, 4), jp.GlobalAvgPool(), jp.Dense(3))
     ids = jnp.zeros((6, 3), int)
-    with pytest.raises(TypeError, match="behind its embedding"):
+    with pytest.raises(ValueError, match="from 0 to 2, not 3"):
+        rules.saliency(MLP)(params, X, TARGET.at[0].set(3))
+    with pytest.raises(ValueError, match="inference_mode"):
+        rules.lrp(jp.chain(jp.Dense(3), jp.BatchNorm()))
+    with pytest.raises(TypeError, match="explain what comes behind it"):
         rules.saliency(text)(text.init(jax.random.key(0), ids), ids, TARGET)
     with pytest.raises(ValueError, match="steps is at least 1"):
         rules.integrated_gradients(MLP, steps=0)

@@ -33,6 +33,11 @@ with jax.numpy_dtype_promotion("standard"):
     PARAMS = drawn(Mlp().init(jax.random.key(0), X))
 
 
+def by_jax(fn):
+    """The loss of a function of params, in plain JAX."""
+    return lambda p: -jnp.mean(jax.nn.log_softmax(fn(p, X))[jnp.arange(len(X)), TARGET])
+
+
 def of_ours(params):
     each = [params["params"][f"Dense_{i}"] for i in range(3)]
     (a, b, c) = [jp.AffineParams(p["kernel"], p["bias"]) for p in each]
@@ -96,7 +101,11 @@ def test_feedback_alignment_of_a_flax_model_trains():
     assert float(angles["Dense_2"]["kernel"]) < 1e-5
     assert 1 < float(angles["Dense_0"]["kernel"]) < 180
     by_rule = jp.value_and_grad(net, LOSS)(PARAMS, X, TARGET)[1]
-    close(jax.grad(jp.loss_fn(net, LOSS))(PARAMS, X, TARGET), by_rule)
+    close(jax.grad(by_jax(net.fn))(PARAMS), by_rule)
+    derivative = jax.grad(by_jax(Mlp().apply))(PARAMS)
+    close(jax.grad(jp.loss_fn(net, LOSS))(PARAMS, X, TARGET), derivative)
+    f = jp.custom_vjp(net)
+    close(jax.grad(by_jax(f))(PARAMS), by_rule)
     update = jp.make_update(net, LOSS, optax.adam(0.05), donate=False)
     params = drawn(PARAMS, 1)
     state = update.init(params)
@@ -294,7 +303,7 @@ def test_mistakes_are_said():
         value(rules.feedback_alignment)
     with pytest.raises(TypeError, match="of their own: use"):
         value(rules.kolen_pollack)
-    with pytest.raises(ValueError, match=r"is for no part of Module\.apply, in which there are"):
+    with pytest.raises(ValueError, match=r"is for no part of Module\.apply that"):
         value(rules.sign_symmetric, "conv")
     with pytest.raises(TypeError, match="takes a key"):
         value(functools.partial(rules.noisy_cotangent, deviation=1.0))
@@ -304,8 +313,19 @@ def test_mistakes_are_said():
         value(lambda layer: None)
     with pytest.raises(TypeError, match="by the name of"):
         value(rules.sign_symmetric, jax.lax.dot_general_p)
-    with pytest.raises(ValueError, match="has no matrix"):
+    with pytest.raises(TypeError, match="SignSymmetric is for products, and tanh does more"):
         value(rules.sign_symmetric, "tanh")
+    with pytest.raises(TypeError, match="name its products alone, such as 'Mlp/dot_general'"):
+        value(rules.sign_symmetric, "Mlp")
+    with pytest.raises(TypeError, match="a dict of a rule for each key"):
+        jp.function(Mlp().apply, rules=rules.sign_symmetric)
+    with pytest.raises(ValueError, match="that the rules before it leave"):
+        jp.value_and_grad(
+            jp.function(
+                Mlp().apply, rules={"Mlp": rules.stop_gradient, "tanh": rules.stop_gradient}
+            ),
+            LOSS,
+        )(PARAMS, X, TARGET)
 
     def classes(params, x):
         return jax.nn.one_hot(jnp.argmax(x @ params, -1), 3)
@@ -313,3 +333,169 @@ def test_mistakes_are_said():
     net = jp.function(classes, rules={"argmax": rules.straight_through})
     with pytest.raises((TypeError, ValueError), match=r"integers|shape"):
         jp.value_and_grad(net, LOSS)(normal(4, 3), X, TARGET)
+
+
+KEEPS = functools.partial(rules.scale_gradient, scale=1.0)
+DOUBLES = functools.partial(rules.scale_gradient, scale=2.0)
+
+
+@jax.custom_vjp
+def clipped_sign(w):
+    return jnp.sign(w)
+
+
+clipped_sign.defvjp(lambda w: (jnp.sign(w), w), lambda w, ct: (jnp.where(abs(w) <= 1, ct, 0),))
+
+
+def test_a_rule_on_params_alone_is_of_each_example():
+    """Binary weights whose cotangent passes in a range: what is an example's own stays so."""
+
+    def fn(params, x, sign=jnp.sign):
+        return jnp.tanh(x @ sign(params["w"])) @ params["v"]
+
+    params = {"w": normal(4, 6), "v": normal(6, 3)}
+    passing = functools.partial(rules.straight_through, passing=1.0)
+    net = jp.function(fn, rules={"sign": passing})
+    by_hand = functools.partial(fn, sign=clipped_sign)
+    each = jax.vmap(
+        jax.grad(lambda p, x, t: -jax.nn.log_softmax(by_hand(p, x[None])[0])[t]), (None, 0, 0)
+    )(params, X, TARGET)
+    close(jp.per_example_grads(net, LOSS)(params, X, TARGET), each)
+    mean = jax.tree.map(lambda g: g.mean(0), each)
+    close(jp.value_and_grad(net, LOSS)(params, X, TARGET)[1], mean)
+    close(jax.grad(by_jax(net.fn))(params), mean)
+    hold(net.fn, params, X, TARGET, LOSS, owned="w")
+
+
+def transposed(params, x):
+    return jnp.tanh(x @ params["w"].T) @ params["v"]
+
+
+def scoped(params, x):
+    with jax.named_scope("unit"):
+        w = params["w"] / jnp.sqrt((params["w"] ** 2).sum())
+    return jnp.tanh(x @ w.T) @ params["v"]
+
+
+@pytest.mark.parametrize(("fn", "key"), [(transposed, "transpose"), (scoped, "unit")])
+def test_a_rule_that_changes_nothing_on_params_alone(fn, key):
+    params = {"w": normal(6, 4), "v": normal(6, 3)}
+    hold(jp.function(fn, rules={key: KEEPS}).fn, params, X, TARGET, LOSS, owned="w")
+    got, want = (
+        jp.per_example_grads(jp.function(fn, rules=r), LOSS)(params, X, TARGET)
+        for r in ({key: KEEPS}, None)
+    )
+    close(got, want)
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.tanh(nn.Dense(4)(x))
+
+
+class Row(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = Inner()(x)
+        return nn.Dense(3)(x)
+
+
+def test_scopes_of_one_name_in_a_row_are_one_part_each():
+    model = Row()
+    params = drawn(model.init(jax.random.key(0), X))
+    plain, twice = (
+        jp.value_and_grad(jp.function(model.apply, rules=r), LOSS)(params, X, TARGET)[1]["params"]
+        for r in (None, {"Inner_0/Dense_0": DOUBLES, "Dense_0": DOUBLES})
+    )
+    for index, factor in enumerate((8, 4, 2)):
+        one, other = (g[f"Inner_{index}"]["Dense_0"]["kernel"] for g in (plain, twice))
+        close(other, factor * one)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("cell", [nn.SimpleCell, nn.GRUCell, nn.LSTMCell, nn.OptimizedLSTMCell])
+def test_a_scope_with_what_nobody_reads(cell):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.RNN(cell(4, param_dtype=jnp.float64))(x)[:, -1])
+
+    model, x = Model(), normal(5, 3, 4)
+    params = drawn(model.init(jax.random.key(0), x))
+    got, want = (
+        jp.per_example_grads(jp.function(model.apply, rules=r), LOSS)(params, x, TARGET)
+        for r in ({f"{cell.__name__}_0": KEEPS}, None)
+    )
+    close(got, want)
+
+
+def test_second_derivatives_are_those_of_the_rule():
+    params = PARAMS
+    for parts, ours in (
+        ({"dot_general": KEEPS}, OURS),
+        ({"dot_general": rules.sign_symmetric}, rules.sign_symmetric(OURS)),
+        (
+            {"tanh": DOUBLES},
+            functools.partial(rules.scale_gradient, scale=2.0, where=jp.Tanh)(OURS),
+        ),
+    ):
+        net = jp.function(Mlp().apply, rules=parts)
+
+        def of_layers(params, ours=ours):
+            return jp.value_and_grad(ours, LOSS)(of_ours(params), X, TARGET)[1][0].w
+
+        def of_walk(params, net=net):
+            grads = jp.value_and_grad(net, LOSS)(params, X, TARGET)[1]
+            return grads["params"]["Dense_0"]["kernel"]
+
+        def of_jax(params, net=net):
+            return jax.grad(by_jax(net.fn))(params)["params"]["Dense_0"]["kernel"]
+
+        want = jax.jacrev(of_layers)(params)
+        close(jax.jacrev(of_walk)(params), want, rtol=1e-8)
+        close(jax.jacrev(of_jax)(params), want, rtol=1e-8)
+
+
+def test_the_derivative_of_a_function_is_by_its_own_rules():
+    """Those of ``jax.custom_vjp`` in it, for ``jax.grad`` of the loss too."""
+
+    def fn(params, x):
+        return jnp.tanh(x @ clipped_sign(params["w"])) @ params["v"]
+
+    params, net = {"w": normal(4, 6), "v": normal(6, 3)}, jp.function(fn)
+    want = jax.grad(lambda p: -jnp.mean(jax.nn.log_softmax(fn(p, X))[jnp.arange(5), TARGET]))(
+        params
+    )
+    for of in (jax.grad(jp.loss_fn(net, LOSS)), lambda *a: jp.autodiff(net, LOSS)(*a)[1]):
+        close(of(params, X, TARGET), want)
+    close(jp.value_and_grad(net, LOSS)(params, X, TARGET)[1], want)
+
+    def smooth(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    loss = functools.partial(jp.loss_fn(jp.function(smooth), LOSS), x=X, target=TARGET)
+    _, forward_mode = jax.jvp(loss, (params,), (params,))
+    each = jax.tree.map(lambda a, b: (a * b).sum(), jax.grad(loss)(params), params)
+    dot = sum(jax.tree.leaves(each))
+    close(forward_mode, dot)
+
+
+def test_attention_by_feedback():
+    """Products of data have no matrix, so that all products are the projections."""
+
+    class Attending(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.MultiHeadDotProductAttention(2, name="attention")(x)
+            return nn.Dense(3)(x.mean(1))
+
+    model, x = Attending(), normal(5, 3, 4)
+    params = drawn(model.init(jax.random.key(0), x))
+    names = [f"attention/{name}/dot_general" for name in ("query", "key", "value", "out")]
+    net = jp.function(model.apply, rules=dict.fromkeys(names, rules.sign_symmetric))
+    hold(net.fn, params, x, TARGET, LOSS, owned="bias", zero="key/bias")
+    whole = jp.function(model.apply, rules={"attention/dot_general": rules.sign_symmetric})
+    got, want = (jp.value_and_grad(f, LOSS)(params, x, TARGET)[1] for f in (whole, net))
+    close(got, want)

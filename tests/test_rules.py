@@ -228,6 +228,11 @@ def test_explained_and_clipped_by_layer():
         assert sum(leaf.size for leaf in jax.tree.leaves(factors)) > 100
 
 
+def test_top_k_of_what_is_masked():
+    x = jnp.array([[1.0, -jnp.inf, 3.0]])
+    np.testing.assert_array_equal(rules.top_k(x, 1), [[0, 0, 3]])
+
+
 def test_where_selects_by_class_predicate_and_path():
     def changed(net):
         return [type(layer).__name__ for layer in net.layers]
@@ -244,7 +249,7 @@ def test_where_selects_by_class_predicate_and_path():
     assert changed(inner.layers[0].layer)[-1] == "SignSymmetric"
     with pytest.raises(ValueError, match=r"where=.* is no layer of"):
         rule(where=(7,))
-    with pytest.raises(TypeError, match="a predicate of a layer, a class of layers, or a path"):
+    with pytest.raises(TypeError, match="a predicate of a layer, a class of layers or a tuple"):
         rule(where="Dense")
     with pytest.raises(ValueError, match=r"Tanh.* has no matrix for feedback"):
         init(rules.feedback_alignment(NET, where=jp.Tanh))

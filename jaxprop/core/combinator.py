@@ -243,11 +243,6 @@ def map_layers(net: Layer, f: Callable[[Layer], Layer]) -> Layer:
     return f(net)
 
 
-def plain(net: Layer) -> Layer:
-    """Return the same net for autodiff: without the rules that stand in what its layers run."""
-    return map_layers(net, lambda layer: layer.plain())
-
-
 @contextmanager
 def in_layer(name: int | str, layer: Layer) -> Iterator[None]:
     """Say in which layer an error arose, and name its operations so in profiles and HLO."""

@@ -214,13 +214,6 @@ class Layer(Static):
         del params
         return given
 
-    def plain(self) -> Layer:
-        """Return the layer whose ``forward`` autodiff takes the derivative of.
-
-        It is the layer itself, unless other rules stand in what ``forward`` runs.
-        """
-        return self
-
     def rounded(self, params: Params, dtype: Any) -> Params:
         """Return params as ``jp.cast`` computes with them: floating ones in dtype."""
         return rounded(params, dtype)

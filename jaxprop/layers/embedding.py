@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jaxprop.core.arrays import of_indices, weighted, wide
 from jaxprop.core.checks import check_counts
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, OfX, Outer, gram, mean_of_real, of_real
+from jaxprop.core.forms import Factored, OfX, Outer, Sides, gram, mean_of_real, of_real, through
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.serialization import serializable
@@ -68,6 +68,32 @@ class Rows(Factored):
             return jnp.einsum("tms,td,msd->m", same.astype(ct.dtype), one[1], ct)
 
         return jax.lax.map(with_all, (ids, ct))
+
+    def products_with(self, other: Factored) -> Float[Array, "n m"]:
+        """Return sum_ts [ids_nt = ids_ms] ct_nt . ct_ms."""
+        if not isinstance(other, Rows):
+            return super().products_with(other)
+        ids, ct = other._sequences()
+
+        def with_all(one: tuple[Array, Array]) -> Array:
+            same = one[0][:, None, None] == ids[None]
+            return jnp.einsum("tms,td,msd->m", same.astype(ct.dtype), one[1], ct)
+
+        return jax.lax.map(with_all, self._sequences())
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.vocab, self.ct.shape[-1]
+
+    def projected(self, sides: Sides) -> Float[Array, "n k l"]:
+        """Return the sum over positions of left[id] (outer) ct right."""
+        if sides.left is None:
+            return jax.lax.map(
+                lambda one: through(self._table(*one), sides.right), self._sequences()
+            )
+        ids, ct = self._sequences()
+        rows = sides.left.astype(ct.dtype)[jnp.clip(ids, 0, self.vocab - 1)]
+        return jnp.einsum("ntk,ntl->nkl", rows, through(ct, sides.right))
 
     def squares(self) -> Float[Array, "n t d"]:
         ids, ct = self._sequences()

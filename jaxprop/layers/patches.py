@@ -15,7 +15,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import known, sum_over, weighted, wide
-from jaxprop.core.forms import Factored, OfX, Outer, count_of, gram, norms_of_all, of_real
+from jaxprop.core.forms import (
+    Factored,
+    OfX,
+    Outer,
+    Sides,
+    count_of,
+    gram,
+    norms_of_all,
+    of_real,
+    through,
+)
 from jaxprop.core.mesh import by_xla, is_explicit
 from jaxprop.core.serialization import serializable
 from jaxprop.layers.windows import Windows
@@ -78,6 +88,34 @@ class Patches(Factored):
 
     def inner_products(self) -> Float[Array, "n n"]:
         return self._outers(Outer.inner_products, self.x, self.ct).sum(axis=0)
+
+    def products_with(self, other: Factored) -> Float[Array, "n m"]:
+        if not isinstance(other, Patches) or other.windows != self.windows:
+            return super().products_with(other)
+
+        def of_groups(form: Patches) -> Outer:
+            ct = jnp.moveaxis(_in_groups(form.ct, form.groups), 2, 0)
+            return Outer(_patches(form.x, form.windows, form.groups), ct)
+
+        pair = of_groups(self), of_groups(other)
+        return jax.vmap(lambda a, b: a.products_with(b))(*pair).sum(axis=0)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.windows.taps * (self.x.shape[-1] // self.groups), self.ct.shape[-1]
+
+    def projected(self, sides: Sides) -> Float[Array, "n k l"]:
+        """Return (patches left)^T (ct right), with the patches of a block of examples at a time."""
+
+        def of_examples(x: Array, ct: Array) -> Array:
+            patches = _patches(wide(x), self.windows, self.groups)
+            ct = jnp.moveaxis(_in_groups(wide(ct), self.groups), 2, 0)
+            outs = jnp.eye(self.ct.shape[-1]) if sides.right is None else sides.right
+            right = outs.reshape(self.groups, ct.shape[-1], outs.shape[-1])
+            seen = ct @ right.astype(ct.dtype)[:, None]
+            return jnp.einsum("gntk,gntl->nkl", through(patches, sides.left), seen)
+
+        return self._in_blocks(functools.partial(_stacked, of_examples), self.x, self.ct)
 
     def squares(self) -> Array:
         def squares(x: Array, ct: Array) -> Array:

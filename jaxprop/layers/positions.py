@@ -53,6 +53,12 @@ class Leading(Factored):
     def inner_products(self) -> Float[Array, "n n"]:
         return Stacked(self.ct).inner_products()
 
+    def products_with(self, other: Factored) -> Float[Array, "n m"]:
+        if not isinstance(other, Leading):
+            return super().products_with(other)
+        rows = min(self.ct.shape[1], other.ct.shape[1])
+        return Stacked(self.ct[:, :rows]).products_with(Stacked(other.ct[:, :rows]))
+
     def squares(self) -> Float[Array, "r ..."]:
         return self._padded(Stacked(self.ct).squares())
 

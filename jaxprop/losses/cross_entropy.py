@@ -218,7 +218,8 @@ class CrossEntropy(Loss):
 def _softmax(residuals: Residuals) -> Logits:
     y, top, total, *_ = residuals
     logits = wide(y)
-    return jnp.exp(jnp.where(logits == top, 0, logits - top)) / total
+    infinite = (logits == top) & jnp.isinf(logits)  # else the top too has a derivative
+    return jnp.exp(jnp.where(infinite, 0, logits - top)) / total
 
 
 def _less_one(p: Logits, at: Array) -> Logits:

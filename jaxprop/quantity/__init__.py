@@ -4,7 +4,7 @@ Each is asked for by ``jp.quantities(net, loss, name=Quantity())``, and most hav
 their own, such as ``jp.per_example_sq_norms``.
 """
 
-from jaxprop.core.forms import Kronecker
+from jaxprop.core.forms import Kronecker, Sides
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import PerExample, Quantity
 from jaxprop.quantity.clipping import Clipped, ClippedMean, automatic, next_max_norm, normalized
@@ -20,6 +20,7 @@ from jaxprop.quantity.per_example import (
     SqNorms,
     Variance,
 )
+from jaxprop.quantity.projected import Projected, principal
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source
 
 __all__ = [
@@ -40,12 +41,15 @@ __all__ = [
     "Output",
     "PerExample",
     "PerExampleGrads",
+    "Projected",
     "Quantity",
     "SecondMoment",
+    "Sides",
     "Source",
     "SqNorms",
     "Variance",
     "automatic",
     "next_max_norm",
     "normalized",
+    "principal",
 ]

@@ -113,7 +113,8 @@ class Clipped(Quantity):
 
     def __post_init__(self) -> None:
         check_flags(self, "per_layer", "two_pass", "drop_nonfinite", "norms")
-        for leaf in jax.tree.leaves(self.max_norm) if self._by_tree else [self.max_norm]:
+        leaves: list[Any] = jax.tree.leaves(self.max_norm) if self._by_tree else [self.max_norm]
+        for leaf in leaves:
             of_layers = self._by_tree and getattr(leaf, "ndim", 0) == 1
             for bound in leaf if of_layers else [leaf]:
                 check_number("max_norm", bound, positive=True, finite=True)

@@ -36,6 +36,7 @@ from jaxprop.quantity.per_example import (
     SqNorms,
     Variance,
 )
+from jaxprop.quantity.projected import Projected
 from jaxprop.quantity.together import together
 
 
@@ -250,6 +251,33 @@ def ggn_root(
         micro_batches: into how many parts the batch is split. Each draws anew.
     """
     return _exact_or_sampled("ggn_root", net, loss, GGNRoot(), GGNRoot(samples), micro_batches)
+
+
+def projected_grads(
+    net: Layer,
+    loss: Loss,
+    rank: int | None = None,
+    *,
+    key: Array | None = None,
+    sides: PyTree = None,
+    micro_batches: int = 1,
+) -> OfBatch[PyTree]:
+    """Return ``f(params, x, target)``, each example's gradient through two thin matrices a param.
+
+    Like params, with (N, K L) at each leaf: left^T g_n right, which is never larger
+    (``jp.quantity.Projected``). The gradients of two batches are compared by the inner products of
+    these rows, for the same key.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        rank: how many columns a random matrix has.
+        key: what they are drawn from, the same for all that is compared.
+        sides: given matrices instead, such as those of ``jp.quantity.principal``.
+        micro_batches: into how many parts the batch is split.
+    """
+    asked = Projected(rank, key, sides)
+    return _alone("projected_grads", net, loss, asked, micro_batches)
 
 
 def _alone(

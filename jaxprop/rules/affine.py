@@ -16,11 +16,13 @@ from jax import Array
 from jaxprop.core.arrays import wide
 from jaxprop.core.checks import check_number
 from jaxprop.core.combinator import Wrapper
+from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Cotangent, Params, Residuals
 from jaxprop.layers import Conv, ConvTranspose, Dense
 from jaxprop.rules.feedback import is_matrix
 from jaxprop.rules.select import Where, with_rule
+from jaxprop.traced.part import Part
 
 Term: TypeAlias = tuple[Params, Array]
 AFFINE = (Dense, Conv, ConvTranspose)
@@ -33,7 +35,8 @@ def nonzero(z: Array, dtype: Any = None) -> Array:
         z: an array.
         dtype: a narrower dtype for the tiny number to be one of.
     """
-    tiny = max(1e-12, float(jnp.finfo(dtype or z.dtype).tiny))
+    narrow = jnp.finfo(dtype or z.dtype).maxexp < 32  # float16: R by it is to stay below 65504
+    tiny = 2.0**-9 if narrow else 1e-12
     return jnp.where(jnp.abs(z) < tiny, jnp.where(z < 0, -tiny, tiny), z)
 
 
@@ -53,6 +56,8 @@ class Relevance(Wrapper):
         """Return R_x, for R_y."""
 
     def forward(self, params: Params, x: Array) -> tuple[Array, Residuals]:
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{self} shares out the relevance of one x, not of {shapes(x)}")
         y, residuals = self.layer.forward(params, x)
         return y, (x, y, residuals)
 
@@ -60,7 +65,9 @@ class Relevance(Wrapper):
         x, y, inner = residuals
         d_params, _ = self.layer.backward(params, inner, ct)
         shared = self.shared(params, x, wide(nonzero(y)) * wide(ct))
-        return d_params, (shared / wide(nonzero(x))).astype(x.dtype)
+        most = float(jnp.finfo(x.dtype).max)
+        d_x = jnp.clip(shared / wide(nonzero(x)), -most, most)
+        return d_params, d_x.astype(x.dtype)
 
     def inside(self, residuals: Residuals) -> tuple[Layer, Residuals]:
         return self.layer, residuals[2]
@@ -70,6 +77,11 @@ class Affine(Relevance):
     """f affine, by terms f(p_i, x_i) with sum z: R_x = sum_i x_i f(p_i)^T (R_y / z)."""
 
     epsilon: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer, Part):
+            self.layer.check_affine(type(self).__name__)
 
     @abc.abstractmethod
     def groups(self, params: Params, x: Array) -> list[tuple[float, Sequence[Term]]]:

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxprop.core.arrays import sum_over, wide
 from jaxprop.core.batch import Batch
-from jaxprop.core.checks import check_count, check_number, require
+from jaxprop.core.checks import check_count, check_number, check_values, require
 from jaxprop.core.combinator import Wrapper
 from jaxprop.core.describe import shapes
 from jaxprop.core.functions import of_batch
@@ -186,10 +186,10 @@ def _attribution(name: str, net: Layer, of: Callable[[Params, Batch], PyTree]) -
 
     def checked(params: Params, batch: Batch) -> PyTree:
         for leaf in jax.tree.leaves(batch.x):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            if not jnp.issubdtype(getattr(leaf, "dtype", None) or int, jnp.floating):
                 raise TypeError(
-                    f"{name}: x is {shapes(batch.x)}, and integers have no cotangent: explain the "
-                    "net behind its embedding, jp.chain(*net.layers[1:]), with params[1:]"
+                    f"{name} takes x as floating arrays, not {shapes(batch.x)}; of a net that "
+                    "begins with an embedding, explain what comes behind it"
                 )
         return of(params, batch)
 
@@ -207,6 +207,8 @@ def _explained(y: PyTree, target: Any) -> Cotangent:
         return jax.tree.map(jnp.ones_like, y)
     if hasattr(y, "shape") and jnp.issubdtype(getattr(target, "dtype", float), jnp.integer):
         if y.ndim == 2 and jnp.shape(target) == y.shape[:1]:
+            words = f"a target of an output is from 0 to {y.shape[1] - 1}"
+            check_values(words, target, lambda t: (t >= 0) & (t < y.shape[1]))
             return jax.nn.one_hot(target, y.shape[1], dtype=y.dtype)
         words = f"y is {shapes(y)}"
         raise ValueError(f"integer targets are (N,), for a y (N, C); but {words}, {shapes(target)}")

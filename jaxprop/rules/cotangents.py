@@ -77,6 +77,10 @@ class StopGradient(Changed):
 class ClipCotangent(Changed):
     """d_x bounded: each entry by max_value, or each example's norm by max_norm.
 
+    d_x is of what is asked for: for the gradient of the mean over N examples it is 1/N of that of
+    an example's own loss, which per-example quantities and clipping ask for, and so its bound means
+    N times as much; with ``micro_batches`` N is that of a part.
+
     Attributes:
         max_value: the largest |entry|, or None.
         max_norm: the largest |d_x_n|, over all leaves of x, or None.
@@ -112,6 +116,8 @@ class ClipCotangent(Changed):
 
 class QuantizeCotangent(Changed):
     """d_x rounded to a narrower dtype and back, of which it keeps the largest number.
+
+    As in ``ClipCotangent`` d_x is 1/N of an example's own where the mean over N is asked for.
 
     Attributes:
         dtype: the name of a floating dtype.
@@ -211,6 +217,9 @@ def clip_cotangent(
     where: Where | None = None,
 ) -> Layer:
     """Return the layer that hands back a bounded d_x: each entry, or each example's norm.
+
+    d_x holds the 1/N of the mean over N examples where that is what is asked for, as in
+    ``jp.value_and_grad`` and updates, and not in per-example quantities.
 
     Args:
         layer: the layer, or a net.

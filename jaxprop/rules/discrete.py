@@ -90,4 +90,4 @@ def one_hot_argmax(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
 def top_k(x: Float[Array, "... d"], k: int) -> Float[Array, "... d"]:
     """Return x with its k largest entries along the last axis, and 0 elsewhere."""
     _, kept = jax.lax.top_k(x, k)
-    return x * jax.nn.one_hot(kept, x.shape[-1], dtype=x.dtype).sum(axis=-2)
+    return jnp.where(jax.nn.one_hot(kept, x.shape[-1], dtype=bool).any(axis=-2), x, 0)

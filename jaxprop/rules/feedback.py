@@ -20,7 +20,7 @@ from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import Unlearned, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.layers import Conv, ConvTranspose, Dense, Gru, Lstm, Rnn
-from jaxprop.rules.select import Where, with_rule
+from jaxprop.rules.select import Rule, Where, with_rule
 from jaxprop.traced.part import Part
 
 MATRICES = (Dense, Conv, ConvTranspose, Rnn, Lstm, Gru)
@@ -59,6 +59,8 @@ class Feedback(Wrapper):
                 f"{self.layer} walks back through its own trace, in which its params stand: no "
                 "others can be put in their place"
             )
+        if isinstance(self.layer, Part):
+            self.layer.check_affine(type(self).__name__)
 
     def _own(self, params: Params) -> Params:
         return params
@@ -231,10 +233,10 @@ def feedback_alignment(net: Layer, *, seed: int | None = None, where: Where = MA
         ((8, 3), (8, 3))
     """
     if seed is None:
-        return with_rule(net, FeedbackAlignment, where)
+        return _with(net, FeedbackAlignment, where)
     check_count("feedback_alignment: seed", seed, least=0)
     numbers = itertools.count(net.number if isinstance(net, Part) else 0)
-    return with_rule(net, lambda layer: Seeded(layer, seed, next(numbers)), where)
+    return _with(net, lambda layer: Seeded(layer, seed, next(numbers)), where)
 
 
 def kolen_pollack(net: Layer, *, where: Where = MATRICES) -> Layer:
@@ -246,7 +248,7 @@ def kolen_pollack(net: Layer, *, where: Where = MATRICES) -> Layer:
         net: as in ``feedback_alignment``.
         where: likewise.
     """
-    return with_rule(net, KolenPollack, where)
+    return _with(net, KolenPollack, where)
 
 
 def sign_symmetric(net: Layer, *, magnitude: str = FORWARD, where: Where = MATRICES) -> Layer:
@@ -257,7 +259,14 @@ def sign_symmetric(net: Layer, *, magnitude: str = FORWARD, where: Where = MATRI
         magnitude: "uniform" for the signs alone; "forward" for signs with the norm of w.
         where: as in ``feedback_alignment``.
     """
-    return with_rule(net, lambda layer: SignSymmetric(layer, magnitude), where)
+    return _with(net, lambda layer: SignSymmetric(layer, magnitude), where)
+
+
+def _with(net: Layer, rule: Rule, where: Where) -> Layer:
+    """Return the net with the rule; a product of data alone, as in attention, has no matrix."""
+    if isinstance(net, Part) and net.of_data:
+        return net
+    return with_rule(net, rule, where)
 
 
 def is_matrix(leaf: Any) -> bool:

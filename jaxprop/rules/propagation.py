@@ -144,6 +144,8 @@ def lrp(net: Layer, rules: Mapping[Where, Rule] | None = None) -> Layer:
 
 def _by_default(layer: Layer) -> Layer:
     inner = seen_through(layer)
+    if layer.batch_coupled:
+        raise ValueError(f"lrp: {layer} is in training; take jp.rules.lrp(jp.inference_mode(net))")
     if isinstance(inner, BY_DERIVATIVE):
         return layer
     for kinds, rule in DEFAULTS.items():

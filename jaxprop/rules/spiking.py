@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import known, wide
 from jaxprop.core.checks import check_flags, check_number, check_share, check_x
+from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Stacked
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
@@ -73,12 +74,12 @@ class Spike(Layer):
         return (x > 0).astype(x.dtype), x
 
     def backward(self, params: Array | tuple[()], x: X, ct: X) -> tuple[Stacked | tuple[()], X]:
-        k = jnp.asarray(self.slope if isinstance(params, tuple) else params, x.dtype)
-        h = SURROGATES[self.surrogate](k * x)
-        d_x = ct * (k * h)
+        k = jnp.asarray(self.slope if isinstance(params, tuple) else params, wide(x).dtype)
+        h = SURROGATES[self.surrogate](k * wide(x))
+        d_x = (wide(ct) * (k * h)).astype(x.dtype)
         if isinstance(params, tuple):
             return (), d_x
-        each = wide(ct) * wide(x * h)  # x h first: it is small where x is large
+        each = wide(ct) * (wide(x) * h)  # x h first: it is small where x is large
         return Stacked(each.sum(axis=tuple(range(1, x.ndim)))), d_x
 
 
@@ -124,6 +125,8 @@ class Lif(Layer):
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, T, ...")
+        if known(lambda: x.shape[1] == 0):
+            raise ValueError(f"{self} takes x of at least one step, not {shapes(x)}")
         return ()
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
@@ -139,13 +142,12 @@ class Lif(Layer):
         return _fires(v, c), v
 
     def backward(self, params: tuple[()], v: X, ct: X) -> tuple[tuple[()], X]:
-        b, c, k = (
-            jnp.asarray(number, v.dtype) for number in (self.decay, self.threshold, self.slope)
-        )
+        b, c = (jnp.asarray(number, v.dtype) for number in (self.decay, self.threshold))
+        k = jnp.asarray(self.slope, wide(v).dtype)
 
         def step(later: X, here: tuple[X, X]) -> tuple[X, X]:
             v, ct = here
-            g = k * SURROGATES[self.surrogate](k * (v - c))
+            g = (k * SURROGATES[self.surrogate](k * wide(v - c))).astype(v.dtype)
             d_s = ct - c * later if self.reset else ct
             a = g * d_s + b * later
             return a, a

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -65,9 +64,6 @@ class Function(Layer):
     def is_linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.is_derivative  # what the rules are is known where the function is traced
 
-    def plain(self) -> Layer:
-        return dataclasses.replace(self, fn=self.fn.fn) if isinstance(self.fn, Ruled) else self
-
     def __post_init__(self) -> None:
         for name in ("fn", "init_fn"):
             value: Any = getattr(self, name)
@@ -120,7 +116,9 @@ class Function(Layer):
         check_uncoupled_function(self.fn, repr(self), arrays(params), x)
         warn_of_large_shares(repr(self), one, params, jax.tree.leaves(x)[0].shape[0])
         with _noted(self):
-            return walk_ahead(one, x)
+            y, walked = walk_ahead(one, x)
+        plain = self.fn.fn if isinstance(self.fn, Ruled) else self.fn
+        return _derived(plain, params, x, y), walked
 
     def backward(self, params: Params, residuals: Walked, ct: Cotangent) -> tuple[Params, PyTree]:
         return self.walk(params, residuals, ct, lambda step: step.d_params)
@@ -195,11 +193,13 @@ def function(
         rules: other backward rules for parts of the function, which is not touched: for each key a
             function of a layer, such as those of ``jp.rules``. A key is the name of a primitive
             ("dot_general"), of a function that is compiled or has a rule of its own ("relu"), or of
-            a scope, such as a Flax module's ("Dense_0"), which is then one layer; scopes may stand
-            in front ("Block_1/Dense_0/dot_general"). The part's x is what it takes of what depends
+            a scope, such as a Flax module's ("Dense_0"), which is then one layer (and one that
+            is entered twice in a row under the same names is one, too); scopes may stand in
+            front ("Block_1/Dense_0/dot_general"). The part's x is what it takes of what depends
             on x, its params are the rest; where it takes nothing of x they are its x. The rule is
             for the cotangent of the part's x: params have their own derivative for the cotangent
             that comes there. It has no params of its own: ``feedback_alignment`` takes a ``seed``.
+            As for any layer with another rule, ``jax.grad`` of ``jp.loss_fn`` is the derivative.
 
     Raises:
         TypeError: for what is not a function, and a rule that needs what a part has not.
@@ -215,7 +215,34 @@ def function(
         >>> jp.per_example_sq_norms(net, jp.Mean())(params, batch).shape
         (3,)
     """
-    return Function(fn if not rules else Ruled(fn, tuple(rules.items())), init)
+    if rules is None:
+        return Function(fn, init)
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"function: rules are a dict of a rule for each key, not {given(rules)}")
+    return Function(Ruled(fn, tuple(rules.items())), init)
+
+
+def _derived(fn: Fn, params: Params, x: PyTree, y: PyTree) -> PyTree:
+    """Return y, which fn gives for these examples, with the derivative of fn for who asks for it.
+
+    What was tapped is differentiated on the way: a derivative of that would be a second one, which
+    sees nothing of the rules that ``jax.custom_vjp`` put into fn.
+    """
+
+    @jax.custom_jvp
+    def found(params: Params, x: PyTree, y: PyTree) -> PyTree:
+        del params, x
+        return y
+
+    def alone(params: Params, x: PyTree) -> PyTree:
+        y = fn(arrays(params), jax.tree.map(lambda leaf: leaf[None], x))
+        return jax.tree.map(lambda leaf: leaf[0] if jnp.ndim(leaf) else leaf, y)
+
+    @found.defjvp
+    def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
+        return jax.jvp(jax.vmap(alone, (None, 0)), primals[:2], tangents[:2])
+
+    return found(params, x, y)
 
 
 def _stand_in(leaf: Any) -> Any:

@@ -155,6 +155,11 @@ def _passed_on(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
     return [view.moved(None, lambda value: evaluate(equation, [y, value])[0])]
 
 
+def _cut(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
+    """A view that is cut off is its value: the walk is not by params, and a further one may be."""
+    return list(map(bare, ins)) if rule_of(equation) == "cut" else None
+
+
 def is_floating(value: Any) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
@@ -181,6 +186,7 @@ MOVING: dict[str, Step] = {
     "mul": TIMES,
     "div": _scaling(lambda factor: 1 / factor),
     "neg": _negated,
+    "custom_jvp_call": _cut,
     "custom_vjp_call": _passed_on,
     "custom_vjp_call_jaxpr": _passed_on,
 }

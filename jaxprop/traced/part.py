@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.describe import shapes
@@ -25,17 +27,29 @@ class Part(Layer):
         name: the rule's key.
         number: which of the parts with a rule it is.
         run: the function of one example, without an axis for it.
+        others: the names of the primitives in it that are not linear in x, whatever else it takes.
+        of_data: whether it is of several data, and of nothing else: attention's scores, say.
     """
 
     name: str
     number: int
     run: Callable[[Params, PyTree], PyTree]
+    others: tuple[str, ...] = ()
+    of_data: bool = False
 
     def __repr__(self) -> str:
         return self.name
 
     def init(self, key: Array, x: PyTree) -> Params:
         raise TypeError(f"{self} is a part of a function, and its params are of that")
+
+    def check_affine(self, rule: str) -> None:
+        """Raise ``TypeError`` for a part that is not affine in x, which the rule is for."""
+        if self.others:
+            raise TypeError(
+                f"{rule} is for products, and {self} does more ({', '.join(self.others)}): name "
+                f"its products alone, such as '{self}/dot_general'"
+            )
 
     def check_params(self, params: Params, x: PyTree) -> None:
         """Take what the function gives."""
@@ -55,27 +69,34 @@ class Part(Layer):
         return d_params, structure.unflatten(placed(d_some, moving, [None] * len(moving)))
 
 
-def turned(layer: Layer, params: Params, x: PyTree, y: PyTree) -> PyTree:
-    """Return y, whose cotangent goes to x by the layer's backward, and on to what made y.
+def turned(layer: Layer, params: Params, x: PyTree, run: Callable[..., PyTree]) -> PyTree:
+    """Return y = run(params, x), whose cotangent goes to x by the layer's backward.
+
+    That for the params is their own: y is run of an x that is cut off.
 
     Args:
         layer: of a batch of one.
-        params: its params.
+        params: what it takes beside x.
         x: its x, without an axis for the example.
-        y: its y, made of an x that has no cotangent.
+        run: what it does.
     """
-    if not all(map(is_inexact, jax.tree.leaves(y))):
+    fixed, apart = jax.tree.map(lambda leaf: cut(leaf) if is_inexact(leaf) else leaf, (params, x))
+    y = run(params, apart)
+    leaves = jax.tree.leaves(y)
+    if not leaves:
+        return y
+    if not all(map(is_inexact, leaves)):
         raise ValueError(f"function: {layer} gives {shapes(y)}, and integers have no cotangent")
-    if _passes_on(layer, params, x, y):
+    if _passes_on(layer, fixed, x, y):
         return passed_on(y, x)
 
     @jax.custom_vjp
     def by_layer(params: Params, x: PyTree, y: PyTree) -> PyTree:
-        del params, x
-        return y
+        del params
+        return jax.tree.map(lambda leaf: _beside(leaf, x), y)
 
     def ahead(params: Params, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        y = by_layer(params, x, y)  # so that what differentiates this way forward takes the rule
+        y = jax.tree.map(lambda leaf: _beside(leaf, x), y)
         return y, (params, layer.forward(params, _alone(x))[1])
 
     def back(saved: PyTree, ct: Cotangent) -> tuple[None, PyTree, Cotangent]:
@@ -84,7 +105,34 @@ def turned(layer: Layer, params: Params, x: PyTree, y: PyTree) -> PyTree:
         return None, jax.tree.map(lambda leaf: leaf[0], d_x), ct
 
     by_layer.defvjp(ahead, back)
-    return by_layer(params, x, y)
+    return by_layer(fixed, x, y)
+
+
+@jax.custom_jvp
+def cut(x: Any) -> Any:
+    """Return x, of which the innermost derivative is 0; further ones are those of x.
+
+    Of a view of params it is the value, without a share of the example's own.
+    """
+    return x
+
+
+@cut.defjvp
+def _cut_off(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    (x,), (tangent,) = primals, tangents
+    return x, jax.tree.map(jnp.zeros_like, tangent)
+
+
+def _beside(y: Array, x: PyTree) -> Array:
+    """Return y as a value of each example of which x is one.
+
+    Of params, an x may be an example's own where y is the same for all; a cotangent of such a y
+    would be of all examples together.
+    """
+    for leaf in filter(is_inexact, jax.tree.leaves(x)):
+        never = jnp.zeros((), bool)
+        y = y + jnp.where(never, leaf.ravel()[:1].sum(), 0).astype(y.dtype)
+    return y
 
 
 def _passes_on(layer: Layer, params: Params, x: PyTree, y: PyTree) -> bool:
@@ -106,12 +154,11 @@ def _passes_on(layer: Layer, params: Params, x: PyTree, y: PyTree) -> bool:
 @jax.custom_vjp
 def passed_on(y: Array, x: Array) -> Array:
     """Return y, whose cotangent is that of x too: of a view of params it is a view (``moving``)."""
-    del x
-    return y
+    return _beside(y, x)
 
 
 def _passed_on_ahead(y: Array, x: Array) -> tuple[Array, tuple[()]]:
-    return passed_on(y, x), ()
+    return _beside(y, x), ()
 
 
 def _passed_on_back(saved: tuple[()], ct: Array) -> tuple[Array, Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -32,6 +33,14 @@ from jaxprop.traced.taps import is_inexact
 
 Rule: TypeAlias = Callable[[Any], Layer]
 Names: TypeAlias = tuple[str, ...]
+AFFINE = frozenset(
+    (
+        *("add", "add_any", "sub", "neg", "reshape", "transpose", "broadcast_in_dim", "squeeze"),
+        *("expand_dims", "convert_element_type", "copy", "copy_p", "slice", "split", "concatenate"),
+        *("reduce_sum", "pad", "rev"),
+    )
+)
+BILINEAR = frozenset(("dot_general", "conv_general_dilated", "mul", "div"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +90,8 @@ class Ruled:
         for key, _ in self.rules:
             if key not in ruling.used:
                 raise ValueError(
-                    f"function: rules[{key!r}] is for no part of {self.name}, in which "
-                    f"there are {', '.join(sorted(ruling.seen))}"
+                    f"function: rules[{key!r}] is for no part of {self.name} that the rules before "
+                    f"it leave; there are {', '.join(sorted(ruling.seen))}"
                 )
         return found[-1].unflatten(outs)
 
@@ -131,7 +140,8 @@ class _Ruling:
             else:
                 part = _part(program, equations)
                 outs = part.jaxpr.outvars
-                made = self._by_rule(key, part, *read(part.jaxpr.invars))
+                ins, moves = read(part.jaxpr.invars)
+                made = self._by_rule(key, part, ins, moves) if outs else []
             values |= zip(outs, made, strict=True)
         return read(jaxpr.outvars)[0]
 
@@ -139,26 +149,25 @@ class _Ruling:
         self, equations: Sequence[JaxprEqn], scope: Names
     ) -> Iterator[tuple[str | None, list[JaxprEqn]]]:
         """Yield each equation with its rule's key or None; those of a scope with one together."""
-        for (key, whole, _), group in itertools.groupby(
+        for (key, _), group in itertools.groupby(
             enumerate(equations), lambda each: self._key(*each, scope)
         ):
-            del whole
             yield key, [equation for _, equation in group]
 
-    def _key(
-        self, number: int, equation: JaxprEqn, scope: Names
-    ) -> tuple[str | None, bool, int | None]:
-        """Return the rule's key, whether it is that of a whole scope, and else the number."""
+    def _key(self, number: int, equation: JaxprEqn, scope: Names) -> tuple[str | None, int | Names]:
+        """Return the rule's key, with the whole scope that it is for, or else with the number."""
         around = (*scope, *_scopes(equation))
         names = {equation.primitive.name, name_of(equation), rule_of(equation)} - {""}
         self.seen |= names | set(around)
         for key in self._rules:
             *outer, last = key.split("/")
-            alone = last in names and _has(around, outer)
-            if alone or _has(around, [*outer, last]):
+            if last in names and _end_of(outer, around) is not None:
                 self.used.add(key)
-                return key, not alone, number if alone else None
-        return None, False, number
+                return key, number
+            if (end := _end_of([*outer, last], around)) is not None:
+                self.used.add(key)
+                return key, around[:end]
+        return None, number
 
     def _step(
         self, equation: JaxprEqn, ins: list[Any], of_x: list[bool], scope: Names
@@ -204,7 +213,9 @@ class _Ruling:
             outs = part.run([next(xs if here else others) for here in of_x], evaluate)
             return outs[0] if len(outs) == 1 else tuple(outs)
 
-        layer = self._rules[key](Part(key, next(self._numbers), run))
+        others = tuple(sorted(_not_affine(part, of_x)))
+        of_data = len(xs) > 1 and not any(map(is_inexact, params))
+        layer = self._rules[key](Part(key, next(self._numbers), run, others, of_data))
         if not isinstance(layer, Layer):
             raise TypeError(f"function: rules[{key!r}] returns a layer, not {given(layer)}")
         if any(inner.layer.takes for inner in runs(layer)):
@@ -212,19 +223,35 @@ class _Ruling:
                 f"function: {layer} takes a key or a mask, and a part of a function has none"
             )
         x = xs[0] if len(xs) == 1 else xs
-        fixed, still = jax.tree.map(jax.lax.stop_gradient, (params, x))
-        y = turned(layer, fixed, x, run(params, still))
+        y = turned(layer, params, x, run)
         return list(y) if isinstance(y, tuple) else [y]
 
 
 def _scopes(equation: JaxprEqn) -> Names:
-    return tuple(filter(None, str(equation.source_info.name_stack).split("/")))
+    """Return the names of the scopes of an equation, without the transformations around them."""
+    names = str(equation.source_info.name_stack).split("/")
+    return tuple(filter(None, (re.sub(r"^(\w+\()+|\)+$", "", name) for name in names)))
 
 
-def _has(names: Names, some: Sequence[str]) -> bool:
-    """Return whether some names stand in a row among these."""
+def _end_of(some: Sequence[str], names: Names) -> int | None:
+    """Return where some names that stand in a row among others end; None where they do not."""
     size = len(some)
-    return any(names[at : at + size] == tuple(some) for at in range(len(names) - size + 1))
+    starts = range(len(names) - size + 1)
+    return next((at + size for at in starts if names[at : at + size] == tuple(some)), None)
+
+
+def _not_affine(program: Program, of_x: Sequence[bool]) -> set[str]:
+    """Return the names of the primitives that are not affine in what depends on x."""
+    moving = moving_in(program, list(itertools.compress(program.jaxpr.invars, of_x)))
+    found: set[str] = set()
+    for equation in program.jaxpr.eqns:
+        name = equation.primitive.name
+        moves = [not isinstance(atom, Literal) and atom in moving for atom in equation.invars]
+        if (inner := inlined(equation)) is not None:
+            found |= _not_affine(inner, moves)
+        elif any(moves) and name not in AFFINE and not (sum(moves) == 1 and name in BILINEAR):
+            found.add(name)
+    return found
 
 
 def _part(program: Program, equations: Sequence[JaxprEqn]) -> Program:

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_number
-from jaxprop.core.combinator import plain
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
@@ -104,7 +103,6 @@ def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1, aux: bool = Fals
         True
     """
     check_net_and_loss(net, loss)
-    net = plain(net)
 
     def parts(params: Params, batch: Batch) -> tuple[Any, Params]:
         check_learned(params)

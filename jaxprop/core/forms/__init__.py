@@ -5,12 +5,14 @@ from jaxprop.core.forms.form import (
     Factored,
     Kronecker,
     OfX,
+    Sides,
     Stacked,
     is_factored,
     norm_of_all,
     norms,
     norms_of_all,
     sq_norms,
+    through,
 )
 from jaxprop.core.forms.outer import Outer, Sum, count_of, gram, mean_of_real, of_real
 from jaxprop.core.forms.rearranged import (
@@ -37,6 +39,7 @@ __all__ = [
     "Repeated",
     "Reshaped",
     "Scanned",
+    "Sides",
     "Sliced",
     "Stacked",
     "Sum",
@@ -53,4 +56,5 @@ __all__ = [
     "norms_of_all",
     "of_real",
     "sq_norms",
+    "through",
 ]

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import sum_over, wide
-from jaxprop.core.forms.form import Factored, OfX, norms, norms_of_all, sq_norms
+from jaxprop.core.forms.form import Factored, OfX, Sides, norms, norms_of_all, sq_norms
 from jaxprop.core.forms.outer import Outer, Sum
 from jaxprop.core.serialization import serializable
 
@@ -61,6 +61,22 @@ class Repeated(Factored):
 
     def inner_products(self) -> Float[Array, "n n"]:
         return jax.lax.map(lambda form: form.inner_products(), self.form).sum(axis=0)
+
+    def products_with(self, other: Factored) -> Float[Array, "n m"]:
+        if not isinstance(other, Repeated):
+            return super().products_with(other)
+        pair = self.form, other.form
+        return jax.lax.map(lambda pair: pair[0].products_with(pair[1]), pair).sum(axis=0)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Those of one layer."""
+        alone = jax.tree.map(lambda factor: jax.eval_shape(lambda f: f[0], factor), self.form)
+        return alone.sizes
+
+    def projected(self, sides: Sides) -> Float[Array, "n l ..."]:
+        """Return those of each layer, with sides of its own: (L, I, K) and (L, O, M)."""
+        return jax.vmap(lambda form, sides: form.projected(sides), out_axes=1)(self.form, sides)
 
     def squares(self) -> Array:
         return jax.lax.map(lambda form: form.squares(), self.form)

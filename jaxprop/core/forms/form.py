@@ -41,6 +41,18 @@ class Kronecker(NamedTuple):
     b: Float[Array, "... o o"]
 
 
+class Sides(NamedTuple):
+    """Two thin matrices, which a param (I, O) or its cotangent g is seen through: left^T g right.
+
+    Attributes:
+        left: (I, K), or None for the identity.
+        right: (O, L), or None for the identity.
+    """
+
+    left: Float[Array, "i k"] | None
+    right: Float[Array, "o l"] | None
+
+
 class OfX(NamedTuple):
     """What a form knows of its input, for the factor a = gram / rows.
 
@@ -135,6 +147,24 @@ class Factored(abc.ABC):
         g = g.reshape(g.shape[0], math.prod(g.shape[1:]))
         return g @ g.T
 
+    def products_with(self, other: Factored) -> Float[Array, "n m"]:
+        """Return <g_n, h_m> with each h_m of another batch's form of the same param."""
+        g, h = (wide(form.per_example()) for form in (self, other))
+        size = math.prod(g.shape[1:])
+        return g.reshape(g.shape[0], size) @ h.reshape(h.shape[0], size).T
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """I and O, of g_n as a matrix: by default the last axis is O, and all others are I."""
+        shape = jax.eval_shape(lambda form: form.per_example(), self).shape[1:]
+        return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+    def projected(self, sides: Sides) -> Float[Array, "n k l"]:
+        """Return left^T g_n right for each example, with g_n a matrix of ``sizes``."""
+        each, alone = self.one_by_one()
+        sizes = self.sizes
+        return jax.lax.map(lambda one: _between(sides, alone(one).reshape(sizes)), each)
+
     def second_moment(self) -> Array:
         """Return sum_n g_n^2, elementwise."""
         return self.of_squares(self.squares())
@@ -220,6 +250,19 @@ class Stacked(Factored):
     def weighted_sum(self, weights: Float[Array, " n"]) -> Array:
         g = wide(self.g)
         return jnp.tensordot(weights.astype(g.dtype), g, axes=1)
+
+    def projected(self, sides: Sides) -> Float[Array, "n k l"]:
+        return _between(sides, wide(self.g).reshape(self.g.shape[0], *self.sizes))
+
+
+def through(x: Float[Array, "... i"], side: Float[Array, "i k"] | None) -> Float[Array, "... k"]:
+    """Return x seen through one side of ``Sides``."""
+    return x if side is None else x @ side.astype(x.dtype)
+
+
+def _between(sides: Sides, g: Float[Array, "... i o"]) -> Float[Array, "... k l"]:
+    half = through(g, sides.right)
+    return half if sides.left is None else sides.left.T.astype(g.dtype) @ half
 
 
 def is_factored(leaf: object) -> bool:

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import known, sum_over, weighted, wide
-from jaxprop.core.forms.form import Factored, OfX, norms, sq_norms
+from jaxprop.core.forms.form import Factored, OfX, Sides, norms, sq_norms, through
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.serialization import serializable
 
@@ -38,6 +38,11 @@ class Sum(Factored):
 
     def scaled(self, weights: Float[Array, " n"]) -> Sum:
         return Sum(weighted(wide(self.ct), weights))
+
+    def projected(self, sides: Sides) -> Float[Array, "n 1 l"]:
+        return through(wide(self.ct), sides.right).sum(axis=tuple(range(1, self.ct.ndim - 1)))[
+            :, None
+        ]
 
     def squares(self) -> Float[Array, "n o"]:
         return wide(self.per_example()) ** 2
@@ -138,6 +143,26 @@ class Outer(Factored):
         if not known(lambda: n * t * t * (i + o) <= (t + n) * i * o):
             return super().inner_products()
         return _products_of_pairs(x, ct)
+
+    def products_with(self, other: Factored) -> Float[Array, "n m"]:
+        """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), where cheaper."""
+        if not isinstance(other, Outer):
+            return super().products_with(other)
+        (x, ct), (x2, ct2) = (map(wide, form._sequences()) for form in (self, other))
+        (n, t, i), o, (m, s, _) = x.shape, ct.shape[-1], x2.shape
+        if not known(lambda: n * m * t * s * (i + o) <= (n * t + m * s + n * m) * i * o):
+            return super().products_with(other)
+        products = jnp.einsum("nti,msi->ntms", x, x2) * jnp.einsum("nto,mso->ntms", ct, ct2)
+        return products.sum(axis=(1, 3))
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.x.shape[-1], self.ct.shape[-1]
+
+    def projected(self, sides: Sides) -> Float[Array, "n k l"]:
+        """Return (x left)^T (ct right), without g_n."""
+        x, ct = map(wide, self._sequences())
+        return _each(through(x, sides.left), through(ct, sides.right))
 
     def squares(self) -> Array:
         """Return ct^2, for (x^2)^T (ct^2); along T > 1 positions sum_n g_n^2 itself."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.forms.form import Factored, OfX
+from jaxprop.core.forms.form import Factored, OfX, Sides
 
 Sizes = tuple[int, ...]
 
@@ -137,6 +137,19 @@ class Rearranged(Factored):
 
     def inner_products(self) -> Float[Array, "n n"]:
         return self.form.inner_products()
+
+    def products_with(self, other: Factored) -> Float[Array, "n m"]:
+        if not isinstance(other, Rearranged) or other.moves != self.moves:
+            return super().products_with(other)
+        return self.form.products_with(other.form)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Those of the form, so that sides are of what met the data."""
+        return self.form.sizes
+
+    def projected(self, sides: Sides) -> Float[Array, "n ..."]:
+        return self.form.projected(sides)
 
     def squares(self) -> Array:
         return self.form.squares()

@@ -1,0 +1,132 @@
+"""Per-example gradients, seen through thin matrices and never formed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.batch import Examples
+from jaxprop.core.checks import check_count, check_key, given
+from jaxprop.core.describe import shapes
+from jaxprop.core.forms import Factored, Kronecker, Repeated, Sides, is_factored
+from jaxprop.core.types import Params, PyTree
+from jaxprop.quantity.base import PerExample, Quantity, is_marked
+
+
+class Projected(Quantity):
+    """Each example's gradient seen through two thin matrices, left^T g_n right; like params.
+
+    With g_n = sum_t x_t (outer) ct_t it is sum_t (left^T x_t) (outer) (right^T ct_t), which costs
+    two thin products (LoGra, Choe et al. 2024, https://arxiv.org/abs/2405.13954). A leaf is
+    (N, K L), with the rows of a matrix one after the other, (N, layers, K L) inside ``repeat``; K
+    and L are the rank, or the size of a side that is no larger, which is then left as it is. A
+    param of rank above two is a matrix of its last axis; of a function, a param is the matrix that
+    meets the data.
+
+    The entries of random matrices are normal, of variance 1 / rank, so that the mean of inner
+    products over keys is that of the gradients. They are the same for the same key.
+
+    Attributes:
+        rank: how many columns a side has at the most.
+        key: what random matrices are drawn from, of ``jax.random.key``; the same for all batches
+            that are compared.
+        sides: like params, with a ``Sides`` at each leaf, instead of random ones: of given
+            matrices, or of ``jp.quantity.principal``.
+    """
+
+    rank: int | None = None
+    key: Any = None
+    sides: Any = None
+
+    axes: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.sides is not None:
+            if self.rank is not None or self.key is not None:
+                raise ValueError("Projected: sides are given, or drawn by a rank and a key")
+            return
+        check_count("Projected: rank", self.rank)
+        check_key("Projected", self.key)
+
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
+        return forms
+
+    def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
+        forms, structure = jax.tree.flatten(taken, is_leaf=is_factored)
+        if self.sides is None:
+            each = [self._drawn(form, number) for number, form in enumerate(forms)]
+        else:
+            each = _at(structure, self.sides, forms)
+        pairs = zip(forms, each, strict=True)
+        return structure.unflatten(PerExample(_rows(f, sides), axis=0) for f, sides in pairs)
+
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
+        return jax.tree.map(lambda node: node.value, settled, is_leaf=is_marked)
+
+    def _drawn(self, form: Factored, number: int) -> Sides:
+        rank, stacks, key = self.rank, _stacks(form), jax.random.fold_in(self.key, number)
+        assert rank is not None
+
+        def side(key: Array, size: int) -> Array | None:
+            if size <= rank:
+                return None
+            return jax.random.normal(key, (*stacks, size, rank)) / math.sqrt(rank)
+
+        return Sides(*map(side, jax.random.split(key), form.sizes))
+
+
+def principal(factors: PyTree, rank: int) -> PyTree:
+    """Return ``Sides`` from the eigenvectors of Kronecker factors with the largest eigenvalues.
+
+    They keep what the gradients of the data vary in (LoGra's initialization).
+
+    Args:
+        factors: what ``jp.kronecker_factors`` returns.
+        rank: how many columns a side has at the most.
+    """
+    check_count("principal: rank", rank)
+
+    def side(matrix: Array) -> Array | None:
+        if matrix.shape[-1] <= rank:
+            return None
+        return jnp.linalg.eigh(matrix)[1][..., -rank:]
+
+    def of(node: Any) -> Sides:
+        if not isinstance(node, Kronecker) or node.a.ndim != node.b.ndim:
+            raise TypeError(
+                f"principal takes two full factors for each param, not {given(node)}; give it the "
+                "sides of others"
+            )
+        return Sides(side(node.a), side(node.b))
+
+    return jax.tree.map(of, factors, is_leaf=lambda node: isinstance(node, Kronecker))
+
+
+def _stacks(form: Factored) -> tuple[int, ...]:
+    """Return the axes of layers of a form."""
+    stacks: tuple[int, ...] = ()
+    while isinstance(form, Repeated):
+        stacks = (*stacks, jax.tree.leaves(form)[0].shape[len(stacks)])
+        form = form.form
+    return stacks
+
+
+def _rows(form: Factored, sides: Sides) -> Array:
+    seen = form.projected(sides)
+    return seen.reshape(*seen.shape[:-2], seen.shape[-2] * seen.shape[-1])
+
+
+def _at(structure: Any, sides: PyTree, forms: list[Factored]) -> list[Sides]:
+    """Return the given sides of each form; raise for another structure or other sizes."""
+    each, found = jax.tree.flatten(sides, is_leaf=lambda node: isinstance(node, Sides))
+    if found != structure or not all(isinstance(node, Sides) for node in each):
+        raise ValueError(f"Projected: sides are like params, with Sides at each leaf, not {found}")
+    for form, one in zip(forms, each, strict=True):
+        for size, side in zip(form.sizes, one, strict=True):
+            if side is not None and side.shape[-2] != size:
+                raise ValueError(f"Projected: {shapes(one)} are sides of a param of {form.sizes}")
+    return each
