@@ -23,8 +23,9 @@ against the other. The names, by group:
                  LinearCrossEntropy (a layer) with Mean
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
     updates      make_update DynamicLossScale learned_only inference_mode update_batch_stats
-    quantities   quantities clipped_grad per_example_grads per_example_sq_norms gram second_moment
-                 variance noise_scale diag_ggn kronecker_factors ggn_root
+    quantities   quantities clipped_grad per_example_grads per_example_sq_norms projected_grads gram
+                 inner_products ntk second_moment variance noise_scale
+                 diag_ggn kronecker_factors ggn_root hvp ggn_vp fisher_vp
     to see       explain find_nonfinite
     to check     check_layer check_loss check_vjp
     to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
@@ -140,6 +141,7 @@ from jaxprop.quantity import (
     SqNorms as SqNorms,
     Variance as Variance,
 )
+from jaxprop.quantity.between import inner_products, ntk
 from jaxprop.quantity.functions import (
     clipped_grad,
     diag_ggn,
@@ -149,9 +151,11 @@ from jaxprop.quantity.functions import (
     noise_scale,
     per_example_grads,
     per_example_sq_norms,
+    projected_grads,
     second_moment,
     variance,
 )
+from jaxprop.quantity.products import fisher_vp, ggn_vp, hvp
 from jaxprop.quantity.together import quantities
 from jaxprop.traced.coverage import Coverage as Coverage
 from jaxprop.traced.function import function
@@ -240,6 +244,12 @@ __all__ = [
     "noise_scale",
     "per_example_grads",
     "per_example_sq_norms",
+    "projected_grads",
+    "inner_products",
+    "hvp",
+    "ggn_vp",
+    "fisher_vp",
+    "ntk",
     "quantities",
     "second_moment",
     "variance",

@@ -1,6 +1,7 @@
 """Other backward rules for parts of any function, without a touch of it."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -499,3 +500,13 @@ def test_attention_by_feedback():
     whole = jp.function(model.apply, rules={"attention/dot_general": rules.sign_symmetric})
     got, want = (jp.value_and_grad(f, LOSS)(params, x, TARGET)[1] for f in (whole, net))
     close(got, want)
+
+
+def test_what_is_explained_has_the_scopes_of_the_function():
+    def rows(rule):
+        net = jp.function(Mlp().apply, rules=rule)
+        text = str(jp.explain(net, LOSS, PARAMS, X, TARGET))
+        return [line for line in text.splitlines() if re.match(r"  (Mlp|\w+\.py)", line)]
+
+    assert rows({"dot_general": rules.sign_symmetric}) == rows(None) != []
+    assert rows({"relu": rules.guided_backprop}) == rows(None)

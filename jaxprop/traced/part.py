@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +70,9 @@ class Part(Layer):
         return d_params, structure.unflatten(placed(d_some, moving, [None] * len(moving)))
 
 
-def turned(layer: Layer, params: Params, x: PyTree, run: Callable[..., PyTree]) -> PyTree:
+def turned(
+    layer: Layer, params: Params, x: PyTree, run: Callable[..., PyTree], scope: str
+) -> PyTree:
     """Return y = run(params, x), whose cotangent goes to x by the layer's backward.
 
     That for the params is their own: y is run of an x that is cut off.
@@ -79,8 +82,11 @@ def turned(layer: Layer, params: Params, x: PyTree, run: Callable[..., PyTree]) 
         params: what it takes beside x.
         x: its x, without an axis for the example.
         run: what it does.
+        scope: the scopes that it lies in, for who explains it.
     """
-    fixed, apart = jax.tree.map(lambda leaf: cut(leaf) if is_inexact(leaf) else leaf, (params, x))
+    with _scoped(scope):
+        cut_off = jax.tree.map(lambda leaf: cut(leaf) if is_inexact(leaf) else leaf, (params, x))
+    fixed, apart = cut_off
     y = run(params, apart)
     leaves = jax.tree.leaves(y)
     if not leaves:
@@ -88,7 +94,8 @@ def turned(layer: Layer, params: Params, x: PyTree, run: Callable[..., PyTree]) 
     if not all(map(is_inexact, leaves)):
         raise ValueError(f"function: {layer} gives {shapes(y)}, and integers have no cotangent")
     if _passes_on(layer, fixed, x, y):
-        return passed_on(y, x)
+        with _scoped(scope):
+            return passed_on(y, x)
 
     @jax.custom_vjp
     def by_layer(params: Params, x: PyTree, y: PyTree) -> PyTree:
@@ -105,7 +112,12 @@ def turned(layer: Layer, params: Params, x: PyTree, run: Callable[..., PyTree]) 
         return None, jax.tree.map(lambda leaf: leaf[0], d_x), ct
 
     by_layer.defvjp(ahead, back)
-    return by_layer(fixed, x, y)
+    with _scoped(scope):
+        return by_layer(fixed, x, y)
+
+
+def _scoped(scope: str) -> contextlib.AbstractContextManager[Any]:
+    return jax.named_scope(scope) if scope else contextlib.nullcontext()
 
 
 @jax.custom_jvp

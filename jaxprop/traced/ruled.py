@@ -141,7 +141,8 @@ class _Ruling:
                 part = _part(program, equations)
                 outs = part.jaxpr.outvars
                 ins, moves = read(part.jaxpr.invars)
-                made = self._by_rule(key, part, ins, moves) if outs else []
+                where = "/".join(_scopes(equations[0]))
+                made = self._by_rule(key, part, ins, moves, where) if outs else []
             values |= zip(outs, made, strict=True)
         return read(jaxpr.outvars)[0]
 
@@ -202,7 +203,9 @@ class _Ruling:
         carried, outs = jax.lax.scan(step, ins[start:stop], ins[stop:], **scan.options)
         return [*carried, *outs]
 
-    def _by_rule(self, key: str, part: Program, ins: list[Any], of_x: list[bool]) -> list[Any]:
+    def _by_rule(
+        self, key: str, part: Program, ins: list[Any], of_x: list[bool], scope: str
+    ) -> list[Any]:
         if not any(of_x):
             of_x = list(map(is_inexact, ins))
         xs = tuple(itertools.compress(ins, of_x))
@@ -223,7 +226,7 @@ class _Ruling:
                 f"function: {layer} takes a key or a mask, and a part of a function has none"
             )
         x = xs[0] if len(xs) == 1 else xs
-        y = turned(layer, params, x, run)
+        y = turned(layer, params, x, run, scope)
         return list(y) if isinstance(y, tuple) else [y]
 
 

@@ -1,0 +1,211 @@
+"""Products of curvature matrices with a vector, without the matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.arrays import sum_over, weighted, wide
+from jaxprop.core.batch import Batch, weighted_batch
+from jaxprop.core.checks import check_flag
+from jaxprop.core.cotangents import gradient
+from jaxprop.core.describe import shapes
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.step import Layerwise
+from jaxprop.core.tree import learned, like_params, merged
+from jaxprop.core.types import Cotangent, Params, PyTree
+from jaxprop.core.walk import check_net_and_loss, forward
+from jaxprop.quantity.source import HessianRoot, LossGradient, Source
+from jaxprop.quantity.together import SAMPLES
+
+Product = Callable[[Params], Params]
+
+
+class OfVector(Protocol):
+    """A function of a batch and of v, such as ``jp.hvp(net, loss)`` returns.
+
+    Args:
+        params: the net's params.
+        x: the inputs.
+        target: the targets.
+        v: like params; None for the product as a function of v, for many of them. What does not
+            depend on v is then computed once.
+        key: a key, as for any function of a batch.
+        mask: likewise.
+        weights: likewise.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        x: PyTree,
+        target: PyTree = None,
+        v: Params | None = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+        weights: Array | None = None,
+    ) -> Any: ...
+
+
+def hvp(net: Layer, loss: Loss) -> OfVector:
+    """Return ``f(params, x, target, v)``, the Hessian of the mean loss times v; like params.
+
+    It is the derivative along v of the gradient by the hand-written chain, forward over reverse
+    (Pearlmutter 1994, https://doi.org/10.1162/neco.1994.6.1.147). Without v, ``f`` returns the
+    product as a function, linear in v, for CG or Lanczos:
+
+        product = jp.hvp(net, loss)(params, x, target)
+        lineax.FunctionLinearOperator(product, jax.eval_shape(lambda: params))
+
+    Args:
+        net: the network.
+        loss: the loss.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net, loss, x = jp.chain(jp.Dense(2)), jp.HalfSquaredError(), jnp.eye(3)
+        >>> params = net.init(jax.random.key(0), x)
+        >>> jp.hvp(net, loss)(params, x, x[:, :2], params)[0].w.shape
+        (3, 2)
+    """
+
+    def product(params: Params, batch: Batch) -> Product:
+        def grads(arrays: Params) -> Params:
+            ahead = forward(net, loss, merged(params, arrays), batch)
+            return learned(ahead.back(ahead.mean_gradient(), Layerwise(gradient))[0])
+
+        return jax.linearize(grads, learned(params))[1]
+
+    return _of_vector("hvp", net, loss, product)
+
+
+def ggn_vp(net: Layer, loss: Loss) -> OfVector:
+    """Return ``f(params, x, target, v)``, the Gauss-Newton matrix times v; like params.
+
+    The mean over examples of J_n^T H_n J_n v, with J_n the Jacobian of the net's output and H_n the
+    Hessian of the loss by it: forward by the derivative along v, back by the hand-written chain
+    (Schraudolph 2002, https://doi.org/10.1162/08997660260028683).
+
+    Args:
+        net: the network.
+        loss: the loss.
+    """
+
+    def product(params: Params, batch: Batch) -> Product:
+        along, pull = _jacobian(net, loss, params, batch)
+
+        def gradient_of(y: PyTree) -> Cotangent:
+            _, residuals = loss.forward(y, batch.target)
+            return loss.backward(residuals)
+
+        y = net.forward(params, batch.x)[0]
+        _, hessian = jax.linearize(gradient_of, y)
+        return lambda v: pull(hessian(along(v)))
+
+    return _of_vector("ggn_vp", net, loss, product)
+
+
+def fisher_vp(
+    net: Layer, loss: Loss, *, samples: int | None = None, empirical: bool = False
+) -> OfVector:
+    """Return ``f(params, x, target, v)``, the Fisher information matrix times v; like params.
+
+    The mean over examples of J_n^T E[s s^T] J_n v, with s the gradient of the loss by the net's
+    output at a target that is drawn from the model. For the losses here the expectation is the
+    Hessian, and the matrix that of ``jp.ggn_vp``.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        samples: how many targets are drawn for each example, which takes a key; None for the
+            expectation.
+        empirical: whether s is the gradient at the example's own target instead.
+    """
+    check_flag("fisher_vp: empirical", empirical)
+    if empirical and samples is not None:
+        raise ValueError(
+            "the empirical Fisher matrix is of the targets: there is nothing to sample"
+        )
+    source: Source = LossGradient() if empirical else HessianRoot(samples)
+
+    def product(params: Params, batch: Batch) -> Product:
+        along, pull = _jacobian(net, loss, params, batch)
+        key = None if batch.key is None else jax.random.fold_in(batch.key, SAMPLES)
+        columns = source.columns(forward(net, loss, params, batch), key)
+
+        def weighed(v: Params) -> Params:
+            u = along(v)
+
+            def of_column(c: Array) -> Cotangent:
+                s = columns.column(c)
+                dots = jnp.stack(jax.tree.leaves(jax.tree.map(_dots, s, u))).sum(axis=0)
+                return jax.tree.map(lambda s: weighted(wide(s), dots), s)
+
+            return pull(sum_over(of_column, jnp.arange(columns.number)))
+
+        return weighed
+
+    return _of_vector("fisher_vp", net, loss, product)
+
+
+def _jacobian(
+    net: Layer, loss: Loss, params: Params, batch: Batch
+) -> tuple[Callable[[Params], PyTree], Callable[[Cotangent], Params]]:
+    """Return J, from params to y, and the mean over examples of J_n^T ct_n."""
+    ahead = forward(net, loss, params, batch)
+    _, along = jax.linearize(
+        lambda arrays: net.forward(merged(params, arrays), batch.x)[0], learned(params)
+    )
+
+    def pull(ct: Cotangent) -> Params:
+        mean = ahead.examples.mean_cotangent(ahead.examples.counting(ct))
+        return learned(ahead.back(mean, Layerwise(gradient))[0])
+
+    return along, pull
+
+
+def _dots(a: Array, b: Array) -> Array:
+    """Return the inner product of each example's parts."""
+    return jnp.sum(wide(a) * wide(b), axis=tuple(range(1, a.ndim)))
+
+
+def _of_vector(
+    name: str, net: Layer, loss: Loss, product: Callable[[Params, Batch], Product]
+) -> OfVector:
+    check_net_and_loss(net, loss)
+
+    def function(
+        params: Params,
+        x: PyTree,
+        target: PyTree = None,
+        v: Params | None = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+        weights: Array | None = None,
+    ) -> Any:
+        bound = net.bind(params, key=key, mask=mask)
+        times = product(bound, weighted_batch(net, bound, x, target, key, weights, None))
+
+        def of(v: Params) -> Params:
+            _check_like(name, v, params)
+            arrays = jax.tree.map(lambda p, v: jnp.asarray(v, p.dtype), learned(params), learned(v))
+            return like_params(params, times(arrays))
+
+        return of if v is None else of(v)
+
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+def _check_like(name: str, v: Params, params: Params) -> None:
+    ours, theirs = (jax.tree.flatten(learned(tree)) for tree in (params, v))
+    same = ours[1] == theirs[1]
+    if not same or [jnp.shape(p) for p in ours[0]] != [jnp.shape(p) for p in theirs[0]]:
+        raise ValueError(f"{name}: v is {shapes(v)}, and params are {shapes(params)}")

@@ -1,0 +1,220 @@
+"""Projected per-example gradients, inner products between batches, and the tangent kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from table import Row, at, normal, relative_error
+
+import jaxprop as jp
+
+LOSS = jp.HalfSquaredError()
+BLOCK = jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(4), jp.Tanh()))
+NETS = {
+    "dense": (jp.chain(jp.Dense(6), jp.Tanh(), jp.Dense(3)), normal(5, 4)),
+    "sequence": (jp.chain(jp.Dense(6), jp.Tanh(), jp.Dense(3)), normal(4, 3, 5)),
+    "convolution": (
+        jp.chain(
+            jp.Conv(4, (3, 2), strides=2),
+            jp.Relu(),
+            jp.Conv(6, groups=2),
+            jp.Flatten(),
+            jp.Dense(2),
+        ),
+        normal(3, 6, 5, 2),
+    ),
+    "tokens": (
+        jp.chain(jp.Embedding(7, 4), jp.Positions(5), BLOCK, jp.Dense(3)),
+        np.arange(12).reshape(4, 3) % 7,
+    ),
+    "tied": (jp.chain(jp.tied(jp.Embedding(7, 4), BLOCK)), np.arange(12).reshape(4, 3) % 7),
+    "repeat": (jp.chain(jp.Dense(4), jp.repeat(BLOCK, 3), jp.Dense(2)), normal(4, 3, 5)),
+    "lstm": (jp.chain(jp.Lstm(3), jp.Dense(2)), normal(3, 4, 2)),
+    "function": (
+        jp.function(lambda w, x: jnp.tanh(x @ w["a"] + w["b"][None]) @ w["c"].T),
+        normal(5, 4),
+    ),
+}
+
+
+def problem(name):
+    net, x = NETS[name]
+    if name == "function":
+        params = {"a": normal(4, 6), "b": normal(6), "c": normal(3, 6)}
+        params, x = jax.tree.map(jnp.asarray, (params, x))
+    else:
+        params, x = at(Row(net, x))
+    y = jax.eval_shape(net, params, x)
+    target = jnp.asarray(np.random.default_rng(1).normal(size=y.shape))
+    return net, params, x, target
+
+
+def flat(tree):
+    leaves = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves, axis=1)
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("name", NETS)
+def test_inner_products_are_those_of_per_example_gradients(name):
+    net, params, x, target = problem(name)
+    x2, target2 = x[:2] if name in ("tokens", "tied") else x[:2] + 0.3, target[:2] - 0.5
+    of = jax.jit(jp.inner_products(net, LOSS))
+    got = of(params, (x, target), (x2, target2))
+    each = jp.per_example_grads(net, LOSS)
+    want = flat(each(params, x, target)) @ flat(each(params, x2, target2)).T
+    assert relative_error(got, want) <= 1e-10
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("name", NETS)
+def test_the_tangent_kernel_is_that_of_jacobians(name):
+    net, params, x, _ = problem(name)
+    x2 = x[:2]
+
+    def jacobian(x):
+        of_one = jax.jacrev(lambda p, x: net(p, x[None])[0].ravel())
+        each = jax.vmap(of_one, (None, 0))(params, x)
+        return jnp.concatenate(
+            [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(each)], axis=2
+        )
+
+    j, j2 = jacobian(x), jacobian(x2)
+    want = jnp.einsum("ncp,mdp->nmcd", j, j2)
+    assert relative_error(jax.jit(jp.ntk(net, full=True))(params, x, x2), want) <= 1e-10
+    trace = jnp.trace(want, axis1=2, axis2=3) / want.shape[-1]
+    assert relative_error(jax.jit(jp.ntk(net))(params, x, x2), trace) <= 1e-10
+    alone = jp.ntk(net)(params, x)
+    assert relative_error(alone, alone.T) <= 1e-12
+    assert relative_error(alone[:, :2], trace) <= 1e-10
+
+
+def sides_of(params, rank, name):
+    """Given matrices, for each param as a matrix of its last axis."""
+    rng = np.random.default_rng(5)
+
+    def of(path, leaf):
+        layers = (3,) if name == "repeat" and "[1]" in jax.tree_util.keystr(path) else ()
+        shape = leaf.shape[len(layers) :]
+        size = (int(np.prod(shape[:-1])), shape[-1])
+        left = rng.normal(size=(*layers, size[0], rank)) if size[0] > 1 else None
+        right = rng.normal(size=(*layers, size[1], rank))
+        return jp.quantity.Sides(left if left is None else jnp.asarray(left), jnp.asarray(right))
+
+    return jax.tree.map_with_path(of, params)
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("name", [name for name in NETS if name != "function"])
+def test_projected_gradients_are_those_of_per_example_gradients(name):
+    net, params, x, target = problem(name)
+    sides = sides_of(params, 2, name)
+    got = jax.jit(jp.projected_grads(net, LOSS, sides=sides))(params, x, target)
+    each = jp.per_example_grads(net, LOSS)(params, x, target)
+
+    def project(g, side):
+        layers = side.right.ndim - 2
+        g = g.reshape(*g.shape[: 1 + layers], -1, g.shape[-1])
+        right = jnp.einsum("nlio,lok->nlik" if layers else "nio,ok->nik", g, side.right)
+        if side.left is not None:
+            spec = "nlio,lik->nlko" if layers else "nio,ik->nko"
+            right = jnp.einsum(spec, right, side.left)
+        return right.reshape(*right.shape[:-2], -1)
+
+    want = jax.tree.map(project, each, sides)
+    assert jax.tree.structure(got) == jax.tree.structure(params)
+    assert relative_error(got, want) <= 1e-10
+    parts = 1 if len(x) % 2 else 2
+    again = jp.projected_grads(net, LOSS, sides=sides, micro_batches=parts)(params, x, target)
+    assert relative_error(again, want) <= 1e-10
+
+
+def test_random_sides_preserve_inner_products_at_the_rate():
+    """The mean over keys is exact, and the error falls like one over the rank."""
+    net = jp.chain(jp.Dense(40), jp.Tanh(), jp.Dense(30))
+    params, x = at(Row(net, normal(4, 50)))
+    target = jnp.asarray(np.random.default_rng(1).normal(size=(4, 30)))
+    exact = jp.gram(net, LOSS)(params, x, target)
+    scale = jnp.sqrt(jnp.outer(jnp.diag(exact), jnp.diag(exact)))
+
+    def errors(rank, keys=24):
+        @jax.jit
+        def of(key):
+            rows = flat(jp.projected_grads(net, LOSS, rank, key=key)(params, x, target))
+            return (rows @ rows.T - exact) / scale
+
+        return jnp.stack([of(key) for key in jax.random.split(jax.random.key(0), keys)])
+
+    few, many = errors(4), errors(16)
+    root = [float(jnp.sqrt(jnp.mean(each**2))) for each in (few, many)]
+    assert float(jnp.abs(many.mean(0)).max()) < 5 * root[1] / np.sqrt(24)
+    assert 2 < root[0] / root[1] < 8  # sqrt(2 / rank) on either side, and their product
+
+
+def test_no_side_is_wider_than_it_is_long():
+    net = jp.chain(jp.Dense(3), jp.Dense(2))
+    params, x = at(Row(net, normal(4, 5)))
+    rows = jp.projected_grads(net, LOSS, 100, key=jax.random.key(0))(params, x, x[:, :2])
+    each = jp.per_example_grads(net, LOSS)(params, x, x[:, :2])
+    assert relative_error(flat(rows), flat(each)) <= 1e-12
+
+
+def test_functions_and_their_scans():
+    def scanned(w, x):
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w["stack"])
+        return h @ w["out"]
+
+    params = {"stack": jnp.asarray(normal(3, 4, 4)), "out": jnp.asarray(normal(4, 2))}
+    net, x = jp.function(scanned), jnp.asarray(normal(5, 4))
+    key = jax.random.key(0)
+    rows = jax.jit(jp.projected_grads(net, LOSS, 2, key=key))(params, x, x[:, :2])
+    assert jax.tree.map(jnp.shape, rows) == {"out": (5, 4), "stack": (5, 3, 4)}
+    exact = jp.projected_grads(net, LOSS, 4, key=key)(params, x, x[:, :2])
+    each = jp.per_example_grads(net, LOSS)(params, x, x[:, :2])
+    assert relative_error(flat(exact), flat(each)) <= 1e-11
+
+
+def test_principal_sides_keep_what_gradients_vary_in():
+    """Gradients of rank two on each side are kept by two columns."""
+    rng = np.random.default_rng(0)
+    net = jp.chain(jp.Dense(6, bias=False))
+    x = jnp.asarray(rng.normal(size=(8, 2)) @ rng.normal(size=(2, 5)))
+    params = (jp.AffineParams(jnp.zeros((5, 6))),)
+    target = jnp.asarray(rng.normal(size=(8, 2)) @ rng.normal(size=(2, 6)))
+    empirical = jp.quantities(net, LOSS, k=jp.KroneckerFactors(empirical=True))
+    sides = jp.quantity.principal(empirical(params, x, target)["k"], 2)
+    rows = jp.projected_grads(net, LOSS, sides=sides)(params, x, target)[0].w
+    assert rows.shape == (8, 4)
+    assert relative_error(rows @ rows.T, jp.gram(net, LOSS)(params, x, target)) <= 1e-10
+
+
+def test_as_a_quantity_beside_others():
+    net, params, x, target = problem("dense")
+    key = jax.random.key(3)
+    f = jp.quantities(net, LOSS, seen=jp.quantity.Projected(2, key), norms=jp.SqNorms())
+    got = f(params, x, target)
+    want = jp.projected_grads(net, LOSS, 2, key=key)(params, x, target)
+    assert relative_error(got["seen"], want) <= 1e-12
+
+
+def test_mistakes_are_said():
+    net, params, x, target = problem("dense")
+    with pytest.raises(TypeError, match="Projected: rank is a whole number"):
+        jp.projected_grads(net, LOSS)
+    with pytest.raises(TypeError, match="key"):
+        jp.projected_grads(net, LOSS, 2)
+    with pytest.raises(ValueError, match="given, or drawn"):
+        jp.projected_grads(net, LOSS, 2, sides=())
+    with pytest.raises(ValueError, match="sides are like params"):
+        jp.projected_grads(net, LOSS, sides=(jnp.eye(2),))(params, x, target)
+    wrong = jax.tree.map(lambda _: jp.quantity.Sides(jnp.eye(3), None), params)
+    with pytest.raises(ValueError, match="are sides of a param of"):
+        jp.projected_grads(net, LOSS, sides=wrong)(params, x, target)
+    with pytest.raises(TypeError, match="two full factors"):
+        jp.quantity.principal(params, 2)
+    with pytest.raises(TypeError, match="takes two batches"):
+        jp.inner_products(net, LOSS)(params, x, target)
+    coupled = jp.chain(jp.Dense(4), jp.BatchNorm())
+    params, batch = coupled.init(jax.random.key(0), x), (x, x)
+    with pytest.raises(ValueError, match="couples"):
+        jp.inner_products(coupled, LOSS)(params, batch, batch)
