@@ -27,6 +27,7 @@ class Batch(NamedTuple):
         key: a key, or None.
         weights: (N,), what each example counts in a mean, or None where each counts 1.
         divisor: what weighted sums are divided by; None for the sum of the weights.
+        whole: whether it is no micro-batch of another.
     """
 
     x: PyTree
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     key: Array | None = None
     weights: Array | None = None
     divisor: float | Array | None = None
+    whole: bool = True
 
     def examples(self, number: int) -> Examples:
         """Return what the N examples count."""
@@ -48,7 +50,7 @@ class Batch(NamedTuple):
                 "the batch is empty: the mean over 0 examples does not exist; give divisor= for a "
                 "sum over them"
             )
-        return Examples(number, weights, total, self.divisor)
+        return Examples(number, weights, total, self.divisor, whole=self.whole)
 
 
 def weighted_batch(
@@ -122,6 +124,7 @@ class Examples(NamedTuple):
         given: the divisor that was given, or None.
         real: (N, ...), False where the target says that an example, or a position of one, is
             padding; None where all are real.
+        whole: whether they are those of the whole batch, and not of a micro-batch.
     """
 
     number: int
@@ -129,6 +132,7 @@ class Examples(NamedTuple):
     total: float | Array
     given: float | Array | None = None
     real: Bool[Array, "n ..."] | None = None
+    whole: bool = True
 
     @property
     def divisor(self) -> float | Array:

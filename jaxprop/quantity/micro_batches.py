@@ -92,7 +92,7 @@ def part(params: Params, batch: Batch, i: Array | int, micro_batches: int) -> tu
     )
     key = None if batch.key is None else jax.random.fold_in(batch.key, i)
     params = jax.tree.map(of, params, is_leaf=is_not_learned)
-    return params, Batch(x, target, key, weights, batch.divisor)
+    return params, Batch(x, target, key, weights, batch.divisor, whole=False)
 
 
 def check_apart(net: Layer) -> None:

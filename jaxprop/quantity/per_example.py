@@ -36,13 +36,14 @@ class Moments(NamedTuple):
     Attributes:
         part: W, what the examples count together, by what their sums are divided by.
         mean: W times the mean.
-        square: W times the square of the mean, of each entry or of all together.
+        square: W times the square of the mean, of each entry or of all together; None where there
+            are no other micro-batches for it to vary between.
         within: W times the variance around it, likewise.
     """
 
     part: Array
     mean: Array
-    square: Array
+    square: Array | None
     within: Array
 
     @classmethod
@@ -66,7 +67,8 @@ class Moments(NamedTuple):
             return squares if entries else squares.sum()
 
         holds = jnp.all((apart >= CANCELLED * square) | (square == 0))
-        return cls(part, mean, square, jax.lax.cond(holds, lambda: apart, around))
+        within = jax.lax.cond(holds, lambda: apart, around)
+        return cls(part, mean, None if examples.whole else square, within)
 
     def variance(self) -> Array:
         """Return the variance around the mean of all micro-batches, of each entry."""
@@ -74,11 +76,13 @@ class Moments(NamedTuple):
 
     def spread(self) -> Float[Array, "... 2"]:
         """Return the sum of the variance over all entries, and the squared norm of the mean."""
-        square = jnp.sum(self.mean**2, axis=tuple(range(self.square.ndim, self.mean.ndim)))
+        square = jnp.sum(self.mean**2, axis=tuple(range(self.within.ndim, self.mean.ndim)))
         return jnp.stack([self.within + self._between(square), square], axis=-1)
 
     def _between(self, square_of_mean: Array) -> Array:
         """Return the variance of the micro-batches' means; what is no more than rounding is 0."""
+        if self.square is None:
+            return jnp.zeros((), square_of_mean.dtype)
         square = square_of_mean / self.part.reshape(-1)[0]  # of a stack's layers they are the same
         apart = self.square - square
         return jnp.where(apart > 16 * jnp.finfo(apart.dtype).eps * square, apart, 0)
