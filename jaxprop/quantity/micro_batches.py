@@ -72,9 +72,9 @@ def dividing(batch: Batch, micro_batches: int) -> Batch:
     """
     check_examples((batch.x, batch.target), micro_batches)
     if batch.weights is None and batch.divisor is None:
-        return batch
+        return batch._replace(whole=False)
     divisor = batch.examples(jax.tree.leaves(batch.x)[0].shape[0]).divisor
-    return batch._replace(divisor=divisor / micro_batches)
+    return batch._replace(divisor=divisor / micro_batches, whole=False)
 
 
 def part(params: Params, batch: Batch, i: Array | int, micro_batches: int) -> tuple[Params, Batch]:
