@@ -96,6 +96,7 @@ EQUATIONS = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("first", EQUATIONS)
 @pytest.mark.parametrize("rest", [rules.lrp_epsilon, rules.lrp_gamma, rules.lrp_alpha_beta])
 @pytest.mark.usefixtures("standard_promotion")
@@ -128,6 +129,7 @@ CONSERVING = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CONSERVING)
 @pytest.mark.parametrize("images", [False, True])
 def test_relevance_is_conserved(name, images):
@@ -217,6 +219,7 @@ ATTENDING = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("layer", "x"), [row[1:] for row in ATTENDING], ids=[r[0] for r in ATTENDING]
 )
@@ -262,6 +265,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", LAYERS)
 def test_all_but_the_derivative_is_checked(name):
     jp.check_layer(*LAYERS[name])
@@ -322,6 +326,7 @@ def test_smooth_grad_is_the_mean_where_noise_is_added():
     close(exact, rules.saliency(MLP)(params, X, TARGET))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_narrow_relevance_is_finite_at_black_pixels(dtype):
     net = rules.lrp(UNBIASED, {(0,): rules.lrp_z_box, jp.Dense: rules.lrp_gamma})
@@ -335,6 +340,7 @@ def test_narrow_relevance_is_finite_at_black_pixels(dtype):
     np.testing.assert_allclose(got.astype(float), want, atol=0.05 * scale)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("rule", [rules.lrp_flat, rules.lrp_alpha_beta, rules.lrp_z_box])
 def test_large_scores_are_shared_out_in_narrow_numbers(rule, dtype):

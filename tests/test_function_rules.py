@@ -76,6 +76,7 @@ SAME = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", SAME)
 def test_a_flax_model_by_a_rule_is_our_net_by_it(name):
     of_parts, of_layers = SAME[name]
@@ -209,6 +210,7 @@ class Deep(nn.Module):
         return nn.Dense(3)(x)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("remat", [False, True])
 def test_rules_in_scans_and_in_what_is_computed_again(scan, remat):

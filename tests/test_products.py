@@ -41,7 +41,7 @@ def problem(name):
     return net, params, x, target, v
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NETS)
 def test_the_hessian_is_the_derivative_of_autodiff_s_gradient(name):
     net, params, x, target, v = problem(name)
@@ -50,7 +50,7 @@ def test_the_hessian_is_the_derivative_of_autodiff_s_gradient(name):
     assert relative_error(jax.jit(jp.hvp(net, LOSS))(params, x, target, v), want) <= 1e-10
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NETS)
 def test_the_gauss_newton_product_is_that_of_its_root(name):
     net, params, x, target, v = problem(name)

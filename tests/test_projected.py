@@ -54,7 +54,7 @@ def flat(tree):
     return jnp.concatenate(leaves, axis=1)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NETS)
 def test_inner_products_are_those_of_per_example_gradients(name):
     net, params, x, target = problem(name)
@@ -66,7 +66,7 @@ def test_inner_products_are_those_of_per_example_gradients(name):
     assert relative_error(got, want) <= 1e-10
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NETS)
 def test_the_tangent_kernel_is_that_of_jacobians(name):
     net, params, x, _ = problem(name)
@@ -104,7 +104,7 @@ def sides_of(params, rank, name):
     return jax.tree.map_with_path(of, params)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [name for name in NETS if name != "function"])
 def test_projected_gradients_are_those_of_per_example_gradients(name):
     net, params, x, target = problem(name)

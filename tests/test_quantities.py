@@ -1010,7 +1010,7 @@ def test_the_bound_from_products_is_the_norm_or_is_not_taken():
         assert np.all(np.abs(np.asarray(form.norms()) - want) <= rtol * want), name
 
 
-SMALL = {
+STEADY = {
     "dense": (jp.chain(jp.Dense(2)), (64, 3)),
     "sequence": (jp.chain(jp.Dense(2)), (64, 2, 3)),
     "convolution": (jp.chain(jp.Conv(2, (2, 2)), jp.Flatten(), jp.Dense(2)), (64, 3, 3, 1)),
@@ -1020,11 +1020,11 @@ SMALL = {
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", STEADY)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_small_deviations_from_a_large_mean_are_not_lost(name, parts):
     """Deviations of 1e-4 of the mean: its square in float32 is rounded by more than theirs."""
-    net, shape = SMALL[name]
+    net, shape = STEADY[name]
     rng = np.random.default_rng(0)
     x = 1 + 1e-4 * rng.normal(size=shape)
     loss = jp.HalfSquaredError()

@@ -29,9 +29,11 @@ from jaxprop.quantity.functions import (
     noise_scale,
     per_example_grads,
     per_example_sq_norms,
+    projected_grads,
     second_moment,
     variance,
 )
+from jaxprop.quantity.products import OfVector, ggn_vp, hvp
 from jaxprop.training.gradients import ValueAndGrad, autodiff, value_and_grad
 from jaxprop.training.update import make_update
 
@@ -128,6 +130,33 @@ def norms(network: Network) -> Case:
     return Case(lambda: per_example_sq_norms(net, loss), lambda: value_and_grad(net, loss), args)
 
 
+def projected(network: Network) -> Case:
+    """Return the case of projected per-example gradients of rank 8, beside the gradient by hand."""
+    net, loss, args = network
+    of = functools.partial(projected_grads, rank=8, key=jax.random.key(0))
+    return Case(lambda: of(net, loss), lambda: value_and_grad(net, loss), args)
+
+
+def along_params(of: Callable[[Layer, Loss], OfVector]) -> Callable[[Layer, Loss], Function]:
+    """Return a maker of a curvature product with the params themselves for v."""
+
+    def make(net: Layer, loss: Loss) -> Function:
+        product = of(net, loss)
+        return lambda params, x, target: product(params, x, target, params)
+
+    return make
+
+
+def hvp_in_jax(net: Layer, loss: Loss) -> Function:
+    """Return ``f(params, x, target)``, the Hessian times the params by ``jax.jvp(jax.grad)``."""
+
+    def product(params: Params, x: Array, target: Array) -> Params:
+        grads = jax.grad(lambda params: loss_fn(net, loss)(params, x, target))
+        return jax.jvp(grads, (params,), (params,))[1]
+
+    return product
+
+
 def worked_example(steps: int) -> Case:
     """Return the case of the classic 2-2-2 network, trained in one scan of so many steps."""
     net, loss = (
@@ -216,10 +245,14 @@ ROWS: dict[str, Callable[[], Case]] = {
     "diag-ggn": lambda: MNIST(hand=diag_ggn),
     "kfac": lambda: MNIST(hand=kronecker_factors, key=True),
     "kflr": lambda: MNIST(hand=kronecker_factors),
+    "projected": lambda: projected(networks.mlp(batch=128)),
+    "hvp": lambda: MNIST(hand=along_params(hvp), auto=hvp_in_jax),
+    "ggn-vp": lambda: MNIST(hand=along_params(ggn_vp)),
     "gpt": lambda: trained(gpt(scan=False)),
     "gpt-repeat": lambda: trained(gpt(scan=True)),
     "gpt-recompute": lambda: trained(gpt(scan=True, recomputing=True)),
     "gpt-norms": lambda: norms(gpt(scan=False)),
+    "gpt-projected": lambda: projected(gpt(scan=False)),
     "lstm": lambda: trained(LSTM()),
     "lstm-norms": lambda: norms(LSTM()),
     "3c3d": lambda: trained(three_c3d(batch=64)),

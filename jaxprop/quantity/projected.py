@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, ClassVar
 
@@ -57,26 +58,30 @@ class Projected(Quantity):
 
     def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
         forms, structure = jax.tree.flatten(taken, is_leaf=is_factored)
-        if self.sides is None:
-            each = [self._drawn(form, number) for number, form in enumerate(forms)]
-        else:
-            each = _at(structure, self.sides, forms)
+        each = self._drawn(forms) if self.sides is None else _at(structure, self.sides, forms)
         pairs = zip(forms, each, strict=True)
         return structure.unflatten(PerExample(_rows(f, sides), axis=0) for f, sides in pairs)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         return jax.tree.map(lambda node: node.value, settled, is_leaf=is_marked)
 
-    def _drawn(self, form: Factored, number: int) -> Sides:
-        rank, stacks, key = self.rank, _stacks(form), jax.random.fold_in(self.key, number)
+    def _drawn(self, forms: list[Factored]) -> list[Sides]:
+        """Return random sides, cut from one draw: it compiles faster than one for each."""
+        rank = self.rank
         assert rank is not None
-
-        def side(key: Array, size: int) -> Array | None:
-            if size <= rank:
-                return None
-            return jax.random.normal(key, (*stacks, size, rank)) / math.sqrt(rank)
-
-        return Sides(*map(side, jax.random.split(key), form.sizes))
+        wanted = [
+            (*_stacks(form), size, rank) if size > rank else None
+            for form in forms
+            for size in form.sizes
+        ]
+        sizes = [0 if shape is None else math.prod(shape) for shape in wanted]
+        numbers = jax.random.normal(self.key, (sum(sizes),)) / math.sqrt(rank)
+        ends = list(itertools.accumulate(sizes))
+        each = [
+            None if shape is None else numbers[end - size : end].reshape(shape)
+            for shape, size, end in zip(wanted, sizes, ends, strict=True)
+        ]
+        return list(itertools.starmap(Sides, zip(each[::2], each[1::2], strict=True)))
 
 
 def principal(factors: PyTree, rank: int) -> PyTree:
