@@ -96,7 +96,7 @@ EQUATIONS = {
 }
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("first", EQUATIONS)
 @pytest.mark.parametrize("rest", [rules.lrp_epsilon, rules.lrp_gamma, rules.lrp_alpha_beta])
 @pytest.mark.usefixtures("standard_promotion")
@@ -129,7 +129,7 @@ CONSERVING = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CONSERVING)
 @pytest.mark.parametrize("images", [False, True])
 def test_relevance_is_conserved(name, images):
@@ -144,6 +144,7 @@ def test_relevance_is_conserved(name, images):
     close(total, output(net, params, x, target), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.full
 def test_what_biases_keep_is_the_rest():
     """With LRP-0 the relevance of a bias is the bias times its cotangent."""
     params = init(MLP)
@@ -265,7 +266,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", LAYERS)
 def test_all_but_the_derivative_is_checked(name):
     jp.check_layer(*LAYERS[name])

@@ -37,6 +37,7 @@ def by_hand(bounds):
     return (clipped[0], (), stacked, clipped[4])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("middle", [0.3, jnp.array([0.1, 0.3, 0.9])], ids=["one", "each"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_bound_for_each_layer(middle, micro_batches):
@@ -59,6 +60,7 @@ def test_equal_bounds_are_one_bound():
     assert relative_error(alike, one) <= 1e-12
 
 
+@pytest.mark.full
 def test_noise_is_of_the_bound_of_all():
     """sqrt(0.5^2 + 3 * 0.3^2 + 0.2^2) times the multiplier, by the number of examples."""
     net = jp.chain(jp.Dense(200), jp.repeat(jp.Dense(200), 3), jp.Dense(200))

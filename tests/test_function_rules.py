@@ -76,7 +76,7 @@ SAME = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", SAME)
 def test_a_flax_model_by_a_rule_is_our_net_by_it(name):
     of_parts, of_layers = SAME[name]
@@ -95,6 +95,7 @@ def test_a_flax_model_by_a_rule_is_our_net_by_it(name):
     assert net.coverage(PARAMS, X) is not None
 
 
+@pytest.mark.full
 def test_feedback_alignment_of_a_flax_model_trains():
     """Params stay the model's; every quantity is of the rule's backward, and jax.grad takes it."""
     net = jp.function(Mlp().apply, rules={"dot_general": FIXED})
@@ -210,7 +211,7 @@ class Deep(nn.Module):
         return nn.Dense(3)(x)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("remat", [False, True])
 def test_rules_in_scans_and_in_what_is_computed_again(scan, remat):
@@ -253,6 +254,7 @@ def test_a_choice_of_branches():
     close((got["v"], got["w"]), (want["v"], 3 * want["w"]))
 
 
+@pytest.mark.full
 def test_an_equinox_model():
     model = eqx.nn.MLP(4, 3, 6, 2, activation=jax.nn.relu, key=jax.random.key(0))
     arrays, static = eqx.partition(model, eqx.is_inexact_array)
@@ -485,6 +487,7 @@ def test_the_derivative_of_a_function_is_by_its_own_rules():
     close(forward_mode, dot)
 
 
+@pytest.mark.full
 def test_attention_by_feedback():
     """Products of data have no matrix, so that all products are the projections."""
 

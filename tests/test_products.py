@@ -41,7 +41,7 @@ def problem(name):
     return net, params, x, target, v
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NETS)
 def test_the_hessian_is_the_derivative_of_autodiff_s_gradient(name):
     net, params, x, target, v = problem(name)
@@ -50,7 +50,7 @@ def test_the_hessian_is_the_derivative_of_autodiff_s_gradient(name):
     assert relative_error(jax.jit(jp.hvp(net, LOSS))(params, x, target, v), want) <= 1e-10
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NETS)
 def test_the_gauss_newton_product_is_that_of_its_root(name):
     net, params, x, target, v = problem(name)
@@ -80,6 +80,7 @@ def test_the_empirical_and_the_sampled_fisher_matrix():
     assert relative_error(got, exact) < 0.1
 
 
+@pytest.mark.full
 def test_many_vectors_share_what_does_not_depend_on_them():
     net, params, x, target, v = problem("dense")
     for of in (jp.hvp, jp.ggn_vp, jp.fisher_vp):
@@ -105,6 +106,7 @@ def test_weights_padding_and_what_is_not_learned():
         assert jax.tree.structure(got) == jax.tree.structure(params)
 
 
+@pytest.mark.full
 def test_conjugate_gradients_and_power_iterations():
     """What the products are for: a Newton step, and the largest eigenvalue."""
     net, params, x, target, _ = problem("dense")

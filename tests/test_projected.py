@@ -54,7 +54,7 @@ def flat(tree):
     return jnp.concatenate(leaves, axis=1)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NETS)
 def test_inner_products_are_those_of_per_example_gradients(name):
     net, params, x, target = problem(name)
@@ -66,7 +66,7 @@ def test_inner_products_are_those_of_per_example_gradients(name):
     assert relative_error(got, want) <= 1e-10
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NETS)
 def test_the_tangent_kernel_is_that_of_jacobians(name):
     net, params, x, _ = problem(name)
@@ -104,7 +104,7 @@ def sides_of(params, rank, name):
     return jax.tree.map_with_path(of, params)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [name for name in NETS if name != "function"])
 def test_projected_gradients_are_those_of_per_example_gradients(name):
     net, params, x, target = problem(name)
@@ -129,6 +129,7 @@ def test_projected_gradients_are_those_of_per_example_gradients(name):
     assert relative_error(again, want) <= 1e-10
 
 
+@pytest.mark.full
 def test_random_sides_preserve_inner_products_at_the_rate():
     """The mean over keys is exact, and the error falls like one over the rank."""
     net = jp.chain(jp.Dense(40), jp.Tanh(), jp.Dense(30))
@@ -174,6 +175,7 @@ def test_functions_and_their_scans():
     assert relative_error(flat(exact), flat(each)) <= 1e-11
 
 
+@pytest.mark.full
 def test_principal_sides_keep_what_gradients_vary_in():
     """Gradients of rank two on each side are kept by two columns."""
     rng = np.random.default_rng(0)

@@ -522,7 +522,7 @@ ORDINARY = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ORDINARY)
 def test_rules_in_ordinary_jax(name):
     """In ``vmap``, ``scan``, ``shard_map``, ``checkpoint`` and ``jit``, by ``jp.custom_vjp``.
@@ -571,7 +571,7 @@ def test_rules_in_ordinary_jax(name):
         close(jax.jit(jax.grad(each))(arrays), want, rtol=1e-9)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [name for name in ORDINARY if name not in ("quantize", "noisy")])
 def test_second_derivatives_are_those_of_the_rule(name):
     """The derivative of the rule's gradient, by that of its own program."""

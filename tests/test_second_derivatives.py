@@ -29,7 +29,7 @@ def moving(tree):
     return [leaf for flag, leaf in zip(flags, leaves, strict=True) if flag], put
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("row", TABLE, ids=row_id)
 def test_the_derivative_of_backward_is_that_of_the_pullback(row):
     layer = row.layer
@@ -63,7 +63,7 @@ def test_the_derivative_of_backward_is_that_of_the_pullback(row):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11 * scale)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("loss", "y", "target"), LOSSES, ids=map(str, range(len(LOSSES))))
 def test_the_derivative_of_a_loss_gradient_is_its_hessian(loss, y, target):
     y, target = jax.tree.map(jnp.asarray, (y, target))
