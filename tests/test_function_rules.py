@@ -279,6 +279,7 @@ def test_relevance_of_a_flax_model():
     close(got, rules.relevance(rules.lrp(OURS, composite))(of_ours(PARAMS), X, TARGET))
 
 
+@pytest.mark.full
 def test_in_jit_vmap_scan_and_shard_map():
     net = jp.function(Mlp().apply, rules={"dot_general": FIXED, "relu": rules.guided_backprop})
     of = jp.value_and_grad(net, LOSS)
@@ -436,31 +437,33 @@ def test_a_scope_with_what_nobody_reads(cell):
     close(got, want)
 
 
-def test_second_derivatives_are_those_of_the_rule():
-    params = PARAMS
-    for parts, ours in (
-        ({"dot_general": KEEPS}, OURS),
-        ({"dot_general": rules.sign_symmetric}, rules.sign_symmetric(OURS)),
-        (
-            {"tanh": DOUBLES},
-            functools.partial(rules.scale_gradient, scale=2.0, where=jp.Tanh)(OURS),
-        ),
-    ):
-        net = jp.function(Mlp().apply, rules=parts)
+TWICE = [
+    ({"dot_general": rules.sign_symmetric}, rules.sign_symmetric(OURS)),
+    ({"dot_general": KEEPS}, OURS),
+    ({"tanh": DOUBLES}, rules.scale_gradient(OURS, scale=2.0, where=jp.Tanh)),
+]
 
-        def of_layers(params, ours=ours):
-            return jp.value_and_grad(ours, LOSS)(of_ours(params), X, TARGET)[1][0].w
 
-        def of_walk(params, net=net):
-            grads = jp.value_and_grad(net, LOSS)(params, X, TARGET)[1]
-            return grads["params"]["Dense_0"]["kernel"]
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("parts", "ours"), TWICE, ids=["sign", "same", "double"])
+def test_second_derivatives_are_those_of_the_rule(parts, ours):
+    net = jp.function(Mlp().apply, rules=parts)
 
-        def of_jax(params, net=net):
-            return jax.grad(by_jax(net.fn))(params)["params"]["Dense_0"]["kernel"]
+    def of_layers(params):
+        return jp.value_and_grad(ours, LOSS)(of_ours(params), X, TARGET)[1][0].w
 
-        want = jax.jacrev(of_layers)(params)
-        close(jax.jacrev(of_walk)(params), want, rtol=1e-8)
-        close(jax.jacrev(of_jax)(params), want, rtol=1e-8)
+    def of_walk(params):
+        return jp.value_and_grad(net, LOSS)(params, X, TARGET)[1]["params"]["Dense_0"]["kernel"]
+
+    def of_jax(params):
+        return jax.grad(by_jax(net.fn))(params)["params"]["Dense_0"]["kernel"]
+
+    def squares(of):
+        return jax.jit(jax.grad(lambda params: jnp.sum(of(params) ** 2)))(PARAMS)
+
+    want = squares(of_layers)
+    close(squares(of_walk), want, rtol=1e-8)
+    close(squares(of_jax), want, rtol=1e-8)
 
 
 def test_the_derivative_of_a_function_is_by_its_own_rules():
@@ -507,6 +510,7 @@ def test_attention_by_feedback():
     close(got, want)
 
 
+@pytest.mark.full
 def test_what_is_explained_has_the_scopes_of_the_function():
     def rows(rule):
         net = jp.function(Mlp().apply, rules=rule)
