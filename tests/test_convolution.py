@@ -91,13 +91,14 @@ def test_block_by_block_is_all_at_once(channels, monkeypatch):
     def by_generic_rule(form):
         rows = patches._patches(x, windows, 1).reshape(-1, windows.taps * channels)
         generic = by_vjp(form)
-        return [*asked(generic, weights), rows.T @ rows, generic.sum()]
+        count = jnp.asarray(form.ct[..., 0].size, rows.dtype)
+        return [*asked(generic, weights), rows.T @ rows, count, generic.sum()]
 
     expected = by_generic_rule(form)
     for examples in (1, 2, 5, 6):  # in blocks of 1, 2, 3 and 3
         monkeypatch.setattr(patches, "BLOCK_BYTES", {"cpu": examples * a_patch, "default": 1})
         got = jax.jit(
-            lambda form: [*asked(form, weights), form.gram_of_x(), form._block_by_block()]
+            lambda form: [*asked(form, weights), *form.gram_of_x(), form._block_by_block()]
         )(form)
         monkeypatch.undo()
         assert relative_error(got, expected) <= 1e-12

@@ -1492,7 +1492,7 @@ def test_wrong_shapes_raise_what_jax_raises():
 
 
 def factors_by_taps(product, loss, params, x, target):
-    """For each product the means of sum_t x_t x_t^T and of sum_t J_t^T H J_t, by jacrev.
+    """For each product the means of mean_t x_t x_t^T and of sum_t J_t^T H J_t, by jacrev.
 
     Args:
         product: a function of (params, x, zeros) of one example that adds a zero to each product
@@ -1515,7 +1515,7 @@ def factors_by_taps(product, loss, params, x, target):
             j = jacobian.reshape(y.size, -1, jacobian.shape[-1])
             return jnp.einsum("pti,pq,qtj->ij", j, hessian, j)
 
-        return [a.T @ a for a in operands], list(map(of_ct, jacobians))
+        return [a.T @ a / len(a) for a in operands], list(map(of_ct, jacobians))
 
     means = jax.tree.map(lambda each: each.mean(0), jax.vmap(of_one)(x, target))
     return list(zip(*means, strict=True))
