@@ -188,7 +188,7 @@ def main() -> None:
     parser.add(
         ("rule", ("both", *METHODS), "both", "which rule"),
         ("epochs", positive, 50, "passes over the training images"),
-        ("layers", positive, 2, "hidden layers"),
+        ("layers", positive, 3, "hidden layers"),
         ("features", positive, 256, "units of each"),
         ("rate", above_zero, 1e-3, "learning rate of Adam"),
         ("nudge", above_zero, 1.0, "step of the last target down the loss"),
