@@ -126,8 +126,11 @@ def test_quantities_of_a_masked_batch_are_those_of_each_example_alone():
     @jax.jit
     def asked(x, target, mask):
         args, own = (params, x, target), (jp.per_example_grads, jp.per_example_sq_norms)
-        means = jp.value_and_grad, jp.second_moment, jp.kronecker_factors
-        return [[f(net, LOSS)(*args, mask=mask) for f in each] for each in (own, means)]
+        means = jp.value_and_grad, jp.second_moment
+        factors = jp.kronecker_factors(net, LOSS)(*args, mask=mask)
+        of_ct = jax.tree.map(lambda k: k.b, factors, is_leaf=lambda k: isinstance(k, jp.Kronecker))
+        each = [[f(net, LOSS)(*args, mask=mask) for f in each] for each in (own, means)]
+        return each[0], [*each[1], of_ct]  # a's mean counts the positions that a mask takes out
 
     dirty = jnp.where(lengths(4, 2)[..., None], x, np.nan)
     own, means = asked(dirty, target, lengths(4, 2))

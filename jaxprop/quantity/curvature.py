@@ -113,7 +113,8 @@ class KroneckerFactors(AddedUp):
     x_t x_t^T, and b the mean over examples of sum_c sum_t ct_t ct_t^T, as in Grosse and Martens
     2016 (https://arxiv.org/abs/1602.01407), where T divides b. "reduce" is of x's mean over
     positions and of ct's sum, exact where y is linear in the mean of a linear net. Examples and
-    positions whose target says that they are padding count in neither.
+    positions whose target says that they are padding count in neither; what a mask alone takes out
+    is 0 in both, and still one of the positions that a is the mean over.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.
