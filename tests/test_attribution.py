@@ -387,6 +387,8 @@ def test_mistakes_are_said():
         rules.lrp_alpha_beta(MLP, alpha=0.5)
     with pytest.raises(ValueError, match="low is below high"):
         rules.lrp_z_box(MLP, low=1.0, high=0.0)
+    with pytest.raises(TypeError, match="it takes no weights"):
+        rules.saliency(MLP)(params, X, TARGET, weights=jnp.ones(6))
     with pytest.raises(ValueError, match="give key="):
         rules.smooth_grad(MLP, deviation=0.1)(params, X, TARGET)
     with pytest.raises(ValueError, match="integer targets are"):

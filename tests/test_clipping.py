@@ -54,6 +54,21 @@ def test_a_bound_for_each_layer(middle, micro_batches):
         assert aux.clipped[2].shape == (3,)
 
 
+def test_a_frozen_layer_has_no_bound():
+    net = jp.chain(jp.frozen(jp.Dense(4)), jp.Tanh(), jp.Dense(3), jp.Dense(2))
+    params, x = at(Row(net, normal(6, 3)))
+    each = jp.per_example_grads(net, LOSS)(params, x, TARGET)
+    f = jp.clipped_grad(net, LOSS, ((), (), 0.3, 0.5), per_layer=True, aux=True)
+    (_, aux), grads = f(params, x, TARGET)
+    for index, bound in ((2, 0.3), (3, 0.5)):
+        norms = norms_of(each[index])
+        want = mean_of(each[index], jnp.minimum(1, bound / norms))
+        assert relative_error(grads[index], want) <= 1e-11
+        assert relative_error(aux.clipped[index], jnp.mean(norms > bound)) <= 1e-12
+    noisy = jp.clipped_grad(net, LOSS, ((), (), 0.3, 0.5), 1.0, per_layer=True)
+    noisy(params, x, TARGET, key=jax.random.key(0))
+
+
 def test_equal_bounds_are_one_bound():
     alike = jp.clipped_grad(NET, LOSS, (0.3, (), 0.3, 0.3), per_layer=True)(PARAMS, X, TARGET)
     one = jp.clipped_grad(NET, LOSS, 0.3, per_layer=True)(PARAMS, X, TARGET)
@@ -87,9 +102,12 @@ def test_automatic_and_normalized(two_pass):
 
 
 def test_no_weight_exceeds_the_bound():
-    f = jp.clipped_grad(NET, LOSS, 0.7, weight=lambda norms, bound: 1e6 * jnp.ones_like(norms))
-    want = mean_of(EACH, 0.7 / norms_of(EACH))
-    assert relative_error(f(PARAMS, X, TARGET)[1], want) <= 1e-11
+    for sign in (1.0, -1.0):
+        f = jp.clipped_grad(
+            NET, LOSS, 0.7, weight=lambda norms, bound, s=sign: s * 1e6 * jnp.ones_like(norms)
+        )
+        want = mean_of(EACH, sign * 0.7 / norms_of(EACH))
+        assert relative_error(f(PARAMS, X, TARGET)[1], want) <= 1e-11
 
 
 def test_a_gradient_of_zero_is_left_so_by_every_weight():

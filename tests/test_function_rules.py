@@ -92,7 +92,6 @@ def test_a_flax_model_by_a_rule_is_our_net_by_it(name):
             dense = got["params"][f"Dense_{index}"]
             close((dense["kernel"], dense["bias"]), (w, b))
     close(rules.saliency(net)(PARAMS, X, TARGET), rules.saliency(ours)(of_ours(PARAMS), X, TARGET))
-    assert net.coverage(PARAMS, X) is not None
 
 
 @pytest.mark.full
@@ -266,7 +265,6 @@ def test_an_equinox_model():
     for of_parts in ({"dot_general": rules.sign_symmetric}, {"relu": rules.deconvolution}):
         net = jp.function(fn, rules=of_parts)
         hold(net.fn, params, X, TARGET, LOSS)
-        assert not jp.function(fn).by_module or not net.is_derivative
 
 
 def test_relevance_of_a_flax_model():
@@ -323,6 +321,7 @@ def test_mistakes_are_said():
         value(rules.sign_symmetric, "tanh")
     with pytest.raises(TypeError, match="name its products alone, such as 'Mlp/dot_general'"):
         value(rules.sign_symmetric, "Mlp")
+    assert jp.function(jnp.dot, rules={}) == jp.function(jnp.dot)
     with pytest.raises(TypeError, match="a dict of a rule for each key"):
         jp.function(Mlp().apply, rules=rules.sign_symmetric)
     with pytest.raises(ValueError, match="that the rules before it leave"):

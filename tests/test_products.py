@@ -126,6 +126,22 @@ def test_conjugate_gradients_and_power_iterations():
     assert float(jnp.linalg.eigvalsh(matrix)[0]) > -1e-10
 
 
+def test_a_linear_operator_of_lineax():
+    lineax = pytest.importorskip("lineax")
+    net, params, x, target, _ = problem("dense")
+    grads = jp.value_and_grad(net, LOSS)(params, x, target)[1]
+    like = jax.eval_shape(lambda: params)
+    product = jp.ggn_vp(net, LOSS)(params, x, target)
+    tag = lineax.positive_semidefinite_tag
+    operator = lineax.FunctionLinearOperator(product, like, tag)
+    damped = operator + 0.1 * lineax.IdentityLinearOperator(like)
+    solver = lineax.CG(rtol=1e-10, atol=1e-12)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        step = lineax.linear_solve(lineax.TaggedLinearOperator(damped, tag), grads, solver).value
+    back = jax.tree.map(lambda a, b: a + 0.1 * b, product(step), step)
+    assert relative_error(back, grads) <= 1e-8
+
+
 def test_mistakes_are_said():
     net, params, x, target, v = problem("dense")
     with pytest.raises(ValueError, match="hvp: v is"):

@@ -190,6 +190,25 @@ def test_principal_sides_keep_what_gradients_vary_in():
     assert relative_error(rows @ rows.T, jp.gram(net, LOSS)(params, x, target)) <= 1e-10
 
 
+def test_principal_rows_of_a_table_are_those_that_are_looked_up_most():
+    net, ids = jp.chain(jp.Embedding(7, 4)), jnp.array([[2, 2, 5], [5, 2, 0]])
+    batch = net.init(jax.random.key(0), ids), ids, jnp.zeros((2, 3, 4))
+    (sides,) = jp.quantity.principal(jp.kronecker_factors(net, LOSS)(*batch), 2)
+    np.testing.assert_array_equal(sides.left, np.eye(7)[:, [2, 5]])
+    (rows,) = jp.projected_grads(net, LOSS, sides=(sides._replace(right=None),))(*batch)
+    (each,) = jp.per_example_grads(net, LOSS)(*batch)
+    assert relative_error(rows, each[:, [2, 5]].reshape(2, 8)) <= 1e-12
+
+
+def test_sides_of_a_net_with_what_is_not_learned():
+    net = jp.chain(jp.frozen(jp.Dense(4)), jp.Dense(3))
+    params, x = at(Row(net, normal(5, 4)))
+    sides = jax.tree.map(lambda _: jp.quantity.Sides(None, None), params)
+    rows = jp.projected_grads(net, LOSS, sides=sides)(params, x, x[:, :3])
+    each = jp.per_example_grads(net, LOSS)(params, x, x[:, :3])
+    assert relative_error(rows[1].w, each[1].w.reshape(5, -1)) <= 1e-12
+
+
 def test_as_a_quantity_beside_others():
     net, params, x, target = problem("dense")
     key = jax.random.key(3)
@@ -212,7 +231,7 @@ def test_mistakes_are_said():
     wrong = jax.tree.map(lambda _: jp.quantity.Sides(jnp.eye(3), None), params)
     with pytest.raises(ValueError, match="are sides of a param of"):
         jp.projected_grads(net, LOSS, sides=wrong)(params, x, target)
-    with pytest.raises(TypeError, match="two full factors"):
+    with pytest.raises(TypeError, match="a Kronecker for each param"):
         jp.quantity.principal(params, 2)
     with pytest.raises(TypeError, match="takes two batches"):
         jp.inner_products(net, LOSS)(params, x, target)

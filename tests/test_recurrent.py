@@ -128,15 +128,22 @@ def test_quantities_of_a_masked_batch_are_those_of_each_example_alone():
         args, own = (params, x, target), (jp.per_example_grads, jp.per_example_sq_norms)
         means = jp.value_and_grad, jp.second_moment
         factors = jp.kronecker_factors(net, LOSS)(*args, mask=mask)
-        of_ct = jax.tree.map(lambda k: k.b, factors, is_leaf=lambda k: isinstance(k, jp.Kronecker))
         each = [[f(net, LOSS)(*args, mask=mask) for f in each] for each in (own, means)]
-        return each[0], [*each[1], of_ct]  # a's mean counts the positions that a mask takes out
+        return (*each, factors)
 
     dirty = jnp.where(lengths(4, 2)[..., None], x, np.nan)
-    own, means = asked(dirty, target, lengths(4, 2))
-    (a, mean_a), (b, mean_b) = asked(x[:1], target[:1], None), asked(x[1:, :2], target[1:], None)
+    own, means, factors = asked(dirty, target, lengths(4, 2))
+    a, mean_a, factors_a = asked(x[:1], target[:1], None)
+    b, mean_b, factors_b = asked(x[1:, :2], target[1:], None)
     assert relative_error(own, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), a, b)) <= 1e-12
     assert relative_error(means, jax.tree.map(lambda a, b: (a + b) / 2, mean_a, mean_b)) <= 1e-12
+    whole = jax.tree.map(  # four positions and two, of which a is the mean
+        lambda one, two: jp.Kronecker((4 * one.a + 2 * two.a) / 6, (one.b + two.b) / 2),
+        factors_a,
+        factors_b,
+        is_leaf=lambda node: isinstance(node, jp.Kronecker),
+    )
+    assert relative_error(factors, whole) <= 1e-12
 
 
 @pytest.mark.full

@@ -499,6 +499,14 @@ def test_angles_are_0_for_the_derivative_and_fall_as_feedback_meets_w():
     assert jnp.isnan(angles[0].feedback[0])  # no derivative by what the way forward does not use
 
 
+def test_angles_are_of_the_examples_that_count():
+    net, kept = rules.sign_symmetric(NET), jnp.array([0, 2, 5])
+    params, of = init(net), rules.angles(net, LOSS)
+    weights = jnp.zeros(6).at[kept].set(1.0)
+    got = of(params, X, TARGET, weights=weights)
+    close(got, of(params, X[kept], TARGET[kept]), rtol=1e-8)
+
+
 SPIKING = jp.chain(jp.Dense(3), rules.Spike(), jp.Dense(2))
 ORDINARY = {
     "feedback_alignment": rules.feedback_alignment(NET),

@@ -76,4 +76,5 @@ def test_the_derivative_of_a_loss_gradient_is_its_hessian(loss, y, target):
         return jax.grad(lambda y: loss.forward(y, target)[0].sum())(y)
 
     got, want = (jax.jvp(f, (y,), (tangent,))[1] for f in (by_hand, by_autodiff))
-    assert relative_error(got, want) <= 1e-8  # autodiff's own rounding, of confident outputs
+    confident = float(jnp.abs(y).max()) > 20 if hasattr(y, "shape") else False
+    assert relative_error(got, want) <= (1e-8 if confident else 1e-10)  # autodiff rounds there

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxprop.core.batch import Batch, Examples
 from jaxprop.core.checks import require
@@ -15,6 +15,7 @@ from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss, check_cotangent
 from jaxprop.core.step import Visit
+from jaxprop.core.tree import Mask
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Residuals, Visited
 
 
@@ -117,8 +118,18 @@ def forward(net: Layer, loss: Loss, params: Params, batch: Batch) -> Forward:
             ct = jax.tree.map(lambda ct, y: ct.astype(y.dtype), ct, y)
             return net.walk(places, residuals, ct, visit)
 
-    examples = examples._replace(real=loss.real(loss_residuals))
+    examples = examples._replace(real=_real(params, loss.real(loss_residuals)))
     return Forward(examples.counting(y), values, value, examples, loss, loss_residuals, back)
+
+
+def _real(params: Params, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n ..."] | None:
+    """Return what is no padding: by the target, or where that has no positions by the mask too."""
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Mask))
+    masks = [node for node in nodes if isinstance(node, Mask) and node.rank == 2]
+    if not masks or (real is not None and real.ndim > 1):
+        return real
+    mask = masks[0].value[(0,) * masks[0].axis]
+    return mask if real is None else mask & real[:, None]
 
 
 def check_net_and_loss(net: Layer, loss: Loss) -> None:

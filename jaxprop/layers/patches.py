@@ -24,6 +24,7 @@ from jaxprop.core.forms import (
     gram,
     norms_of_all,
     of_real,
+    pairs_are_cheaper,
     through,
 )
 from jaxprop.core.mesh import by_xla, is_explicit
@@ -92,6 +93,10 @@ class Patches(Factored):
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
         if not isinstance(other, Patches) or other.windows != self.windows:
             return super().products_with(other)
+        (n, *positions, features), (m, *others, _) = self.ct.shape, other.ct.shape
+        i, o = self.sizes[0], features // self.groups
+        if not pairs_are_cheaper(n, math.prod(positions), m, math.prod(others), i, o):
+            return super().products_with(other)  # by patches of some examples at a time
 
         def of_groups(form: Patches) -> Outer:
             ct = jnp.moveaxis(_in_groups(form.ct, form.groups), 2, 0)

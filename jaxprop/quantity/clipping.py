@@ -99,8 +99,8 @@ class Clipped(Quantity):
         drop_nonfinite: whether an example whose gradient is not finite counts as a gradient of 0;
             with per_layer, that layer's part of it.
         norms: whether the result is a ``ClippedMean``, with the norms beside the mean.
-        weight: ``weight(norms, max_norm)``, what g_n is multiplied by, for norms (N,). It is no
-            more than max_norm / |g_n|, whatever the function says.
+        weight: ``weight(norms, max_norm)``, what g_n is multiplied by, for norms (N,). Its size is
+            held to max_norm / |g_n|, whatever the function says.
     """
 
     max_norm: float | Array | PyTree
@@ -173,36 +173,46 @@ class Clipped(Quantity):
         if not self.norms:
             return grads
         norms = unmarked(norms)
-        bounds = self.max_norm if self._by_tree else jax.tree.map(lambda _: self.max_norm, norms)
 
         def share(norms: Array, bound: Any) -> Array:
             bound = jnp.broadcast_to(bound, norms.shape[:-1])[..., None]
             return batch.examples.share(norms > bound)
 
-        return ClippedMean(grads, norms, jax.tree.map(share, norms, bounds))
+        return ClippedMean(grads, norms, self._with_bounds(share, norms))
 
     def _by_layer(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
         """Return each layer's mean, by a bound of its own."""
-        layers, structure = jax.tree.flatten(taken, is_leaf=_is_measured)
+
+        def of_layer(measured: Measured, bound: Any, params: Params) -> Bounded:
+            if measured.norms.ndim == 1:
+                return self._bounded(params, *measured, examples, bound)
+            inner = map_forms(lambda form: getattr(form, "form", form), measured.forms)
+            bound = jnp.broadcast_to(bound, measured.norms.shape[:1])
+            return jax.vmap(of_layer)(Measured(inner, measured.norms), bound, params)
+
+        params = without_unmarked(params, _each(taken, "forms"))
+        return self._with_bounds(of_layer, taken, params)
+
+    def _with_bounds(self, f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+        """Return ``f(node, bound, ...)`` for what stands at each layer with params.
+
+        Args:
+            f: a function of it, of the layer's bound, and of what stands there in the rest.
+            tree: what was taken, or the norms.
+            rest: trees of the same structure, or deeper.
+        """
+        if not self._by_tree:
+            return jax.tree.map(lambda node: f(node, self.max_norm), tree)
+        nodes, structure = jax.tree.flatten(tree, is_leaf=_is_of_layer)
         try:
             bounds = structure.flatten_up_to(self.max_norm)
         except ValueError:
             raise ValueError(
                 f"max_norm is {shapes(self.max_norm)}: give a bound where each layer's params "
-                f"stand, and () for a layer without, as in {shapes(_each(taken, 'norms'))}"
+                f"stand, and () for a layer without, as in {shapes(_each(tree, 'norms'))}"
             ) from None
-
-        def of_layer(params: Params, measured: Measured, bound: Any) -> Bounded:
-            if measured.norms.ndim == 1:
-                return self._bounded(params, *measured, examples, bound)
-            inner = map_forms(lambda form: getattr(form, "form", form), measured.forms)
-            bound = jnp.broadcast_to(bound, measured.norms.shape[:1])
-            return jax.vmap(of_layer)(params, Measured(inner, measured.norms), bound)
-
-        each = zip(structure.flatten_up_to(params), layers, bounds, strict=True)
-        return structure.unflatten(
-            of_layer(*one) if _is_measured(one[1]) else one[1] for one in each
-        )
+        each = zip(nodes, bounds, *map(structure.flatten_up_to, rest), strict=True)
+        return structure.unflatten(f(*one) if jax.tree.leaves(one[0]) else one[0] for one in each)
 
     def _bounded(
         self,
@@ -220,7 +230,7 @@ class Clipped(Quantity):
         weights = bound / jnp.maximum(norms, bound)
         if self.weight is not None:
             largest = bound / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny)
-            weights = jnp.minimum(self.weight(norms, bound), largest)
+            weights = jnp.clip(self.weight(norms, bound), -largest, largest)
         if examples.weights is None:
             weights = examples.over(weights)
         else:
@@ -256,7 +266,7 @@ class Clipped(Quantity):
         def squares(norms: Array, bound: Any) -> Array:
             return jnp.sum(jnp.broadcast_to(bound, norms.shape[:-1]) ** 2)
 
-        each = jax.tree.map(squares, unmarked(norms), self.max_norm)
+        each = self._with_bounds(squares, unmarked(norms))
         return jnp.sqrt(sum(jax.tree.leaves(each)))
 
 
@@ -334,8 +344,9 @@ def next_max_norm(
     return jnp.asarray(max_norm, float) * jnp.exp(-rate * (unclipped - quantile))
 
 
-def _is_measured(node: object) -> bool:
-    return isinstance(node, Measured)
+def _is_of_layer(node: object) -> bool:
+    """Return whether a node is what was taken of a layer, or nothing, as of one without params."""
+    return isinstance(node, Measured) or not jax.tree.leaves(node)
 
 
 def _each(settled: PyTree, field: str) -> PyTree:

@@ -113,16 +113,16 @@ class KroneckerFactors(AddedUp):
     x_t x_t^T, and b the mean over examples of sum_c sum_t ct_t ct_t^T, as in Grosse and Martens
     2016 (https://arxiv.org/abs/1602.01407), where T divides b. "reduce" is of x's mean over
     positions and of ct's sum, exact where y is linear in the mean of a linear net. Examples and
-    positions whose target says that they are padding count in neither; what a mask alone takes out
-    is 0 in both, and still one of the positions that a is the mean over.
+    positions that are padding by the target count in neither, nor by a mask (N, T) where the target
+    has no positions.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.
         empirical: whether the source is the loss gradient.
         positions: "expand" or "reduce".
-        others: what a param has whose cotangent has no two factors, as the scale of a
-            normalization, or one that is used twice: "raise" for ``TypeError``, "skip" for ``()``,
-            "diagonal" for the diagonal of its block, an array like the param.
+        others: what a param has whose cotangent has no two factors, as one that is used in two
+            ways, or is in no form: "raise" for ``TypeError``, "skip" for ``()``, "diagonal" for the
+            diagonal of its block, an array like the param.
     """
 
     samples: int | None = None

@@ -281,7 +281,7 @@ class NoiseParts(NamedTuple):
     square: Float[Array, ""]
 
 
-def _parts_of(spread: Float[Array, "2 ..."], examples: Examples) -> NoiseParts:
+def _parts_of(spread: Float[Array, "... 2"], examples: Examples) -> NoiseParts:
     variance, square_of_mean = spread[..., 0], spread[..., 1]
     n = examples.number
     if examples.weights is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxprop.core.loss import Loss
 from jaxprop.core.step import Layerwise
 from jaxprop.core.tree import learned, like_params, merged
 from jaxprop.core.types import Cotangent, Params, PyTree
-from jaxprop.core.walk import check_net_and_loss, forward
+from jaxprop.core.walk import Forward, check_net_and_loss, forward
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source
 from jaxprop.quantity.together import SAMPLES
 
@@ -98,15 +98,14 @@ def ggn_vp(net: Layer, loss: Loss) -> OfVector:
     """
 
     def product(params: Params, batch: Batch) -> Product:
-        along, pull = _jacobian(net, loss, params, batch)
+        of = _Jacobian.at(net, loss, params, batch)
 
         def gradient_of(y: PyTree) -> Cotangent:
             _, residuals = loss.forward(y, batch.target)
             return loss.backward(residuals)
 
-        y = net.forward(params, batch.x)[0]
-        _, hessian = jax.linearize(gradient_of, y)
-        return lambda v: pull(hessian(along(v)))
+        _, hessian = jax.linearize(gradient_of, of.y)
+        return lambda v: of.back(hessian(of.along(v)))
 
     return _of_vector("ggn_vp", net, loss, product)
 
@@ -135,39 +134,51 @@ def fisher_vp(
     source: Source = LossGradient() if empirical else HessianRoot(samples)
 
     def product(params: Params, batch: Batch) -> Product:
-        along, pull = _jacobian(net, loss, params, batch)
+        of = _Jacobian.at(net, loss, params, batch)
         key = None if batch.key is None else jax.random.fold_in(batch.key, SAMPLES)
-        columns = source.columns(forward(net, loss, params, batch), key)
+        columns = source.columns(of.ahead, key)
 
         def weighed(v: Params) -> Params:
-            u = along(v)
+            u = of.along(v)
 
             def of_column(c: Array) -> Cotangent:
                 s = columns.column(c)
                 dots = jnp.stack(jax.tree.leaves(jax.tree.map(_dots, s, u))).sum(axis=0)
                 return jax.tree.map(lambda s: weighted(wide(s), dots), s)
 
-            return pull(sum_over(of_column, jnp.arange(columns.number)))
+            return of.back(sum_over(of_column, jnp.arange(columns.number)))
 
         return weighed
 
     return _of_vector("fisher_vp", net, loss, product)
 
 
-def _jacobian(
-    net: Layer, loss: Loss, params: Params, batch: Batch
-) -> tuple[Callable[[Params], PyTree], Callable[[Cotangent], Params]]:
-    """Return J, from params to y, and the mean over examples of J_n^T ct_n."""
-    ahead = forward(net, loss, params, batch)
-    _, along = jax.linearize(
-        lambda arrays: net.forward(merged(params, arrays), batch.x)[0], learned(params)
-    )
+class _Jacobian(NamedTuple):
+    """The Jacobian J of the net's output by its learned params.
 
-    def pull(ct: Cotangent) -> Params:
-        mean = ahead.examples.mean_cotangent(ahead.examples.counting(ct))
-        return learned(ahead.back(mean, Layerwise(gradient))[0])
+    Attributes:
+        ahead: the pass forward.
+        y: the output, also of the examples that count nothing.
+        along: J v, for v like the learned params.
+    """
 
-    return along, pull
+    ahead: Forward
+    y: PyTree
+    along: Callable[[Params], PyTree]
+
+    @classmethod
+    def at(cls, net: Layer, loss: Loss, params: Params, batch: Batch) -> _Jacobian:
+        """Return the Jacobian at these params, for this batch."""
+        ahead = forward(net, loss, params, batch)
+        y, along = jax.linearize(
+            lambda arrays: net.forward(merged(params, arrays), batch.x)[0], learned(params)
+        )
+        return cls(ahead, y, along)
+
+    def back(self, ct: Cotangent) -> Params:
+        """Return the mean over examples of J_n^T ct_n."""
+        mean = self.ahead.examples.mean_cotangent(self.ahead.examples.counting(ct))
+        return learned(self.ahead.back(mean, Layerwise(gradient))[0])
 
 
 def _dots(a: Array, b: Array) -> Array:

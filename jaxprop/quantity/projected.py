@@ -14,6 +14,7 @@ from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_count, check_key, given
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Kronecker, Repeated, Sides, is_factored
+from jaxprop.core.tree import learned
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, is_marked
 
@@ -100,13 +101,22 @@ def principal(factors: PyTree, rank: int) -> PyTree:
             return None
         return jnp.linalg.eigh(matrix)[1][..., -rank:]
 
+    def axes_of(diagonal: Array) -> Array | None:
+        size = diagonal.shape[-1]
+        if size <= rank:
+            return None
+        _, largest = jax.lax.top_k(diagonal, rank)
+        return jax.nn.one_hot(largest, size, dtype=diagonal.dtype).swapaxes(-1, -2)
+
     def of(node: Any) -> Sides:
-        if not isinstance(node, Kronecker) or node.a.ndim != node.b.ndim:
+        if not isinstance(node, Kronecker):
             raise TypeError(
-                f"principal takes two full factors for each param, not {given(node)}; give it the "
-                "sides of others"
+                f"principal takes a Kronecker for each param, not {given(node)}; put the sides of "
+                "others there by hand"
             )
-        return Sides(side(node.a), side(node.b))
+        if node.a.ndim == node.b.ndim:
+            return Sides(side(node.a), side(node.b))
+        return Sides(axes_of(node.a), side(node.b))
 
     return jax.tree.map(of, factors, is_leaf=lambda node: isinstance(node, Kronecker))
 
@@ -127,7 +137,7 @@ def _rows(form: Factored, sides: Sides) -> Array:
 
 def _at(structure: Any, sides: PyTree, forms: list[Factored]) -> list[Sides]:
     """Return the given sides of each form; raise for another structure or other sizes."""
-    each, found = jax.tree.flatten(sides, is_leaf=lambda node: isinstance(node, Sides))
+    each, found = jax.tree.flatten(learned(sides), is_leaf=lambda node: isinstance(node, Sides))
     if found != structure or not all(isinstance(node, Sides) for node in each):
         raise ValueError(f"Projected: sides are like params, with Sides at each leaf, not {found}")
     for form, one in zip(forms, each, strict=True):

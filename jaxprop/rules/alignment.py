@@ -29,8 +29,10 @@ def angles(net: Layer, loss: Loss) -> OfBatch[Params]:
     by_rule, by_autodiff = value_and_grad(net, loss), autodiff(net, loss)
 
     def of_both(params: Params, batch: Batch) -> Params:
-        _, ours = by_rule(params, batch.x, batch.target)
-        _, true = by_autodiff(params, batch.x, batch.target)
+        given = {"weights": batch.weights, "divisor": batch.divisor}
+        (_, ours), (_, true) = (
+            f(params, batch.x, batch.target, **given) for f in (by_rule, by_autodiff)
+        )
         return jax.tree.map(angle, learned(ours), learned(true))
 
     return of_batch("angles", "Return the angle of each gradient to the derivative.", net, of_both)

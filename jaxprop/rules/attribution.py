@@ -185,6 +185,8 @@ def _attribution(name: str, net: Layer, of: Callable[[Params, Batch], PyTree]) -
     require(net, Layer, f"{name}: net")
 
     def checked(params: Params, batch: Batch) -> PyTree:
+        if batch.weights is not None or batch.divisor is not None:
+            raise TypeError(f"{name} is of each example by itself: it takes no weights, no divisor")
         for leaf in jax.tree.leaves(batch.x):
             if not jnp.issubdtype(getattr(leaf, "dtype", None) or int, jnp.floating):
                 raise TypeError(

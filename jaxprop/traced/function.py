@@ -215,10 +215,10 @@ def function(
         >>> jp.per_example_sq_norms(net, jp.Mean())(params, batch).shape
         (3,)
     """
-    if rules is None:
-        return Function(fn, init)
-    if not isinstance(rules, Mapping):
+    if rules is not None and not isinstance(rules, Mapping):
         raise TypeError(f"function: rules are a dict of a rule for each key, not {given(rules)}")
+    if not rules:
+        return Function(fn, init)
     return Function(Ruled(fn, tuple(rules.items())), init)
 
 

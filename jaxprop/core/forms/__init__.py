@@ -14,7 +14,15 @@ from jaxprop.core.forms.form import (
     sq_norms,
     through,
 )
-from jaxprop.core.forms.outer import Outer, Sum, count_of, gram, mean_of_real, of_real
+from jaxprop.core.forms.outer import (
+    Outer,
+    Sum,
+    count_of,
+    gram,
+    mean_of_real,
+    of_real,
+    pairs_are_cheaper,
+)
 from jaxprop.core.forms.rearranged import (
     Move,
     Moves,
@@ -55,6 +63,7 @@ __all__ = [
     "norms",
     "norms_of_all",
     "of_real",
+    "pairs_are_cheaper",
     "sq_norms",
     "through",
 ]

@@ -150,7 +150,7 @@ class Outer(Factored):
             return super().products_with(other)
         (x, ct), (x2, ct2) = (map(wide, form._sequences()) for form in (self, other))
         (n, t, i), o, (m, s, _) = x.shape, ct.shape[-1], x2.shape
-        if not known(lambda: n * m * t * s * (i + o) <= (n * t + m * s + n * m) * i * o):
+        if not pairs_are_cheaper(n, t, m, s, i, o):
             return super().products_with(other)
         products = jnp.einsum("nti,msi->ntms", x, x2) * jnp.einsum("nto,mso->ntms", ct, ct2)
         return products.sum(axis=(1, 3))
@@ -197,6 +197,20 @@ class Outer(Factored):
             self.x.reshape(self.x.shape[0], length, self.x.shape[-1]),
             self.ct.reshape(self.ct.shape[0], length, self.ct.shape[-1]),
         )
+
+
+def pairs_are_cheaper(n: int, t: int, m: int, s: int, i: int, o: int) -> bool:
+    """Return whether <g_n, h_m> costs less by pairs of positions than by the gradients.
+
+    Args:
+        n: the number of examples of one batch.
+        t: the number of positions of one of them.
+        m: the number of examples of the other.
+        s: the number of positions there.
+        i: the size of x.
+        o: the size of ct.
+    """
+    return known(lambda: n * m * t * s * (i + o) <= (n * t + m * s + n * m) * i * o)
 
 
 Sequences = Float[Array, "n t d"]
