@@ -24,12 +24,12 @@ against the other. The names, by group:
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
     updates      make_update DynamicLossScale learned_only inference_mode update_batch_stats
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms projected_grads gram
-                 inner_products ntk second_moment variance noise_scale
-                 diag_ggn kronecker_factors ggn_root hvp ggn_vp fisher_vp
+                 inner_products influence self_influence ntk second_moment variance noise_scale
+                 diag_ggn kronecker_factors ekfac_factors ggn_root hvp ggn_vp fisher_vp
     to see       explain find_nonfinite
     to check     check_layer check_loss check_vjp
     to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
-    modules      forms models plot quantity rules sharding
+    modules      forms kronecker models plot quantity rules sharding
 
 The quantities' classes are in ``jp.quantity``, with the sources that they start from, and the forms
 in ``jp.forms``; quantities and forms are also here, as ``jp.SqNorms`` and ``jp.Sum``.
@@ -140,11 +140,13 @@ from jaxprop.quantity import (
     SecondMoment as SecondMoment,
     SqNorms as SqNorms,
     Variance as Variance,
+    kronecker,
 )
 from jaxprop.quantity.between import inner_products, ntk
 from jaxprop.quantity.functions import (
     clipped_grad,
     diag_ggn,
+    ekfac_factors,
     ggn_root,
     gram,
     kronecker_factors,
@@ -155,6 +157,7 @@ from jaxprop.quantity.functions import (
     second_moment,
     variance,
 )
+from jaxprop.quantity.influence import influence, self_influence
 from jaxprop.quantity.products import fisher_vp, ggn_vp, hvp
 from jaxprop.quantity.together import quantities
 from jaxprop.traced.coverage import Coverage as Coverage
@@ -240,7 +243,10 @@ __all__ = [
     "diag_ggn",
     "ggn_root",
     "gram",
+    "ekfac_factors",
+    "influence",
     "kronecker_factors",
+    "self_influence",
     "noise_scale",
     "per_example_grads",
     "per_example_sq_norms",
@@ -273,6 +279,7 @@ __all__ = [
     "forms",
     "models",
     "plot",
+    "kronecker",
     "quantity",
     "rules",
     "sharding",

@@ -95,6 +95,13 @@ class Rows(Factored):
         rows = sides.left.astype(ct.dtype)[jnp.clip(ids, 0, self.vocab - 1)]
         return jnp.einsum("ntk,ntl->nkl", rows, through(ct, sides.right))
 
+    def seen(self, sides: Sides) -> Factored:
+        """Return the form of g_n right; a side of the ids' counts, a diagonal, is None."""
+        if sides.left is not None:
+            return super().seen(sides)
+        ids, ct = self._sequences()
+        return Rows(ids, through(ct, sides.right), self.vocab)
+
     def squares(self) -> Float[Array, "n t d"]:
         ids, ct = self._sequences()
         if ids.shape[1] == 1:

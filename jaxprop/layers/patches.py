@@ -19,7 +19,9 @@ from jaxprop.core.forms import (
     Factored,
     OfX,
     Outer,
+    Place,
     Sides,
+    Transposed,
     count_of,
     gram,
     norms_of_all,
@@ -121,6 +123,18 @@ class Patches(Factored):
             return jnp.einsum("gntk,gntl->nkl", through(patches, sides.left), seen)
 
         return self._in_blocks(functools.partial(_stacked, of_examples), self.x, self.ct)
+
+    @property
+    def place(self) -> Place:
+        """Of groups the matrices are (groups, I, O / groups)."""
+        return Place.of((Transposed((1, 0, 2)),) if self.groups > 1 else ())
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        rows, features = self.sizes
+        if self.groups == 1:
+            return rows, features
+        return self.groups, rows, features // self.groups
 
     def squares(self) -> Array:
         def squares(x: Array, ct: Array) -> Array:

@@ -8,7 +8,13 @@ from jaxprop.core.forms import Kronecker, Sides
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import PerExample, Quantity
 from jaxprop.quantity.clipping import Clipped, ClippedMean, automatic, next_max_norm, normalized
-from jaxprop.quantity.curvature import AddedUp, DiagGGN, GGNRoot, KroneckerFactors
+from jaxprop.quantity.curvature import (
+    AddedUp,
+    DiagGGN,
+    EigenvalueCorrection,
+    GGNRoot,
+    KroneckerFactors,
+)
 from jaxprop.quantity.per_example import (
     Gradient,
     Gram,
@@ -29,6 +35,7 @@ __all__ = [
     "Clipped",
     "ClippedMean",
     "DiagGGN",
+    "EigenvalueCorrection",
     "GGNRoot",
     "Gradient",
     "Gram",

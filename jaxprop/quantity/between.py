@@ -127,12 +127,17 @@ def _by_output(net: Layer, params: Params, x: PyTree) -> tuple[Callable[[Array],
     return forms, outputs
 
 
+def check_pair(name: str, batch: object) -> None:
+    """Raise ``TypeError``, whose message begins with name, unless batch is (x, target)."""
+    if not isinstance(batch, tuple) or len(batch) != 2:
+        raise TypeError(f"{name} takes two batches, (x, target) each, not {shapes(batch)}")
+
+
 def _of_loss(
     net: Layer, loss: Loss, params: Params, batch: Pair, key: Array | None, mask: Array | None
 ) -> PyTree:
     """Return the forms of each example's own gradient."""
-    if not isinstance(batch, tuple) or len(batch) != 2:
-        raise TypeError(f"inner_products takes two batches, (x, target) each, not {shapes(batch)}")
+    check_pair("inner_products", batch)
     bound = net.bind(params, key=key, mask=mask)
     check_uncoupled(net, bound, batch[0])
     ahead = forward(net, loss, bound, Batch(*batch))

@@ -16,9 +16,11 @@ from jax import Array
 
 from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags, check_one_of
-from jaxprop.core.forms import Factored, Kronecker, is_factored
+from jaxprop.core.forms import Factored, Kronecker, Place, is_factored
+from jaxprop.core.tree import learned
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, is_marked, map_forms
+from jaxprop.quantity.kronecker import Eigen, is_block, paired
 from jaxprop.quantity.per_example import per_example, rooted
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source, check_samples
 
@@ -84,16 +86,18 @@ class _Means(NamedTuple):
         gram: of the input, summed over positions.
         rows: of the number of positions.
         b: of ct, summed over positions.
+        place: how the matrix lies in the param.
     """
 
     gram: Array
     rows: Array
     b: Array
+    place: Place
 
     def factors(self) -> Kronecker:
         rows = jnp.maximum(self.rows, jnp.finfo(self.rows.dtype).tiny)
         axes = range(rows.ndim, self.gram.ndim)
-        return Kronecker(self.gram / jnp.expand_dims(rows, axes), self.b)
+        return Kronecker(self.gram / jnp.expand_dims(rows, axes), self.b, self.place)
 
 
 POSITIONS, OTHERS = ("expand", "reduce"), ("raise", "skip", "diagonal")
@@ -161,7 +165,8 @@ class KroneckerFactors(AddedUp):
         def factors(form: Factored, part: Any) -> Any:
             if (pair := self._pair(form, examples)) is not None:
                 of_x = pair.gram_of_x(examples.real, examples.weights)
-                return _Means(*map(examples.over, (*of_x, part)))
+                gram, rows, b = map(examples.over, (*of_x, part))
+                return _Means(gram, rows, b, pair.place)
             return examples.over(form.of_squares(part)) if self.others == "diagonal" else ()
 
         each = map(factors, leaves, structure.flatten_up_to(parts))
@@ -179,6 +184,60 @@ class KroneckerFactors(AddedUp):
             settled,
             is_leaf=lambda node: isinstance(node, _Means),
         )
+
+
+class EigenvalueCorrection(AddedUp):
+    """Eigenvalues of Kronecker factors, put right; like params, with an ``Eigen`` at each leaf.
+
+    In the basis of the factors' eigenvectors the diagonal of the block is E (U^T g V)^2, with g the
+    cotangents that the factors are of. It takes the place of the products of the factors'
+    eigenvalues, and no other diagonal there is nearer to the block (EKFAC, George et al. 2018,
+    https://arxiv.org/abs/1806.03884).
+
+    Attributes:
+        basis: what ``jp.kronecker.eigh`` makes of the factors.
+        samples: how many columns are sampled; None for the exact root.
+        empirical: whether the source is the loss gradient.
+    """
+
+    basis: Any
+    samples: int | None = None
+    empirical: bool = False
+
+    like_params: ClassVar[bool] = True
+    layerwise: ClassVar[bool] = False
+
+    @property
+    def source(self) -> Source:
+        return LossGradient() if self.empirical else HessianRoot(self.samples)
+
+    def part(self, forms: PyTree, examples: Examples) -> PyTree:
+        return forms
+
+    def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
+        forms, structure = jax.tree.flatten(taken, is_leaf=is_factored)
+        blocks = [block for block, _ in paired("ekfac", self.basis, params)]
+
+        def values(form: Factored, block: Any) -> Any:
+            form = rooted(form, examples)
+            if isinstance(block, Eigen):
+                squares = form.seen(block.sides).second_moment().reshape(block.values.shape)
+                return examples.over(squares)
+            return () if isinstance(block, tuple) else examples.over(form.second_moment())
+
+        return structure.unflatten(map(values, forms, blocks))
+
+    def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
+        return parts
+
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
+        return forms
+
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
+        def of(block: Any, values: Any) -> Any:
+            return block._replace(values=values) if isinstance(block, Eigen) else values
+
+        return jax.tree.map(of, learned(self.basis), settled, is_leaf=is_block)
 
 
 class GGNRoot(Quantity):

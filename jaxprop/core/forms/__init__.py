@@ -14,6 +14,17 @@ from jaxprop.core.forms.form import (
     sq_norms,
     through,
 )
+from jaxprop.core.forms.moves import (
+    Move,
+    Moves,
+    Place,
+    Reshaped,
+    Scanned,
+    Sliced,
+    Transposed,
+    Turned,
+    in_place,
+)
 from jaxprop.core.forms.outer import (
     Outer,
     Sum,
@@ -23,17 +34,7 @@ from jaxprop.core.forms.outer import (
     of_real,
     pairs_are_cheaper,
 )
-from jaxprop.core.forms.rearranged import (
-    Move,
-    Moves,
-    Rearranged,
-    Reshaped,
-    Scanned,
-    Sliced,
-    Transposed,
-    Turned,
-    in_place,
-)
+from jaxprop.core.forms.rearranged import Rearranged
 
 __all__ = [
     "Factored",
@@ -43,6 +44,7 @@ __all__ = [
     "Moves",
     "OfX",
     "Outer",
+    "Place",
     "Rearranged",
     "Repeated",
     "Reshaped",

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import sum_over, wide
 from jaxprop.core.forms.form import Factored, OfX, Sides, norms, norms_of_all, sq_norms
+from jaxprop.core.forms.moves import Place, Scanned
 from jaxprop.core.forms.outer import Outer, Sum
 from jaxprop.core.serialization import serializable
 
@@ -56,6 +57,12 @@ class Repeated(Factored):
     def sq_norms(self) -> Float[Array, " n"]:
         return jax.lax.map(lambda form: form.sq_norms(), self.form).sum(axis=0)
 
+    def weighed_sq_norms(self, entries: Array) -> Float[Array, " n"]:
+        layers = jax.tree.leaves(self.form)[0].shape[0]
+        each = entries if entries.ndim else jnp.broadcast_to(entries, (layers,))
+        pair = self.form, each
+        return jax.lax.map(lambda pair: pair[0].weighed_sq_norms(pair[1]), pair).sum(axis=0)
+
     def norms(self) -> Float[Array, " n"]:
         return norms_of_all(jax.lax.map(lambda form: form.norms(), self.form))
 
@@ -77,6 +84,13 @@ class Repeated(Factored):
     def projected(self, sides: Sides) -> Float[Array, "n l ..."]:
         """Return those of each layer, with sides of its own: (L, I, K) and (L, O, M)."""
         return jax.vmap(lambda form, sides: form.projected(sides), out_axes=1)(self.form, sides)
+
+    @property
+    def place(self) -> Place:
+        return Place.of((Scanned(), *self.form.place.moves))
+
+    def seen(self, sides: Sides) -> Repeated:
+        return Repeated(jax.vmap(lambda form, sides: form.seen(sides))(self.form, sides))
 
     def squares(self) -> Array:
         return jax.lax.map(lambda form: form.squares(), self.form)

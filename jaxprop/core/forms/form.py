@@ -21,6 +21,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import known, selected, sum_over, weighted, wide
+from jaxprop.core.forms.moves import Place
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
@@ -35,10 +36,17 @@ class Kronecker(NamedTuple):
     Attributes:
         a: (I, I), of the layer's input; (I,) where it is diagonal, as of a table's rows.
         b: (O, O), of the cotangent of its output.
+        place: how the matrix (I, O) lies in the param; by default its last axis is O.
     """
 
     a: Float[Array, "... i i"] | Float[Array, "... i"]
     b: Float[Array, "... o o"]
+    place: Place = Place()
+
+    def matrices(self, g: Array) -> Float[Array, "... i o"]:
+        """Return what is like the param as the matrices that the factors are of."""
+        shape = (*self.b.shape[:-2], self.a.shape[-1], self.b.shape[-1])
+        return self.place.matrices(g, shape)
 
 
 class Sides(NamedTuple):
@@ -137,6 +145,17 @@ class Factored(abc.ABC):
         """Return |g_n|^2 for each example."""
         return sq_norms(self.per_example())
 
+    def weighed_sq_norms(self, entries: Array) -> Float[Array, " n"]:
+        """Return the sum of entries * g_n^2 for each example, with a weight for each entry."""
+        each, alone = self.one_by_one()
+
+        def of_one(one: list[Array]) -> Array:
+            squares = alone(one) ** 2
+            weights = entries.astype(squares.dtype)
+            return jnp.sum(weights.reshape(squares.shape if weights.ndim else ()) * squares)
+
+        return jax.lax.map(of_one, each)
+
     def norms(self) -> Float[Array, " n"]:
         """Return |g_n| in a way that neither cancels nor overflows, as a bound must be."""
         return norms(self.per_example())
@@ -154,16 +173,30 @@ class Factored(abc.ABC):
         return g.reshape(g.shape[0], size) @ h.reshape(h.shape[0], size).T
 
     @property
+    def place(self) -> Place:
+        """How the matrices that its factors are of lie in the param."""
+        return Place()
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """I and O, of g_n as a matrix: by default the last axis is O, and all others are I."""
         shape = jax.eval_shape(lambda form: form.per_example(), self).shape[1:]
         return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of the matrices that its factors are of."""
+        return self.sizes
 
     def projected(self, sides: Sides) -> Float[Array, "n k l"]:
         """Return left^T g_n right for each example, with g_n a matrix of ``sizes``."""
         each, alone = self.one_by_one()
         sizes = self.sizes
         return jax.lax.map(lambda one: _between(sides, alone(one).reshape(sizes)), each)
+
+    def seen(self, sides: Sides) -> Factored:
+        """Return the form of left^T g_n right, of the matrices that its factors are of."""
+        return Seen(self, sides)
 
     def second_moment(self) -> Array:
         """Return sum_n g_n^2, elementwise."""
@@ -255,6 +288,34 @@ class Stacked(Factored):
         return _between(sides, wide(self.g).reshape(self.g.shape[0], *self.sizes))
 
 
+class Seen(Factored):
+    """The form of another's matrices, seen through two sides, one example after the other.
+
+    Attributes:
+        form: the other.
+        sides: (..., I, K) and (..., O, L).
+    """
+
+    form: Factored
+    sides: Sides
+
+    def factors(self) -> Iterator[tuple[Array, int]]:
+        return self.form.factors()
+
+    def per_example(self) -> Float[Array, "n ... k l"]:
+        each, alone = self.one_by_one()
+        return jax.lax.map(alone, each)
+
+    def squares(self) -> Float[Array, "... k l"]:
+        each, alone = self.one_by_one()
+        return sum_over(lambda one: alone(one) ** 2, each)
+
+    def one_by_one(self) -> tuple[list[Array], Callable[[list[Array]], Array]]:
+        each, alone = self.form.one_by_one()
+        place, shape = self.form.place, self.form.matrix_shape
+        return each, lambda one: _between(self.sides, place.matrices(alone(one), shape))
+
+
 def through(x: Float[Array, "... i"], side: Float[Array, "i k"] | None) -> Float[Array, "... k"]:
     """Return x seen through one side of ``Sides``."""
     return x if side is None else x @ side.astype(x.dtype)
@@ -262,7 +323,7 @@ def through(x: Float[Array, "... i"], side: Float[Array, "i k"] | None) -> Float
 
 def _between(sides: Sides, g: Float[Array, "... i o"]) -> Float[Array, "... k l"]:
     half = through(g, sides.right)
-    return half if sides.left is None else sides.left.T.astype(g.dtype) @ half
+    return half if sides.left is None else sides.left.astype(g.dtype).swapaxes(-1, -2) @ half
 
 
 def is_factored(leaf: object) -> bool:

@@ -40,9 +40,11 @@ class Sum(Factored):
         return Sum(weighted(wide(self.ct), weights))
 
     def projected(self, sides: Sides) -> Float[Array, "n 1 l"]:
-        return through(wide(self.ct), sides.right).sum(axis=tuple(range(1, self.ct.ndim - 1)))[
-            :, None
-        ]
+        return self.seen(sides).per_example()[:, None]
+
+    def seen(self, sides: Sides) -> Sum:
+        """Return the form of g_n right; its left side is of one entry, and left out."""
+        return Sum(through(wide(self.ct), sides.right))
 
     def squares(self) -> Float[Array, "n o"]:
         return wide(self.per_example()) ** 2
@@ -120,6 +122,14 @@ class Outer(Factored):
             return sq_norms(_each(x, ct))
         return _sums_of_squares(x, ct)
 
+    def weighed_sq_norms(self, entries: Array) -> Float[Array, " n"]:
+        x, ct = map(wide, self._sequences())
+        if x.shape[1] > 1:
+            return super().weighed_sq_norms(entries)
+        x, ct = x[:, 0] ** 2, ct[:, 0] ** 2
+        entries = jnp.broadcast_to(entries.astype(x.dtype), (x.shape[1], ct.shape[1]))
+        return jnp.sum((x @ entries) * ct, axis=1)
+
     def norms(self) -> Float[Array, " n"]:
         """Return |x| |ct|, or along positions |X^T C|, of all examples at once where it is small.
 
@@ -161,8 +171,10 @@ class Outer(Factored):
 
     def projected(self, sides: Sides) -> Float[Array, "n k l"]:
         """Return (x left)^T (ct right), without g_n."""
-        x, ct = map(wide, self._sequences())
-        return _each(through(x, sides.left), through(ct, sides.right))
+        return self.seen(sides).per_example()
+
+    def seen(self, sides: Sides) -> Outer:
+        return Outer(through(wide(self.x), sides.left), through(wide(self.ct), sides.right))
 
     def squares(self) -> Array:
         """Return ct^2, for (x^2)^T (ct^2); along T > 1 positions sum_n g_n^2 itself."""

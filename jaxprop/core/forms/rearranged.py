@@ -3,89 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.forms.form import Factored, OfX, Sides
-
-Sizes = tuple[int, ...]
-
-
-class Reshaped(NamedTuple):
-    """A reshape, of what had another shape before."""
-
-    before: Sizes
-
-    def back(self, g: Array) -> Array:
-        return g.reshape(self.before)
-
-
-class Transposed(NamedTuple):
-    """A transpose by a permutation."""
-
-    axes: Sizes
-
-    def back(self, g: Array) -> Array:
-        return jnp.transpose(g, sorted(range(len(self.axes)), key=self.axes.__getitem__))
-
-
-class Sliced(NamedTuple):
-    """A slice of an array of a shape; the entries that it leaves out have a cotangent of 0."""
-
-    before: Sizes
-    starts: Sizes
-    strides: Sizes
-
-    def back(self, g: Array) -> Array:
-        config = [
-            (start, size - start - (length - 1) * stride - 1, stride - 1)
-            for size, start, stride, length in zip(*self, g.shape, strict=True)
-        ]
-        return jax.lax.pad(g, jnp.zeros((), g.dtype), config)
-
-
-class Turned(NamedTuple):
-    """An array turned around along some axes."""
-
-    axes: Sizes
-
-    def back(self, g: Array) -> Array:
-        return jnp.flip(g, self.axes)
-
-
-class Scanned(NamedTuple):
-    """A layer of a stack that a scan goes through: what follows is done to each."""
-
-    def back(self, g: Array) -> Array:
-        return g
-
-
-Move: TypeAlias = Reshaped | Transposed | Sliced | Turned | Scanned
-Moves = tuple[Move, ...]
-
-
-def in_place(moves: Moves) -> bool:
-    """Return whether the moves leave all entries where they are."""
-    return all(isinstance(move, Scanned) for move in moves)
-
-
-def moved_back(moves: Moves, g: Array) -> Array:
-    """Return what is like a view, with its entries where they are in the param."""
-    depth = sum(isinstance(move, Scanned) for move in moves)
-    for move in reversed(moves):
-        if isinstance(move, Scanned):
-            depth -= 1
-            continue
-        back: Callable[[Array], Array] = move.back
-        for _ in range(depth):
-            back = jax.vmap(back)
-        g = back(g)
-    return g
+from jaxprop.core.forms.moves import Moves, Place, Scanned, moved_back
 
 
 class Rearranged(Factored):
@@ -150,6 +75,15 @@ class Rearranged(Factored):
 
     def projected(self, sides: Sides) -> Float[Array, "n ..."]:
         return self.form.projected(sides)
+
+    @property
+    def place(self) -> Place:
+        scans = sum(isinstance(move, Scanned) for move in self.moves)
+        shape = jax.eval_shape(lambda form: form.per_example(), self.form).shape[1 + scans :]
+        return self.form.place.within(self.moves, shape)
+
+    def seen(self, sides: Sides) -> Factored:
+        return self.form.seen(sides)
 
     def squares(self) -> Array:
         return self.form.squares()

@@ -1,0 +1,150 @@
+"""What training examples did to others: inner products in the metric of an inverse curvature."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.arrays import scalar_of, wide
+from jaxprop.core.batch import Batch
+from jaxprop.core.checks import check_number
+from jaxprop.core.cotangents import factored, gradient
+from jaxprop.core.coupling import check_uncoupled
+from jaxprop.core.forms import Factored, is_factored
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.step import Layerwise
+from jaxprop.core.tree import learned, merged
+from jaxprop.core.types import Params, PyTree
+from jaxprop.core.walk import check_net_and_loss, forward
+from jaxprop.quantity.base import everything
+from jaxprop.quantity.between import Pair, check_pair
+from jaxprop.quantity.kronecker import Eigen, eigh, paired, solve
+
+
+class Influence(Protocol):
+    """A function of two batches and a curvature, such as ``jp.influence(net, loss)`` returns."""
+
+    def __call__(
+        self,
+        params: Params,
+        batch: Pair,
+        other: Pair,
+        curvature: PyTree,
+        damping: float | Array = 0.0,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> Float[Array, "n m"]: ...
+
+
+def influence(net: Layer, loss: Loss) -> Influence:
+    """Return ``f(params, batch, other, curvature, damping)``, <g_n, (F + damping)^-1 h_m>, (N, M).
+
+    g_n is the gradient of example n's own loss in ``batch``, (x, target), and h_m that of m in
+    ``other``. A positive entry says that example n, counted for more in training, lowers the loss
+    of m: to first order, by it over the number of training examples (Koh and Liang 2017,
+    https://arxiv.org/abs/1703.04730, with the other sign; with Kronecker factors Grosse et al.
+    2023, https://arxiv.org/abs/2308.03296). One h_m after the other is solved for, and is the
+    direction that the losses of all n are differentiated along: no g_n is formed.
+
+    Args:
+        net: the network. One that couples the examples of a batch raises ``ValueError``.
+        loss: the loss.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net, loss, x = jp.chain(jp.Dense(3)), jp.CrossEntropy(), jnp.ones((4, 2))
+        >>> params, target = net.init(jax.random.key(0), x), jnp.array([0, 1, 2, 0])
+        >>> curvature = jp.ekfac_factors(net, loss)(params, x, target)
+        >>> test = x[:1], target[:1]
+        >>> jp.influence(net, loss)(params, (x, target), test, curvature, damping=1e-3).shape
+        (4, 1)
+    """
+    check_net_and_loss(net, loss)
+
+    def of_batches(
+        params: Params,
+        batch: Pair,
+        other: Pair,
+        curvature: PyTree,
+        damping: float | Array = 0.0,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> Float[Array, "n m"]:
+        """Return the inner products of the gradients of two batches in the inverse curvature."""
+        check_number("influence: damping", damping)
+        bound = net.bind(params, key=key, mask=mask)
+        for each in (batch, other):
+            check_pair("influence", each)
+            check_uncoupled(net, bound, each[0])
+        blocks = eigh(learned(curvature))
+
+        def losses(arrays: Params) -> Float[Array, " n"]:
+            return forward(net, loss, merged(bound, arrays), Batch(*batch)).values
+
+        _, along = jax.linearize(losses, learned(bound))
+
+        def with_all(one: Pair) -> Float[Array, " n"]:
+            x, target = jax.tree.map(lambda leaf: leaf[None], one)
+            ahead = forward(net, loss, bound, Batch(x, target))
+            grads, _ = ahead.back(ahead.own_gradient(), Layerwise(gradient))
+            return along(solve(blocks, grads, damping))
+
+        return jax.lax.map(with_all, other).T
+
+    of_batches.__name__ = of_batches.__qualname__ = "influence"
+    return of_batches
+
+
+def self_influence(net: Layer, loss: Loss) -> Any:
+    """Return ``f(params, x, target, curvature, damping)``, <g_n, (F + damping)^-1 g_n>, (N,).
+
+    What an example did for itself: large for what is learned from itself alone, such as a wrong
+    label. Without a curvature it is |g_n|^2, ``jp.per_example_sq_norms``. Each gradient is squared
+    in the basis of the factors' eigenvectors, and formed only where factors do not do.
+
+    Args:
+        net: the network. One that couples the examples of a batch raises ``ValueError``.
+        loss: the loss.
+    """
+    check_net_and_loss(net, loss)
+
+    def of_batch(
+        params: Params,
+        x: PyTree,
+        target: PyTree,
+        curvature: PyTree,
+        damping: float | Array = 0.0,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> Float[Array, " n"]:
+        """Return the squared norm of each example's gradient in the inverse curvature."""
+        check_number("self_influence: damping", damping)
+        bound = net.bind(params, key=key, mask=mask)
+        check_uncoupled(net, bound, x)
+        ahead = forward(net, loss, bound, Batch(x, target))
+        visited, _ = ahead.back(ahead.own_gradient(), factored)
+        forms = jax.tree.leaves(visited, is_leaf=is_factored)
+        pairs = paired("self_influence", eigh(learned(curvature)), params)
+        blocks = [block for block, _ in pairs]
+        return everything([_sq_norms(*pair, damping) for pair in zip(forms, blocks, strict=True)])
+
+    of_batch.__name__ = of_batch.__qualname__ = "self_influence"
+    return of_batch
+
+
+def _sq_norms(form: Factored, block: Any, damping: float | Array) -> Float[Array, " n"]:
+    values = block.values if isinstance(block, Eigen) else block
+    values = jnp.zeros(()) if isinstance(values, tuple) else wide(values)
+    each = 1 / (values + scalar_of(damping, values))
+    if not isinstance(block, Eigen):
+        return form.weighed_sq_norms(each)
+    seen = form.seen(block.sides)
+    return seen.weighed_sq_norms(each)

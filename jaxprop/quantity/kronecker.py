@@ -1,0 +1,210 @@
+"""Linear algebra with Kronecker factors on trees like params, ``jp.kronecker``.
+
+A block a (outer) b of a curvature matrix F acts on a param G (I, O) as a G b. With a = U A U^T and
+b = V B V^T its eigenvectors are the products of theirs, so that any function of F + damping is
+elementwise between: U (f(A B^T) * (U^T G V)) V^T. Nothing here forms a block.
+
+A curvature is a tree like params with a block at each leaf: a ``Kronecker`` of
+``jp.kronecker_factors``, an ``Eigen`` of ``eigh`` or of ``jp.ekfac_factors``, an array like the
+param for a diagonal, or ``()`` for none, which counts as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.arrays import scalar_of, wide
+from jaxprop.core.checks import check_number, given
+from jaxprop.core.describe import is_array, shapes
+from jaxprop.core.forms import Kronecker, Place, Sides
+from jaxprop.core.serialization import serializable
+from jaxprop.core.tree import learned, like_params
+from jaxprop.core.types import Params, PyTree
+
+
+@serializable
+class Eigen(NamedTuple):
+    """A block by its eigenvectors, the products of a column of ``left`` and one of ``right``.
+
+    Attributes:
+        values: (I, O), the eigenvalues; of a stack or of groups behind more axes, as the others.
+        left: (I, I), or None for the identity.
+        right: (O, O).
+        place: how the matrix (I, O) lies in the param.
+    """
+
+    values: Float[Array, "... i o"]
+    left: Float[Array, "... i i"] | None
+    right: Float[Array, "... o o"]
+    place: Place = Place()
+
+    @property
+    def sides(self) -> Sides:
+        """Both sides, as ``form.seen`` takes them."""
+        return Sides(self.left, self.right)
+
+    def coordinates(self, g: Array) -> Float[Array, "... i o"]:
+        """Return what is like the param, U^T g V, in the basis of the eigenvectors."""
+        half = wide(self.place.matrices(g, self.values.shape)) @ self.right
+        return half if self.left is None else self.left.swapaxes(-1, -2) @ half
+
+    def param(self, coordinates: Float[Array, "... i o"], like: Array) -> Array:
+        """Return U coordinates V^T like the param."""
+        half = coordinates @ self.right.swapaxes(-1, -2)
+        g = half if self.left is None else self.left @ half
+        return self.place.param(g.astype(like.dtype), like.shape)
+
+
+def eigh(curvature: PyTree) -> PyTree:
+    """Return the curvature with an ``Eigen`` for each ``Kronecker``, to be used more than once.
+
+    Args:
+        curvature: a tree like params, with a block at each leaf.
+    """
+
+    def of(block: Any) -> Any:
+        if not isinstance(block, Kronecker):
+            return block
+        a, b = block.a, block.b
+        of_b, right = jnp.linalg.eigh(b)
+        diagonal = a.ndim < b.ndim
+        of_a, left = (a, None) if diagonal else jnp.linalg.eigh(a)
+        values = jnp.maximum(of_a, 0)[..., :, None] * jnp.maximum(of_b, 0)[..., None, :]
+        return Eigen(values, left, right, block.place)
+
+    return jax.tree.map(of, curvature, is_leaf=is_block)
+
+
+def times(curvature: PyTree, tree: Params) -> Params:
+    """Return F tree, like the tree.
+
+    Args:
+        curvature: F.
+        tree: like params.
+    """
+    return _mapped("times", lambda values: values, curvature, tree)
+
+
+def solve(curvature: PyTree, tree: Params, damping: float | Array = 0.0) -> Params:
+    """Return (F + damping I)^-1 tree, like the tree; block by block, nothing approximated.
+
+    Args:
+        curvature: F. Many trees are solved for by ``jax.vmap``, of one ``eigh`` of it.
+        tree: like params, such as a gradient.
+        damping: what is added to each eigenvalue. Where F is singular, 0 gives infinity.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprop as jp
+        >>> net, loss, x = jp.chain(jp.Dense(3)), jp.CrossEntropy(), jnp.ones((4, 2))
+        >>> params, target = net.init(jax.random.key(0), x), jnp.array([0, 1, 2, 0])
+        >>> _, grads = jp.value_and_grad(net, loss)(params, x, target)
+        >>> factors = jp.kronecker_factors(net, loss)(params, x, target)
+        >>> step = jp.kronecker.solve(factors, grads, damping=1e-3)
+        >>> step[0].w.shape
+        (2, 3)
+    """
+    check_number("solve: damping", damping)
+    return _mapped("solve", lambda values: 1 / _damped(values, damping), curvature, tree)
+
+
+def whiten(curvature: PyTree, tree: Params, damping: float | Array = 0.0) -> Params:
+    """Return (F + damping I)^-1/2 tree, with the symmetric root.
+
+    Of a tree of standard normals it is a sample of the normal distribution with covariance
+    (F + damping I)^-1.
+
+    Args:
+        curvature: F.
+        tree: like params.
+        damping: what is added to each eigenvalue.
+    """
+    check_number("whiten: damping", damping)
+
+    def root(values: Array) -> Array:
+        return jax.lax.rsqrt(_damped(values, damping))
+
+    return _mapped("whiten", root, curvature, tree)
+
+
+def logdet(curvature: PyTree, damping: float | Array = 0.0) -> Float[Array, ""]:
+    """Return log det(F + damping I), over the blocks that there are.
+
+    Args:
+        curvature: F.
+        damping: what is added to each eigenvalue.
+    """
+    check_number("logdet: damping", damping)
+    blocks = jax.tree.leaves(eigh(learned(curvature)), is_leaf=is_block)
+    values = [block.values if isinstance(block, Eigen) else block for block in blocks]
+    return sum((jnp.sum(jnp.log(_damped(v, damping))) for v in values), start=jnp.zeros(()))
+
+
+def is_block(node: object) -> bool:
+    """Return whether a node of a curvature is a block of factors."""
+    return isinstance(node, Kronecker | Eigen)
+
+
+def paired(name: str, curvature: PyTree, tree: Params) -> list[tuple[Any, Array]]:
+    """Return each leaf of a tree like params with its block.
+
+    Raises:
+        ValueError: for a curvature of other params.
+    """
+    leaves, structure = jax.tree.flatten(learned(tree))
+    try:
+        blocks = structure.flatten_up_to(learned(curvature))
+    except ValueError:
+        raise ValueError(
+            f"{name}: the curvature is like params, with a block for each, and the tree like them "
+            f"too; not {given(curvature)} for {shapes(tree)}"
+        ) from None
+    for block, leaf in zip(blocks, leaves, strict=True):
+        _check_block(name, block, leaf)
+    return list(zip(blocks, leaves, strict=True))
+
+
+def _check_block(name: str, block: Any, leaf: Array) -> None:
+    if type(block) is tuple and not block:
+        return
+    whole = not isinstance(block, Kronecker | Eigen) or block.place.is_whole
+    if isinstance(block, Kronecker):
+        size = math.prod(block.b.shape[:-1]) * block.a.shape[-1]
+    elif isinstance(block, Eigen):
+        size = block.values.size
+    elif is_array(block):
+        size = leaf.size if jnp.shape(block) == leaf.shape else -1
+    else:
+        raise TypeError(f"{name}: {given(block)} is no block of a curvature")
+    if size != leaf.size and whole:
+        raise ValueError(f"{name}: {shapes(block)} is no block of {shapes(leaf)}")
+
+
+def _mapped(name: str, f: Callable[[Array], Array], curvature: PyTree, tree: Params) -> Params:
+    """Return f(F) tree, for a function of the eigenvalues."""
+
+    def of(block: Any, leaf: Array) -> Array:
+        if isinstance(block, Kronecker):
+            block = eigh(block)
+        if isinstance(block, Eigen):
+            mapped = block.param(f(block.values) * block.coordinates(leaf), leaf)
+            if block.place.is_whole:
+                return mapped
+            inside = block.place.param(jnp.ones_like(block.values), leaf.shape)
+            return jnp.where(inside > 0, mapped, f(jnp.zeros(())).astype(leaf.dtype) * leaf)
+        values = jnp.zeros(()) if isinstance(block, tuple) else wide(block)
+        return (f(values) * wide(leaf)).astype(leaf.dtype)
+
+    pairs = paired(name, curvature, tree)
+    each = jax.tree.unflatten(jax.tree.structure(learned(tree)), [of(*pair) for pair in pairs])
+    return like_params(tree, each)
+
+
+def _damped(values: Array, damping: float | Array) -> Array:
+    return values + scalar_of(damping, values)

@@ -1,0 +1,249 @@
+"""Linear algebra with Kronecker factors, eigenvalues put right, and influence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from table import Row, at, normal, relative_error
+
+import jaxprop as jp
+
+LOSS = jp.CrossEntropy()
+BLOCK = jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(4), jp.Tanh()))
+
+
+def heads(w, x):
+    """A kernel of three axes, one that is transposed, and one of which a part is used."""
+    y = jnp.tanh(jnp.einsum("ntd,dhk->nthk", x, w["q"]))
+    y = jnp.einsum("nthk,hko->nto", y, w["out"]) @ w["t"].T
+    return y @ w["part"][1:4] + w["b"][None, None]
+
+
+def scanned(w, x):
+    y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(jnp.einsum("ntd,ed->nte", x, w)), None), x, w)
+    return y
+
+
+def grouped(w, x):
+    numbers = jax.lax.conv_dimension_numbers(x.shape, w.shape, ("NHWC", "OIHW", "NHWC"))
+    y = jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2
+    )
+    return y.mean(axis=(1, 2))
+
+
+IDS = np.arange(12).reshape(4, 3) % 7
+NETS = {
+    "dense": (jp.chain(jp.Dense(6), jp.Tanh(), jp.Dense(3)), normal(5, 4)),
+    "sequence": (jp.chain(jp.Dense(6), jp.Tanh(), jp.Dense(3)), normal(4, 3, 5)),
+    "convolution": (
+        jp.chain(
+            jp.Conv(4, (3, 2), strides=2),
+            jp.Relu(),
+            jp.Conv(6, groups=2),
+            jp.Flatten(),
+            jp.Dense(2),
+        ),
+        normal(3, 6, 5, 2),
+    ),
+    "tokens": (jp.chain(jp.Embedding(7, 4), jp.Positions(5), BLOCK, jp.Dense(3)), IDS),
+    "tied": (jp.chain(jp.tied(jp.Embedding(7, 4), BLOCK)), IDS),
+    "repeat": (jp.chain(jp.Dense(4), jp.repeat(BLOCK, 3), jp.Dense(2)), normal(4, 3, 5)),
+    "lstm": (jp.chain(jp.Lstm(3), jp.Dense(2)), normal(3, 4, 2)),
+    "frozen": (jp.chain(jp.frozen(jp.Dense(3)), jp.Tanh(), jp.Dense(2)), normal(4, 3)),
+    "heads": (jp.function(heads), normal(4, 3, 5)),
+    "scanned": (jp.function(scanned), normal(4, 3, 5)),
+    "grouped": (jp.function(grouped), normal(3, 4, 4, 4)),
+}
+PARAMS = {
+    "heads": {
+        "q": normal(5, 2, 3),
+        "out": normal(2, 3, 4),
+        "t": normal(3, 4),
+        "part": normal(5, 3),
+        "b": normal(3),
+    },
+    "scanned": normal(2, 5, 5),
+    "grouped": normal(6, 2, 3, 3),
+}
+
+
+def problem(name):
+    net, x = NETS[name]
+    if name in PARAMS:
+        params, x = jax.tree.map(jnp.asarray, (PARAMS[name], x))
+    else:
+        params, x = at(Row(net, x))
+    y = jax.eval_shape(net, params, x)
+    target = np.random.default_rng(1).integers(0, y.shape[-1], y.shape[:-1])
+    return net, params, x, jnp.asarray(target)
+
+
+def learned(tree):
+    return jax.tree.leaves(jp.core.tree.learned(tree))
+
+
+def dense(block, leaf):
+    """The matrix of a block, on the param's entries as they lie in it."""
+    unit = jnp.eye(leaf.size).reshape(leaf.size, *leaf.shape)
+    return jax.vmap(lambda e: jp.kronecker.times(block, e).ravel())(unit).T
+
+
+def of_leaves(curvature, params):
+    params = jp.core.tree.learned(params)
+    structure = jax.tree.structure(params)
+    blocks = structure.flatten_up_to(jp.core.tree.learned(curvature))
+    return [dense(*pair) for pair in zip(blocks, jax.tree.leaves(params), strict=True)]
+
+
+def blocks_of_root(net, params, x, target):
+    """The exact blocks of the Gauss-Newton matrix, one for each learned param."""
+    root = jp.ggn_root(net, LOSS)(params, x, target)
+    for leaf in learned(root):
+        rows = leaf.reshape(-1, int(np.prod(leaf.shape[2:])))
+        yield rows.T @ rows / leaf.shape[1]
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("name", NETS)
+def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
+    net, params, x, target = problem(name)
+    factors = jp.kronecker_factors(net, LOSS, others="diagonal")(params, x, target)
+    tree = jax.tree.map(lambda p: jnp.asarray(normal(*p.shape)), params)
+    solve = jax.jit(jp.kronecker.solve)
+    solved, white = solve(factors, tree, 0.1), jp.kronecker.whiten(factors, tree, 0.1)
+    logdets = 0.0
+    each = zip(of_leaves(factors, params), *map(learned, (tree, solved, white)), strict=True)
+    for matrix, v, got, half in each:
+        assert relative_error(matrix, matrix.T) <= 1e-12
+        damped = matrix + 0.1 * jnp.eye(len(matrix))
+        assert relative_error(damped @ got.ravel(), v.ravel()) <= 1e-10
+        assert relative_error(half.ravel() @ half.ravel(), v.ravel() @ got.ravel()) <= 1e-10
+        logdets += jnp.linalg.slogdet(damped)[1]
+    if name != "heads":  # where a part of a param is used, the block is of that part
+        assert relative_error(jp.kronecker.logdet(factors, 0.1), logdets) <= 1e-10
+    again = solve(jp.kronecker.eigh(factors), tree, 0.1)
+    assert relative_error(again, solved) <= 1e-12
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("name", NETS)
+def test_no_diagonal_in_the_basis_of_the_factors_is_nearer_to_the_block(name):
+    net, params, x, target = problem(name)
+    factors = jp.kronecker_factors(net, LOSS, others="diagonal")(params, x, target)
+    corrected = jax.jit(jp.ekfac_factors(net, LOSS, others="diagonal"))(params, x, target)
+    exact = blocks_of_root(net, params, x, target)
+    for block, was, now in zip(
+        exact, of_leaves(factors, params), of_leaves(corrected, params), strict=True
+    ):
+        assert relative_error(jnp.trace(now), jnp.trace(block)) <= 1e-10
+        # the projection on what has those eigenvectors: what is left is orthogonal to it
+        assert abs(jnp.vdot(block - now, now)) <= 1e-10 * jnp.vdot(block, block)
+        apart, before = (jnp.linalg.norm(block - m) for m in (now, was))
+        assert apart <= before + 1e-10
+
+
+@pytest.mark.parametrize("name", ["dense", "convolution"])
+@pytest.mark.parametrize("positions", ["expand", "reduce"])
+def test_corrections_of_micro_batches_and_of_weights(name, positions):
+    net, params, x, target = problem(name)
+    x, target = (jnp.concatenate([a, a[:1]]) if len(a) % 2 else a for a in (x, target))
+    factors = jp.kronecker_factors(net, LOSS, positions=positions)(params, x, target)
+    asked = jp.quantity.EigenvalueCorrection(jp.kronecker.eigh(factors))
+
+    def corrected(x, target, micro_batches=1, weights=None):
+        f = jp.quantities(net, LOSS, it=asked, micro_batches=micro_batches)
+        return of_leaves(f(params, x, target, weights=weights)["it"], params)
+
+    assert relative_error(corrected(x, target, 2), corrected(x, target)) <= 1e-10
+    weights = jnp.array([2.0, 0.0] + [1.0] * (len(x) - 2))
+    rows = jnp.array([0, 0, *range(2, len(x))])
+    weighed = corrected(x, target, weights=weights)
+    assert relative_error(weighed, corrected(x[rows], target[rows])) <= 1e-10
+
+
+def test_sampled_corrections_have_the_mean_of_the_exact_ones():
+    net, params, x, target = problem("dense")
+    basis = jp.kronecker.eigh(jp.kronecker_factors(net, LOSS)(params, x, target))
+
+    def values(samples, key=None):
+        asked = jp.quantity.EigenvalueCorrection(basis, samples)
+        tree = jp.quantities(net, LOSS, it=asked)(params, x, target, key=key)["it"]
+        leaves = jax.tree.leaves(tree, is_leaf=jp.kronecker.is_block)
+        return jnp.concatenate([block.values.ravel() for block in leaves])
+
+    exact, sampled = values(None), values(4000, jax.random.key(0))
+    assert jnp.linalg.norm(sampled - exact) <= 0.05 * jnp.linalg.norm(exact)
+
+
+def inverse(curvature, params, damping):
+    matrices = of_leaves(curvature, params)
+    return [jnp.linalg.inv(m + damping * jnp.eye(len(m))) for m in matrices]
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("kind", ["kronecker", "ekfac", "diagonal", "none"])
+def test_influence_is_an_inner_product_in_the_inverse_curvature(name, kind):
+    net, params, x, target = problem(name)
+    curvature = {
+        "kronecker": jp.kronecker_factors(net, LOSS, others="skip"),
+        "ekfac": jp.ekfac_factors(net, LOSS, others="diagonal"),
+        "diagonal": jp.diag_ggn(net, LOSS),
+        "none": lambda *args: jax.tree.map(lambda _: (), jp.core.tree.learned(params)),
+    }[kind](params, x, target)
+    other = x[:2], (target[:2] + 1) % 2
+    of = jax.jit(jp.influence(net, LOSS))
+    got = of(params, (x, target), other, curvature, 0.3)
+    alone = jax.jit(jp.self_influence(net, LOSS))(params, x, target, curvature, 0.3)
+    g, h, same = (
+        learned(jp.per_example_grads(net, LOSS)(params, *batch))
+        for batch in ((x, target), other, (x, target))
+    )
+    want = wanted = 0.0
+    for g, h, s, m in zip(g, h, same, inverse(curvature, params, 0.3), strict=True):
+        g, h, s = (a.reshape(len(a), -1) for a in (g, h, s))
+        want += g @ m @ h.T
+        wanted += jnp.einsum("np,pq,nq->n", s, m, s)
+    assert relative_error(got, want) <= 1e-10
+    assert relative_error(alone, wanted) <= 1e-10
+
+
+def test_influence_predicts_what_a_step_on_one_example_does():
+    net, params, x, target = problem("dense")
+    curvature = jp.ekfac_factors(net, LOSS)(params, x, target)
+    got = jp.influence(net, LOSS)(params, (x, target), (x, target), curvature, 0.1)
+    value = jp.loss_fn(net, LOSS)
+    for n in range(len(x)):
+        grad = jax.grad(value)(params, x[n : n + 1], target[n : n + 1])
+        step = jp.kronecker.solve(curvature, grad, 0.1)
+        moved = jax.tree.map(lambda p, s: p - 1e-5 * s, params, step)
+        for m in range(len(x)):
+            before, after = (value(p, x[m : m + 1], target[m : m + 1]) for p in (params, moved))
+            assert abs((before - after) / 1e-5 - got[n, m]) <= 1e-3 * abs(got).max()
+
+
+def test_a_curvature_of_other_params_is_refused():
+    net, params, x, target = problem("dense")
+    factors = jp.kronecker_factors(net, LOSS)(params, x, target)
+    with pytest.raises(ValueError, match="the curvature is like params"):
+        jp.kronecker.solve(factors, params[:2], 0.1)
+    wide = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-1], p.shape[-1] + 1)), params)
+    with pytest.raises(ValueError, match="is no block of"):
+        jp.kronecker.solve(factors, wide, 0.1)
+    with pytest.raises(ValueError, match="solve: damping must not be negative"):
+        jp.kronecker.solve(factors, params, -0.1)
+    with pytest.raises(TypeError, match="influence takes two batches"):
+        jp.influence(net, LOSS)(params, (x, target), x, factors, 0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_small_dtypes(dtype):
+    net, params, x, target = problem("sequence")
+    wide = jp.kronecker.solve(jp.ekfac_factors(net, LOSS)(params, x, target), params, 0.1)
+    params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
+    factors = jax.jit(jp.ekfac_factors(net, LOSS))(params, x, target)
+    solved = jax.jit(jp.kronecker.solve)(factors, params, 0.1)
+    assert jax.tree.map(jnp.result_type, solved) == jax.tree.map(jnp.result_type, params)
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.1
+    assert relative_error(jax.tree.map(lambda a: a.astype(float), solved), wide) <= tolerance
