@@ -3,7 +3,7 @@
     python examples/influence.py --plot influence.png
 
 A share of the labels is flipped before training. What a digit did for its own loss
-(``jp.self_influence``) is large for what nothing else explains, so that flipped labels rank first;
+(``jp.curvature.self_influence``) is large for what nothing else explains, so that flipped labels rank first;
 the area under the curve says how often a flipped one is above a right one, beside the loss itself
 and a coin. Then influence is held to what it predicts: a small net is trained again without each
 of some digits, and its loss on digits that were held out is compared with the prediction. With a
@@ -41,7 +41,8 @@ def train(
     update = jp.make_update(net, LOSS, optimizer)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
-        params, state, _ = update(*carry, x, target, weights=weights, divisor=len(x))
+        params, state = carry
+        params, state, _ = update(params, state, x, target, weights=weights, divisor=len(x))
         return (params, state), None
 
     return jax.lax.scan(step, (params, update.init(params)), length=steps)[0][0]
@@ -65,8 +66,8 @@ def left_out(x: Any, target: Any, held: Any, args: argparse.Namespace) -> dict[s
     mean = jp.loss_fn(SMALL, LOSS)
     params = SMALL.init(jax.random.key(args.seed), x[:1])
     params = train(SMALL, params, x, target, SMALL_DECAY, 10 * args.steps)
-    curvature = jp.ekfac_factors(SMALL, LOSS)(params, x, target)
-    each = jp.influence(SMALL, LOSS)(params, (x, target), held, curvature, SMALL_DECAY)
+    curvature = jp.curvature.ekfac_factors(SMALL, LOSS)(params, x, target)
+    each = jp.curvature.influence(SMALL, LOSS)(params, (x, target), held, curvature, SMALL_DECAY)
     product = jp.hvp(SMALL, LOSS)(params, x, target)
 
     def damped(v: Any) -> Any:
@@ -86,7 +87,7 @@ def left_out(x: Any, target: Any, held: Any, args: argparse.Namespace) -> dict[s
     some = jnp.linspace(0, len(x) - 1, args.left_out).astype(int)
     found = np.asarray(jax.lax.map(without, some))
     predicted = {"EKFAC": each.mean(axis=1), "the Hessian": exact}
-    return {name: float(spearmanr(p[some], found).statistic) for name, p in predicted.items()}
+    return {name: float(np.asarray(spearmanr(p[some], found))[0]) for name, p in predicted.items()}
 
 
 def draw(x: Any, target: Any, held: Any, found: Any, path: Any) -> None:
@@ -124,8 +125,8 @@ def main() -> None:
     right = jnp.mean(NET(params, test_x).argmax(-1) == test_y)
     print(f"{wrong.sum()} of {len(x)} labels flipped; {100 * right:.1f}% right on held-out digits")
 
-    curvature = jp.ekfac_factors(NET, LOSS)(params, x, target)
-    alone = jp.self_influence(NET, LOSS)(params, x, target, curvature, DECAY)
+    curvature = jp.curvature.ekfac_factors(NET, LOSS)(params, x, target)
+    alone = jp.curvature.self_influence(NET, LOSS)(params, x, target, curvature, DECAY)
     losses, _ = LOSS.forward(NET(params, x), target)
     coin = np.random.default_rng(args.seed).random(len(x))
     norms = jp.per_example_sq_norms(NET, LOSS)(params, x, target)
@@ -141,7 +142,9 @@ def main() -> None:
         print(f"influence by {name:18} {correlation:.2f}")
     if args.plot is not None:
         held = test_x[:5], test_y[:5]
-        found = jax.jit(jp.influence(NET, LOSS))(params, (x, target), held, curvature, DECAY)
+        found = jax.jit(jp.curvature.influence(NET, LOSS))(
+            params, (x, target), held, curvature, DECAY
+        )
         draw(x, target, held, np.asarray(found), args.plot)
 
 

@@ -22,28 +22,28 @@ against the other. The names, by group:
     losses       CrossEntropy HalfSquaredError BinaryCrossEntropy  loss total_loss
                  LinearCrossEntropy (a layer) with Mean
     gradients    value_and_grad autodiff loss_fn walk custom_vjp
-    updates      make_update DynamicLossScale learned_only inference_mode update_batch_stats
+    updates      make_update kfac DynamicLossScale learned_only inference_mode update_batch_stats
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms projected_grads gram
-                 inner_products influence self_influence ntk second_moment variance noise_scale
-                 diag_ggn kronecker_factors ekfac_factors ggn_root hvp ggn_vp fisher_vp
+                 inner_products ntk second_moment variance noise_scale
+                 diag_ggn kronecker_factors ggn_root hvp ggn_vp fisher_vp
     to see       explain find_nonfinite
     to check     check_layer check_loss check_vjp
     to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
-    modules      forms kronecker models plot quantity rules sharding
+    modules      curvature forms models plot quantity rules sharding
 
 The quantities' classes are in ``jp.quantity``, with the sources that they start from, and the forms
 in ``jp.forms``; quantities and forms are also here, as ``jp.SqNorms`` and ``jp.Sum``.
 """
 
 import jaxprop._command  # noqa: F401
-from jaxprop import forms, models, plot, quantity, rules, sharding
+from jaxprop import curvature, forms, models, plot, quantity, rules, sharding
 from jaxprop.checking.check import check_layer
 from jaxprop.checking.losses import check_loss
 from jaxprop.checking.vjp import check_vjp
 from jaxprop.combinators.bidirectional import bidirectional
 from jaxprop.combinators.branch import branch
 from jaxprop.combinators.cast import cast
-from jaxprop.combinators.chain import Chain, chain
+from jaxprop.combinators.chain import Chain as Chain, chain
 from jaxprop.combinators.frozen import frozen
 from jaxprop.combinators.on import on
 from jaxprop.combinators.recompute import recompute
@@ -52,10 +52,10 @@ from jaxprop.combinators.shared import shared
 from jaxprop.combinators.skip import skip
 from jaxprop.combinators.tied import tied
 from jaxprop.core.child import Child as Child
-from jaxprop.core.combinator import Combinator, Wrapper, over_layers as over_layers
+from jaxprop.core.combinator import Combinator as Combinator, Wrapper, over_layers as over_layers
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
-from jaxprop.core.step import Step, Total as Total
+from jaxprop.core.step import Step as Step, Total as Total
 from jaxprop.core.tree import Key as Key, Mask as Mask, Unlearned, freeze
 from jaxprop.core.walk import loss_fn, walk
 from jaxprop.explanation.nonfinite import Finding as Finding, find_nonfinite
@@ -146,7 +146,6 @@ from jaxprop.quantity.between import inner_products, ntk
 from jaxprop.quantity.functions import (
     clipped_grad,
     diag_ggn,
-    ekfac_factors,
     ggn_root,
     gram,
     kronecker_factors,
@@ -157,7 +156,6 @@ from jaxprop.quantity.functions import (
     second_moment,
     variance,
 )
-from jaxprop.quantity.influence import influence, self_influence
 from jaxprop.quantity.products import fisher_vp, ggn_vp, hvp
 from jaxprop.quantity.together import quantities
 from jaxprop.traced.coverage import Coverage as Coverage
@@ -165,6 +163,7 @@ from jaxprop.traced.function import function
 from jaxprop.training.apply import DynamicLossScale, Scaling as Scaling, Skipping as Skipping
 from jaxprop.training.custom import custom_vjp
 from jaxprop.training.gradients import autodiff, value_and_grad
+from jaxprop.training.kfac import KfacState as KfacState, kfac
 from jaxprop.training.optimizer import learned_only
 from jaxprop.training.statistics import inference_mode, update_batch_stats
 from jaxprop.training.update import Update as Update, make_update
@@ -232,6 +231,7 @@ __all__ = [
     "autodiff",
     "custom_vjp",
     "inference_mode",
+    "kfac",
     "learned_only",
     "loss_fn",
     "make_update",
@@ -243,10 +243,7 @@ __all__ = [
     "diag_ggn",
     "ggn_root",
     "gram",
-    "ekfac_factors",
-    "influence",
     "kronecker_factors",
-    "self_influence",
     "noise_scale",
     "per_example_grads",
     "per_example_sq_norms",
@@ -266,12 +263,9 @@ __all__ = [
     "explain",
     "find_nonfinite",
     # to extend
-    "Chain",
-    "Combinator",
     "Elementwise",
     "Layer",
     "Loss",
-    "Step",
     "Unlearned",
     "Wrapper",
     "freeze",
@@ -279,7 +273,7 @@ __all__ = [
     "forms",
     "models",
     "plot",
-    "kronecker",
+    "curvature",
     "quantity",
     "rules",
     "sharding",

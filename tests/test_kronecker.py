@@ -86,7 +86,7 @@ def learned(tree):
 def dense(block, leaf):
     """The matrix of a block, on the param's entries as they lie in it."""
     unit = jnp.eye(leaf.size).reshape(leaf.size, *leaf.shape)
-    return jax.vmap(lambda e: jp.kronecker.times(block, e).ravel())(unit).T
+    return jax.vmap(lambda e: jp.curvature.times(block, e).ravel())(unit).T
 
 
 def of_leaves(curvature, params):
@@ -110,8 +110,8 @@ def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
     net, params, x, target = problem(name)
     factors = jp.kronecker_factors(net, LOSS, others="diagonal")(params, x, target)
     tree = jax.tree.map(lambda p: jnp.asarray(normal(*p.shape)), params)
-    solve = jax.jit(jp.kronecker.solve)
-    solved, white = solve(factors, tree, 0.1), jp.kronecker.whiten(factors, tree, 0.1)
+    solve = jax.jit(jp.curvature.solve)
+    solved, white = solve(factors, tree, 0.1), jp.curvature.whiten(factors, tree, 0.1)
     logdets = 0.0
     each = zip(of_leaves(factors, params), *map(learned, (tree, solved, white)), strict=True)
     for matrix, v, got, half in each:
@@ -121,8 +121,8 @@ def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
         assert relative_error(half.ravel() @ half.ravel(), v.ravel() @ got.ravel()) <= 1e-10
         logdets += jnp.linalg.slogdet(damped)[1]
     if name != "heads":  # where a part of a param is used, the block is of that part
-        assert relative_error(jp.kronecker.logdet(factors, 0.1), logdets) <= 1e-10
-    again = solve(jp.kronecker.eigh(factors), tree, 0.1)
+        assert relative_error(jp.curvature.logdet(factors, 0.1), logdets) <= 1e-10
+    again = solve(jp.curvature.eigh(factors), tree, 0.1)
     assert relative_error(again, solved) <= 1e-12
 
 
@@ -131,7 +131,7 @@ def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
 def test_no_diagonal_in_the_basis_of_the_factors_is_nearer_to_the_block(name):
     net, params, x, target = problem(name)
     factors = jp.kronecker_factors(net, LOSS, others="diagonal")(params, x, target)
-    corrected = jax.jit(jp.ekfac_factors(net, LOSS, others="diagonal"))(params, x, target)
+    corrected = jax.jit(jp.curvature.ekfac_factors(net, LOSS, others="diagonal"))(params, x, target)
     exact = blocks_of_root(net, params, x, target)
     for block, was, now in zip(
         exact, of_leaves(factors, params), of_leaves(corrected, params), strict=True
@@ -149,7 +149,7 @@ def test_corrections_of_micro_batches_and_of_weights(name, positions):
     net, params, x, target = problem(name)
     x, target = (jnp.concatenate([a, a[:1]]) if len(a) % 2 else a for a in (x, target))
     factors = jp.kronecker_factors(net, LOSS, positions=positions)(params, x, target)
-    asked = jp.quantity.EigenvalueCorrection(jp.kronecker.eigh(factors))
+    asked = jp.quantity.EigenvalueCorrection(jp.curvature.eigh(factors))
 
     def corrected(x, target, micro_batches=1, weights=None):
         f = jp.quantities(net, LOSS, it=asked, micro_batches=micro_batches)
@@ -164,12 +164,12 @@ def test_corrections_of_micro_batches_and_of_weights(name, positions):
 
 def test_sampled_corrections_have_the_mean_of_the_exact_ones():
     net, params, x, target = problem("dense")
-    basis = jp.kronecker.eigh(jp.kronecker_factors(net, LOSS)(params, x, target))
+    basis = jp.curvature.eigh(jp.kronecker_factors(net, LOSS)(params, x, target))
 
     def values(samples, key=None):
         asked = jp.quantity.EigenvalueCorrection(basis, samples)
         tree = jp.quantities(net, LOSS, it=asked)(params, x, target, key=key)["it"]
-        leaves = jax.tree.leaves(tree, is_leaf=jp.kronecker.is_block)
+        leaves = jax.tree.leaves(tree, is_leaf=jp.curvature.is_block)
         return jnp.concatenate([block.values.ravel() for block in leaves])
 
     exact, sampled = values(None), values(4000, jax.random.key(0))
@@ -188,35 +188,36 @@ def test_influence_is_an_inner_product_in_the_inverse_curvature(name, kind):
     net, params, x, target = problem(name)
     curvature = {
         "kronecker": jp.kronecker_factors(net, LOSS, others="skip"),
-        "ekfac": jp.ekfac_factors(net, LOSS, others="diagonal"),
+        "ekfac": jp.curvature.ekfac_factors(net, LOSS, others="diagonal"),
         "diagonal": jp.diag_ggn(net, LOSS),
         "none": lambda *args: jax.tree.map(lambda _: (), jp.core.tree.learned(params)),
     }[kind](params, x, target)
     other = x[:2], (target[:2] + 1) % 2
-    of = jax.jit(jp.influence(net, LOSS))
+    of = jax.jit(jp.curvature.influence(net, LOSS))
     got = of(params, (x, target), other, curvature, 0.3)
-    alone = jax.jit(jp.self_influence(net, LOSS))(params, x, target, curvature, 0.3)
+    alone = jax.jit(jp.curvature.self_influence(net, LOSS))(params, x, target, curvature, 0.3)
     g, h, same = (
         learned(jp.per_example_grads(net, LOSS)(params, *batch))
         for batch in ((x, target), other, (x, target))
     )
     want = wanted = 0.0
-    for g, h, s, m in zip(g, h, same, inverse(curvature, params, 0.3), strict=True):
-        g, h, s = (a.reshape(len(a), -1) for a in (g, h, s))
-        want += g @ m @ h.T
-        wanted += jnp.einsum("np,pq,nq->n", s, m, s)
+    matrices = inverse(curvature, params, 0.3)
+    for left, right, own, m in zip(g, h, same, matrices, strict=True):
+        left, right, own = (a.reshape(len(a), -1) for a in (left, right, own))
+        want += left @ m @ right.T
+        wanted += jnp.einsum("np,pq,nq->n", own, m, own)
     assert relative_error(got, want) <= 1e-10
     assert relative_error(alone, wanted) <= 1e-10
 
 
 def test_influence_predicts_what_a_step_on_one_example_does():
     net, params, x, target = problem("dense")
-    curvature = jp.ekfac_factors(net, LOSS)(params, x, target)
-    got = jp.influence(net, LOSS)(params, (x, target), (x, target), curvature, 0.1)
+    curvature = jp.curvature.ekfac_factors(net, LOSS)(params, x, target)
+    got = jp.curvature.influence(net, LOSS)(params, (x, target), (x, target), curvature, 0.1)
     value = jp.loss_fn(net, LOSS)
     for n in range(len(x)):
         grad = jax.grad(value)(params, x[n : n + 1], target[n : n + 1])
-        step = jp.kronecker.solve(curvature, grad, 0.1)
+        step = jp.curvature.solve(curvature, grad, 0.1)
         moved = jax.tree.map(lambda p, s: p - 1e-5 * s, params, step)
         for m in range(len(x)):
             before, after = (value(p, x[m : m + 1], target[m : m + 1]) for p in (params, moved))
@@ -227,23 +228,23 @@ def test_a_curvature_of_other_params_is_refused():
     net, params, x, target = problem("dense")
     factors = jp.kronecker_factors(net, LOSS)(params, x, target)
     with pytest.raises(ValueError, match="the curvature is like params"):
-        jp.kronecker.solve(factors, params[:2], 0.1)
+        jp.curvature.solve(factors, params[:2], 0.1)
     wide = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-1], p.shape[-1] + 1)), params)
     with pytest.raises(ValueError, match="is no block of"):
-        jp.kronecker.solve(factors, wide, 0.1)
+        jp.curvature.solve(factors, wide, 0.1)
     with pytest.raises(ValueError, match="solve: damping must not be negative"):
-        jp.kronecker.solve(factors, params, -0.1)
+        jp.curvature.solve(factors, params, -0.1)
     with pytest.raises(TypeError, match="influence takes two batches"):
-        jp.influence(net, LOSS)(params, (x, target), x, factors, 0.1)
+        jp.curvature.influence(net, LOSS)(params, (x, target), x, factors, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_small_dtypes(dtype):
     net, params, x, target = problem("sequence")
-    wide = jp.kronecker.solve(jp.ekfac_factors(net, LOSS)(params, x, target), params, 0.1)
+    wide = jp.curvature.solve(jp.curvature.ekfac_factors(net, LOSS)(params, x, target), params, 0.1)
     params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
-    factors = jax.jit(jp.ekfac_factors(net, LOSS))(params, x, target)
-    solved = jax.jit(jp.kronecker.solve)(factors, params, 0.1)
+    factors = jax.jit(jp.curvature.ekfac_factors(net, LOSS))(params, x, target)
+    solved = jax.jit(jp.curvature.solve)(factors, params, 0.1)
     assert jax.tree.map(jnp.result_type, solved) == jax.tree.map(jnp.result_type, params)
     tolerance = 1e-4 if dtype == jnp.float32 else 0.1
     assert relative_error(jax.tree.map(lambda a: a.astype(float), solved), wide) <= tolerance

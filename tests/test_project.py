@@ -16,7 +16,7 @@ FLOORS = [
     {"layers", "combinators", "losses", "checking", "quantity"},
     {"traced"},
     {"births"},
-    {"forms", "sharding", "models", "training", "explanation"},
+    {"curvature", "forms", "sharding", "models", "training", "explanation"},
     {"plot", "bench", "walkthrough", "rules"},
     {"cli"},
     {"__main__"},
@@ -103,7 +103,10 @@ def public():
     """Every name that users meet, and what it is."""
     modules = [
         jp,
-        *(getattr(jp, name) for name in ("forms", "models", "quantity", "rules", "sharding")),
+        *(
+            getattr(jp, name)
+            for name in ("curvature", "forms", "models", "quantity", "rules", "sharding")
+        ),
     ]
     for module in modules:
         for name in getattr(module, "__all__", dir(module)):

@@ -206,6 +206,8 @@ def like_params(params: Params, tree: PyTree, *, shape: tuple[int, ...] = ()) ->
     def zeros(node: NotLearned) -> Any:
         if isinstance(node, SideInput):
             return ()
+        if isinstance(node.value, tuple):  # as optimizers see it
+            return node
         return Unlearned(jnp.zeros(shape, jnp.result_type(node.value)))
 
     return _beside(params, tree, zeros)

@@ -195,7 +195,7 @@ class EigenvalueCorrection(AddedUp):
     https://arxiv.org/abs/1806.03884).
 
     Attributes:
-        basis: what ``jp.kronecker.eigh`` makes of the factors.
+        basis: what ``jp.curvature.eigh`` makes of the factors.
         samples: how many columns are sampled; None for the exact root.
         empirical: whether the source is the loss gradient.
     """

@@ -249,7 +249,7 @@ def ekfac_factors(
 ) -> OfBatch[Params]:
     """Return ``f(params, x, target)``, Kronecker factors by their eigenvectors, eigenvalues exact.
 
-    Like params, with a ``jp.kronecker.Eigen`` at each leaf, for ``jp.kronecker.solve`` and the
+    Like params, with a ``jp.curvature.Eigen`` at each leaf, for ``jp.curvature.solve`` and the
     rest there: the eigenvectors of ``jp.kronecker_factors``, and in a second walk the diagonal of
     the curvature in their basis (``jp.quantity.EigenvalueCorrection``).
 

@@ -27,7 +27,7 @@ from jaxprop.quantity.kronecker import Eigen, eigh, paired, solve
 
 
 class Influence(Protocol):
-    """A function of two batches and a curvature, such as ``jp.influence(net, loss)`` returns."""
+    """A function of two batches and a curvature, such as ``jp.curvature.influence(net, loss)`` returns."""
 
     def __call__(
         self,
@@ -60,9 +60,9 @@ def influence(net: Layer, loss: Loss) -> Influence:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
         >>> net, loss, x = jp.chain(jp.Dense(3)), jp.CrossEntropy(), jnp.ones((4, 2))
         >>> params, target = net.init(jax.random.key(0), x), jnp.array([0, 1, 2, 0])
-        >>> curvature = jp.ekfac_factors(net, loss)(params, x, target)
+        >>> curvature = jp.curvature.ekfac_factors(net, loss)(params, x, target)
         >>> test = x[:1], target[:1]
-        >>> jp.influence(net, loss)(params, (x, target), test, curvature, damping=1e-3).shape
+        >>> jp.curvature.influence(net, loss)(params, (x, target), test, curvature, damping=1e-3).shape
         (4, 1)
     """
     check_net_and_loss(net, loss)

@@ -1,18 +1,18 @@
-"""Linear algebra with Kronecker factors on trees like params, ``jp.kronecker``.
+"""Linear algebra with Kronecker factors on trees like params, ``jp.curvature``.
 
 A block a (outer) b of a curvature matrix F acts on a param G (I, O) as a G b. With a = U A U^T and
 b = V B V^T its eigenvectors are the products of theirs, so that any function of F + damping is
 elementwise between: U (f(A B^T) * (U^T G V)) V^T. Nothing here forms a block.
 
 A curvature is a tree like params with a block at each leaf: a ``Kronecker`` of
-``jp.kronecker_factors``, an ``Eigen`` of ``eigh`` or of ``jp.ekfac_factors``, an array like the
+``jp.kronecker_factors``, an ``Eigen`` of ``eigh`` or of ``jp.curvature.ekfac_factors``, an array like the
 param for a diagonal, or ``()`` for none, which counts as 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,24 +62,41 @@ class Eigen(NamedTuple):
         return self.place.param(g.astype(like.dtype), like.shape)
 
 
-def eigh(curvature: PyTree) -> PyTree:
+Decomposed = Callable[[list[Array]], Sequence[tuple[Array, Array]]]
+"""A function of symmetric matrices that returns the eigenvalues and the eigenvectors of each."""
+
+
+def eigh(curvature: PyTree, decomposed: Decomposed | None = None) -> PyTree:
     """Return the curvature with an ``Eigen`` for each ``Kronecker``, to be used more than once.
 
     Args:
         curvature: a tree like params, with a block at each leaf.
+        decomposed: how matrices are decomposed; by default each by ``jnp.linalg.eigh``.
     """
+    blocks, structure = jax.tree.flatten(curvature, is_leaf=is_block)
+    factors = [block for block in blocks if isinstance(block, Kronecker)]
+    diagonal = [block.a.ndim < block.b.ndim for block in factors]
+    matrices = [block.b for block in factors]
+    matrices += [block.a for block, is_so in zip(factors, diagonal, strict=True) if not is_so]
+    pairs = iter((decomposed or _one_by_one)(matrices))
+    of_b = [next(pairs) for _ in factors]
+    of_a = [
+        (block.a, None) if is_so else next(pairs)
+        for block, is_so in zip(factors, diagonal, strict=True)
+    ]
 
-    def of(block: Any) -> Any:
-        if not isinstance(block, Kronecker):
-            return block
-        a, b = block.a, block.b
-        of_b, right = jnp.linalg.eigh(b)
-        diagonal = a.ndim < b.ndim
-        of_a, left = (a, None) if diagonal else jnp.linalg.eigh(a)
-        values = jnp.maximum(of_a, 0)[..., :, None] * jnp.maximum(of_b, 0)[..., None, :]
-        return Eigen(values, left, right, block.place)
+    def product(block: Kronecker, a: Any, b: tuple[Array, Array]) -> Eigen:
+        values = jnp.maximum(a[0], 0)[..., :, None] * jnp.maximum(b[0], 0)[..., None, :]
+        return Eigen(values, a[1], b[1], block.place)
 
-    return jax.tree.map(of, curvature, is_leaf=is_block)
+    each = map(product, factors, of_a, of_b)
+    return structure.unflatten(
+        next(each) if isinstance(block, Kronecker) else block for block in blocks
+    )
+
+
+def _one_by_one(matrices: list[Array]) -> list[tuple[Array, Array]]:
+    return [(values, vectors) for values, vectors in map(jnp.linalg.eigh, matrices)]
 
 
 def times(curvature: PyTree, tree: Params) -> Params:
@@ -106,7 +123,7 @@ def solve(curvature: PyTree, tree: Params, damping: float | Array = 0.0) -> Para
         >>> params, target = net.init(jax.random.key(0), x), jnp.array([0, 1, 2, 0])
         >>> _, grads = jp.value_and_grad(net, loss)(params, x, target)
         >>> factors = jp.kronecker_factors(net, loss)(params, x, target)
-        >>> step = jp.kronecker.solve(factors, grads, damping=1e-3)
+        >>> step = jp.curvature.solve(factors, grads, damping=1e-3)
         >>> step[0].w.shape
         (2, 3)
     """
@@ -179,7 +196,7 @@ def _check_block(name: str, block: Any, leaf: Array) -> None:
     elif isinstance(block, Eigen):
         size = block.values.size
     elif is_array(block):
-        size = leaf.size if jnp.shape(block) == leaf.shape else -1
+        size = leaf.size if getattr(block, "shape", None) == leaf.shape else -1
     else:
         raise TypeError(f"{name}: {given(block)} is no block of a curvature")
     if size != leaf.size and whole:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jaxprop.core.arrays import sum_over, weighted, wide
 from jaxprop.core.batch import Batch, weighted_batch
@@ -99,12 +100,7 @@ def ggn_vp(net: Layer, loss: Loss) -> OfVector:
 
     def product(params: Params, batch: Batch) -> Product:
         of = _Jacobian.at(net, loss, params, batch)
-
-        def gradient_of(y: PyTree) -> Cotangent:
-            _, residuals = loss.forward(y, batch.target)
-            return loss.backward(residuals)
-
-        _, hessian = jax.linearize(gradient_of, of.y)
+        hessian = of.hessian(loss, batch)
         return lambda v: of.back(hessian(of.along(v)))
 
     return _of_vector("ggn_vp", net, loss, product)
@@ -175,10 +171,43 @@ class _Jacobian(NamedTuple):
         )
         return cls(ahead, y, along)
 
+    def hessian(self, loss: Loss, batch: Batch) -> Callable[[PyTree], Cotangent]:
+        """Return the product of the Hessian of each example's own loss by y with what is like y."""
+
+        def gradient_of(y: PyTree) -> Cotangent:
+            _, residuals = loss.forward(y, batch.target)
+            return loss.backward(residuals)
+
+        return jax.linearize(gradient_of, self.y)[1]
+
     def back(self, ct: Cotangent) -> Params:
         """Return the mean over examples of J_n^T ct_n."""
         mean = self.ahead.examples.mean_cotangent(self.ahead.examples.counting(ct))
         return learned(self.ahead.back(mean, Layerwise(gradient))[0])
+
+
+def quadratic_form(
+    net: Layer, loss: Loss, params: Params, batch: Batch, vectors: Sequence[Params]
+) -> Float[Array, "k k"]:
+    """Return <v_i, F v_j> of the Gauss-Newton matrix F, by passes forward alone.
+
+    Args:
+        net: the network.
+        loss: the loss.
+        params: its params, side inputs included.
+        batch: the batch.
+        vectors: like the learned params.
+    """
+    of = _Jacobian.at(net, loss, params, batch)
+    hessian = of.hessian(loss, batch)
+    along = [of.ahead.examples.counting(of.along(v)) for v in vectors]
+    products = [hessian(u) for u in along]
+
+    def mean(u: PyTree, hu: PyTree) -> Array:
+        each = jax.tree.leaves(jax.tree.map(_dots, u, hu))
+        return of.ahead.examples.mean(jnp.stack(each).sum(axis=0))
+
+    return jnp.stack([jnp.stack([mean(u, hu) for hu in products]) for u in along])
 
 
 def _dots(a: Array, b: Array) -> Array:

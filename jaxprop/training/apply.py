@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -168,7 +168,10 @@ Apply = Callable[..., tuple[Params, PyTree]]
 
 
 def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Options) -> Apply:
-    """Return ``apply(grads, state, params, seen, value_fn) -> (params, state)``."""
+    """Return ``apply(grads, state, params, seen, of_step) -> (params, state)``.
+
+    ``of_step`` has by name what optimizers may ask for beside the value and the gradient.
+    """
     taken = _extra_args(optimizer)
     max_norm, loss_scale = options.max_norm, options.loss_scale
 
@@ -177,13 +180,13 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
         state: PyTree,
         params: Params,
         seen: Seen,
-        value_fn: Callable[[Params], Array],
+        of_step: Mapping[str, Any],
     ) -> tuple[Params, PyTree]:
         if max_norm is not None:
             scale = jnp.where(seen.norm < max_norm, 1, max_norm / seen.norm)
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        extra = {"value": seen.value, "grad": grads, "value_fn": value_fn}
-        given = {name: extra[name] for name in taken}
+        extra = {"value": seen.value, "grad": grads, **of_step}
+        given = {name: extra[name] for name in taken if name in extra}
         updates, state = optimizer.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
 
@@ -192,12 +195,12 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
         state: PyTree,
         params: Params,
         seen: Seen,
-        value_fn: Callable[[Params], Array],
+        of_step: Mapping[str, Any],
     ) -> tuple[Params, PyTree]:
         old = params, state.state
         params, inner = jax.tree.map(
             lambda new, old: jax.lax.select(seen.finite, new, old),
-            apply(grads, state.state, params, seen, value_fn),
+            apply(grads, state.state, params, seen, of_step),
             old,
         )
         if isinstance(loss_scale, DynamicLossScale):
@@ -209,7 +212,7 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
 
 def _extra_args(optimizer: optax.GradientTransformationExtraArgs) -> tuple[str, ...]:
     """Return which extra arguments the optimizer's update takes."""
-    names = ("value", "grad", "value_fn")
+    names = ("value", "grad", "value_fn", "batch", "whole", "given")
     parameters = inspect.signature(optimizer.update).parameters
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return names

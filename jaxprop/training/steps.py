@@ -79,7 +79,8 @@ def whole_step(
         if options.need_norm:
             each = jax.tree.map(lambda grad: norms(grad[None])[0], grads)
             seen = Seen.with_norm(value, norm_of_all(each))
-        arrays, state = apply(grads, state, arrays, seen, value_fn)
+        of_step = {"value_fn": value_fn, "batch": (x, target), "whole": params, "given": given}
+        arrays, state = apply(grads, state, arrays, seen, of_step)
         params = _with_batch_stats(net, params, x, key, mask, seen if options.skips else None)
         return merged(params, arrays), state, _result(value, aux, seen)
 

@@ -1,0 +1,298 @@
+"""K-FAC: natural gradient descent by Kronecker factors, as an optax optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from jaxprop.core.arrays import wide
+from jaxprop.core.batch import Batch, weighted_batch
+from jaxprop.core.checks import (
+    check_count,
+    check_flag,
+    check_number,
+    check_share,
+    given as described,
+)
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.serialization import serializable
+from jaxprop.core.tree import learned, like_params, merged
+from jaxprop.core.types import Params, PyTree
+from jaxprop.core.walk import check_net_and_loss, loss_fn
+from jaxprop.quantity.curvature import KroneckerFactors
+from jaxprop.quantity.kronecker import eigh, solve
+from jaxprop.quantity.products import quadratic_form
+from jaxprop.quantity.together import together
+from jaxprop.training.shares import in_shares
+
+LEAST, TINY = 1e-8, 1e-30  # of a damping that adapts; of what is divided by
+
+
+@serializable
+class KfacState(NamedTuple):
+    """The state of ``jp.kfac``.
+
+    Attributes:
+        steps: how many steps were taken.
+        factors: the moving average of the Kronecker factors, which starts from 0.
+        basis: an ``Eigen`` for each, of the average without its bias.
+        step: the last step, like the learned params.
+        damping: what is added to each eigenvalue.
+    """
+
+    steps: Int[Array, ""]
+    factors: PyTree
+    basis: PyTree
+    step: Params
+    damping: Float[Array, ""]
+
+
+def kfac(
+    net: Layer,
+    loss: Loss,
+    like: tuple[Params, PyTree, PyTree],
+    *,
+    learning_rate: float | optax.Schedule | None = None,
+    momentum: float | None = None,
+    damping: float = 1e-1,
+    adapt_damping: bool = True,
+    norm_constraint: float | None = None,
+    decay: float = 0.95,
+    samples: int | None = 1,
+    positions: Literal["expand", "reduce"] = "expand",
+    every: int = 1,
+    inverse_every: int = 10,
+    damping_every: int = 5,
+    micro_batches: int = 1,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Return K-FAC (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671), for optax.
+
+    Of the gradient g it makes the direction d = (F + damping)^-1 g, with F the moving average of
+    the Kronecker factors, and the step alpha d + mu (the last step). Without a learning rate alpha
+    and mu minimise the quadratic model <g, s> + <s, (F + damping) s> / 2, whose F is the exact
+    Gauss-Newton matrix of the batch, for large batches (section 7 there). The damping follows
+    Levenberg and Marquardt (section 6.5): it shrinks where the loss falls as the model says. It is
+    added to the eigenvalues of each block, which is exact where the factors are, so that it is not
+    split between them.
+
+        optimizer = jp.kfac(net, loss, (params, x, target))
+        update = jp.make_update(net, loss, optimizer)
+
+    In a loop of your own: ``optimizer.update(grads, state, params, batch=(x, target))``.
+
+    Args:
+        net: the network. A param that has no factors is given a diagonal.
+        loss: the loss.
+        like: (params, x, target), for their shapes alone; of any number of examples.
+        learning_rate: alpha, or a schedule of it; None for the quadratic model's.
+        momentum: mu; by default the quadratic model's, and 0.9 beside a learning rate.
+        damping: what is added to each eigenvalue at first.
+        adapt_damping: whether it follows Levenberg and Marquardt then.
+        norm_constraint: bounds alpha^2 <g, d>, a step's length in the metric of F.
+        decay: of the moving average, from 0 to below 1. At first it is the mean so far.
+        samples: how many walks sample F, each from targets that are drawn from the model; None for
+            the exact root, a walk for each output.
+        positions: "expand" or "reduce", as in ``jp.kronecker_factors``.
+        every: the factors are taken each so many steps.
+        inverse_every: they are decomposed each so many steps.
+        damping_every: the damping is looked at each so many steps, which costs a pass forward.
+        micro_batches: into how many parts the batch is split for the factors.
+        seed: of what is drawn.
+        mesh: a mesh of devices, of which each decomposes its share of the factors.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: for a number out of its range, and from ``update`` without a batch.
+    """
+    check_net_and_loss(net, loss)
+    if type(like) is not tuple or len(like) != 3:
+        raise TypeError(f"kfac: like is (params, x, target), not {described(like)}")
+    _check_numbers(damping=damping, norm_constraint=norm_constraint, momentum=momentum)
+    check_share("kfac: decay", decay)
+    check_flag("kfac: adapt_damping", adapt_damping)
+    counts = {"every": every, "inverse_every": inverse_every, "damping_every": damping_every}
+    for name, count in counts.items():
+        check_count(f"kfac: {name}", count)
+    if not callable(learning_rate):
+        _check_numbers(learning_rate=learning_rate)
+    asked = KroneckerFactors(samples, positions=positions, others="diagonal")
+    taken = together(net, loss, {"it": asked}, micro_batches)
+    mean_loss = loss_fn(net, loss)
+    decomposed = None if mesh is None else in_shares(mesh)
+
+    def factors_at(params: Params, batch: Batch) -> PyTree:
+        return learned(taken(params, batch)["it"])
+
+    def init(params: Params) -> KfacState:
+        key = jax.random.key(seed)
+        of = jax.eval_shape(lambda p, x, t: factors_at(net.bind(p), Batch(x, t, key)), *like)
+        factors = jax.tree.map(jnp.zeros_like, of)
+        step = jax.tree.map(jnp.zeros_like, learned(params))
+        start = jnp.asarray(damping, jnp.float32)
+        return KfacState(jnp.zeros((), jnp.int32), factors, eigh(factors), step, start)
+
+    def update(
+        updates: PyTree,
+        state: KfacState,
+        params: Params | None = None,
+        *,
+        batch: tuple[PyTree, PyTree] | None = None,
+        whole: Params | None = None,
+        given: Mapping[str, Any] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, KfacState]:
+        if batch is None or params is None:
+            raise ValueError(
+                "kfac: update takes params and batch=(x, target), as jp.make_update gives them "
+                "with fused=False"
+            )
+        grads, arrays = learned(updates), learned(params)
+        whole, options = params if whole is None else whole, dict(given or {})
+        bound, of_batch = _bound(net, whole, batch, options)
+        count = state.steps
+
+        def averaged() -> PyTree:
+            key = jax.random.fold_in(jax.random.key(seed), count)
+            new = factors_at(bound, of_batch._replace(key=key))
+            nth = (count // every).astype(jnp.float32)
+            rest = decay * (1 - decay**nth) / (1 - decay ** (nth + 1))
+            return jax.tree.map(lambda old, new: _mixed(old, new, rest), state.factors, new)
+
+        factors = _at_times(count, every, averaged, state.factors)
+        basis = _at_times(count, inverse_every, lambda: eigh(factors, decomposed), state.basis)
+        direction = jax.tree.map(jnp.negative, solve(basis, grads, state.damping))
+        model = None
+        if learning_rate is None or adapt_damping:
+            model = _Model.of(net, loss, bound, of_batch, grads, (direction, state.step))
+        if learning_rate is None:
+            assert model is not None
+            sizes = model.minimum(state.damping)
+        else:
+            rate = learning_rate(count) if callable(learning_rate) else learning_rate
+            alpha = jnp.asarray(rate, jnp.float32)
+            if norm_constraint is not None:
+                length = alpha**2 * -_dot(grads, direction).astype(jnp.float32)
+                alpha *= jnp.sqrt(jnp.minimum(1, norm_constraint / jnp.maximum(length, TINY)))
+            mu = 0.9 if momentum is None else momentum
+            sizes = jnp.stack([alpha, jnp.asarray(mu, jnp.float32)])
+        step = jax.tree.map(
+            lambda d, s: _along(wide(d), wide(s), sizes).astype(d.dtype),
+            direction,
+            state.step,
+        )
+
+        def adapted() -> Array:
+            assert model is not None
+            moved = jax.tree.map(jnp.add, arrays, step)
+            fell = [
+                mean_loss(merged(whole, at), *batch, **options).astype(jnp.float32)
+                for at in (moved, arrays)
+            ]
+            change = model.change(sizes).astype(jnp.float32)
+            ratio = (fell[0] - fell[1]) / jnp.minimum(change, -TINY)
+            factor = (19 / 20) ** damping_every
+            scale = jnp.where(ratio > 0.75, factor, jnp.where(ratio < 0.25, 1 / factor, 1))
+            scale = jnp.where(jnp.isnan(ratio), 1 / factor, scale)
+            return jnp.maximum(state.damping * scale, LEAST)
+
+        new = state.damping
+        if adapt_damping:
+            new = _at_times(count + 1, damping_every, adapted, state.damping)
+        state = KfacState(count + 1, factors, basis, step, new)
+        return like_params(params, step), state
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+class _Model(NamedTuple):
+    """The quadratic model <g, s> + <s, F s> / 2 of steps s along two vectors.
+
+    Attributes:
+        linear: (2,), <g, v_i>.
+        quadratic: (2, 2), <v_i, F v_j>.
+        products: (2, 2), <v_i, v_j>.
+    """
+
+    linear: Array
+    quadratic: Array
+    products: Array
+
+    @classmethod
+    def of(
+        cls,
+        net: Layer,
+        loss: Loss,
+        params: Params,
+        batch: Batch,
+        grads: Params,
+        vectors: tuple[Params, Params],
+    ) -> _Model:
+        """Return the model of steps along these vectors."""
+        linear = jnp.stack([_dot(grads, v) for v in vectors])
+        quadratic = quadratic_form(net, loss, params, batch, vectors).astype(linear.dtype)
+        products = jnp.stack([jnp.stack([_dot(v, w) for w in vectors]) for v in vectors])
+        return cls(linear, quadratic, products)
+
+    def minimum(self, damping: Array) -> Float[Array, " 2"]:
+        """Return the sizes of both vectors at the minimum of the damped model.
+
+        Where they are one direction, or the second is 0, the second's is 0.
+        """
+        (aa, ab), (_, bb) = self.quadratic + damping.astype(self.linear.dtype) * self.products
+        a, b = self.linear
+        determinant = aa * bb - ab**2
+        both = determinant > 1e-5 * aa * bb
+        safe = jnp.where(both, determinant, 1)
+        along = -a / jnp.where(aa > 0, aa, 1)
+        first = jnp.where(both, (ab * b - bb * a) / safe, along)
+        return jnp.stack([first, jnp.where(both, (ab * a - aa * b) / safe, 0)])
+
+    def change(self, sizes: Float[Array, " 2"]) -> Float[Array, ""]:
+        """Return by how much the model without damping says that the loss rises."""
+        sizes = sizes.astype(self.linear.dtype)
+        return self.linear @ sizes + sizes @ self.quadratic @ sizes / 2
+
+
+def _bound(
+    net: Layer, params: Params, batch: tuple[PyTree, PyTree], options: Mapping[str, Any]
+) -> tuple[Params, Batch]:
+    bound = net.bind(params, key=options.get("key"), mask=options.get("mask"))
+    weights, divisor = options.get("weights"), options.get("divisor")
+    return bound, weighted_batch(net, bound, *batch, options.get("key"), weights, divisor)
+
+
+def _dot(a: Params, b: Params) -> Float[Array, ""]:
+    products = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(wide(a) * wide(b)), a, b))
+    dtype = max((product.dtype for product in products), key=lambda dtype: dtype.itemsize)
+    return jnp.stack([product.astype(dtype) for product in products]).sum()
+
+
+def _along(d: Array, s: Array, sizes: Float[Array, " 2"]) -> Array:
+    first, second = sizes.astype(d.dtype)
+    return first * d + second * s
+
+
+def _mixed(old: Array, new: Array, rest: Array) -> Array:
+    rest = rest.astype(old.dtype)
+    return rest * old + (1 - rest) * new.astype(old.dtype)
+
+
+def _at_times(count: Array, every: int, new: Callable[[], PyTree], old: PyTree) -> PyTree:
+    """Return what is new, each so many steps, and else what is old."""
+    return new() if every == 1 else jax.lax.cond(count % every == 0, new, lambda: old)
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None:
+            check_number(f"kfac: {name}", number, positive=name != "momentum", finite=True)
