@@ -2,10 +2,10 @@
 
     python examples/influence.py --plot influence.png
 
-A share of the labels is flipped before training. What a digit did for its own loss
-(``jp.curvature.self_influence``) is large for what nothing else explains, so that flipped labels rank first;
-the area under the curve says how often a flipped one is above a right one, beside the loss itself
-and a coin. Then influence is held to what it predicts: a small net is trained again without each
+A share of the labels is flipped before training. What a digit did for its own loss, its
+self-influence, is large for what nothing else explains, so that flipped labels rank first; the area
+under the curve says how often a flipped one is above a right one, beside the loss itself and a
+coin. Then influence is held to what it predicts: a small net is trained again without each
 of some digits, and its loss on digits that were held out is compared with the prediction. With a
 picture of the training digits that helped some held-out digits most, and harmed them most.
 """
@@ -142,9 +142,8 @@ def main() -> None:
         print(f"influence by {name:18} {correlation:.2f}")
     if args.plot is not None:
         held = test_x[:5], test_y[:5]
-        found = jax.jit(jp.curvature.influence(NET, LOSS))(
-            params, (x, target), held, curvature, DECAY
-        )
+        of_pairs = jax.jit(jp.curvature.influence(NET, LOSS))
+        found = of_pairs(params, (x, target), held, curvature, DECAY)
         draw(x, target, held, np.asarray(found), args.plot)
 
 

@@ -140,7 +140,6 @@ from jaxprop.quantity import (
     SecondMoment as SecondMoment,
     SqNorms as SqNorms,
     Variance as Variance,
-    kronecker,
 )
 from jaxprop.quantity.between import inner_products, ntk
 from jaxprop.quantity.functions import (

@@ -101,13 +101,8 @@ def test_ci_runs_the_readme_s_test_command():
 
 def public():
     """Every name that users meet, and what it is."""
-    modules = [
-        jp,
-        *(
-            getattr(jp, name)
-            for name in ("curvature", "forms", "models", "quantity", "rules", "sharding")
-        ),
-    ]
+    names = ("curvature", "forms", "models", "quantity", "rules", "sharding")
+    modules = [jp, *(getattr(jp, name) for name in names)]
     for module in modules:
         for name in getattr(module, "__all__", dir(module)):
             value = getattr(module, name)

@@ -27,7 +27,7 @@ from jaxprop.quantity.kronecker import Eigen, eigh, paired, solve
 
 
 class Influence(Protocol):
-    """A function of two batches and a curvature, such as ``jp.curvature.influence(net, loss)`` returns."""
+    """A function of two batches and a curvature, as ``influence(net, loss)`` returns."""
 
     def __call__(
         self,
@@ -62,7 +62,8 @@ def influence(net: Layer, loss: Loss) -> Influence:
         >>> params, target = net.init(jax.random.key(0), x), jnp.array([0, 1, 2, 0])
         >>> curvature = jp.curvature.ekfac_factors(net, loss)(params, x, target)
         >>> test = x[:1], target[:1]
-        >>> jp.curvature.influence(net, loss)(params, (x, target), test, curvature, damping=1e-3).shape
+        >>> of = jp.curvature.influence(net, loss)
+        >>> of(params, (x, target), test, curvature, damping=1e-3).shape
         (4, 1)
     """
     check_net_and_loss(net, loss)

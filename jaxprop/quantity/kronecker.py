@@ -5,8 +5,8 @@ b = V B V^T its eigenvectors are the products of theirs, so that any function of
 elementwise between: U (f(A B^T) * (U^T G V)) V^T. Nothing here forms a block.
 
 A curvature is a tree like params with a block at each leaf: a ``Kronecker`` of
-``jp.kronecker_factors``, an ``Eigen`` of ``eigh`` or of ``jp.curvature.ekfac_factors``, an array like the
-param for a diagonal, or ``()`` for none, which counts as 0.
+``jp.kronecker_factors``, an ``Eigen`` of ``eigh`` or of ``ekfac_factors``, an array like the param
+for a diagonal, or ``()`` for none, which counts as 0.
 """
 
 from __future__ import annotations
