@@ -25,7 +25,7 @@ against the other. The names, by group:
     updates      make_update kfac DynamicLossScale learned_only inference_mode update_batch_stats
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms projected_grads gram
                  inner_products ntk second_moment variance noise_scale
-                 diag_ggn kronecker_factors ggn_root hvp ggn_vp fisher_vp
+                 diag_ggn kronecker_factors ggn_root hvp ggn_vp fisher_vp laplace
     to see       explain find_nonfinite
     to check     check_layer check_loss check_vjp
     to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
@@ -155,6 +155,7 @@ from jaxprop.quantity.functions import (
     second_moment,
     variance,
 )
+from jaxprop.quantity.laplace import Posterior as Posterior, laplace
 from jaxprop.quantity.products import fisher_vp, ggn_vp, hvp
 from jaxprop.quantity.together import quantities
 from jaxprop.traced.coverage import Coverage as Coverage
@@ -243,6 +244,7 @@ __all__ = [
     "ggn_root",
     "gram",
     "kronecker_factors",
+    "laplace",
     "noise_scale",
     "per_example_grads",
     "per_example_sq_norms",

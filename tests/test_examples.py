@@ -129,6 +129,7 @@ SMALL = {
         r"at random +\d+%",
     ),
     "influence.py": (("--steps", 20, "--left-out", 3), r"influence by the Hessian +\S+"),
+    "laplace.py": (("--epochs", 2), r" mean +\d+% +\S+ +\S+"),
     "gpt.py": (GPT, r"held out \S+ bits"),
     "lstm.py": (("--steps", 10, "--features", 8, "--batch", 2), r"held out \S+ bits"),
     "resnet.py": (

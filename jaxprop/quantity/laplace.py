@@ -1,0 +1,233 @@
+"""The Laplace approximation: a normal distribution of the params around those that were trained."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jaxprop.core.arrays import scalar_of, wide
+from jaxprop.core.batch import Batch
+from jaxprop.core.checks import check_count, check_key, check_number, check_one_of
+from jaxprop.core.cotangents import factored
+from jaxprop.core.coupling import check_uncoupled
+from jaxprop.core.describe import shapes
+from jaxprop.core.forms import Factored, Outer, is_factored
+from jaxprop.core.functions import of_batch
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.tree import learned, merged
+from jaxprop.core.types import OfBatch, Params, PyTree
+from jaxprop.core.walk import check_net_and_loss
+from jaxprop.quantity.base import everything
+from jaxprop.quantity.curvature import DiagGGN, KroneckerFactors
+from jaxprop.quantity.kronecker import Eigen, eigh, is_block, logdet, paired, whiten
+from jaxprop.quantity.together import together
+
+STRUCTURES = ("kronecker", "diagonal")
+
+
+class Posterior(NamedTuple):
+    """A normal distribution of the learned params, N(params, (N F + prior I)^-1).
+
+    F is the Gauss-Newton matrix of the mean loss over the N training examples, and the prior is
+    N(0, I / prior).
+
+    Attributes:
+        net: the network.
+        params: its params, the mean.
+        curvature: F, by the eigenvectors of its factors, or a diagonal.
+        examples: N, what the examples count.
+        value: the mean of the loss over them, at the mean.
+        prior: the precision of the prior.
+    """
+
+    net: Layer
+    params: Params
+    curvature: PyTree
+    examples: Float[Array, ""]
+    value: Float[Array, ""]
+    prior: Float[Array, ""]
+
+    def with_prior(self, precision: float | Array) -> Posterior:
+        """Return the posterior for a prior of another precision."""
+        check_number("with_prior: precision", precision, positive=True)
+        return self._replace(prior=jnp.asarray(precision, self.value.dtype))
+
+    def tuned(self, precisions: Float[Array, " k"] | None = None) -> Posterior:
+        """Return the posterior for the prior with the most evidence, of these precisions.
+
+        Args:
+            precisions: by default 41 from 1e-4 to 1e4.
+        """
+        if precisions is None:
+            precisions = jnp.logspace(-4, 4, 41)
+        precisions = precisions.astype(self.value.dtype)
+        evidence = jax.lax.map(lambda prior: self._replace(prior=prior).log_evidence(), precisions)
+        return self._replace(prior=precisions[jnp.argmax(evidence)])
+
+    def log_evidence(self) -> Float[Array, ""]:
+        """Return log p(training targets), by Laplace's method (MacKay 1992,
+        https://doi.org/10.1162/neco.1992.4.3.415): for the choice of a prior, or of a net."""
+        leaves = [wide(leaf) for leaf in jax.tree.leaves(learned(self.params))]
+        square = jnp.stack([jnp.sum(leaf**2).astype(self.value.dtype) for leaf in leaves]).sum()
+        blocks = jax.tree.leaves(learned(self.curvature), is_leaf=is_block)
+        number = sum(b.values.size if isinstance(b, Eigen) else b.size for b in blocks)
+        damping = self.prior / self.examples
+        determinant = logdet(self.curvature, damping).astype(self.value.dtype)
+        apart = determinant - number * jnp.log(damping)  # log det(N F + prior) - log det(prior)
+        return -self.examples * self.value - (self.prior * square + apart) / 2
+
+    def sample(self, key: Array, number: int = 1) -> Params:
+        """Return samples of the params, like them behind an axis of samples.
+
+        Args:
+            key: a key of ``jax.random.key``.
+            number: how many.
+        """
+        check_key("sample", key)
+        check_count("sample: number", number)
+        leaves, structure = jax.tree.flatten(learned(self.params))
+
+        def of(key: Array) -> Params:
+            keys = jax.random.split(key, len(leaves))
+            normal = [
+                jax.random.normal(key, leaf.shape, wide(leaf).dtype)
+                for key, leaf in zip(keys, leaves, strict=True)
+            ]
+            apart = whiten(self.curvature, structure.unflatten(normal), self.prior / self.examples)
+            root = jnp.sqrt(self.examples)
+            moved = [
+                (wide(leaf) + d / scalar_of(root, d)).astype(leaf.dtype)
+                for leaf, d in zip(leaves, jax.tree.leaves(apart), strict=True)
+            ]
+            return merged(self.params, structure.unflatten(moved))
+
+        return jax.lax.map(of, jax.random.split(key, number))
+
+    def outputs(
+        self, x: PyTree, *, mask: Array | None = None
+    ) -> tuple[Array, Float[Array, "n c c"]]:
+        """Return the net's output, and its covariance where the net is linear in its params.
+
+        J_n Sigma J_n^T, with J_n the Jacobian of the output of example n (Immer et al. 2021,
+        https://arxiv.org/abs/2008.08400). More axes of the output than one count as one.
+
+        Args:
+            x: the inputs.
+            mask: bool (N, T), True where a position is real.
+        """
+        bound = self.net.bind(self.params, mask=mask)
+        check_uncoupled(self.net, bound, x)
+        y, residuals = self.net.forward(bound, x)
+        if not hasattr(y, "shape"):
+            raise TypeError(f"outputs: {self.net} gives {shapes(y)}, not one array")
+        number = math.prod(y.shape[1:])
+
+        def forms(one: Array) -> PyTree:
+            ct = jnp.broadcast_to(one.reshape(1, *y.shape[1:]), y.shape)
+            return self.net.walk(bound, residuals, ct, factored)[0]
+
+        visited = jax.vmap(forms)(jnp.eye(number, dtype=y.dtype))
+        each = jax.tree.leaves(visited, is_leaf=is_factored)
+        damping = self.prior / self.examples
+        blocks = [block for block, _ in paired("outputs", self.curvature, self.params)]
+        covariances = [
+            _covariance(*pair, damping, y.shape[0]) for pair in zip(each, blocks, strict=True)
+        ]
+        total = everything(covariances)
+        return y, total / scalar_of(self.examples, total)
+
+    def probabilities(self, x: PyTree, *, mask: Array | None = None) -> Float[Array, "n c"]:
+        """Return the probability of each class, with the logits' variance v taken into account.
+
+        softmax(y / sqrt(1 + pi v / 8)), which stands for the mean of the softmax over the logits'
+        distribution (MacKay 1992, https://doi.org/10.1162/neco.1992.4.5.720).
+
+        Args:
+            x: the inputs.
+            mask: bool (N, T), True where a position is real.
+        """
+        y, covariance = self.outputs(x, mask=mask)
+        variance = jnp.diagonal(covariance, axis1=1, axis2=2).reshape(y.shape)
+        return jax.nn.softmax(wide(y) / jnp.sqrt(1 + jnp.pi / 8 * variance))
+
+
+def laplace(
+    net: Layer,
+    loss: Loss,
+    *,
+    structure: Literal["kronecker", "diagonal"] = "kronecker",
+    samples: int | None = None,
+    micro_batches: int = 1,
+) -> OfBatch[Posterior]:
+    """Return ``f(params, x, target)``, a ``Posterior`` of the params around those trained.
+
+    x and target are all training data, in ``micro_batches``; each example's own loss is taken for
+    a negative log likelihood, which those here are where outputs have no positions. It is over what
+    is learned: with ``jp.freeze`` around all but the last layer's params it is that of the last
+    layer (Daxberger et al. 2021, https://arxiv.org/abs/2106.14806). A prior of precision 1 comes
+    with it; ``posterior.tuned()`` chooses one by the evidence.
+
+        posterior = jp.laplace(net, loss)(params, x, target).tuned()
+        p = posterior.probabilities(new)
+
+    Args:
+        net: the network, in ``jp.inference_mode`` where a layer draws.
+        loss: the loss.
+        structure: "kronecker" for a block for each param (Ritter et al. 2018,
+            https://openreview.net/forum?id=Skdvd2xAZ), and a diagonal where it has no factors, or
+            "diagonal".
+        samples: how many walks sample the curvature, which takes a key; None for the exact one.
+        micro_batches: into how many parts the data are split.
+    """
+    check_net_and_loss(net, loss)
+    check_one_of("laplace: structure", structure, STRUCTURES)
+    asked = (
+        DiagGGN(samples)
+        if structure == "diagonal"
+        else KroneckerFactors(samples, others="diagonal")
+    )
+    taken = together(net, loss, {"it": asked}, micro_batches)
+
+    def around(params: Params, batch: Batch) -> Posterior:
+        result = taken(params, batch)
+        value = wide(result["value"])
+        number = batch.examples(jax.tree.leaves(batch.x)[0].shape[0]).total
+        curvature = eigh(learned(result["it"]))
+        examples = jnp.asarray(number, value.dtype)
+        return Posterior(net, params, curvature, examples, value, jnp.ones((), value.dtype))
+
+    doc = "Return a normal distribution of the params around those that were trained."
+    return of_batch("laplace", doc, net, around)
+
+
+def _covariance(form: Factored, block: Any, damping: Array, examples: int) -> Float[Array, "n c c"]:
+    """Return <g_nc, (F + damping)^-1 g_nd> of forms with an axis of outputs in front."""
+    values = block.values if isinstance(block, Eigen) else block
+    values = jnp.zeros(()) if isinstance(values, tuple) else wide(values)
+    entries = 1 / (values + scalar_of(damping, values))
+    if isinstance(block, Eigen):
+        form = jax.vmap(lambda form: form.seen(block.sides))(form)
+    if isinstance(form, Outer) and form.ct.ndim == 3:
+        x, ct = wide(form.x[0]) ** 2, wide(form.ct)
+        return jnp.einsum("no,cno,dno->ncd", x @ entries.astype(x.dtype), ct, ct)
+
+    def of_example(n: Array) -> Float[Array, "c c"]:
+        """Return the products of one example's, the only ones in memory."""
+
+        def of_output(form: Factored) -> Array:
+            each, alone = form.one_by_one()
+            return alone([jax.lax.dynamic_index_in_dim(a, n, keepdims=False) for a in each])
+
+        g = wide(jax.vmap(of_output)(form))
+        rows = g.reshape(g.shape[0], math.prod(g.shape[1:]))
+        root = jnp.sqrt(entries).astype(g.dtype).ravel()
+        rows *= jnp.broadcast_to(root[None], rows.shape)
+        return rows @ rows.T
+
+    return jax.lax.map(of_example, jnp.arange(examples))

@@ -1,0 +1,124 @@
+"""The Laplace approximation, beside the normal distribution written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from table import relative_error
+from test_kronecker import LOSS, NETS, of_leaves, problem
+
+import jaxprop as jp
+from jaxprop.core.tree import learned
+
+SQUARED = jp.HalfSquaredError()
+
+
+def jacobian(net, params, x):
+    """(N, C, P) of each learned param."""
+
+    def of_one(arrays, x):
+        return net(jp.core.tree.merged(params, arrays), x[None])[0].ravel()
+
+    each = jax.vmap(jax.jacrev(of_one), (None, 0))(learned(params), x)
+    return [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(each)]
+
+
+def posterior_of(name, structure="kronecker", prior=0.7):
+    net, params, x, target = problem(name)
+    posterior = jax.jit(jp.laplace(net, LOSS, structure=structure))(params, x, target)
+    return posterior.with_prior(prior), x, target
+
+
+def covariances(posterior):
+    for block in of_leaves(posterior.curvature, posterior.params):
+        precision = posterior.examples * block + posterior.prior * jnp.eye(len(block))
+        yield jnp.linalg.inv(precision)
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize("structure", ["kronecker", "diagonal"])
+@pytest.mark.parametrize("name", [name for name in NETS if name != "heads"])
+def test_outputs_have_the_covariance_of_the_linear_net(name, structure):
+    posterior, x, _ = posterior_of(name, structure)
+    y, got = jax.jit(lambda p, x: p.outputs(x))(posterior, x)
+    assert relative_error(y, posterior.net(posterior.params, x)) <= 1e-12
+    pairs = zip(jacobian(posterior.net, posterior.params, x), covariances(posterior), strict=True)
+    want = sum(jnp.einsum("ncp,pq,ndq->ncd", j, s, j) for j, s in pairs)
+    assert relative_error(got, want) <= 1e-10
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", [name for name in NETS if name != "heads"])
+def test_the_evidence_is_that_of_the_normal_distribution(name):
+    posterior, x, target = posterior_of(name)
+    square = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(learned(posterior.params)))
+    value = jp.loss_fn(posterior.net, LOSS)(posterior.params, x, target)
+    want = -len(x) * value - posterior.prior * square / 2
+    for covariance in covariances(posterior):
+        want += (jnp.linalg.slogdet(covariance)[1] + len(covariance) * jnp.log(posterior.prior)) / 2
+    assert relative_error(posterior.log_evidence(), want) <= 1e-10
+
+
+def test_the_evidence_of_a_linear_net_is_exact():
+    """Of Bayesian linear regression with noise of variance 1, integrated over the weights."""
+    rng = np.random.default_rng(0)
+    x, target = jnp.asarray(rng.normal(size=(7, 3))), jnp.asarray(rng.normal(size=(7, 1)))
+    net, prior = jp.chain(jp.Dense(1, bias=False)), 0.4
+    w = jnp.linalg.solve(x.T @ x + prior * jnp.eye(3), x.T @ target)
+    params = (jp.AffineParams(w, None),)
+    posterior = jp.laplace(net, SQUARED)(params, x, target).with_prior(prior)
+    marginal = x @ x.T / prior + jnp.eye(7)
+    want = -(target[:, 0] @ jnp.linalg.solve(marginal, target[:, 0])) / 2
+    want -= jnp.linalg.slogdet(marginal)[1] / 2  # both without the likelihood's constant
+    assert relative_error(posterior.log_evidence(), want) <= 1e-10
+    tuned = posterior.tuned()
+    around = [posterior.with_prior(float(tuned.prior) * f).log_evidence() for f in (0.6, 1, 1.6)]
+    assert around[1] == max(around)
+
+
+@pytest.mark.parametrize("name", ["dense", "repeat", "frozen"])
+def test_samples_have_the_covariance(name):
+    posterior, _, _ = posterior_of(name)
+    number = 20_000
+    drawn = posterior.sample(jax.random.key(0), number)
+    means = jax.tree.leaves(learned(posterior.params))
+    for leaf, mean, want in zip(
+        jax.tree.leaves(learned(drawn)), means, covariances(posterior), strict=True
+    ):
+        apart = (leaf - mean[None]).reshape(number, -1)
+        assert jnp.linalg.norm(apart.T @ apart / number - want) <= 0.05 * jnp.linalg.norm(want)
+
+
+def test_the_last_layer_alone():
+    net, params, x, target = problem("dense")
+    frozen = *map(jp.freeze, params[:-1]), params[-1]
+    posterior = jp.laplace(net, LOSS)(frozen, x, target)
+    _, got = posterior.outputs(x)
+    features = jnp.tanh(x @ params[0].w + params[0].b[None])
+    head = jp.laplace(jp.chain(jp.Dense(3)), LOSS)((params[-1],), features, target)
+    assert relative_error(got, head.outputs(features)[1]) <= 1e-10
+    drawn = posterior.sample(jax.random.key(0), 2)
+    assert relative_error(drawn[0].w.value[0], params[0].w) == 0
+
+
+def test_probabilities_are_less_sure_than_the_point_and_stay_ordered():
+    posterior, x, _ = posterior_of("dense")
+    p = posterior.probabilities(x)
+    point = jax.nn.softmax(posterior.net(posterior.params, x))
+    assert relative_error(p.sum(axis=1), jnp.ones(len(x))) <= 1e-12
+    assert (p.max(axis=1) < point.max(axis=1)).all()
+    surer = posterior.with_prior(1e8).probabilities(x)
+    assert relative_error(surer, point) <= 1e-6
+
+
+def test_mistakes():
+    net, params, x, target = problem("dense")
+    with pytest.raises(ValueError, match="laplace: structure is 'kronecker' or 'diagonal'"):
+        jp.laplace(net, LOSS, structure="full")
+    posterior = jp.laplace(net, LOSS)(params, x, target)
+    with pytest.raises(ValueError, match="with_prior: precision must be positive"):
+        posterior.with_prior(0.0)
+    with pytest.raises(TypeError, match="sample: key is a key"):
+        posterior.sample(0)
+    with pytest.raises(TypeError, match="to sample takes a key"):
+        jp.laplace(net, LOSS, samples=2)(params, x, target)
