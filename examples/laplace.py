@@ -4,11 +4,12 @@
 
 A net is trained on clean digits, and asked about held-out ones with more and more noise on them. It
 stays sure of itself where it is wrong. A normal distribution of its params around the trained ones,
-with the Gauss-Newton matrix for its precision and a prior chosen by the evidence, takes the variance
-of its logits into account: of the last layer's alone, which is what one would use, and of all
-layers', whose variance is too large for digits without noise. The table has the negative log likelihood (NLL) of the right class and
-the expected calibration error (ECE, Guo et al. 2017, https://arxiv.org/abs/1706.04599, 15 bins): by
-how much confidence and the share of right answers differ.
+with the Gauss-Newton matrix for its precision and a prior chosen by the evidence, takes into
+account how its logits vary: with the last layer alone, which is what one would use, and with all
+layers, which is too unsure of digits without noise. The table has the negative log likelihood (NLL)
+of the right class and the expected calibration error (ECE, Guo et al. 2017,
+https://arxiv.org/abs/1706.04599, 15 bins): by how much confidence and the share of right answers
+differ.
 """
 
 import argparse
@@ -101,13 +102,13 @@ def main() -> None:
         found["point"].append(scores(jax.nn.softmax(NET(params, x)), test_y))
         for name, posterior in posteriors.items():
             found[name].append(scores(posterior.probabilities(x), test_y))
-    print("\nnoise  right  " + "".join(f"{name:>17}" for name in found))
-    print(" " * 14 + "         NLL  ECE" * len(found))
+    print("\nnoise  right  " + "".join(f"{name:>16}" for name in found))
+    print(" " * 14 + "        NLL  ECE" * len(found))
     for n, deviation in enumerate(NOISES):
-        row = "".join(f"{rows[n][1]:12.2f} {rows[n][2]:4.2f}" for rows in found.values())
+        row = "".join(f"{rows[n][1]:11.2f} {rows[n][2]:4.2f}" for rows in found.values())
         print(f"{deviation:5.1f} {100 * found['point'][n][0]:5.0f}%  {row}")
     means = {name: np.mean(rows, axis=0) for name, rows in found.items()}
-    row = "".join(f"{nll:12.2f} {ece:4.2f}" for _, nll, ece in means.values())
+    row = "".join(f"{nll:11.2f} {ece:4.2f}" for _, nll, ece in means.values())
     print(f" mean {100 * means['point'][0]:5.0f}%  {row}")
     if args.plot is not None:
         draw(found, args.plot)
