@@ -72,16 +72,20 @@ def per_example_sq_norms(
     return _alone("per_example_sq_norms", net, loss, SqNorms(per_layer), micro_batches)
 
 
-def gram(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Float[Array, "n n"]]:
+def gram(
+    net: Layer, loss: Loss, *, per_layer: bool = False, micro_batches: int = 1
+) -> OfBatch[PyTree]:
     """Return ``f(params, x, target)``, <g_n, g_m> of all pairs of per-example gradients, (N, N).
 
     Args:
         net: the network.
         loss: the loss.
+        per_layer: whether the result is like the net's params, with (N, N) where a layer's params
+            stand (and ``()`` for a layer without); inside ``repeat``, (L, N, N).
         micro_batches: 1; examples of two micro-batches never meet, so that another number raises
             ``ValueError``.
     """
-    return _alone("gram", net, loss, Gram(), micro_batches)
+    return _alone("gram", net, loss, Gram(per_layer), micro_batches)
 
 
 def second_moment(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:

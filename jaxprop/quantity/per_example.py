@@ -173,16 +173,29 @@ class SqNorms(Quantity):
 
 
 class Gram(Quantity):
-    """The inner products <g_n, g_m> of all pairs of examples, over all params; (N, N)."""
+    """The inner products <g_n, g_m> of all pairs of examples.
 
-    layerwise: ClassVar[bool] = True
+    Attributes:
+        per_layer: False for (N, N), over all params; True for one (N, N) a layer, where its params
+            stand.
+    """
+
     of_pairs: ClassVar[bool] = True
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(self, "per_layer")
+
+    @property
+    def layerwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.per_layer
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
-        return Total(total(lambda form: form.inner_products(), forms))
+        products = total(lambda form: form.inner_products(), forms)
+        return products if self.per_layer else Total(products)
 
-    def finish(self, settled: PyTree, examples: Examples) -> Float[Array, "n n"]:
-        return everything(settled)
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
+        return settled if self.per_layer else everything(settled)
 
 
 class SecondMoment(Quantity):
