@@ -25,7 +25,7 @@ against the other. The names, by group:
     updates      make_update DynamicLossScale learned_only inference_mode update_batch_stats
     quantities   quantities clipped_grad per_example_grads per_example_sq_norms projected_grads gram
                  inner_products ntk second_moment variance noise_scale
-                 diag_ggn kronecker_factors ggn_root hvp ggn_vp fisher_vp
+                 diag_ggn diag_hessian kronecker_factors ggn_root hvp ggn_vp fisher_vp
     to see       explain find_nonfinite
     to check     check_layer check_loss check_vjp
     to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
@@ -142,6 +142,7 @@ from jaxprop.quantity import (
     Variance as Variance,
 )
 from jaxprop.quantity.between import inner_products, ntk
+from jaxprop.quantity.diagonals import diag_hessian
 from jaxprop.quantity.functions import (
     clipped_grad,
     diag_ggn,
@@ -238,6 +239,7 @@ __all__ = [
     # quantities
     "clipped_grad",
     "diag_ggn",
+    "diag_hessian",
     "ggn_root",
     "gram",
     "kronecker_factors",

@@ -167,7 +167,7 @@ def expected_of(net, loss, args, curvature):
 
 
 def gram_by_layer(by_layer, grads):
-    """The inner products of each layer's part; in a repeat of each of its layers, (layers, N, N)."""
+    """The inner products of each layer's part; of the layers of a repeat (layers, N, N)."""
 
     def of_layer(sq, grads):
         def products(g):

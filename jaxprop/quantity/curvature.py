@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.arrays import wide
 from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags, check_one_of
 from jaxprop.core.forms import Factored, Kronecker, is_factored
 from jaxprop.core.types import Params, PyTree
-from jaxprop.quantity.base import PerExample, Quantity, is_marked, map_forms
+from jaxprop.quantity.base import PerExample, Quantity, examples_at, map_forms
 from jaxprop.quantity.per_example import per_example, rooted
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source, check_samples
 
@@ -48,33 +49,54 @@ class DiagGGN(AddedUp):
     """The diagonal of the Gauss-Newton matrix; like params.
 
     One column of the root after the other, only squares are added up. They meet a layer's input
-    once, at the end: (x^2)^T sum_c ct_c^2.
+    once, at the end: (x^2)^T sum_c ct_c^2. Of each example by itself they are squares of its share
+    of the root, which is as large as the result.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.
+        per_example: False for the diagonal of the mean loss; True for that of each example's own
+            loss, like params behind an example axis.
     """
 
     samples: int | None = None
+    per_example: bool = False
 
     like_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_samples(self.samples)
+        check_flags(self, "per_example")
+
+    @property
+    def axes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return int(self.per_example)
 
     @property
     def source(self) -> Source:
         return HessianRoot(self.samples)
 
     def part(self, forms: PyTree, examples: Examples) -> PyTree:
+        if self.per_example:
+            return map_forms(_squares_of_each, forms)
         return map_forms(lambda form: rooted(form, examples).squares(), forms)
 
     def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
+        if self.per_example:
+            return parts
         return jax.tree.map(
             lambda form, squares: examples.over(form.of_squares(squares)),
             forms,
             parts,
             is_leaf=is_factored,
         )
+
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
+        return examples_at(0, settled)
+
+
+def _squares_of_each(form: Factored) -> PerExample:
+    g = wide(form.per_example())
+    return PerExample(g**2, axis=-g.ndim)
 
 
 class _Means(NamedTuple):
@@ -209,9 +231,4 @@ class GGNRoot(Quantity):
         return per_example(params, forms)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
-        """Behind the columns and the examples come the layers of a ``repeat``, as in params."""
-
-        def ahead(each: PerExample) -> PyTree:
-            return jnp.moveaxis(each.value, each.axis, 1)
-
-        return jax.tree.map(ahead, settled, is_leaf=is_marked)
+        return examples_at(1, settled)

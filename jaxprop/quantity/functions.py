@@ -197,7 +197,12 @@ def clipped_grad(
 
 
 def diag_ggn(
-    net: Layer, loss: Loss, *, samples: int = 1, micro_batches: int = 1
+    net: Layer,
+    loss: Loss,
+    *,
+    samples: int = 1,
+    per_example: bool = False,
+    micro_batches: int = 1,
 ) -> OfBatch[Params]:
     """Return ``f(params, x, target)``, the diagonal of the Gauss-Newton matrix; like params.
 
@@ -207,9 +212,12 @@ def diag_ggn(
         net: the network.
         loss: the loss.
         samples: how many walks a key samples.
+        per_example: whether it is of each example's own loss, behind an example axis. The mean over
+            that axis is the diagonal of the mean loss.
         micro_batches: into how many parts the batch is split. Each draws anew.
     """
-    return _exact_or_sampled("diag_ggn", net, loss, DiagGGN(), DiagGGN(samples), micro_batches)
+    exact, sampled = (DiagGGN(number, per_example) for number in (None, samples))
+    return _exact_or_sampled("diag_ggn", net, loss, exact, sampled, micro_batches)
 
 
 def kronecker_factors(

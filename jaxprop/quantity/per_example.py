@@ -23,7 +23,7 @@ from jaxprop.quantity.base import (
     PerExample,
     Quantity,
     everything,
-    is_marked,
+    examples_at,
     of_examples,
     total,
     unmarked,
@@ -140,10 +140,7 @@ class PerExampleGrads(Quantity):
         return per_example(params, forms)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
-        """Behind the example axis come the layers of a ``repeat``, as in params."""
-        return jax.tree.map(
-            lambda each: jnp.moveaxis(each.value, each.axis, 0), settled, is_leaf=is_marked
-        )
+        return examples_at(0, settled)
 
 
 class SqNorms(Quantity):
