@@ -56,7 +56,8 @@ class Moments(NamedTuple):
             entries: whether squares are of each entry, or of all entries together.
         """
         mean = wide(_mean(form, examples))
-        part = jnp.asarray(examples.total, mean.dtype) / jnp.asarray(examples.divisor, mean.dtype)
+        counted = examples.number if examples.weights is None else jnp.sum(examples.weights)
+        part = jnp.asarray(counted, mean.dtype) / jnp.asarray(examples.divisor, mean.dtype)
         center = mean / jnp.where(part == 0, 1, part)
         square = mean * center if entries else jnp.sum(mean * center)
         second = _mean_of_squares(form, examples) if entries else examples.mean(form.sq_norms())
@@ -75,17 +76,26 @@ class Moments(NamedTuple):
         return self.within + self._between(self.mean**2)
 
     def spread(self) -> Float[Array, "... 2"]:
-        """Return the sum of the variance over all entries, and the squared norm of the mean."""
+        """Return the sum of the variance over all entries, and the squared norm of the mean.
+
+        They are of true means, whatever the sums are divided by.
+        """
         square = jnp.sum(self.mean**2, axis=tuple(range(self.within.ndim, self.mean.ndim)))
-        return jnp.stack([self.within + self._between(square), square], axis=-1)
+        variance, part = self.within + self._between(square), self._whole_part()
+        return jnp.stack([variance / part, square / part**2], axis=-1)
 
     def _between(self, square_of_mean: Array) -> Array:
         """Return the variance of the micro-batches' means; what is no more than rounding is 0."""
         if self.square is None:
             return jnp.zeros((), square_of_mean.dtype)
-        square = square_of_mean / self.part.reshape(-1)[0]  # of a stack's layers they are the same
+        square = square_of_mean / self._whole_part()
         apart = self.square - square
         return jnp.where(apart > 16 * jnp.finfo(apart.dtype).eps * square, apart, 0)
+
+    def _whole_part(self) -> Array:
+        """Return W, which is the same of all layers of a stack, or 1 where nothing counts."""
+        part = self.part.reshape(-1)[0]
+        return jnp.where(part == 0, 1, part)
 
 
 CANCELLED = 1e-3  # of the mean's square: of a difference that is less, a part is rounding
@@ -297,9 +307,6 @@ def _parts_of(spread: Float[Array, "... 2"], examples: Examples) -> NoiseParts:
     if examples.weights is not None:
         n = examples.total**2 / jnp.sum(examples.weights**2)
         n = n.astype(variance.dtype)
-    if examples.given is not None:  # then neither is a mean yet
-        scale = examples.to_mean().astype(variance.dtype)
-        variance, square_of_mean = variance * scale, square_of_mean * scale**2
     trace = variance * n / (n - 1)
     return NoiseParts(trace, square_of_mean - trace / n)
 
