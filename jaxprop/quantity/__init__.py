@@ -9,11 +9,10 @@ from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import PerExample, Quantity
 from jaxprop.quantity.clipping import Clipped, ClippedMean, automatic, next_max_norm, normalized
 from jaxprop.quantity.curvature import AddedUp, DiagGGN, GGNRoot, KroneckerFactors
+from jaxprop.quantity.noise import Averaged, NoiseAverage, NoiseParts, NoiseScale
 from jaxprop.quantity.per_example import (
     Gradient,
     Gram,
-    NoiseParts,
-    NoiseScale,
     Output,
     PerExampleGrads,
     SecondMoment,
@@ -26,6 +25,7 @@ from jaxprop.quantity.source import HessianRoot, LossGradient, Source
 __all__ = [
     "AddedUp",
     "Aux",
+    "Averaged",
     "Clipped",
     "ClippedMean",
     "DiagGGN",
@@ -36,6 +36,7 @@ __all__ = [
     "Kronecker",
     "KroneckerFactors",
     "LossGradient",
+    "NoiseAverage",
     "NoiseParts",
     "NoiseScale",
     "Output",

@@ -97,6 +97,16 @@ class Quantity(Static):
         """
         return None
 
+    def chosen(self, layer: Layer, tree: PyTree) -> PyTree:
+        """Return a tree like a layer's params with ``()`` for what it is not taken of.
+
+        Args:
+            layer: the layer.
+            tree: its learned params, or forms in their places.
+        """
+        del layer
+        return tree
+
     @abc.abstractmethod
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         """Return what is taken at one layer.

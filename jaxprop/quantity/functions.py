@@ -15,21 +15,21 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from jax import Array
-from jaxtyping import Float
 
 from jaxprop.core.batch import Batch
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import OfBatch, Params, PyTree
+from jaxprop.core.where import Where
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import Quantity
 from jaxprop.quantity.clipping import Clipped, Weight
 from jaxprop.quantity.curvature import DiagGGN, GGNRoot, KroneckerFactors
+from jaxprop.quantity.noise import NoiseScale
 from jaxprop.quantity.per_example import (
     FiniteLoss,
     Gram,
-    NoiseScale,
     Output,
     PerExampleGrads,
     SecondMoment,
@@ -116,7 +116,15 @@ def variance(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Param
     return _alone("variance", net, loss, Variance(), micro_batches)
 
 
-def noise_scale(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Float[Array, ""]]:
+def noise_scale(
+    net: Layer,
+    loss: Loss,
+    *,
+    where: Where | str | None = None,
+    parts: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
+    micro_batches: int = 1,
+) -> OfBatch[Any]:
     """Return ``f(params, x, target)``, the simple noise scale tr(S) / |G|^2 from one batch.
 
     S is the covariance of the per-example gradients and G the true gradient, each replaced by its
@@ -127,9 +135,15 @@ def noise_scale(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Fl
     Args:
         net: the network.
         loss: the loss.
+        where: of which params, such as those of ``(jp.LayerNorm, jp.RMSNorm)``; all by default
+            (``jp.quantity.NoiseScale``).
+        parts: whether to return tr(S) and |G|^2, a ``jp.quantity.NoiseParts`` to be averaged over
+            steps by ``jp.quantity.NoiseAverage``, instead of their ratio.
+        axis_name: the axis, or a tuple of axes, of ``jax.shard_map`` that split the batch.
         micro_batches: into how many parts the batch is split.
     """
-    return _alone("noise_scale", net, loss, NoiseScale(), micro_batches)
+    asked = NoiseScale(parts=parts, where=where, axis_name=axis_name)
+    return _alone("noise_scale", net, loss, asked, micro_batches)
 
 
 def clipped_grad(

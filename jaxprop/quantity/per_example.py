@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import known, wide
+from jaxprop.core.arrays import wide
 from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags
 from jaxprop.core.forms import Factored
@@ -233,7 +233,7 @@ class Variance(Quantity):
         return jax.tree.map(lambda _, form: Moments.of(form, examples, True), params, forms)
 
     def settle(self, taken: PyTree) -> PyTree:
-        return _map_moments(Moments.variance, taken)
+        return map_moments(Moments.variance, taken)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         if examples.given is not None:
@@ -242,73 +242,6 @@ class Variance(Quantity):
                 "the second moment"
             )
         return settled
-
-
-class NoiseScale(Quantity):
-    """tr(S) / |G|^2, with S the covariance of g_n and G its mean, each by its unbiased estimate.
-
-    With v the mean of |g_n - g|^2 and g the gradient, E v = (N - 1) / N tr S and
-    E |g|^2 = |G|^2 + tr S / N give tr S = v N / (N - 1) and |G|^2 = |g|^2 - tr S / N: the simple
-    noise scale of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one
-    batch. Where example n counts w_n, E |g|^2 = |G|^2 + tr S sum_n w_n^2 / (sum_n w_n)^2, so that
-    (sum_n w_n)^2 / sum_n w_n^2 stands for N. Small deviations are safe, as in ``Variance``.
-
-    Attributes:
-        per_param: False for the ratio over all params; True for a ``NoiseParts`` of each, like
-            params and inside ``repeat`` of each layer, whose sums are those over all params.
-        parts: whether to return a ``NoiseParts`` instead of the ratio. Both parts are without bias,
-            and their ratio is not: average each over steps, and divide then.
-    """
-
-    layerwise: ClassVar[bool] = True
-    per_param: bool = False
-    parts: bool = False
-
-    def __post_init__(self) -> None:
-        check_flags(self, "per_param", "parts")
-
-    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
-        return jax.tree.map(
-            lambda _, form: Moments.of(form.compact(), examples, False), params, forms
-        )
-
-    def settle(self, taken: PyTree) -> PyTree:
-        each = _map_moments(Moments.spread, taken)
-        if self.per_param:
-            return each
-        leaves = [leaf.reshape(-1, 2).sum(axis=0) for leaf in jax.tree.leaves(each)]
-        return Total(sum(leaves[1:], start=leaves[0]) if leaves else ())
-
-    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
-        if known(lambda: examples.number < 2):
-            words = "the noise scale is estimated from at least 2 examples"
-            raise ValueError(f"{words}, not {examples.number}")
-        if self.per_param:
-            return jax.tree.map(lambda spread: _parts_of(spread, examples), settled)
-        noise = _parts_of(everything(settled), examples)
-        return noise if self.parts else noise.trace / noise.square
-
-
-class NoiseParts(NamedTuple):
-    """What a noise scale is the ratio of, each without bias.
-
-    Attributes:
-        trace: of the covariance of the per-example gradients.
-        square: |G|^2 of the true gradient, which of a small batch may come out negative.
-    """
-
-    trace: Float[Array, ""]
-    square: Float[Array, ""]
-
-
-def _parts_of(spread: Float[Array, "... 2"], examples: Examples) -> NoiseParts:
-    variance, square_of_mean = spread[..., 0], spread[..., 1]
-    n = examples.number
-    if examples.weights is not None:
-        n = examples.total**2 / jnp.sum(examples.weights**2)
-        n = n.astype(variance.dtype)
-    trace = variance * n / (n - 1)
-    return NoiseParts(trace, square_of_mean - trace / n)
 
 
 def per_example(params: Params, forms: PyTree) -> PyTree:
@@ -333,5 +266,6 @@ def rooted(form: Factored, examples: Examples) -> Factored:
     return form if examples.weights is None else form.scaled(jnp.sqrt(examples.weights))
 
 
-def _map_moments(f: Callable[[Moments], Array], taken: PyTree) -> PyTree:
+def map_moments(f: Callable[[Moments], Any], taken: PyTree) -> PyTree:
+    """Return the tree with ``f(moments)`` for the moments of each param."""
     return jax.tree.map(f, taken, is_leaf=lambda node: isinstance(node, Moments))

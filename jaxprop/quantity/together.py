@@ -213,7 +213,8 @@ class _Walks:
         """Return what one quantity takes at one layer."""
         quantity = self.asked[name]
         extra = {"before": known[name]} if name in known else {}
-        here = quantity.take(step.learned, forms, self.ahead.examples, **extra)
+        params, forms = (quantity.chosen(step.layer, tree) for tree in (step.learned, forms))
+        here = quantity.take(params, forms, self.ahead.examples, **extra)
         return quantity.settle(here) if self.settle else here
 
     def _gathered(self, visited: Visited) -> dict[str, PyTree]:
