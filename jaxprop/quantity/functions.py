@@ -12,6 +12,7 @@ is tried on two examples, and found out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from jax import Array
@@ -37,7 +38,7 @@ from jaxprop.quantity.per_example import (
     Variance,
 )
 from jaxprop.quantity.projected import Projected
-from jaxprop.quantity.together import together
+from jaxprop.quantity.together import beside, together
 
 
 def per_example_grads(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
@@ -158,6 +159,7 @@ def clipped_grad(
     weight: Weight | None = None,
     micro_batches: int = 1,
     aux: bool = False,
+    also: Mapping[str, Quantity] | None = None,
 ) -> OfBatch[tuple[Any, Params]]:
     """Return ``f(params, x, target) -> (value, grads)``, the mean of the clipped gradients.
 
@@ -183,10 +185,12 @@ def clipped_grad(
         micro_batches: into how many parts the batch is split. Noise is drawn once.
         aux: whether ``f`` returns ``((value, aux), grads)``, with a ``jp.Aux`` that holds the net's
             output, the norms, and the share of the examples that was clipped.
+        also: quantities by name, which come back in ``aux.also``, as in ``jp.value_and_grad``.
+            Nothing is clipped in them.
 
     Raises:
-        ValueError: for a bound that is not positive, a negative noise_multiplier, and per_layer
-            with two_pass; ``f`` raises it for noise without a key.
+        ValueError: for a bound that is not positive, a negative noise_multiplier, per_layer with
+            two_pass, and ``also`` without ``aux``; ``f`` raises it for noise without a key.
         TypeError: ``f`` raises it for noise on params narrower than float32.
     """
     asked: dict[str, Quantity] = {
@@ -198,13 +202,14 @@ def clipped_grad(
         asked["y"] = Output()
     if drop_nonfinite:
         asked["finite"] = FiniteLoss()
-    f = together(net, loss, asked, micro_batches)
+    f = beside(net, loss, asked, also, micro_batches, aux)
 
     def value_and_clipped(params: Params, batch: Batch) -> tuple[Any, Params]:
-        result = f(params, batch)
+        result, quantities = f(params, batch)
         value = result["finite" if drop_nonfinite else "value"]
         grads, norms, clipped = result["mean"]
-        return (value, Aux(result["y"], norms, clipped)) if aux else value, grads
+        found = Aux(result["y"], norms, clipped, also=quantities) if aux else None
+        return (value if found is None else (value, found)), grads
 
     doc = "Return the loss, and the mean of the clipped gradients."
     return of_batch("clipped_grad", doc, net, value_and_clipped)
