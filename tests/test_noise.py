@@ -204,6 +204,36 @@ def test_in_shard_map_the_devices_means_are_added_up(given, micro_batches):
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("standard_promotion")
+def test_in_shard_map_it_comes_along_with_an_update():
+    net, loss, params, x, target = problem()
+    batch = PartitionSpec("data")
+
+    def update(axis_name):
+        also = {"noise": jp.NoiseScale(parts=True, axis_name=axis_name)}
+        make = functools.partial(jp.value_and_grad, also=also)
+        return jp.make_update(
+            net, loss, optax.sgd(0.1), value_and_grad=make, aux=True, donate=False
+        )
+
+    def of_device(*args):
+        divisor = len(target)
+        params, _, (value, aux) = update("data")(*args, divisor=divisor)
+        return params, jax.lax.psum(value, "data"), aux.also["noise"]
+
+    mapped = jax.shard_map(
+        of_device,
+        mesh=mesh_of(AxisType.Auto, 4),
+        in_specs=(PartitionSpec(), PartitionSpec(), batch, batch),
+        out_specs=PartitionSpec(),
+    )
+    state = update(None).init(params)
+    got = jax.jit(mapped)(params, state, x, target)
+    new, _, (value, aux) = update(None)(params, state, x, target)
+    assert relative_error(got, (new, value, aux.also["noise"])) <= 1e-10
+
+
+@pytest.mark.full
 def test_without_an_axis_each_device_has_its_own_whose_parts_have_a_mean():
     net, loss, params, x, target = problem()
     f = jp.noise_scale(net, loss, parts=True)
