@@ -138,7 +138,8 @@ def asked(examples, curvature=True):
         "in two passes": jp.Clipped(MIDDLE, two_pass=True),
     }
     if curvature:
-        all_of |= {"diagonal": jp.DiagGGN(), "root": jp.quantity.GGNRoot()}
+        all_of |= {"diagonal": jp.DiagGGN(), "diagonals": jp.DiagGGN(per_example=True)}
+        all_of |= {"root": jp.quantity.GGNRoot()}
     return all_of if examples > 1 else {k: v for k, v in all_of.items() if k != "noise"}
 
 
@@ -160,6 +161,7 @@ def expected_of(net, loss, args, curvature):
     if curvature:
         blocks = oracles.ggn_blocks(net, loss)(*args)
         oracle |= {"diagonal": oracles.diagonal(args[0], blocks), "root": blocks}
+        oracle |= {"diagonals": oracles.diagonals(args[0], blocks)}
     if len(jax.tree.leaves(args[1])[0]) > 1:
         oracle["noise"] = oracles.noise_scale.of(each)
     oracle["in two passes"] = oracle["clipped"]
@@ -314,6 +316,7 @@ def test_each_function_is_its_quantity():
         "variance": jp.variance(net, loss),
         "noise": jp.noise_scale(net, loss),
         "diagonal": jp.diag_ggn(net, loss),
+        "diagonals": jp.diag_ggn(net, loss, per_example=True),
         "root": jp.ggn_root(net, loss),
     }
     for name, f in functions.items():
@@ -607,6 +610,7 @@ def both_ways(form, weights):
             form.norms(),
             form.inner_products(),
             form.second_moment(),
+            form.each_of_squares(form.squares_of_each()),
         )
         for form in (form, jp.Stacked(form.per_example()))
     ]

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import wide
 from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags, check_one_of
 from jaxprop.core.forms import Factored, Kronecker, is_factored
@@ -49,8 +48,7 @@ class DiagGGN(AddedUp):
     """The diagonal of the Gauss-Newton matrix; like params.
 
     One column of the root after the other, only squares are added up. They meet a layer's input
-    once, at the end: (x^2)^T sum_c ct_c^2. Of each example by itself they are squares of its share
-    of the root, which is as large as the result.
+    once, at the end: (x^2)^T sum_c ct_c^2, or x_n^2 (outer) sum_c ct_cn^2 of each example.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.
@@ -77,26 +75,20 @@ class DiagGGN(AddedUp):
 
     def part(self, forms: PyTree, examples: Examples) -> PyTree:
         if self.per_example:
-            return map_forms(_squares_of_each, forms)
+            return map_forms(lambda form: form.squares_of_each(), forms)
         return map_forms(lambda form: rooted(form, examples).squares(), forms)
 
     def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
-        if self.per_example:
-            return parts
-        return jax.tree.map(
-            lambda form, squares: examples.over(form.of_squares(squares)),
-            forms,
-            parts,
-            is_leaf=is_factored,
-        )
+        def diagonal(form: Factored, squares: Array) -> Any:
+            if self.per_example:
+                each = form.each_of_squares(squares)
+                return PerExample(each, axis=-each.ndim)
+            return examples.over(form.of_squares(squares))
+
+        return jax.tree.map(diagonal, forms, parts, is_leaf=is_factored)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         return examples_at(0, settled)
-
-
-def _squares_of_each(form: Factored) -> PerExample:
-    g = wide(form.per_example())
-    return PerExample(g**2, axis=-g.ndim)
 
 
 class _Means(NamedTuple):

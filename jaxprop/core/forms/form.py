@@ -180,6 +180,17 @@ class Factored(abc.ABC):
         """Return the second moment from the sum of squares, without a look at the form's own ct."""
         return squares
 
+    def squares_of_each(self) -> Array:
+        """Return what ``each_of_squares`` makes g_n^2 of, with the example on axis 0.
+
+        Those of several cotangents may be added up first.
+        """
+        return wide(self.per_example()) ** 2
+
+    def each_of_squares(self, squares: Array) -> Float[Array, "n ..."]:
+        """Return g_n^2 for each example, without a look at the form's own ct."""
+        return squares
+
     def one_by_one(self) -> tuple[list[Array], Callable[[list[Array]], Array]]:
         """Return arrays with the example on axis 0, and a function from an entry of each to g_n.
 
