@@ -112,6 +112,13 @@ def test_of_a_function_by_the_paths_of_its_params():
     ):
         got = jp.noise_scale(net, LOSS, where=where, parts=True)(*args)
         assert relative_error(got, parts_of(chosen)) <= 1e-10, where
+
+    def scanned(params, x):
+        return jax.lax.scan(lambda x, layer: (fn({"layers": [layer]}, x), None), x, params)[0]
+
+    stack = jax.tree.map(lambda *each: jnp.stack(each), *params["layers"])
+    got = jp.noise_scale(jp.function(scanned), LOSS, where="norm", parts=True)(stack, *args[1:])
+    assert relative_error(got, parts_of([layer["norm"] for layer in grads])) <= 1e-10
     with pytest.raises(ValueError, match="say which by their path"):
         jp.noise_scale(net, LOSS, where=jp.LayerNorm)(*args)
 

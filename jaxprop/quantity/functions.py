@@ -23,6 +23,7 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.where import Where
+from jaxprop.quantity.also import beside
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import Quantity
 from jaxprop.quantity.clipping import Clipped, Weight
@@ -38,7 +39,7 @@ from jaxprop.quantity.per_example import (
     Variance,
 )
 from jaxprop.quantity.projected import Projected
-from jaxprop.quantity.together import beside, together
+from jaxprop.quantity.together import together
 
 
 def per_example_grads(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:

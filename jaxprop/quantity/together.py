@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxprop.core.batch import Batch
-from jaxprop.core.checks import given, require
+from jaxprop.core.checks import require
 from jaxprop.core.cotangents import factored, scaled_up
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.functions import of_batch
@@ -111,46 +111,6 @@ def together(
         return result
 
     return taken_together
-
-
-def beside(
-    net: Layer,
-    loss: Loss,
-    own: Mapping[str, Quantity],
-    also: Mapping[str, Quantity] | None,
-    micro_batches: int,
-    aux: bool,
-    loss_scale: float | Array = 1.0,
-) -> Callable[[Params, Batch], tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Return a function's own quantities and those that a user asked for beside, together.
-
-    Args:
-        net: the network.
-        loss: the loss.
-        own: the function's own, by name.
-        also: those asked for beside, by name, or None.
-        micro_batches: as in ``together``.
-        aux: whether the function returns a ``jp.Aux``, in which they come back.
-        loss_scale: as in ``together``.
-
-    Raises:
-        TypeError: for what is not a dict of quantities.
-        ValueError: for ``also`` without ``aux``.
-    """
-    if also is not None and not isinstance(also, Mapping):
-        raise TypeError(f"also is a dict of quantities by name, not {given(also)}")
-    if also is not None and not aux:
-        raise ValueError("also: the quantities come back in aux; ask for aux=True too")
-    names = {name: f"also[{name!r}]" for name in also or {}}
-    asked = {**own, **{names[name]: quantity for name, quantity in (also or {}).items()}}
-    f = together(net, loss, asked, micro_batches, loss_scale)
-
-    def of_both(params: Params, batch: Batch) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        result = f(params, batch)
-        quantities = {name: result.pop(long) for name, long in names.items()}
-        return result, None if also is None else quantities
-
-    return of_both
 
 
 def _parts(

@@ -19,11 +19,11 @@ from jaxprop.core.step import Layerwise, Step
 from jaxprop.core.tree import check_learned, learned, like_params, merged
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward
+from jaxprop.quantity.also import beside
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import Quantity, of_examples, unmarked
 from jaxprop.quantity.micro_batches import Parts, in_micro_batches
 from jaxprop.quantity.per_example import Gradient, Output
-from jaxprop.quantity.together import beside
 
 DOC = "Return the mean of the loss, and its gradient."
 Value = Float[Array, ""]
