@@ -182,7 +182,7 @@ class NoiseAverage(Static):
         >>> for trace, square in ((8.0, 3.0), (8.0, -1.0)):
         ...     state = average.update(state, jp.quantity.NoiseParts(trace, square))
         >>> round(float(average.value(state)), 3)
-        9.048
+        8.941
     """
 
     decay: float = 0.99
