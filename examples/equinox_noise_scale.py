@@ -4,8 +4,9 @@
     python examples/equinox_noise_scale.py --batch 32 --steps 2000
 
 The noise scale is about the batch size from which on larger ones help little (McCandlish et al.
-2018, https://arxiv.org/abs/1812.06162). It comes with the gradient, from one walk back; the model
-is an Equinox module, written for one example. The text is that of gpt.py.
+2018, https://arxiv.org/abs/1812.06162). Its two parts come with the gradient, from one walk back,
+and are averaged over steps before they are divided; the model is an Equinox module, written for one
+example. The text is that of gpt.py.
 """
 
 import argparse
@@ -62,30 +63,33 @@ class Transformer(eqx.Module):
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train the transformer, and print the loss and the median of the noise scales of its steps."""
+    """Train the transformer, and print the loss and the noise scale of its last steps."""
     text, _ = load(args.seed)
     order = jnp.asarray(starts(args.seed, args.steps, args.batch, args.length, text))
     text, model = jnp.asarray(text), Transformer(args, jax.random.key(args.seed))
     params, static = eqx.partition(model, eqx.is_inexact_array)  # params, and all else
     net = jp.function(lambda params, x: jax.vmap(eqx.combine(params, static))(x))
-    take = jp.quantities(net, jp.CrossEntropy(), grads=jp.Gradient(), noise=jp.NoiseScale())
-    optimizer = optax.adam(args.rate)
+    asked = {"grads": jp.Gradient(), "noise": jp.NoiseScale(parts=True)}
+    take = jp.quantities(net, jp.CrossEntropy(), **asked)
+    optimizer, average = optax.adam(args.rate), jp.NoiseAverage(0.95)
 
     def step(carry: Any, starts: Any) -> tuple[Any, Any]:
-        params, state = carry
+        params, state, noise = carry
         found = take(params, *windows(text, starts, args.length))
         updates, state = optimizer.update(found["grads"], state, params)
-        return (optax.apply_updates(params, updates), state), (found["value"], found["noise"])
+        noise = average.update(noise, found["noise"])
+        return (optax.apply_updates(params, updates), state, noise), found["value"]
 
     steps = jax.jit(lambda carry, order: jax.lax.scan(step, carry, order))
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{size:,} params, {len(text):,} bytes to train on", flush=True)
-    carry, each = (params, optimizer.init(params)), math.ceil(args.steps / args.reports)
+    carry = params, optimizer.init(params), average.init()
+    each = math.ceil(args.steps / args.reports)
     for done in range(0, args.steps, each):
-        carry, (values, noise) = steps(carry, order[done : done + each])
+        carry, values = steps(carry, order[done : done + each])
         print(
             f"step {done + len(values):6d}  train {values.mean() / math.log(2):.3f} bits per byte  "
-            f"noise scale {jnp.median(noise):6.1f} windows",
+            f"noise scale {average.value(carry[2]):6.1f} windows",
             flush=True,
         )
 

@@ -86,11 +86,12 @@ def main() -> None:
     params = train(args, train_x, train_y)
     last = *map(jp.freeze, params[:-1]), params[-1]
     posteriors: dict[str, Any] = {}
-    for name, at, structure in (
+    kinds: tuple[tuple[str, Any, Any], ...] = (
         ("last layer", last, "kronecker"),
         ("all, diagonal", params, "diagonal"),
         ("all, Kronecker", params, "kronecker"),
-    ):
+    )
+    for name, at, structure in kinds:
         around: Any = jax.jit(jp.laplace(NET, LOSS, structure=structure))
         posteriors[name] = around(at, train_x, train_y).tuned()
         print(f"{name:15} prior's precision {posteriors[name].prior:.2g}", flush=True)

@@ -132,6 +132,7 @@ from jaxprop.quantity import (
     Gradient as Gradient,
     Gram as Gram,
     KroneckerFactors as KroneckerFactors,
+    NoiseAverage as NoiseAverage,
     NoiseScale as NoiseScale,
     Output as Output,
     PerExample as PerExample,

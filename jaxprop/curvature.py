@@ -5,12 +5,13 @@ A curvature F is a tree like params with a block at each leaf: a ``Kronecker`` o
 of ``jp.diag_ggn``, or ``()`` for none. ``jp.kfac`` and ``jp.laplace`` are made of these.
 
     algebra      eigh  times  solve  whiten  logdet
-    curvatures   ekfac_factors  Eigen  Kronecker
+    curvatures   ekfac_factors  diag_hessian  Eigen  Kronecker
     influence    influence  self_influence
     trees        is_block
 """
 
 from jaxprop.core.forms import Kronecker
+from jaxprop.quantity.diagonals import diag_hessian
 from jaxprop.quantity.functions import ekfac_factors
 from jaxprop.quantity.influence import influence, self_influence
 from jaxprop.quantity.kronecker import Eigen, eigh, is_block, logdet, solve, times, whiten
@@ -18,6 +19,7 @@ from jaxprop.quantity.kronecker import Eigen, eigh, is_block, logdet, solve, tim
 __all__ = [
     "Eigen",
     "Kronecker",
+    "diag_hessian",
     "eigh",
     "ekfac_factors",
     "influence",

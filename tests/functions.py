@@ -142,9 +142,10 @@ def both(
         asked |= {"variance": jp.Variance(), "noise": jp.NoiseScale()}
         want |= {"variance": oracles.variance.of(each), "noise": oracles.noise_scale.of(each)}
     if diagonal:
-        asked |= {"diagonal": jp.DiagGGN()}
+        asked |= {"diagonal": jp.DiagGGN(), "diagonals": jp.DiagGGN(per_example=True)}
         blocks = oracles.ggn_blocks(plain, loss)(params, x, target)
         want |= {"diagonal": oracles.diagonal(params, blocks)}
+        want |= {"diagonals": oracles.diagonals(params, blocks)}
     got = jp.quantities(jp.function(fn), loss, **asked)(params, x, target)
     if moments:  # a difference of moments: its error is to be held against those
         for side in (got, want):

@@ -109,10 +109,15 @@ def ggn_blocks(net, loss):
     return jax.vmap(own, (None, 0, 0))
 
 
-def diagonal(params, blocks):
-    """The blocks' diagonals, the mean over examples; like params."""
+def diagonals(params, blocks):
+    """The blocks' diagonals, of each example; like params behind an example axis."""
     return jax.tree.map(
-        lambda p, b: jnp.diagonal(b, axis1=1, axis2=2).mean(0).reshape(p.shape),
+        lambda p, b: jnp.diagonal(b, axis1=1, axis2=2).reshape(len(b), *p.shape),
         learned(params),
         blocks,
     )
+
+
+def diagonal(params, blocks):
+    """The blocks' diagonals, the mean over examples; like params."""
+    return jax.tree.map(lambda each: each.mean(0), diagonals(params, blocks))

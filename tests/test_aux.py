@@ -21,7 +21,7 @@ def test_the_output_comes_along_with_the_gradient(name, micro_batches, make):
     f = jax.jit(make(net, loss, micro_batches=micro_batches, aux=True))
     (value, aux), grads = f(params, x, target)
     assert relative_error(aux.y, net(params, x)) <= CLOSE
-    assert aux[1:] == (None, None, None)
+    assert aux[1:] == (None,) * 4
     assert relative_error((value, grads), make(net, loss)(params, x, target)) <= CLOSE
 
 
@@ -93,6 +93,109 @@ def test_a_private_update_returns_norms_and_takes_its_key_through_any_maker():
         jp.make_update(
             net, loss, optax.sgd(0.1), aux=True, value_and_grad=lambda net, loss: private(net, loss)
         )
+
+
+ALSO = {
+    "noise": jp.NoiseScale(parts=True),
+    "norms": jp.SqNorms(),
+    "value": jp.Variance(),
+    "diagonal": jp.DiagGGN(samples=1),
+}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 2.0**12])
+@nets
+def test_any_quantity_comes_along_with_the_gradient(name, scale, micro_batches):
+    net, loss, params, x, target = problem(name)
+    given = {"weights": jnp.array([1.0, 2, 0.5, 0])}
+    options = {"micro_batches": micro_batches, "aux": True, "loss_scale": scale}
+    f = jax.jit(jp.value_and_grad(net, loss, also=ALSO, **options))
+    (value, aux), grads = f(params, x, target, key=KEY, **given)
+    asked = jp.quantities(net, loss, **{f"{name} too": asked for name, asked in ALSO.items()})
+    want = asked(params, x, target, key=KEY, **given)
+    for name, got in aux.also.items():
+        if micro_batches == 1 or name in ("noise", "norms"):  # each part draws anew
+            assert relative_error(got, want[f"{name} too"]) <= CLOSE, name
+    plain = jp.value_and_grad(net, loss)(params, x, target, **given)
+    assert relative_error((value, grads), plain) <= CLOSE
+    assert jax.tree.structure(grads) == jax.tree.structure(plain[1])
+    y = jp.value_and_grad(net, loss, aux=True)(params, x, target, **given)[0][1].y
+    assert relative_error(aux.y, y) <= CLOSE
+
+
+def test_an_update_has_the_noise_scale_of_its_own_walk():
+    net, loss, params, x, target = problem("dense")
+    also = {"noise": jp.NoiseScale(parts=True)}
+    makers = {
+        "plain": functools.partial(jp.value_and_grad, also=also),
+        "private": functools.partial(jp.clipped_grad, max_norm=0.3, also=also),
+    }
+    noise = jp.noise_scale(net, loss, parts=True)(params, x, target)
+    for name, make in makers.items():
+        update = jp.make_update(
+            net, loss, optax.sgd(0.1), value_and_grad=make, aux=True, max_norm=0.1, donate=False
+        )
+        new, _, (value, aux) = update(params, update.init(params), x, target)
+        assert relative_error(aux.also["noise"], noise) <= CLOSE
+        assert aux.norm is not None
+        if name == "plain":
+            plain = jp.make_update(net, loss, optax.sgd(0.1), max_norm=0.1, donate=False)
+            want, _, loss_before = plain(params, plain.init(params), x, target)
+            assert relative_error((new, value), (want, loss_before)) <= CLOSE
+
+    def dots(f):
+        return jax.jit(f).lower(params, x, target).compile().as_text().count(" dot(")
+
+    together = dots(jp.quantities(net, loss, grads=jp.Gradient(), **also))
+    assert dots(jp.value_and_grad(net, loss, also=also, aux=True)) == together
+    of_update = jp.make_update(
+        net, loss, optax.sgd(0.1), value_and_grad=makers["plain"], aux=True, donate=False
+    )
+    program = of_update.lower(params, of_update.init(params), x, target).compile()
+    assert program.as_text().count(" dot(") == together
+
+
+def test_what_comes_along_in_float16_is_scaled_back():
+    """Cotangents of 1e-8, which without a scale are 0 in float16."""
+    wide = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3))
+    net, x = jp.cast(wide, jnp.float16), jax.random.normal(KEY, (4, 5), jnp.float32)
+    params, zeros = net.init(KEY, x), jnp.zeros((4, 3), jnp.float32)
+    loss, target = jp.HalfSquaredError(), (zeros, zeros + 1e-8)
+    exact = jp.per_example_sq_norms(wide, loss)(params, x, target)
+    f = jp.value_and_grad(net, loss, aux=True, also={"norms": jp.SqNorms()}, loss_scale=2.0**16)
+    (_, aux), grads = f(params, x, target)
+    assert relative_error(aux.also["norms"], exact) <= 1e-2
+    assert relative_error(grads, jp.value_and_grad(wide, loss)(params, x, target)[1]) <= 1e-2
+    unscaled = jp.per_example_sq_norms(net, loss)(params, x, target)
+    assert relative_error(unscaled, exact) > 0.1
+    update = jp.make_update(
+        net,
+        loss,
+        optax.sgd(0.1),
+        loss_scale=jp.DynamicLossScale(initial=2.0**16),
+        value_and_grad=functools.partial(jp.value_and_grad, also={"norms": jp.SqNorms()}),
+        aux=True,
+        donate=False,
+    )
+    _, _, (_, aux) = update(params, update.init(params), x, target)
+    assert relative_error(aux.also["norms"], exact) <= 1e-2
+
+
+def test_what_cannot_come_along_is_said():
+    net, loss, _, x, target = problem("dense")
+    for make in (jp.value_and_grad, functools.partial(jp.clipped_grad, max_norm=1.0)):
+        with pytest.raises(ValueError, match="the quantities come back in aux; ask for aux=True"):
+            make(net, loss, also={"noise": jp.NoiseScale()})
+        with pytest.raises(TypeError, match="also is a dict of quantities by name"):
+            make(net, loss, also=jp.NoiseScale(), aux=True)
+        with pytest.raises(TypeError, match=r"also\['noise'\] is the class NoiseScale; write"):
+            make(net, loss, also={"noise": jp.NoiseScale}, aux=True)
+    coupled = jp.chain(jp.Dense(3), jp.BatchNorm())
+    f = jp.value_and_grad(coupled, loss, also={"noise": jp.NoiseScale()}, aux=True)
+    with pytest.raises(ValueError, match="couples the examples of a batch"):
+        f(coupled.init(KEY, x), x, target)
 
 
 def test_a_users_own_aux_is_handed_on():

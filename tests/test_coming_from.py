@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import jaxprop as jp
 from jaxprop.core.forms import Kronecker
@@ -245,6 +246,27 @@ def diag_ggn_mc(claimed):
 @row("`BatchDiagGGNExact()`, `p.diag_ggn_exact_batch`")
 def diag_ggn_batch():
     return jax.tree.map(lambda v: jnp.sum(v**2, 0) / N, roots(PARAMS, X))
+
+
+def diag_hessian():
+    """The diagonal of each example's own Hessian by ``jax.hessian``."""
+
+    def own(params, x, target):
+        flat, back = ravel_pytree(params)
+        hessian = jax.hessian(lambda flat: example_loss(back(flat), x, target))(flat)
+        return back(jnp.diagonal(hessian))
+
+    return jax.vmap(own, (None, 0, 0))(PARAMS, X, TARGET)
+
+
+@row("`DiagHessian()`, `p.diag_h`")
+def diag_h():
+    return jax.tree.map(lambda d: jnp.mean(d, 0), diag_hessian())
+
+
+@row("`BatchDiagHessian()`, `p.diag_h_batch`")
+def diag_h_batch():
+    return jax.tree.map(lambda d: d / N, diag_hessian())
 
 
 @row("`SqrtGGNExact()`, `p.sqrt_ggn_exact`")

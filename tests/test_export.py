@@ -53,6 +53,8 @@ def everything(row, has_params):
             "each": jp.PerExampleGrads(),
             "norms": jp.SqNorms(),
             "gram": jp.Gram(),
+            "gram by layer": jp.Gram(per_layer=True),
+            "each diagonal": jp.DiagGGN(per_example=True),
             "moment": jp.SecondMoment(),
             "noise": jp.NoiseScale(),
             "clipped": jp.Clipped(0.3),

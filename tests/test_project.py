@@ -66,7 +66,7 @@ def test_the_floors_are_those_of_the_package():
 def test_readme_code_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 17
+    assert len(blocks) == 18
     namespace = {}
     for block in blocks:
         exec(block, namespace)

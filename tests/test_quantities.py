@@ -130,6 +130,7 @@ def asked(examples, curvature=True):
         "variance": jp.Variance(),
         "noise": jp.NoiseScale(),
         "by layer": jp.SqNorms(per_layer=True),
+        "gram by layer": jp.Gram(per_layer=True),
         "clipped": jp.Clipped(MIDDLE),
         "all clipped": jp.Clipped(SMALL),
         "none clipped": jp.Clipped(LARGE),
@@ -137,7 +138,8 @@ def asked(examples, curvature=True):
         "in two passes": jp.Clipped(MIDDLE, two_pass=True),
     }
     if curvature:
-        all_of |= {"diagonal": jp.DiagGGN(), "root": jp.quantity.GGNRoot()}
+        all_of |= {"diagonal": jp.DiagGGN(), "diagonals": jp.DiagGGN(per_example=True)}
+        all_of |= {"root": jp.quantity.GGNRoot()}
     return all_of if examples > 1 else {k: v for k, v in all_of.items() if k != "noise"}
 
 
@@ -159,10 +161,25 @@ def expected_of(net, loss, args, curvature):
     if curvature:
         blocks = oracles.ggn_blocks(net, loss)(*args)
         oracle |= {"diagonal": oracles.diagonal(args[0], blocks), "root": blocks}
+        oracle |= {"diagonals": oracles.diagonals(args[0], blocks)}
     if len(jax.tree.leaves(args[1])[0]) > 1:
         oracle["noise"] = oracles.noise_scale.of(each)
     oracle["in two passes"] = oracle["clipped"]
     return oracle
+
+
+def gram_by_layer(by_layer, grads):
+    """The inner products of each layer's part; of the layers of a repeat (layers, N, N)."""
+
+    def of_layer(sq, grads):
+        def products(g):
+            layers = jnp.moveaxis(g.reshape(len(g), *sq.shape[:-1], -1), 0, -2)
+            return layers @ layers.swapaxes(-1, -2)
+
+        each = list(map(products, jax.tree.leaves(grads)))
+        return sum(each[1:], start=each[0])
+
+    return jax.tree.map(of_layer, by_layer, learned(grads))
 
 
 def clipped_by_layer(by_layer, grads):
@@ -206,6 +223,7 @@ def hold_to_oracles(net, loss, args, curvature=True):
         if curvature:
             got["root"] = jax.tree.map(block, learned(got["root"]))
         expected["clipped by layer"] = clipped_by_layer(got["by layer"], expected["each"])
+        expected["gram by layer"] = gram_by_layer(got["by layer"], expected["each"])
         return got, expected
 
     got, expected = both(*args)
@@ -264,7 +282,7 @@ def test_an_output_that_is_a_dict_of_several_heads():
     assert jax.tree.structure(learned(whole["kfac"])) == jax.tree.structure(
         learned(jp.kronecker_factors(net, loss)(*args))
     )
-    asked_in_parts = {k: v for k, v in asked(4).items() if k != "gram"}
+    asked_in_parts = {k: v for k, v in asked(4).items() if not v.of_pairs}
     parts = jax.jit(jp.quantities(net, loss, **asked_in_parts, micro_batches=5))(*args)
     for name, got in parts.items():
         if name != "variance":
@@ -293,10 +311,12 @@ def test_each_function_is_its_quantity():
         "norms": jp.per_example_sq_norms(net, loss),
         "by layer": jp.per_example_sq_norms(net, loss, per_layer=True),
         "gram": jp.gram(net, loss),
+        "gram by layer": jp.gram(net, loss, per_layer=True),
         "moment": jp.second_moment(net, loss),
         "variance": jp.variance(net, loss),
         "noise": jp.noise_scale(net, loss),
         "diagonal": jp.diag_ggn(net, loss),
+        "diagonals": jp.diag_ggn(net, loss, per_example=True),
         "root": jp.ggn_root(net, loss),
     }
     for name, f in functions.items():
@@ -590,6 +610,7 @@ def both_ways(form, weights):
             form.norms(),
             form.inner_products(),
             form.second_moment(),
+            form.each_of_squares(form.squares_of_each()),
         )
         for form in (form, jp.Stacked(form.per_example()))
     ]

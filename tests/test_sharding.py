@@ -352,6 +352,8 @@ def test_every_quantity_on_an_explicit_mesh(row, within):
             "each": jp.PerExampleGrads(),
             "norms": jp.SqNorms(),
             "gram": jp.Gram(),
+            "gram by layer": jp.Gram(per_layer=True),
+            "each diagonal": jp.DiagGGN(per_example=True),
             "variance": jp.Variance(),
             "noise": jp.NoiseScale(),
             "clipped": jp.Clipped(0.3, 1.0),

@@ -262,6 +262,16 @@ def test_the_noise_scale_knows_how_many_examples_weights_leave():
     assert relative_error(f(params, x, target, weights=real), kept) <= CLOSE
 
 
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_a_micro_batch_of_padding_counts_nothing(micro_batches):
+    net, loss, params, x, target = problem("dense")
+    asked = {"noise": jp.NoiseScale(), "variance": jp.Variance()}
+    weights = jnp.array([1.0, 2, 0, 0] if micro_batches == 4 else [1.0, 0, 2, 0])
+    whole = jp.quantities(net, loss, **asked)(params, x, target, weights=weights)
+    parts = jp.quantities(net, loss, micro_batches=micro_batches, **asked)
+    assert relative_error(parts(params, x, target, weights=weights), whole) <= CLOSE
+
+
 def test_the_noise_scale_of_weights_is_of_two_estimates_without_bias():
     """Their means over all 3^4 equally likely batches of 4 out of 3 examples are what they are."""
     net, loss, params, x, target = problem("dense")

@@ -144,10 +144,6 @@ class Examples(NamedTuple):
         divisor = self.divisor
         return sums / (divisor.astype(sums.dtype) if isinstance(divisor, Array) else divisor)
 
-    def to_mean(self) -> Array:
-        """Return what a sum over the divisor that was given is multiplied by for a mean."""
-        return jnp.asarray(self.divisor, float) / jnp.asarray(self.total, float)
-
     def shares(self) -> Float[Array, " n"]:
         """Return what each example's part is multiplied by in a mean."""
         if self.weights is None:

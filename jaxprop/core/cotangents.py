@@ -46,6 +46,13 @@ def gradient(step: Step, scale: float | Array = 1.0) -> Params:
     return jax.tree.map(like, params, totals)
 
 
+def scaled_up(ct: Cotangent, scale: float | Array) -> Cotangent:
+    """Return the cotangent that a walk starts from, times the loss scale."""
+    if isinstance(scale, int | float) and scale == 1:
+        return ct
+    return jax.tree.map(lambda ct: wide(ct) * scalar_of(scale, wide(ct)), ct)
+
+
 def factored(step: Step) -> Cotangent:
     """Return the step's d_params with a form for every learned param.
 

@@ -15,11 +15,10 @@ from jaxprop.quantity.curvature import (
     GGNRoot,
     KroneckerFactors,
 )
+from jaxprop.quantity.noise import Averaged, NoiseAverage, NoiseParts, NoiseScale
 from jaxprop.quantity.per_example import (
     Gradient,
     Gram,
-    NoiseParts,
-    NoiseScale,
     Output,
     PerExampleGrads,
     SecondMoment,
@@ -32,6 +31,7 @@ from jaxprop.quantity.source import HessianRoot, LossGradient, Source
 __all__ = [
     "AddedUp",
     "Aux",
+    "Averaged",
     "Clipped",
     "ClippedMean",
     "DiagGGN",
@@ -43,6 +43,7 @@ __all__ = [
     "Kronecker",
     "KroneckerFactors",
     "LossGradient",
+    "NoiseAverage",
     "NoiseParts",
     "NoiseScale",
     "Output",

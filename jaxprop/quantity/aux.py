@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax import Array
 from jaxtyping import Float
@@ -23,9 +23,11 @@ class Aux(NamedTuple):
             each layer, likewise.
         norm: the norm of the gradient before ``max_norm`` bounded it, from an update that needs it
             (``max_norm``, ``skip_nonfinite``, ``jp.DynamicLossScale``).
+        also: the quantities that were asked for beside the gradient (``also=``), by name.
     """
 
     y: PyTree
     norms: Float[Array, " n"] | PyTree = None
     clipped: Float[Array, ""] | PyTree = None
     norm: Float[Array, ""] | None = None
+    also: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.batch import Examples
@@ -96,6 +97,16 @@ class Quantity(Static):
         """
         return None
 
+    def chosen(self, layer: Layer, tree: PyTree) -> PyTree:
+        """Return a tree like a layer's params with ``()`` for what it is not taken of.
+
+        Args:
+            layer: the layer.
+            tree: its learned params, or forms in their places.
+        """
+        del layer
+        return tree
+
     @abc.abstractmethod
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         """Return what is taken at one layer.
@@ -150,6 +161,18 @@ def unmarked(tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda node: node.value if is_marked(node) else node, tree, is_leaf=is_marked
     )
+
+
+def examples_at(axis: int, tree: PyTree) -> PyTree:
+    """Return the tree with the arrays that are marked, each with its examples on this axis.
+
+    Behind it come the layers of a ``repeat``, as in params.
+    """
+
+    def moved(node: Any) -> Any:
+        return jnp.moveaxis(node.value, node.axis, axis) if is_marked(node) else node
+
+    return jax.tree.map(moved, tree, is_leaf=is_marked)
 
 
 def is_marked(node: object) -> bool:

@@ -8,7 +8,8 @@ its root is J_n^T S_n: one walk back for each column of S_n (``HessianRoot``).
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar, Literal, NamedTuple
+import dataclasses
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxprop.core.checks import check_flags, check_one_of
 from jaxprop.core.forms import Factored, Kronecker, Place, is_factored
 from jaxprop.core.tree import learned
 from jaxprop.core.types import Params, PyTree
-from jaxprop.quantity.base import PerExample, Quantity, is_marked, map_forms
+from jaxprop.quantity.base import PerExample, Quantity, examples_at, map_forms
 from jaxprop.quantity.kronecker import Eigen, is_block, paired
 from jaxprop.quantity.per_example import per_example, rooted
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source, check_samples
@@ -50,36 +51,52 @@ class DiagGGN(AddedUp):
     """The diagonal of the Gauss-Newton matrix; like params.
 
     One column of the root after the other, only squares are added up. They meet a layer's input
-    once, at the end: (x^2)^T sum_c ct_c^2.
+    once, at the end: (x^2)^T sum_c ct_c^2, or x_n^2 (outer) sum_c ct_cn^2 of each example.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.
+        per_example: False for the diagonal of the mean loss; True for that of each example's own
+            loss, like params behind an example axis.
     """
 
     samples: int | None = None
+    per_example: bool = False
 
     like_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_samples(self.samples)
+        check_flags(self, "per_example")
+
+    @property
+    def axes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return int(self.per_example)
 
     @property
     def source(self) -> Source:
         return HessianRoot(self.samples)
 
     def part(self, forms: PyTree, examples: Examples) -> PyTree:
+        if self.per_example:
+            return map_forms(lambda form: form.squares_of_each(), forms)
         return map_forms(lambda form: rooted(form, examples).squares(), forms)
 
     def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
-        return jax.tree.map(
-            lambda form, squares: examples.over(form.of_squares(squares)),
-            forms,
-            parts,
-            is_leaf=is_factored,
-        )
+        def diagonal(form: Factored, squares: Array) -> Any:
+            if self.per_example:
+                each = form.each_of_squares(squares)
+                return PerExample(each, axis=-each.ndim)
+            return examples.over(form.of_squares(squares))
+
+        return jax.tree.map(diagonal, forms, parts, is_leaf=is_factored)
+
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
+        return examples_at(0, settled)
 
 
-class _Means(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Means:
     """Means of what a ``Kronecker`` is made of, over the same number.
 
     Attributes:
@@ -92,7 +109,7 @@ class _Means(NamedTuple):
     gram: Array
     rows: Array
     b: Array
-    place: Place
+    place: Place = dataclasses.field(metadata={"static": True})
 
     def factors(self) -> Kronecker:
         rows = jnp.maximum(self.rows, jnp.finfo(self.rows.dtype).tiny)
@@ -235,7 +252,7 @@ class EigenvalueCorrection(AddedUp):
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         def of(block: Any, values: Any) -> Any:
-            return block._replace(values=values) if isinstance(block, Eigen) else values
+            return dataclasses.replace(block, values=values) if isinstance(block, Eigen) else values
 
         return jax.tree.map(of, learned(self.basis), settled, is_leaf=is_block)
 
@@ -268,9 +285,4 @@ class GGNRoot(Quantity):
         return per_example(params, forms)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
-        """Behind the columns and the examples come the layers of a ``repeat``, as in params."""
-
-        def ahead(each: PerExample) -> PyTree:
-            return jnp.moveaxis(each.value, each.axis, 1)
-
-        return jax.tree.map(ahead, settled, is_leaf=is_marked)
+        return examples_at(1, settled)

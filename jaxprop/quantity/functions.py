@@ -12,26 +12,28 @@ is tried on two examples, and found out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 from jax import Array
-from jaxtyping import Float
 
 from jaxprop.core.batch import Batch
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import OfBatch, Params, PyTree
+from jaxprop.core.where import Where
 from jaxprop.quantity import kronecker
+from jaxprop.quantity.also import beside
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import Quantity
 from jaxprop.quantity.clipping import Clipped, Weight
 from jaxprop.quantity.curvature import DiagGGN, EigenvalueCorrection, GGNRoot, KroneckerFactors
+from jaxprop.quantity.noise import NoiseScale
 from jaxprop.quantity.per_example import (
     FiniteLoss,
     Gram,
-    NoiseScale,
     Output,
     PerExampleGrads,
     SecondMoment,
@@ -74,16 +76,20 @@ def per_example_sq_norms(
     return _alone("per_example_sq_norms", net, loss, SqNorms(per_layer), micro_batches)
 
 
-def gram(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Float[Array, "n n"]]:
+def gram(
+    net: Layer, loss: Loss, *, per_layer: bool = False, micro_batches: int = 1
+) -> OfBatch[PyTree]:
     """Return ``f(params, x, target)``, <g_n, g_m> of all pairs of per-example gradients, (N, N).
 
     Args:
         net: the network.
         loss: the loss.
+        per_layer: whether the result is like the net's params, with (N, N) where a layer's params
+            stand (and ``()`` for a layer without); inside ``repeat``, (L, N, N).
         micro_batches: 1; examples of two micro-batches never meet, so that another number raises
             ``ValueError``.
     """
-    return _alone("gram", net, loss, Gram(), micro_batches)
+    return _alone("gram", net, loss, Gram(per_layer), micro_batches)
 
 
 def second_moment(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
@@ -114,7 +120,15 @@ def variance(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Param
     return _alone("variance", net, loss, Variance(), micro_batches)
 
 
-def noise_scale(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Float[Array, ""]]:
+def noise_scale(
+    net: Layer,
+    loss: Loss,
+    *,
+    where: Where | str | None = None,
+    parts: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
+    micro_batches: int = 1,
+) -> OfBatch[Any]:
     """Return ``f(params, x, target)``, the simple noise scale tr(S) / |G|^2 from one batch.
 
     S is the covariance of the per-example gradients and G the true gradient, each replaced by its
@@ -125,9 +139,15 @@ def noise_scale(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Fl
     Args:
         net: the network.
         loss: the loss.
+        where: of which params, such as those of ``(jp.LayerNorm, jp.RMSNorm)``; all by default
+            (``jp.quantity.NoiseScale``).
+        parts: whether to return tr(S) and |G|^2, a ``jp.quantity.NoiseParts`` to be averaged over
+            steps by ``jp.quantity.NoiseAverage``, instead of their ratio.
+        axis_name: the axis, or a tuple of axes, of ``jax.shard_map`` that split the batch.
         micro_batches: into how many parts the batch is split.
     """
-    return _alone("noise_scale", net, loss, NoiseScale(), micro_batches)
+    asked = NoiseScale(parts=parts, where=where, axis_name=axis_name)
+    return _alone("noise_scale", net, loss, asked, micro_batches)
 
 
 def clipped_grad(
@@ -142,6 +162,7 @@ def clipped_grad(
     weight: Weight | None = None,
     micro_batches: int = 1,
     aux: bool = False,
+    also: Mapping[str, Quantity] | None = None,
 ) -> OfBatch[tuple[Any, Params]]:
     """Return ``f(params, x, target) -> (value, grads)``, the mean of the clipped gradients.
 
@@ -167,10 +188,12 @@ def clipped_grad(
         micro_batches: into how many parts the batch is split. Noise is drawn once.
         aux: whether ``f`` returns ``((value, aux), grads)``, with a ``jp.Aux`` that holds the net's
             output, the norms, and the share of the examples that was clipped.
+        also: quantities by name, which come back in ``aux.also``, as in ``jp.value_and_grad``.
+            Nothing is clipped in them.
 
     Raises:
-        ValueError: for a bound that is not positive, a negative noise_multiplier, and per_layer
-            with two_pass; ``f`` raises it for noise without a key.
+        ValueError: for a bound that is not positive, a negative noise_multiplier, per_layer with
+            two_pass, and ``also`` without ``aux``; ``f`` raises it for noise without a key.
         TypeError: ``f`` raises it for noise on params narrower than float32.
     """
     asked: dict[str, Quantity] = {
@@ -182,20 +205,26 @@ def clipped_grad(
         asked["y"] = Output()
     if drop_nonfinite:
         asked["finite"] = FiniteLoss()
-    f = together(net, loss, asked, micro_batches)
+    f = beside(net, loss, asked, also, micro_batches, aux)
 
     def value_and_clipped(params: Params, batch: Batch) -> tuple[Any, Params]:
-        result = f(params, batch)
+        result, quantities = f(params, batch)
         value = result["finite" if drop_nonfinite else "value"]
         grads, norms, clipped = result["mean"]
-        return (value, Aux(result["y"], norms, clipped)) if aux else value, grads
+        found = Aux(result["y"], norms, clipped, also=quantities) if aux else None
+        return (value if found is None else (value, found)), grads
 
     doc = "Return the loss, and the mean of the clipped gradients."
     return of_batch("clipped_grad", doc, net, value_and_clipped)
 
 
 def diag_ggn(
-    net: Layer, loss: Loss, *, samples: int = 1, micro_batches: int = 1
+    net: Layer,
+    loss: Loss,
+    *,
+    samples: int = 1,
+    per_example: bool = False,
+    micro_batches: int = 1,
 ) -> OfBatch[Params]:
     """Return ``f(params, x, target)``, the diagonal of the Gauss-Newton matrix; like params.
 
@@ -205,9 +234,12 @@ def diag_ggn(
         net: the network.
         loss: the loss.
         samples: how many walks a key samples.
+        per_example: whether it is of each example's own loss, behind an example axis. The mean over
+            that axis is the diagonal of the mean loss.
         micro_batches: into how many parts the batch is split. Each draws anew.
     """
-    return _exact_or_sampled("diag_ggn", net, loss, DiagGGN(), DiagGGN(samples), micro_batches)
+    exact, sampled = (DiagGGN(number, per_example) for number in (None, samples))
+    return _exact_or_sampled("diag_ggn", net, loss, exact, sampled, micro_batches)
 
 
 def kronecker_factors(

@@ -11,9 +11,10 @@ for a diagonal, or ``()`` for none, which counts as 0.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,9 @@ from jaxprop.core.types import Params, PyTree
 
 
 @serializable
-class Eigen(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Eigen:
     """A block by its eigenvectors, the products of a column of ``left`` and one of ``right``.
 
     Attributes:
@@ -43,7 +46,9 @@ class Eigen(NamedTuple):
     values: Float[Array, "... i o"]
     left: Float[Array, "... i i"] | None
     right: Float[Array, "... o o"]
-    place: Place = Place()
+    place: Place = dataclasses.field(
+        default=Place(), metadata={"static": True, "read": Place._make}
+    )
 
     @property
     def sides(self) -> Sides:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import known, wide
+from jaxprop.core.arrays import wide
 from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags
 from jaxprop.core.forms import Factored
@@ -23,7 +23,7 @@ from jaxprop.quantity.base import (
     PerExample,
     Quantity,
     everything,
-    is_marked,
+    examples_at,
     of_examples,
     total,
     unmarked,
@@ -56,7 +56,8 @@ class Moments(NamedTuple):
             entries: whether squares are of each entry, or of all entries together.
         """
         mean = wide(_mean(form, examples))
-        part = jnp.asarray(examples.total, mean.dtype) / jnp.asarray(examples.divisor, mean.dtype)
+        counted = examples.number if examples.weights is None else jnp.sum(examples.weights)
+        part = jnp.asarray(counted, mean.dtype) / jnp.asarray(examples.divisor, mean.dtype)
         center = mean / jnp.where(part == 0, 1, part)
         square = mean * center if entries else jnp.sum(mean * center)
         second = _mean_of_squares(form, examples) if entries else examples.mean(form.sq_norms())
@@ -75,17 +76,26 @@ class Moments(NamedTuple):
         return self.within + self._between(self.mean**2)
 
     def spread(self) -> Float[Array, "... 2"]:
-        """Return the sum of the variance over all entries, and the squared norm of the mean."""
+        """Return the sum of the variance over all entries, and the squared norm of the mean.
+
+        They are of true means, whatever the sums are divided by.
+        """
         square = jnp.sum(self.mean**2, axis=tuple(range(self.within.ndim, self.mean.ndim)))
-        return jnp.stack([self.within + self._between(square), square], axis=-1)
+        variance, part = self.within + self._between(square), self._whole_part()
+        return jnp.stack([variance / part, square / part**2], axis=-1)
 
     def _between(self, square_of_mean: Array) -> Array:
         """Return the variance of the micro-batches' means; what is no more than rounding is 0."""
         if self.square is None:
             return jnp.zeros((), square_of_mean.dtype)
-        square = square_of_mean / self.part.reshape(-1)[0]  # of a stack's layers they are the same
+        square = square_of_mean / self._whole_part()
         apart = self.square - square
         return jnp.where(apart > 16 * jnp.finfo(apart.dtype).eps * square, apart, 0)
+
+    def _whole_part(self) -> Array:
+        """Return W, which is the same of all layers of a stack, or 1 where nothing counts."""
+        part = self.part.reshape(-1)[0]
+        return jnp.where(part == 0, 1, part)
 
 
 CANCELLED = 1e-3  # of the mean's square: of a difference that is less, a part is rounding
@@ -140,10 +150,7 @@ class PerExampleGrads(Quantity):
         return per_example(params, forms)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
-        """Behind the example axis come the layers of a ``repeat``, as in params."""
-        return jax.tree.map(
-            lambda each: jnp.moveaxis(each.value, each.axis, 0), settled, is_leaf=is_marked
-        )
+        return examples_at(0, settled)
 
 
 class SqNorms(Quantity):
@@ -173,16 +180,29 @@ class SqNorms(Quantity):
 
 
 class Gram(Quantity):
-    """The inner products <g_n, g_m> of all pairs of examples, over all params; (N, N)."""
+    """The inner products <g_n, g_m> of all pairs of examples.
 
-    layerwise: ClassVar[bool] = True
+    Attributes:
+        per_layer: False for (N, N), over all params; True for one (N, N) a layer, where its params
+            stand.
+    """
+
     of_pairs: ClassVar[bool] = True
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(self, "per_layer")
+
+    @property
+    def layerwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.per_layer
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
-        return Total(total(lambda form: form.inner_products(), forms))
+        products = total(lambda form: form.inner_products(), forms)
+        return products if self.per_layer else Total(products)
 
-    def finish(self, settled: PyTree, examples: Examples) -> Float[Array, "n n"]:
-        return everything(settled)
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
+        return settled if self.per_layer else everything(settled)
 
 
 class SecondMoment(Quantity):
@@ -213,7 +233,7 @@ class Variance(Quantity):
         return jax.tree.map(lambda _, form: Moments.of(form, examples, True), params, forms)
 
     def settle(self, taken: PyTree) -> PyTree:
-        return _map_moments(Moments.variance, taken)
+        return map_moments(Moments.variance, taken)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         if examples.given is not None:
@@ -222,76 +242,6 @@ class Variance(Quantity):
                 "the second moment"
             )
         return settled
-
-
-class NoiseScale(Quantity):
-    """tr(S) / |G|^2, with S the covariance of g_n and G its mean, each by its unbiased estimate.
-
-    With v the mean of |g_n - g|^2 and g the gradient, E v = (N - 1) / N tr S and
-    E |g|^2 = |G|^2 + tr S / N give tr S = v N / (N - 1) and |G|^2 = |g|^2 - tr S / N: the simple
-    noise scale of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one
-    batch. Where example n counts w_n, E |g|^2 = |G|^2 + tr S sum_n w_n^2 / (sum_n w_n)^2, so that
-    (sum_n w_n)^2 / sum_n w_n^2 stands for N. Small deviations are safe, as in ``Variance``.
-
-    Attributes:
-        per_param: False for the ratio over all params; True for a ``NoiseParts`` of each, like
-            params and inside ``repeat`` of each layer, whose sums are those over all params.
-        parts: whether to return a ``NoiseParts`` instead of the ratio. Both parts are without bias,
-            and their ratio is not: average each over steps, and divide then.
-    """
-
-    layerwise: ClassVar[bool] = True
-    per_param: bool = False
-    parts: bool = False
-
-    def __post_init__(self) -> None:
-        check_flags(self, "per_param", "parts")
-
-    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
-        return jax.tree.map(
-            lambda _, form: Moments.of(form.compact(), examples, False), params, forms
-        )
-
-    def settle(self, taken: PyTree) -> PyTree:
-        each = _map_moments(Moments.spread, taken)
-        if self.per_param:
-            return each
-        leaves = [leaf.reshape(-1, 2).sum(axis=0) for leaf in jax.tree.leaves(each)]
-        return Total(sum(leaves[1:], start=leaves[0]) if leaves else ())
-
-    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
-        if known(lambda: examples.number < 2):
-            words = "the noise scale is estimated from at least 2 examples"
-            raise ValueError(f"{words}, not {examples.number}")
-        if self.per_param:
-            return jax.tree.map(lambda spread: _parts_of(spread, examples), settled)
-        noise = _parts_of(everything(settled), examples)
-        return noise if self.parts else noise.trace / noise.square
-
-
-class NoiseParts(NamedTuple):
-    """What a noise scale is the ratio of, each without bias.
-
-    Attributes:
-        trace: of the covariance of the per-example gradients.
-        square: |G|^2 of the true gradient, which of a small batch may come out negative.
-    """
-
-    trace: Float[Array, ""]
-    square: Float[Array, ""]
-
-
-def _parts_of(spread: Float[Array, "... 2"], examples: Examples) -> NoiseParts:
-    variance, square_of_mean = spread[..., 0], spread[..., 1]
-    n = examples.number
-    if examples.weights is not None:
-        n = examples.total**2 / jnp.sum(examples.weights**2)
-        n = n.astype(variance.dtype)
-    if examples.given is not None:  # then neither is a mean yet
-        scale = examples.to_mean().astype(variance.dtype)
-        variance, square_of_mean = variance * scale, square_of_mean * scale**2
-    trace = variance * n / (n - 1)
-    return NoiseParts(trace, square_of_mean - trace / n)
 
 
 def per_example(params: Params, forms: PyTree) -> PyTree:
@@ -316,5 +266,6 @@ def rooted(form: Factored, examples: Examples) -> Factored:
     return form if examples.weights is None else form.scaled(jnp.sqrt(examples.weights))
 
 
-def _map_moments(f: Callable[[Moments], Array], taken: PyTree) -> PyTree:
+def map_moments(f: Callable[[Moments], Any], taken: PyTree) -> PyTree:
+    """Return the tree with ``f(moments)`` for the moments of each param."""
     return jax.tree.map(f, taken, is_leaf=lambda node: isinstance(node, Moments))

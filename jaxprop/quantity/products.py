@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -76,14 +77,18 @@ def hvp(net: Layer, loss: Loss) -> OfVector:
         (3, 2)
     """
 
-    def product(params: Params, batch: Batch) -> Product:
-        def grads(arrays: Params) -> Params:
-            ahead = forward(net, loss, merged(params, arrays), batch)
-            return learned(ahead.back(ahead.mean_gradient(), Layerwise(gradient))[0])
-
-        return jax.linearize(grads, learned(params))[1]
-
+    product = functools.partial(hessian, net, loss)
     return _of_vector("hvp", net, loss, product)
+
+
+def hessian(net: Layer, loss: Loss, params: Params, batch: Batch) -> Product:
+    """Return the product of the Hessian of the mean loss with v, for v like the learned params."""
+
+    def grads(arrays: Params) -> Params:
+        ahead = forward(net, loss, merged(params, arrays), batch)
+        return learned(ahead.back(ahead.mean_gradient(), Layerwise(gradient))[0])
+
+    return jax.linearize(grads, learned(params))[1]
 
 
 def ggn_vp(net: Layer, loss: Loss) -> OfVector:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import require
-from jaxprop.core.cotangents import factored
+from jaxprop.core.cotangents import factored, scaled_up
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
@@ -24,11 +24,11 @@ from jaxprop.core.step import Layerwise, Step, Visit
 from jaxprop.core.tree import learned
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Visited
 from jaxprop.core.walk import Forward, check_net_and_loss, forward
-from jaxprop.quantity.base import Quantity, Whole, is_marked
+from jaxprop.quantity.base import Quantity, Whole, is_marked, map_forms
 from jaxprop.quantity.curvature import AddedUp
 from jaxprop.quantity.micro_batches import in_micro_batches
 from jaxprop.quantity.per_example import OfForward
-from jaxprop.quantity.source import Columns, Source
+from jaxprop.quantity.source import Columns, LossGradient, Source
 
 FORMS = "jaxprop.forms"
 SAMPLES = 0x73616D70  # folded into the key, so that samples are drawn apart from what layers draw
@@ -68,13 +68,27 @@ def quantities(
 
 
 def together(
-    net: Layer, loss: Loss, asked: Mapping[str, Quantity], micro_batches: int
+    net: Layer,
+    loss: Loss,
+    asked: Mapping[str, Quantity],
+    micro_batches: int,
+    loss_scale: float | Array = 1.0,
 ) -> Callable[[Params, Batch], dict[str, Any]]:
-    """Return the quantities asked for as a function of (params, batch)."""
+    """Return the quantities asked for as a function of (params, batch).
+
+    Args:
+        net: the network.
+        loss: the loss.
+        asked: the quantities by name.
+        micro_batches: into how many parts the batch is split.
+        loss_scale: what the gradient of the mean loss is multiplied by where the walk back starts,
+            and forms are divided by.
+    """
     check_net_and_loss(net, loss)
     _check_asked(asked, micro_batches)
     settle_early = micro_batches == 1
-    parts = in_micro_batches(net, _parts(net, loss, asked, settle_early), micro_batches)
+    of_parts = _parts(net, loss, asked, settle_early, loss_scale)
+    parts = in_micro_batches(net, of_parts, micro_batches)
 
     def taken_together(params: Params, batch: Batch) -> dict[str, Any]:
         check_uncoupled(net, params, batch.x)
@@ -100,7 +114,11 @@ def together(
 
 
 def _parts(
-    net: Layer, loss: Loss, asked: Mapping[str, Quantity], settle: bool
+    net: Layer,
+    loss: Loss,
+    asked: Mapping[str, Quantity],
+    settle: bool,
+    loss_scale: float | Array,
 ) -> Callable[..., tuple[Array, dict[str, PyTree]]]:
     by_source: dict[Source, dict[str, Quantity]] = {}
     of_forward: dict[str, OfForward] = {}
@@ -114,7 +132,11 @@ def _parts(
         ahead = forward(net, loss, params, batch)
         taken = {name: quantity.of_forward(ahead) for name, quantity in of_forward.items()}
         for source, group in by_source.items():
-            walks = _Walks(group, ahead, learned(params), settle)
+            unscaled = isinstance(loss_scale, int | float) and loss_scale == 1
+            scale = None
+            if source == LossGradient() and not unscaled:
+                scale = loss_scale / ahead.examples.divisor
+            walks = _Walks(group, ahead, learned(params), settle, scale)
             taken |= walks.of(source, batch.key)
         return ahead.value, taken
 
@@ -130,12 +152,14 @@ class _Walks:
         ahead: the pass forward.
         params: the net's learned params.
         settle: whether to settle at each layer what was taken there.
+        scale: what each example's own cotangent is multiplied by where a walk starts, or None.
     """
 
     asked: Mapping[str, Quantity]
     ahead: Forward
     params: Params
     settle: bool
+    scale: float | Array | None = None
 
     def of(self, source: Source, key: Array | None) -> dict[str, PyTree]:
         """Return what was taken, by name."""
@@ -152,11 +176,18 @@ class _Walks:
         """Return what one walk takes."""
 
         def visit(step: Step) -> Taken:
-            forms = factored(step)
+            forms = self._scaled_back(factored(step))
             return Taken({name: self._take(name, step, forms, known) for name in self.asked})
 
+        ct = ct if self.scale is None else scaled_up(ct, self.scale)
         visited, _ = self.ahead.back(ct, self._paid(visit))
         return self._gathered(visited)
+
+    def _scaled_back(self, forms: PyTree) -> PyTree:
+        if self.scale is None:
+            return forms
+        back = jnp.full(self.ahead.examples.number, 1 / self.scale)
+        return map_forms(lambda form: form.scaled(back), forms)
 
     def _one_by_one(self, columns: Columns) -> dict[str, PyTree]:
         """Return what is taken of one column after the other: added up, or stacked."""
@@ -213,7 +244,8 @@ class _Walks:
         """Return what one quantity takes at one layer."""
         quantity = self.asked[name]
         extra = {"before": known[name]} if name in known else {}
-        here = quantity.take(step.learned, forms, self.ahead.examples, **extra)
+        params, forms = (quantity.chosen(step.layer, tree) for tree in (step.learned, forms))
+        here = quantity.take(params, forms, self.ahead.examples, **extra)
         return quantity.settle(here) if self.settle else here
 
     def _gathered(self, visited: Visited) -> dict[str, PyTree]:

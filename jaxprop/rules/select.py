@@ -7,16 +7,11 @@ from typing import Any, TypeAlias
 
 from jaxprop.combinators.shared import Shared
 from jaxprop.core.checks import given, require
-from jaxprop.core.combinator import Combinator, map_children, seen_through
+from jaxprop.core.combinator import Combinator, map_children
 from jaxprop.core.layer import Layer
+from jaxprop.core.where import Path, Where, check_where, is_meant
 from jaxprop.traced.part import Part
 
-Path: TypeAlias = tuple[int | str, ...]
-Where: TypeAlias = Callable[[Layer], bool] | type[Layer] | tuple[type[Layer], ...] | Path
-"""A predicate of a layer, a class or several, or the path to a layer's params in the net's.
-
-A layer behind ``jp.cast`` counts as the one within; in ``jp.repeat`` and ``jp.shared`` the path is
-that of the params, which have no level for the times."""
 Rule: TypeAlias = Callable[[Any], Layer]
 """A function of a layer that returns the layer with another backward."""
 
@@ -34,8 +29,7 @@ def with_rule(net: Layer, rule: Rule, where: Where) -> Layer:
         TypeError: for what is not a net, or says nothing of a layer.
         ValueError: where no layer is meant.
     """
-    if not callable(where) and not isinstance(where, tuple):
-        raise _of_no_layer(where)
+    check_where(where)
     return with_rules(net, {where: rule})
 
 
@@ -57,8 +51,7 @@ def with_rules(
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules are a dict of a rule for each where, not {given(rules)}")
     for where in rules:
-        if not callable(where) and not isinstance(where, tuple):
-            raise _of_no_layer(where)
+        check_where(where)
     found: set[Where] = set()
 
     def of_layer(layer: Layer, path: Path) -> Layer:
@@ -73,21 +66,8 @@ def with_rules(
     return changed
 
 
-def _of_no_layer(where: object) -> TypeError:
-    return TypeError(
-        "where is a predicate of a layer, a class of layers or a tuple of them, or a path such as "
-        f"(0, 'w'), not {where!r}"
-    )
-
-
 def _is_meant(layer: Layer, path: Path, where: Where) -> bool:
-    if isinstance(layer, Part):
-        return True
-    if isinstance(where, tuple) and not (where and all(isinstance(n, type) for n in where)):
-        return path == where
-    if isinstance(where, type | tuple):
-        return isinstance(seen_through(layer), where)  # pyright: ignore[reportArgumentType]
-    return bool(where(seen_through(layer)))
+    return isinstance(layer, Part) or is_meant(layer, path, where)
 
 
 def _mapped(layer: Layer, f: Callable[[Layer, Path], Layer], path: Path) -> Layer:

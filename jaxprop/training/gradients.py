@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_number
-from jaxprop.core.cotangents import gradient
+from jaxprop.core.cotangents import gradient, scaled_up
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Layerwise, Step
 from jaxprop.core.tree import check_learned, learned, like_params, merged
-from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree
+from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward
+from jaxprop.quantity.also import beside
 from jaxprop.quantity.aux import Aux
-from jaxprop.quantity.base import of_examples, unmarked
+from jaxprop.quantity.base import Quantity, of_examples, unmarked
 from jaxprop.quantity.micro_batches import Parts, in_micro_batches
+from jaxprop.quantity.per_example import Gradient, Output
 
+DOC = "Return the mean of the loss, and its gradient."
 Value = Float[Array, ""]
 ValueAndGrad = OfBatch[tuple[Value, Params]]
 
@@ -40,6 +43,7 @@ def value_and_grad(
     loss_scale: float | Array = 1.0,
     micro_batches: int = 1,
     aux: bool = False,
+    also: Mapping[str, Quantity] | None = None,
 ) -> ValueAndGrad:
     """Return ``f(params, x, target) -> (value, grads)`` by the hand-written chain.
 
@@ -59,14 +63,25 @@ def value_and_grad(
             after the other in the memory of one.
         aux: whether ``f`` returns ``((value, aux), grads)``, with a ``jp.Aux`` that holds the net's
             output y.
+        also: quantities by name, such as ``{"noise": jp.NoiseScale(parts=True)}``, which come back
+            in ``aux.also`` from the same walk, as those of ``jp.quantities`` do.
 
     Raises:
         TypeError: for what is not a net, or not a loss, and for a loss_scale that is no number.
-        ValueError: for a loss_scale that is not positive, and for micro-batches of a net that
-            couples the examples of a batch.
+        ValueError: for a loss_scale that is not positive, for micro-batches or ``also`` of a net
+            that couples the examples of a batch, and for ``also`` without ``aux``.
     """
     check_net_and_loss(net, loss)
     check_number("loss_scale", loss_scale, positive=True)
+    if also is not None:
+        own = {"grads": Gradient(), "y": Output()}
+        f = beside(net, loss, own, also, micro_batches, aux, loss_scale)
+
+        def with_also(params: Params, batch: Batch) -> tuple[Any, Params]:
+            result, quantities = f(params, batch)
+            return (result["value"], Aux(result["y"], also=quantities)), result["grads"]
+
+        return of_batch("value_and_grad", DOC, net, with_also)
 
     def parts(params: Params, batch: Batch) -> tuple[Any, Params]:
         ahead = forward(net, loss, params, batch)
@@ -118,13 +133,6 @@ def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1, aux: bool = Fals
     return _in_form("autodiff", net, in_micro_batches(net, parts, micro_batches))
 
 
-def scaled_up(ct: Cotangent, scale: float | Array) -> Cotangent:
-    """Return the cotangent that a walk starts from, times the loss scale."""
-    if isinstance(scale, int | float) and scale == 1:
-        return ct
-    return jax.tree.map(lambda ct: wide(ct) * scalar_of(scale, wide(ct)), ct)
-
-
 def _in_form(name: str, net: Layer, differentiate: Parts) -> ValueAndGrad:
     """Return the function of a batch whose gradients have the structure of params."""
 
@@ -132,4 +140,4 @@ def _in_form(name: str, net: Layer, differentiate: Parts) -> ValueAndGrad:
         value, grads = differentiate(params, batch)
         return unmarked(value), like_params(params, grads)
 
-    return of_batch(name, "Return the mean of the loss, and its gradient.", net, in_form)
+    return of_batch(name, DOC, net, in_form)

@@ -13,7 +13,7 @@ from jax import Array
 from jaxprop.core.arrays import wide
 from jaxprop.core.batch import Batch, weighted_batch
 from jaxprop.core.combinator import stack_depths
-from jaxprop.core.cotangents import gradient
+from jaxprop.core.cotangents import gradient, scaled_up
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import norm_of_all, norms
@@ -29,7 +29,7 @@ from jaxprop.quantity.micro_batches import dividing, part
 from jaxprop.training.apply import Apply, Options, Seen
 from jaxprop.training.attached import attached
 from jaxprop.training.fused import FusedUpdate, NormsOfMean, mean_with, norms_of_gradient
-from jaxprop.training.gradients import ValueAndGrad, scaled_up
+from jaxprop.training.gradients import ValueAndGrad
 from jaxprop.training.statistics import holds_batch_stats, update_batch_stats
 
 Run = Callable[..., tuple[Params, PyTree, Any]]

@@ -160,7 +160,8 @@ def make_update(
             ``fused``.
         aux: whether ``update`` returns ``(params, state, (value, aux))``, with a ``jp.Aux`` of what
             the step found: the net's output, the norm that ``max_norm`` took, and from
-            ``jp.clipped_grad`` the norms and the share that was clipped.
+            ``jp.clipped_grad`` the norms and the share that was clipped. Any quantity comes along
+            by ``value_and_grad=functools.partial(jp.value_and_grad, also={...})``.
         donate: whether the memory of params and state is used for the results.
 
     Raises:

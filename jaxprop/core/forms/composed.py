@@ -98,6 +98,13 @@ class Repeated(Factored):
     def of_squares(self, squares: Array) -> Float[Array, "l ..."]:
         return jax.vmap(lambda form, squares: form.of_squares(squares))(self.form, squares)
 
+    def squares_of_each(self) -> Array:
+        return jax.vmap(lambda form: form.squares_of_each())(self.form)
+
+    def each_of_squares(self, squares: Array) -> Float[Array, "n l ..."]:
+        each = jax.vmap(lambda form, squares: form.each_of_squares(squares), out_axes=1)
+        return each(self.form, squares)
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:

@@ -27,7 +27,9 @@ from jaxprop.core.types import PyTree
 
 
 @serializable
-class Kronecker(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kronecker:
     """The Kronecker product a (outer) b, for a param of shape (I, O).
 
     A convolution in G groups has a product for each, (G, I, I) and (G, O / G, O / G), and the
@@ -41,12 +43,13 @@ class Kronecker(NamedTuple):
 
     a: Float[Array, "... i i"] | Float[Array, "... i"]
     b: Float[Array, "... o o"]
-    place: Place = Place()
+    place: Place = dataclasses.field(
+        default=Place(), metadata={"static": True, "read": Place._make}
+    )
 
-    def matrices(self, g: Array) -> Float[Array, "... i o"]:
-        """Return what is like the param as the matrices that the factors are of."""
-        shape = (*self.b.shape[:-2], self.a.shape[-1], self.b.shape[-1])
-        return self.place.matrices(g, shape)
+    def __iter__(self) -> Iterator[Array]:
+        """Go through the two factors."""
+        return iter((self.a, self.b))
 
 
 class Sides(NamedTuple):
@@ -211,6 +214,17 @@ class Factored(abc.ABC):
 
     def of_squares(self, squares: Array) -> Array:
         """Return the second moment from the sum of squares, without a look at the form's own ct."""
+        return squares
+
+    def squares_of_each(self) -> Array:
+        """Return what ``each_of_squares`` makes g_n^2 of, with the example on axis 0.
+
+        Those of several cotangents may be added up first.
+        """
+        return wide(self.per_example()) ** 2
+
+    def each_of_squares(self, squares: Array) -> Float[Array, "n ..."]:
+        """Return g_n^2 for each example, without a look at the form's own ct."""
         return squares
 
     def one_by_one(self) -> tuple[list[Array], Callable[[list[Array]], Array]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-from jaxprop.core.serialization import serializable
 
 Sizes = tuple[int, ...]
 
@@ -93,17 +90,14 @@ def named(moves: Moves) -> tuple[tuple[Any, ...], ...]:
     return tuple((type(move).__name__, *move) for move in moves)
 
 
-@serializable
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """How the matrices that a param's Kronecker factors are of lie in the param.
 
     Attributes:
         steps: the moves from the matrices to the param, the last first, as plain facts.
     """
 
-    steps: tuple[tuple[Any, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
+    steps: tuple[tuple[Any, ...], ...] = ()
 
     @classmethod
     def of(cls, moves: Moves) -> Place:

@@ -190,6 +190,16 @@ class Outer(Factored):
             return squares
         return Outer(wide(x[:, 0]) ** 2, squares).sum()
 
+    def squares_of_each(self) -> Array:
+        """Return ct^2, for x^2 (outer) ct^2; along T > 1 positions g_n^2 itself."""
+        return super().squares_of_each() if self._sequences()[0].shape[1] > 1 else self.squares()
+
+    def each_of_squares(self, squares: Array) -> Float[Array, "n i o"]:
+        x, _ = self._sequences()
+        if x.shape[1] > 1:
+            return squares
+        return wide(x[:, 0, :, None]) ** 2 * squares[:, None]
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:

@@ -91,6 +91,12 @@ class Rearranged(Factored):
     def of_squares(self, squares: Array) -> Array:
         return self._back(self.form.of_squares(squares))
 
+    def squares_of_each(self) -> Array:
+        return self.form.squares_of_each()
+
+    def each_of_squares(self, squares: Array) -> Float[Array, "n ..."]:
+        return jax.vmap(self._back)(self.form.each_of_squares(squares))
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
