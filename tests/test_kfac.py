@@ -102,7 +102,7 @@ def test_the_step_is_that_of_the_formulas():
     at = params
     for n in range(3):
         got, state, _ = update(got, state, x, target)
-        new = jp.kronecker_factors(net, LOSS)(at, x, target)
+        new = jp.kronecker_factors(net, LOSS, joint_bias=True)(at, x, target)
         weight = [1, 0.9, 0.81][: n + 1][::-1]
         mean = [new] if n == 0 else [*mean, new]
         total = sum(weight)

@@ -1,6 +1,7 @@
 """Linear algebra with Kronecker factors, eigenvalues put right, and influence."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -248,3 +249,73 @@ def test_small_dtypes(dtype):
     assert jax.tree.map(jnp.result_type, solved) == jax.tree.map(jnp.result_type, params)
     tolerance = 1e-4 if dtype == jnp.float32 else 0.1
     assert relative_error(jax.tree.map(lambda a: a.astype(float), solved), wide) <= tolerance
+
+
+def flat(tree):
+    return jax.flatten_util.ravel_pytree(jp.core.tree.learned(tree))[0]
+
+
+def whole(curvature, params):
+    """The matrix of a curvature, on all learned entries."""
+    zeros, back = jax.flatten_util.ravel_pytree(jp.core.tree.learned(params))
+    unit = jnp.eye(zeros.size)
+    return jax.vmap(lambda e: flat(jp.curvature.times(curvature, back(e))))(unit).T
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("positions", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["dense", "sequence", "convolution", "repeat", "tokens", "lstm"])
+def test_a_joint_bias_is_a_row_of_its_matrix(name, positions):
+    """Its products with the matrix's entries are in the block then."""
+    net, params, x, target = problem(name)
+    given = {"positions": positions, "others": "diagonal", "joint_bias": True}
+    factors = jp.kronecker_factors(net, LOSS, **given)(params, x, target)
+    corrected = jp.curvature.ekfac_factors(net, LOSS, **given)(params, x, target)
+    tree = jax.tree.map(lambda p: jnp.asarray(normal(*p.shape)), params)
+    exact = jp.ggn_root(net, LOSS)(params, x, target)
+    leaves = [leaf.reshape(-1, leaf[0, 0].size) for leaf in learned(exact)]
+    rows = jnp.concatenate(leaves, axis=1)
+    block = rows.T @ rows / len(x)
+    for curvature in (factors, corrected):
+        matrix = whole(curvature, params)
+        damped = matrix + 0.2 * jnp.eye(len(matrix))
+        solved = jp.curvature.solve(curvature, tree, 0.2)
+        assert relative_error(damped @ flat(solved), flat(tree)) <= 1e-10
+        logdet = jp.curvature.logdet(curvature, 0.2)
+        assert relative_error(logdet, jnp.linalg.slogdet(damped)[1]) <= 1e-10
+    if name in ("dense", "sequence", "convolution", "repeat"):
+        matrix = whole(corrected, params)
+        assert relative_error(jnp.trace(matrix), jnp.trace(block)) <= 1e-10
+        assert abs(jnp.vdot(block - matrix, matrix)) <= 1e-10 * jnp.vdot(block, block)
+
+
+@pytest.mark.parametrize("name", ["dense", "convolution"])
+def test_influence_and_laplace_with_a_joint_bias(name):
+    net, params, x, target = problem(name)
+    curvature = jp.curvature.ekfac_factors(net, LOSS, joint_bias=True)(params, x, target)
+    matrix = whole(curvature, params)
+    inverse = jnp.linalg.inv(matrix + 0.3 * jnp.eye(len(matrix)))
+    each = learned(jp.per_example_grads(net, LOSS)(params, x, target))
+    g = jnp.concatenate([leaf.reshape(len(x), -1) for leaf in each], axis=1)
+    got = jp.curvature.influence(net, LOSS)(params, (x, target), (x, target), curvature, 0.3)
+    assert relative_error(got, g @ inverse @ g.T) <= 1e-10
+    alone = jp.curvature.self_influence(net, LOSS)(params, x, target, curvature, 0.3)
+    assert relative_error(alone, jnp.diagonal(g @ inverse @ g.T)) <= 1e-10
+    posterior = jp.laplace(net, LOSS)(params, x, target)._replace(curvature=curvature)
+    _, covariance = posterior.with_prior(0.3 * len(x)).outputs(x)
+    of_one = jax.jacrev(lambda p, x: net(p, x[None])[0])
+    rows = jax.tree.leaves(jax.vmap(of_one, (None, 0))(params, x))
+    j = jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in rows], axis=2)
+    want = jnp.einsum("ncp,pq,ndq->ncd", j, inverse, j) / len(x)
+    assert relative_error(covariance, want) <= 1e-10
+
+
+def test_one_example_s_block_is_the_product_with_its_bias():
+    net, params, x, target = problem("dense")
+    net, params = jp.chain(net.children()[0].layer), params[:1]
+    loss, x, target = jp.HalfSquaredError(), x[:1], jnp.asarray(normal(1, 6))
+    factors = jp.kronecker_factors(net, loss, joint_bias=True)(params, x, target)
+    jacobian = jax.jacrev(lambda p: net(p, x)[0])(params)
+    rows = jnp.concatenate([leaf.reshape(6, -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
+    assert relative_error(whole(factors, params), rows.T @ rows) <= 1e-12
+    assert factors[0].w.a.shape == (5, 5)

@@ -166,6 +166,19 @@ class Patches(Factored):
         count = count_of(self.ct[..., 0], real, weights)
         return OfX(grams if self.groups > 1 else grams[0], count)
 
+    def sum_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "... i"]:
+        """Return the sum of the patches over examples and positions; of each group's."""
+        if real is not None:
+            real = jnp.any(real, axis=tuple(range(1, real.ndim)))
+        x = wide(self.x) if weights is None else weighted(wide(self.x), weights)
+        axes = tuple(range(self.x.ndim - 1))
+        taps = [tap.sum(axis=axes) for tap in self.windows.shifted(of_real(x, real))]
+        rows = jnp.stack(taps).reshape(self.windows.taps, self.groups, -1)
+        sums = rows.swapaxes(0, 1).reshape(self.groups, -1)
+        return sums if self.groups > 1 else sums[0]
+
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Factored:
         """Return the mean patch and the sum of ct of each example, as a convolution of one window.
 

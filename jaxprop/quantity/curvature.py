@@ -17,11 +17,11 @@ from jax import Array
 
 from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags, check_one_of
-from jaxprop.core.forms import Factored, Kronecker, Place, is_factored
+from jaxprop.core.forms import Factored, Kronecker, Place, is_factored, with_bias
 from jaxprop.core.tree import learned
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, examples_at, map_forms
-from jaxprop.quantity.kronecker import Eigen, is_block, paired
+from jaxprop.quantity.kronecker import Eigen, InBlockBefore, forms_of_blocks, is_block
 from jaxprop.quantity.per_example import per_example, rooted
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source, check_samples
 
@@ -144,18 +144,23 @@ class KroneckerFactors(AddedUp):
         others: what a param has whose cotangent has no two factors, as one that is used in two
             ways, or is in no form: "raise" for ``TypeError``, "skip" for ``()``, "diagonal" for the
             diagonal of its block, an array like the param.
+        joint_bias: whether a bias is a further row of the matrix before it, whose x is 1, so that
+            both have one block, with a (I + 1, I + 1), as in KFAC's paper. It is where a layer's
+            params are a NamedTuple (w, b), as ``Dense``'s and ``Conv``'s; in the place of b's block
+            stands a mark.
     """
 
     samples: int | None = None
     empirical: bool = False
     positions: Literal["expand", "reduce"] = "expand"
     others: Literal["raise", "skip", "diagonal"] = "raise"
+    joint_bias: bool = False
 
     like_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_samples(self.samples)
-        check_flags(self, "empirical")
+        check_flags(self, "empirical", "joint_bias")
         if self.empirical and self.samples is not None:
             raise ValueError(
                 "empirical factors are of the loss gradient: there is nothing to sample"
@@ -174,10 +179,10 @@ class KroneckerFactors(AddedUp):
                 return pair.gram_of_ct()
             return form.squares() if self.others == "diagonal" else ()
 
-        return map_forms(of, forms)
+        return map_forms(of, self._joined(forms))
 
     def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
-        leaves, structure = jax.tree.flatten(forms, is_leaf=is_factored)
+        leaves, structure = jax.tree.flatten(self._joined(forms), is_leaf=is_factored)
 
         def factors(form: Factored, part: Any) -> Any:
             if (pair := self._pair(form, examples)) is not None:
@@ -188,6 +193,20 @@ class KroneckerFactors(AddedUp):
 
         each = map(factors, leaves, structure.flatten_up_to(parts))
         return jax.tree.unflatten(structure, each)
+
+    def _joined(self, forms: PyTree) -> PyTree:
+        """Return the forms with that of a matrix and its bias in the place of the matrix's."""
+
+        def is_node(node: Any) -> bool:
+            return is_factored(node) or getattr(node, "_fields", None) == ("w", "b")
+
+        def of(node: Any) -> Any:
+            if is_factored(node) or not is_factored(node.w) or not is_factored(node.b):
+                return node
+            both = with_bias(node.w, node.b)
+            return node if both is None else node._replace(w=both, b=InBlockBefore())
+
+        return jax.tree.map(of, forms, is_leaf=is_node) if self.joint_bias else forms
 
     def _pair(self, form: Factored, examples: Examples) -> Factored | None:
         """Return the form that the factors are of; None for one that has no two."""
@@ -232,17 +251,21 @@ class EigenvalueCorrection(AddedUp):
         return forms
 
     def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
-        forms, structure = jax.tree.flatten(taken, is_leaf=is_factored)
-        blocks = [block for block, _ in paired("ekfac", self.basis, params)]
+        pairs = forms_of_blocks("ekfac", self.basis, params, taken)
 
-        def values(form: Factored, block: Any) -> Any:
+        def values(block: Any, form: Factored) -> Any:
             form = rooted(form, examples)
             if isinstance(block, Eigen):
                 squares = form.seen(block.sides).second_moment().reshape(block.values.shape)
                 return examples.over(squares)
             return () if isinstance(block, tuple) else examples.over(form.second_moment())
 
-        return structure.unflatten(map(values, forms, blocks))
+        each = [
+            leaf
+            for block, (form, number) in pairs
+            for leaf in (values(block, form), *[InBlockBefore()] * (number - 1))
+        ]
+        return jax.tree.structure(taken, is_leaf=is_factored).unflatten(each)
 
     def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
         return parts

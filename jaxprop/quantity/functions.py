@@ -249,6 +249,7 @@ def kronecker_factors(
     samples: int = 1,
     positions: Literal["expand", "reduce"] = "expand",
     others: Literal["raise", "skip", "diagonal"] = "raise",
+    joint_bias: bool = False,
     micro_batches: int = 1,
 ) -> OfBatch[Params]:
     """Return ``f(params, x, target)``, the Kronecker factors of each param's Gauss-Newton block.
@@ -262,10 +263,12 @@ def kronecker_factors(
         samples: how many walks a key samples.
         positions: "expand" or "reduce", what is made of the positions of a sequence or an image.
         others: what a param without factors has: "raise", "skip" or "diagonal".
+        joint_bias: whether a bias is a further row of its layer's matrix.
         micro_batches: into how many parts the batch is split. Each draws anew.
     """
     exact, sampled = (
-        KroneckerFactors(number, positions=positions, others=others) for number in (None, samples)
+        KroneckerFactors(number, positions=positions, others=others, joint_bias=joint_bias)
+        for number in (None, samples)
     )
     return _exact_or_sampled("kronecker_factors", net, loss, exact, sampled, micro_batches)
 
@@ -277,6 +280,7 @@ def ekfac_factors(
     samples: int = 1,
     positions: Literal["expand", "reduce"] = "expand",
     others: Literal["raise", "skip", "diagonal"] = "raise",
+    joint_bias: bool = False,
     micro_batches: int = 1,
 ) -> OfBatch[Params]:
     """Return ``f(params, x, target)``, Kronecker factors by their eigenvectors, eigenvalues exact.
@@ -291,10 +295,12 @@ def ekfac_factors(
         samples: how many walks a key samples, for each of the two.
         positions: "expand" or "reduce", what is made of the positions of a sequence or an image.
         others: what a param without factors has: "raise", "skip" or "diagonal".
+        joint_bias: whether a bias is a further row of its layer's matrix.
         micro_batches: into how many parts the batch is split. Each draws anew.
     """
     exact, sampled = (
-        KroneckerFactors(number, positions=positions, others=others) for number in (None, samples)
+        KroneckerFactors(number, positions=positions, others=others, joint_bias=joint_bias)
+        for number in (None, samples)
     )
 
     def corrected(params: Params, batch: Batch) -> PyTree:

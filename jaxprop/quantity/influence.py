@@ -14,7 +14,7 @@ from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_number
 from jaxprop.core.cotangents import factored, gradient
 from jaxprop.core.coupling import check_uncoupled
-from jaxprop.core.forms import Factored, is_factored
+from jaxprop.core.forms import Factored
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Layerwise
@@ -23,7 +23,7 @@ from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward
 from jaxprop.quantity.base import everything
 from jaxprop.quantity.between import Pair, check_pair
-from jaxprop.quantity.kronecker import Eigen, eigh, paired, solve
+from jaxprop.quantity.kronecker import Eigen, eigh, forms_of_blocks, solve
 
 
 class Influence(Protocol):
@@ -132,10 +132,8 @@ def self_influence(net: Layer, loss: Loss) -> Any:
         check_uncoupled(net, bound, x)
         ahead = forward(net, loss, bound, Batch(x, target))
         visited, _ = ahead.back(ahead.own_gradient(), factored)
-        forms = jax.tree.leaves(visited, is_leaf=is_factored)
-        pairs = paired("self_influence", eigh(learned(curvature)), params)
-        blocks = [block for block, _ in pairs]
-        return everything([_sq_norms(*pair, damping) for pair in zip(forms, blocks, strict=True)])
+        pairs = forms_of_blocks("self_influence", eigh(learned(curvature)), params, visited)
+        return everything([_sq_norms(form, block, damping) for block, (form, _) in pairs])
 
     of_batch.__name__ = of_batch.__qualname__ = "self_influence"
     return of_batch

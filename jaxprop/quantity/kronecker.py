@@ -24,7 +24,7 @@ from jaxtyping import Float
 from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.checks import check_number, given
 from jaxprop.core.describe import is_array, shapes
-from jaxprop.core.forms import Kronecker, Place, Sides
+from jaxprop.core.forms import Kronecker, Place, Sides, is_factored, with_bias
 from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import learned, like_params
 from jaxprop.core.types import Params, PyTree
@@ -55,16 +55,29 @@ class Eigen:
         """Both sides, as ``form.seen`` takes them."""
         return Sides(self.left, self.right)
 
-    def coordinates(self, g: Array) -> Float[Array, "... i o"]:
-        """Return what is like the param, U^T g V, in the basis of the eigenvectors."""
-        half = wide(self.place.matrices(g, self.values.shape)) @ self.right
+    def coordinates(self, param: Array, *bias: Array) -> Float[Array, "... i o"]:
+        """Return U^T g V, of what is like the param, and like the bias that is g's last row."""
+        *groups, rows, features = self.values.shape
+        g = wide(self.place.matrices(param, (*groups, rows - len(bias), features)))
+        below = [wide(b).reshape(*groups, 1, features).astype(g.dtype) for b in bias]
+        half = jnp.concatenate([g, *below], axis=-2) @ self.right
         return half if self.left is None else self.left.swapaxes(-1, -2) @ half
 
-    def param(self, coordinates: Float[Array, "... i o"], like: Array) -> Array:
-        """Return U coordinates V^T like the param."""
+    def params(self, coordinates: Float[Array, "... i o"], like: Sequence[Array]) -> list[Array]:
+        """Return U coordinates V^T like the param, and like the bias if there is one in it."""
         half = coordinates @ self.right.swapaxes(-1, -2)
         g = half if self.left is None else self.left @ half
-        return self.place.param(g.astype(like.dtype), like.shape)
+        param, *bias = like
+        rows = g.shape[-2] - len(bias)
+        whole = self.place.param(g[..., :rows, :].astype(param.dtype), param.shape)
+        return [whole, *(g[..., rows, :].astype(b.dtype).reshape(b.shape) for b in bias)]
+
+
+@serializable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InBlockBefore:
+    """Stands for the block of a bias that is the last row of the matrix before it."""
 
 
 Decomposed = Callable[[list[Array]], Sequence[tuple[Array, Array]]]
@@ -173,8 +186,11 @@ def is_block(node: object) -> bool:
     return isinstance(node, Kronecker | Eigen)
 
 
-def paired(name: str, curvature: PyTree, tree: Params) -> list[tuple[Any, Array]]:
-    """Return each leaf of a tree like params with its block.
+Pairs = list[tuple[Any, list[Any]]]
+
+
+def paired(name: str, curvature: PyTree, tree: Params) -> Pairs:
+    """Return each block with the leaf of a tree like params that it is of, or with two.
 
     Raises:
         ValueError: for a curvature of other params.
@@ -187,12 +203,44 @@ def paired(name: str, curvature: PyTree, tree: Params) -> list[tuple[Any, Array]
             f"{name}: the curvature is like params, with a block for each, and the tree like them "
             f"too; not {given(curvature)} for {shapes(tree)}"
         ) from None
+    pairs = _grouped(blocks, leaves)
+    for block, of in pairs:
+        _check_block(name, block, of)
+    return pairs
+
+
+def forms_of_blocks(name: str, curvature: PyTree, params: Params, forms: PyTree) -> Pairs:
+    """Return each block with its form, and how many params it is of.
+
+    Args:
+        name: whose the error is.
+        curvature: a tree like params, with a block at each leaf.
+        params: the net's params.
+        forms: a tree like the learned ones, with a form at each leaf.
+    """
+    numbers = [len(leaves) for _, leaves in paired(name, curvature, params)]
+    blocks = jax.tree.structure(learned(params)).flatten_up_to(learned(curvature))
+    leaves = jax.tree.leaves(forms, is_leaf=is_factored)
+    pairs = []
+    for (block, of), number in zip(_grouped(blocks, leaves), numbers, strict=True):
+        form = of[0] if number == 1 else with_bias(*of)
+        assert form is not None
+        pairs.append((block, [form, number]))
+    return pairs
+
+
+def _grouped(blocks: list[Any], leaves: list[Any]) -> Pairs:
+    pairs: Pairs = []
     for block, leaf in zip(blocks, leaves, strict=True):
-        _check_block(name, block, leaf)
-    return list(zip(blocks, leaves, strict=True))
+        if isinstance(block, InBlockBefore):
+            pairs[-1][1].append(leaf)
+        else:
+            pairs.append((block, [leaf]))
+    return pairs
 
 
-def _check_block(name: str, block: Any, leaf: Array) -> None:
+def _check_block(name: str, block: Any, leaves: list[Array]) -> None:
+    leaf, entries = leaves[0], sum(leaf.size for leaf in leaves)
     if type(block) is tuple and not block:
         return
     whole = not isinstance(block, Kronecker | Eigen) or block.place.is_whole
@@ -204,28 +252,28 @@ def _check_block(name: str, block: Any, leaf: Array) -> None:
         size = leaf.size if getattr(block, "shape", None) == leaf.shape else -1
     else:
         raise TypeError(f"{name}: {given(block)} is no block of a curvature")
-    if size != leaf.size and whole:
-        raise ValueError(f"{name}: {shapes(block)} is no block of {shapes(leaf)}")
+    if size != entries and whole:
+        raise ValueError(f"{name}: {shapes(block)} is no block of {shapes(tuple(leaves))}")
 
 
 def _mapped(name: str, f: Callable[[Array], Array], curvature: PyTree, tree: Params) -> Params:
     """Return f(F) tree, for a function of the eigenvalues."""
 
-    def of(block: Any, leaf: Array) -> Array:
+    def of(block: Any, leaves: list[Array]) -> list[Array]:
         if isinstance(block, Kronecker):
             block = eigh(block)
         if isinstance(block, Eigen):
-            mapped = block.param(f(block.values) * block.coordinates(leaf), leaf)
+            mapped = block.params(f(block.values) * block.coordinates(*leaves), leaves)
             if block.place.is_whole:
                 return mapped
+            leaf = leaves[0]
             inside = block.place.param(jnp.ones_like(block.values), leaf.shape)
-            return jnp.where(inside > 0, mapped, f(jnp.zeros(())).astype(leaf.dtype) * leaf)
+            return [jnp.where(inside > 0, mapped[0], f(jnp.zeros(())).astype(leaf.dtype) * leaf)]
         values = jnp.zeros(()) if isinstance(block, tuple) else wide(block)
-        return (f(values) * wide(leaf)).astype(leaf.dtype)
+        return [(f(values) * wide(leaf)).astype(leaf.dtype) for leaf in leaves]
 
-    pairs = paired(name, curvature, tree)
-    each = jax.tree.unflatten(jax.tree.structure(learned(tree)), [of(*pair) for pair in pairs])
-    return like_params(tree, each)
+    each = [leaf for pair in paired(name, curvature, tree) for leaf in of(*pair)]
+    return like_params(tree, jax.tree.unflatten(jax.tree.structure(learned(tree)), each))
 
 
 def _damped(values: Array, damping: float | Array) -> Array:

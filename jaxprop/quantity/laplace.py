@@ -16,7 +16,7 @@ from jaxprop.core.checks import check_count, check_key, check_number, check_one_
 from jaxprop.core.cotangents import factored
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, Outer, is_factored
+from jaxprop.core.forms import Factored, Outer
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -25,7 +25,7 @@ from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
 from jaxprop.quantity.base import everything
 from jaxprop.quantity.curvature import DiagGGN, KroneckerFactors
-from jaxprop.quantity.kronecker import Eigen, eigh, is_block, logdet, paired, whiten
+from jaxprop.quantity.kronecker import Eigen, eigh, forms_of_blocks, is_block, logdet, whiten
 from jaxprop.quantity.together import together
 
 STRUCTURES = ("kronecker", "diagonal")
@@ -133,13 +133,9 @@ class Posterior(NamedTuple):
             return self.net.walk(bound, residuals, ct, factored)[0]
 
         visited = jax.vmap(forms)(jnp.eye(number, dtype=y.dtype))
-        each = jax.tree.leaves(visited, is_leaf=is_factored)
-        damping = self.prior / self.examples
-        blocks = [block for block, _ in paired("outputs", self.curvature, self.params)]
-        covariances = [
-            _covariance(*pair, damping, y.shape[0]) for pair in zip(each, blocks, strict=True)
-        ]
-        total = everything(covariances)
+        damping, examples = self.prior / self.examples, y.shape[0]
+        pairs = forms_of_blocks("outputs", self.curvature, self.params, visited)
+        total = everything([_covariance(form, b, damping, examples) for b, (form, _) in pairs])
         return y, total / scalar_of(self.examples, total)
 
     def probabilities(self, x: PyTree, *, mask: Array | None = None) -> Float[Array, "n c"]:

@@ -68,6 +68,7 @@ def kfac(
     decay: float = 0.95,
     samples: int | None = 1,
     positions: Literal["expand", "reduce"] = "expand",
+    joint_bias: bool = True,
     every: int = 1,
     inverse_every: int = 10,
     damping_every: int = 5,
@@ -103,6 +104,7 @@ def kfac(
         samples: how many walks sample F, each from targets that are drawn from the model; None for
             the exact root, a walk for each output.
         positions: "expand" or "reduce", as in ``jp.kronecker_factors``.
+        joint_bias: whether a bias is a further row of its layer's matrix.
         every: the factors are taken each so many steps.
         inverse_every: they are decomposed each so many steps.
         damping_every: the damping is looked at each so many steps, which costs a pass forward.
@@ -125,7 +127,7 @@ def kfac(
         check_count(f"kfac: {name}", count)
     if not callable(learning_rate):
         _check_numbers(learning_rate=learning_rate)
-    asked = KroneckerFactors(samples, positions=positions, others="diagonal")
+    asked = KroneckerFactors(samples, positions=positions, others="diagonal", joint_bias=joint_bias)
     taken = together(net, loss, {"it": asked}, micro_batches)
     mean_loss = loss_fn(net, loss)
     decomposed = None if mesh is None else in_shares(mesh)

@@ -1,5 +1,6 @@
 """Factored cotangents, a class for each way in which a parameter meets its input."""
 
+from jaxprop.core.forms.biased import Biased, with_bias
 from jaxprop.core.forms.composed import Joint, Repeated, joint
 from jaxprop.core.forms.form import (
     Factored,
@@ -37,6 +38,7 @@ from jaxprop.core.forms.outer import (
 from jaxprop.core.forms.rearranged import Rearranged
 
 __all__ = [
+    "Biased",
     "Factored",
     "Joint",
     "Kronecker",
@@ -68,4 +70,5 @@ __all__ = [
     "pairs_are_cheaper",
     "sq_norms",
     "through",
+    "with_bias",
 ]

@@ -191,6 +191,10 @@ class Factored(abc.ABC):
         """The shape of the matrices that its factors are of."""
         return self.sizes
 
+    def matrices(self, g: Array) -> Array:
+        """Return a g_n as the matrices that the factors are of."""
+        return self.place.matrices(g, self.matrix_shape)
+
     def projected(self, sides: Sides) -> Float[Array, "n k l"]:
         """Return left^T g_n right for each example, with g_n a matrix of ``sizes``."""
         each, alone = self.one_by_one()
@@ -265,6 +269,20 @@ class Factored(abc.ABC):
         """
         raise TypeError(f"{type(self).__name__} has no Kronecker factors: {self.unfactored}")
 
+    def sum_of_x(
+        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> Float[Array, "... i"]:
+        """Return the sum of the input over examples and positions, for a bias beside the matrix.
+
+        Args:
+            real: as in ``gram_of_x``.
+            weights: as in ``gram_of_x``.
+
+        Raises:
+            TypeError: for a form that has no two factors.
+        """
+        raise TypeError(f"{type(self).__name__} has no Kronecker factors: {self.unfactored}")
+
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Factored:
         """Return the form with the mean of the input and the sum of ct for its one position.
 
@@ -326,8 +344,7 @@ class Seen(Factored):
 
     def one_by_one(self) -> tuple[list[Array], Callable[[list[Array]], Array]]:
         each, alone = self.form.one_by_one()
-        place, shape = self.form.place, self.form.matrix_shape
-        return each, lambda one: _between(self.sides, place.matrices(alone(one), shape))
+        return each, lambda one: _between(self.sides, self.form.matrices(alone(one)))
 
 
 def through(x: Float[Array, "... i"], side: Float[Array, "i k"] | None) -> Float[Array, "... k"]:
