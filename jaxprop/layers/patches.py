@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import field
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -90,12 +90,11 @@ class Patches(Factored):
     def inner_products(self) -> Float[Array, "n n"]:
         return self._outers(Outer.inner_products, self.x, self.ct).sum(axis=0)
 
+    def for_products(self, other: Factored) -> Factored:
+        return self if self._in_pairs(other) else super().for_products(other)
+
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
-        if not isinstance(other, Patches) or other.windows != self.windows:
-            return super().products_with(other)
-        (n, *positions, features), (m, *others, _) = self.ct.shape, other.ct.shape
-        i, o = self.sizes[0], features // self.groups
-        if not pairs_are_cheaper(n, math.prod(positions), m, math.prod(others), i, o):
+        if not self._in_pairs(other):
             return super().products_with(other)  # by patches of some examples at a time
 
         def of_groups(form: Patches) -> Outer:
@@ -104,6 +103,13 @@ class Patches(Factored):
 
         pair = of_groups(self), of_groups(other)
         return jax.vmap(lambda a, b: a.products_with(b))(*pair).sum(axis=0)
+
+    def _in_pairs(self, other: Factored) -> TypeGuard[Patches]:
+        if not isinstance(other, Patches) or other.windows != self.windows:
+            return False
+        (n, *positions, features), (m, *others, _) = self.ct.shape, other.ct.shape
+        sizes = self.sizes[0], features // self.groups
+        return pairs_are_cheaper(n, math.prod(positions), m, math.prod(others), *sizes)
 
     @property
     def sizes(self) -> tuple[int, int]:
