@@ -71,7 +71,7 @@ def trace(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = Parser("TracIn on scikit-learn's digits.")
     parser.add(
-        ("epochs", positive, 20, "passes over the digits, with a checkpoint after each"),
+        ("epochs", positive, 20, "epochs, with a checkpoint each"),
         ("batch", positive, 16, "digits per step"),
         ("rate", above_zero, 0.1, "learning rate of SGD"),
         ("flipped", above_zero, 0.05, "share of the training labels that are made wrong"),

@@ -20,6 +20,7 @@ from jaxprop.core.forms import (
     OfX,
     Outer,
     Sides,
+    Stacked,
     count_of,
     gram,
     norms_of_all,
@@ -91,10 +92,19 @@ class Patches(Factored):
         return self._outers(Outer.inner_products, self.x, self.ct).sum(axis=0)
 
     def for_products(self, other: Factored) -> Factored:
-        return self if self._in_pairs(other) else super().for_products(other)
+        if not self._is_like(other):
+            return super().for_products(other)
+        if self._in_pairs(other):
+            return self
+
+        def of_examples(x: Array, ct: Array) -> Array:
+            g = self._outers(lambda pair: Outer(pair.ct, pair.x).per_example(), wide(x), wide(ct))
+            return jnp.moveaxis(g, 0, 1)
+
+        return Stacked(self._in_blocks(functools.partial(_stacked, of_examples), self.x, self.ct))
 
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
-        if not self._in_pairs(other):
+        if not (self._is_like(other) and self._in_pairs(other)):
             return super().products_with(other)  # by patches of some examples at a time
 
         def of_groups(form: Patches) -> Outer:
@@ -104,9 +114,10 @@ class Patches(Factored):
         pair = of_groups(self), of_groups(other)
         return jax.vmap(lambda a, b: a.products_with(b))(*pair).sum(axis=0)
 
-    def _in_pairs(self, other: Factored) -> TypeGuard[Patches]:
-        if not isinstance(other, Patches) or other.windows != self.windows:
-            return False
+    def _is_like(self, other: Factored) -> TypeGuard[Patches]:
+        return isinstance(other, Patches) and other.windows == self.windows
+
+    def _in_pairs(self, other: Patches) -> bool:
         (n, *positions, features), (m, *others, _) = self.ct.shape, other.ct.shape
         sizes = self.sizes[0], features // self.groups
         return pairs_are_cheaper(n, math.prod(positions), m, math.prod(others), *sizes)

@@ -67,8 +67,9 @@ def ntk(net: Layer, *, full: bool = False) -> Callable[..., Array]:
 
     With J_n the Jacobian of the output y (C,) of example n by the params, it is
     tr J_n J_m^T / C, (N, M), or in full J_n J_m^T, (N, M, C, C) (Jacot et al. 2018,
-    https://arxiv.org/abs/1806.07572). A walk back from each output leaves factors, whose products
-    are formed without the Jacobian.
+    https://arxiv.org/abs/1806.07572). A walk back from all outputs at once leaves factors, of which
+    each layer's products are formed without the Jacobian, as in the structured derivatives of Novak
+    et al. 2022, https://arxiv.org/abs/2206.08720; or of the layer's own g_n where that is cheaper.
 
     Args:
         net: the network, whose y is one array; more axes than one count as one.
@@ -161,9 +162,9 @@ def _products(form: Factored, other: Factored) -> Float[Array, "n m"]:
     return form.products_with(other)
 
 
-def _beside_each_other(ct: Float[Array, "c n ... o"]) -> Float[Array, "n ... oc"]:
+def _beside_each_other(ct: Float[Array, "c n ... o"]) -> Float[Array, "n ... co"]:
     """Return the features of all outputs as those of one."""
-    return jnp.moveaxis(ct, 0, -1).reshape(*ct.shape[1:-1], -1)
+    return jnp.moveaxis(ct, 0, -2).reshape(*ct.shape[1:-1], -1)
 
 
 def _added(taken: PyTree, axes: int) -> Array:
