@@ -130,6 +130,11 @@ SMALL = {
     ),
     "influence.py": (("--steps", 20, "--left-out", 3), r"influence by the Hessian +\S+"),
     "laplace.py": (("--epochs", 2), r" mean +\d+% +\S+ +\S+"),
+    "spectrum.py": (
+        (*GPT[:10], "--train", 2, "--lanczos", 6, "--probes", 1, "--cg", 3),
+        r"negative part of sum \|λ\| +\S+% +\S+%[^%]*a Newton step, 3 products",
+    ),
+    "tracin.py": (("--epochs", 3), r"flipped labels: area \S+"),
     "gpt.py": (GPT, r"held out \S+ bits"),
     "lstm.py": (("--steps", 10, "--features", 8, "--batch", 2), r"held out \S+ bits"),
     "resnet.py": (

@@ -69,6 +69,9 @@ class Rows(Factored):
 
         return jax.lax.map(with_all, (ids, ct))
 
+    def for_products(self, other: Factored) -> Rows:
+        return self
+
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
         """Return sum_ts [ids_nt = ids_ms] ct_nt . ct_ms."""
         if not isinstance(other, Rows):

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import field
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxprop.core.forms import (
     Outer,
     Place,
     Sides,
+    Stacked,
     Transposed,
     count_of,
     gram,
@@ -92,12 +93,20 @@ class Patches(Factored):
     def inner_products(self) -> Float[Array, "n n"]:
         return self._outers(Outer.inner_products, self.x, self.ct).sum(axis=0)
 
+    def for_products(self, other: Factored) -> Factored:
+        if not self._is_like(other):
+            return super().for_products(other)
+        if self._in_pairs(other):
+            return self
+
+        def of_examples(x: Array, ct: Array) -> Array:
+            g = self._outers(lambda pair: Outer(pair.ct, pair.x).per_example(), wide(x), wide(ct))
+            return jnp.moveaxis(g, 0, 1)
+
+        return Stacked(self._in_blocks(functools.partial(_stacked, of_examples), self.x, self.ct))
+
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
-        if not isinstance(other, Patches) or other.windows != self.windows:
-            return super().products_with(other)
-        (n, *positions, features), (m, *others, _) = self.ct.shape, other.ct.shape
-        i, o = self.sizes[0], features // self.groups
-        if not pairs_are_cheaper(n, math.prod(positions), m, math.prod(others), i, o):
+        if not (self._is_like(other) and self._in_pairs(other)):
             return super().products_with(other)  # by patches of some examples at a time
 
         def of_groups(form: Patches) -> Outer:
@@ -106,6 +115,14 @@ class Patches(Factored):
 
         pair = of_groups(self), of_groups(other)
         return jax.vmap(lambda a, b: a.products_with(b))(*pair).sum(axis=0)
+
+    def _is_like(self, other: Factored) -> TypeGuard[Patches]:
+        return isinstance(other, Patches) and other.windows == self.windows
+
+    def _in_pairs(self, other: Patches) -> bool:
+        (n, *positions, features), (m, *others, _) = self.ct.shape, other.ct.shape
+        sizes = self.sizes[0], features // self.groups
+        return pairs_are_cheaper(n, math.prod(positions), m, math.prod(others), *sizes)
 
     @property
     def sizes(self) -> tuple[int, int]:

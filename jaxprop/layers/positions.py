@@ -53,6 +53,9 @@ class Leading(Factored):
     def inner_products(self) -> Float[Array, "n n"]:
         return Stacked(self.ct).inner_products()
 
+    def for_products(self, other: Factored) -> Leading:
+        return self
+
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
         if not isinstance(other, Leading):
             return super().products_with(other)

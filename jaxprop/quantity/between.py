@@ -17,14 +17,16 @@ from jaxprop.core.checks import check_flag, require
 from jaxprop.core.cotangents import factored
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import is_factored
+from jaxprop.core.forms import Factored, Outer, Rearranged, Stacked, is_factored
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
+from jaxprop.core.step import Layerwise, Visit
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward
-from jaxprop.quantity.base import everything
+from jaxprop.quantity.base import everything, map_forms
 
 Pair = tuple[PyTree, PyTree]
+OUTPUTS = 16  # walks at a time, for a trace
 
 
 def inner_products(net: Layer, loss: Loss) -> Callable[..., Float[Array, "n m"]]:
@@ -65,8 +67,9 @@ def ntk(net: Layer, *, full: bool = False) -> Callable[..., Array]:
 
     With J_n the Jacobian of the output y (C,) of example n by the params, it is
     tr J_n J_m^T / C, (N, M), or in full J_n J_m^T, (N, M, C, C) (Jacot et al. 2018,
-    https://arxiv.org/abs/1806.07572). A walk back from each output leaves factors, whose products
-    are formed without the Jacobian.
+    https://arxiv.org/abs/1806.07572). A walk back from all outputs at once leaves factors, of which
+    each layer's products are formed without the Jacobian, as in the structured derivatives of Novak
+    et al. 2022, https://arxiv.org/abs/2206.08720; or of the layer's own g_n where that is cheaper.
 
     Args:
         net: the network, whose y is one array; more axes than one count as one.
@@ -87,44 +90,114 @@ def ntk(net: Layer, *, full: bool = False) -> Callable[..., Array]:
     ) -> Array:
         """Return the tangent kernel between the examples of x and those of x2."""
         bound = net.bind(params, key=key, mask=mask)
-        forms, outputs = _by_output(net, bound, x)
-        others, _ = (forms, outputs) if x2 is None else _by_output(net, bound, x2)
-        columns = jnp.arange(outputs)
-        if not full:
+        walk, outputs = _by_output(net, bound, x)
+        between = _over_outputs(outputs, full)
+        if x2 is None:
 
-            def trace(c: Array) -> Float[Array, "n m"]:
-                return products(forms(c), others(c))
+            def with_itself(form: Factored) -> Array:
+                form = form.for_products(form)
+                return between(form, form)
 
-            return sum_over(trace, columns) / outputs
-        row = jax.vmap(products, (None, 0))
-        of_all = jax.vmap(others)(columns)
-        return jnp.moveaxis(jax.lax.map(lambda c: row(forms(c), of_all), columns), (0, 1), (2, 3))
+            def of_output(c: Array) -> PyTree:
+                return walk(c, Layerwise(lambda step: map_forms(with_itself, factored(step))))
+
+        else:
+            walk2, _ = _by_output(net, bound, x2)
+
+            def of_output(c: Array) -> PyTree:
+                pairs = _beside(walk(c, factored), walk2(c, factored))
+                return [between(f.for_products(o), o.for_products(f)) for f, o in pairs]
+
+        def over(outputs: Array) -> Array:
+            taken = jax.vmap(of_output, out_axes=-2 if full else None)(outputs)
+            return _added(taken, 4 if full else 2)
+
+        most = outputs if full else -(-outputs // -(-outputs // OUTPUTS))
+        blocks = jnp.arange(-(-outputs // most) * most).reshape(-1, most)
+        # A loop of one step is none: a CPU's convolutions are slow in it.
+        total = over(blocks[0]) if len(blocks) == 1 else sum_over(over, blocks)
+        return total if full else total / outputs
 
     kernel.__name__ = kernel.__qualname__ = "ntk"
     return kernel
 
 
+def _over_outputs(outputs: int, full: bool) -> Callable[[Factored, Factored], Array]:
+    """Return a function of two forms of one param, for a walk from one output under ``vmap``.
+
+    There the forms' ct have an axis of outputs, and what does not depend on them, as x, has none.
+    It gives the products of equal outputs, summed, (N, M), or of all pairs, (C, N, M, C).
+    """
+
+    @jax.custom_batching.custom_vmap
+    def between(form: Factored, other: Factored) -> Array:
+        products = _products(form, other)  # 0: it is linear in ct, and the same for each output
+        return jnp.stack([products] * outputs, axis=-1) if full else products
+
+    @between.def_vmap
+    def of_all(size: int, has: Any, form: Any, other: Any) -> tuple[Array, bool]:
+        kinds, batched = {type(form), type(other)}, all(jax.tree.leaves(has))
+        if kinds == {Rearranged} and form.moves == other.moves:
+            return of_all(size, [each.form for each in has], form.form, other.form)
+        if kinds == {Stacked} and batched:
+            g, h = (jnp.moveaxis(each.g, 0, 1) for each in (form, other))  # (N, C, ...)
+            if not full:
+                return Stacked(g).products_with(Stacked(h)), False
+            rows = [Stacked(each.reshape(-1, *each.shape[2:])) for each in (g, h)]
+            products = rows[0].products_with(rows[1]).reshape(*g.shape[:2], *h.shape[:2])
+            return jnp.moveaxis(products, 1, 0), True
+        if kinds == {Outer} and not full and not (has[0].x or has[1].x):
+            wider = [Outer(each.x, _beside_each_other(each.ct)) for each in (form, other)]
+            return wider[0].products_with(wider[1]), False
+        axes, others = jax.tree.map(lambda has: 0 if has else None, tuple(has))
+        if full:
+            of_row = jax.vmap(_products, (None, others), 2)
+            return jax.vmap(of_row, (axes, None))(form, other), True
+        return jax.vmap(_products, (axes, others))(form, other).sum(axis=0), False
+
+    return between
+
+
+def _products(form: Factored, other: Factored) -> Float[Array, "n m"]:
+    return form.products_with(other)
+
+
+def _beside_each_other(ct: Float[Array, "c n ... o"]) -> Float[Array, "n ... co"]:
+    """Return the features of all outputs as those of one."""
+    return jnp.moveaxis(ct, 0, -2).reshape(*ct.shape[1:-1], -1)
+
+
+def _added(taken: PyTree, axes: int) -> Array:
+    """Return the sum over all params, and over the layers in front where they are stacked."""
+    leaves = jax.tree.leaves(taken)
+    return everything([each.reshape(-1, *each.shape[each.ndim - axes :]).sum(0) for each in leaves])
+
+
 def products(forms: PyTree, others: PyTree) -> Float[Array, "n m"]:
     """Return the inner products of two batches' gradients, over all params."""
+    return everything([_products(*pair) for pair in _beside(forms, others)])
+
+
+def _beside(forms: PyTree, others: PyTree) -> list[tuple[Factored, Factored]]:
+    """Return the two forms of each param."""
     each, structure = jax.tree.flatten(forms, is_leaf=is_factored)
-    beside = structure.flatten_up_to(others)
-    return everything([form.products_with(o) for form, o in zip(each, beside, strict=True)])
+    return list(zip(each, structure.flatten_up_to(others), strict=True))
 
 
-def _by_output(net: Layer, params: Params, x: PyTree) -> tuple[Callable[[Array], PyTree], int]:
-    """Return the forms for a walk back from one of the outputs, and how many there are."""
+def _by_output(net: Layer, params: Params, x: PyTree) -> tuple[Callable[..., PyTree], int]:
+    """Return a walk back from one of the outputs, and how many there are."""
     check_uncoupled(net, params, x)
     y, residuals = net.forward(params, x)
     if not hasattr(y, "shape"):
         raise TypeError(f"ntk: {net} gives {shapes(y)}, not one array")
     outputs = math.prod(y.shape[1:])
 
-    def forms(c: Array) -> PyTree:
+    def walk(c: Array, visit: Visit) -> PyTree:
         one = jax.nn.one_hot(c, outputs, dtype=y.dtype).reshape(1, *y.shape[1:])
         ct = jnp.broadcast_to(one, y.shape)
-        return net.walk(params, residuals, ct, factored)[0]
+        return net.walk(params, residuals, ct, visit)[0]
 
-    return forms, outputs
+    return walk, outputs
 
 
 def check_pair(name: str, batch: object) -> None:

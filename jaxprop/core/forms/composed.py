@@ -69,6 +69,9 @@ class Repeated(Factored):
     def inner_products(self) -> Float[Array, "n n"]:
         return jax.lax.map(lambda form: form.inner_products(), self.form).sum(axis=0)
 
+    def for_products(self, other: Factored) -> Repeated:
+        return self
+
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
         if not isinstance(other, Repeated):
             return super().products_with(other)

@@ -169,11 +169,18 @@ class Factored(abc.ABC):
         g = g.reshape(g.shape[0], math.prod(g.shape[1:]))
         return g @ g.T
 
+    def for_products(self, other: Factored) -> Factored:
+        """Return what to ask for ``products_with(other.for_products(self))``: g_n, or this form.
+
+        The entries of g_n may lie in another order, if they do so in both.
+        """
+        return Stacked(wide(self.per_example()))
+
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
         """Return <g_n, h_m> with each h_m of another batch's form of the same param."""
         g, h = (wide(form.per_example()) for form in (self, other))
         size = math.prod(g.shape[1:])
-        return g.reshape(g.shape[0], size) @ h.reshape(h.shape[0], size).T
+        return jnp.einsum("ni,mi->nm", g.reshape(g.shape[0], size), h.reshape(h.shape[0], size))
 
     @property
     def place(self) -> Place:

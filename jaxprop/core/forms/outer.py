@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.arrays import known, sum_over, weighted, wide
-from jaxprop.core.forms.form import Factored, OfX, Sides, norms, sq_norms, through
+from jaxprop.core.forms.form import Factored, OfX, Sides, Stacked, norms, sq_norms, through
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.serialization import serializable
 
@@ -154,16 +154,25 @@ class Outer(Factored):
             return super().inner_products()
         return _products_of_pairs(x, ct)
 
+    def for_products(self, other: Factored) -> Factored:
+        if not isinstance(other, Outer):
+            return super().for_products(other)
+        return (
+            self if self._in_pairs(other) else Stacked(_each(*map(wide, self._sequences()[::-1])))
+        )
+
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
         """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), where cheaper."""
-        if not isinstance(other, Outer):
+        if not isinstance(other, Outer) or not self._in_pairs(other):
             return super().products_with(other)
         (x, ct), (x2, ct2) = (map(wide, form._sequences()) for form in (self, other))
-        (n, t, i), o, (m, s, _) = x.shape, ct.shape[-1], x2.shape
-        if not pairs_are_cheaper(n, t, m, s, i, o):
-            return super().products_with(other)
         products = jnp.einsum("nti,msi->ntms", x, x2) * jnp.einsum("nto,mso->ntms", ct, ct2)
         return products.sum(axis=(1, 3))
+
+    def _in_pairs(self, other: Outer) -> bool:
+        (x, ct), (x2, _) = self._sequences(), other._sequences()
+        (n, t, i), (m, s, _), o = x.shape, x2.shape, ct.shape[-1]
+        return pairs_are_cheaper(n, t, m, s, i, o)
 
     @property
     def sizes(self) -> tuple[int, int]:

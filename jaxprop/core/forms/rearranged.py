@@ -63,6 +63,11 @@ class Rearranged(Factored):
     def inner_products(self) -> Float[Array, "n n"]:
         return self.form.inner_products()
 
+    def for_products(self, other: Factored) -> Factored:
+        if not isinstance(other, Rearranged) or other.moves != self.moves:
+            return super().for_products(other)
+        return Rearranged(self.form.for_products(other.form), self.moves)
+
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
         if not isinstance(other, Rearranged) or other.moves != self.moves:
             return super().products_with(other)
