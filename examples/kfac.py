@@ -64,10 +64,8 @@ def reached(name: str, values: Any, seconds: float, threshold: float) -> int | N
     """Print and return the steps to the threshold."""
     steps = steps_to(values, threshold)
     found = "never" if steps is None else f"{steps:5d} steps, {steps * seconds:5.1f} s"
-    print(
-        f"{name:20} {found:24} {1e3 * seconds:6.1f} ms a step, at the end {values[-1]:.4f}",
-        flush=True,
-    )
+    each = f"{1e3 * seconds:6.1f} ms a step, ends at {values[-1]:.4f}"
+    print(f"{name:18} {found:21} {each}", flush=True)
     return steps
 
 
@@ -112,8 +110,8 @@ def main() -> None:
         sys.exit("\none of them did not reach the threshold: give more steps, or a higher one")
     curves["K-FAC"] = values
     (adam, adam_s), kfac_s = fewest["Adam"], steps * seconds
-    print(f"\nK-FAC {steps} steps, Adam {adam} steps: {adam / steps:.1f} times as many, "
-          f"{adam_s / kfac_s:.1f} times the time")  # fmt: skip
+    times = f"{adam / steps:.1f} times as many, {adam_s / kfac_s:.1f} times the time"
+    print(f"\nK-FAC {steps} steps, Adam {adam} steps: {times}")
     if args.plot is not None:
         draw(curves, args)
 

@@ -114,7 +114,10 @@ SMALL = {
         ("--steps", 4, "--reports", 2, "--features", 8, "--heads", 2, "--length", 8, "--batch", 4),
         r"bits per byte  noise scale +\S+ windows",
     ),
-    "kfac.py": (("--steps", 25, "--threshold", 1.0), r"KFAC +\d+ steps, SGD +\d+ steps"),
+    "kfac.py": (
+        ("--steps", 25, "--adam-steps", 25, "--threshold", 0.6),
+        r"K-FAC \d+ steps, Adam \d+ steps",
+    ),
     "learning_rules.py": (
         ("--net", "mlp", "--epochs", 1, "--seeds", 1),
         r"feedback alignment +\S+ +\S+% +\S+ to \S+ +\d+ +\d+ +\d+ +\d+",
@@ -325,10 +328,11 @@ def test_what_an_example_refuses(script, argv, message, monkeypatch, capsys):
 
 
 @pytest.mark.full
-def test_kfac_takes_fewer_steps_than_tuned_sgd(tmp_path):
-    out = run("kfac.py", "--steps", 130, "--plot", tmp_path / "kfac.png")
-    kfac, sgd = map(int, re.search(r"KFAC (\d+) steps, SGD (\d+) steps", out).groups())
-    assert kfac < 0.75 * sgd
+def test_kfac_takes_fewer_steps_than_tuned_adam(tmp_path):
+    given = "--steps", 80, "--adam-steps", 600, "--threshold", 0.26, "--plot", tmp_path / "kfac.png"
+    out = run("kfac.py", *given)
+    kfac, adam = map(int, re.search(r"K-FAC (\d+) steps, Adam (\d+) steps", out).groups())
+    assert kfac < adam / 3
     assert (tmp_path / "kfac.png").read_bytes().startswith(b"\x89PNG")
 
 
