@@ -58,6 +58,8 @@ from jaxprop.core.loss import Loss
 from jaxprop.core.step import Step as Step, Total as Total
 from jaxprop.core.tree import Key as Key, Mask as Mask, Unlearned, freeze
 from jaxprop.core.walk import loss_fn, walk
+from jaxprop.curvature.laplace import Posterior as Posterior, laplace
+from jaxprop.curvature.products import fisher_vp, ggn_vp, hvp
 from jaxprop.explanation.nonfinite import Finding as Finding, find_nonfinite
 from jaxprop.explanation.record import explain
 from jaxprop.explanation.terms import Explanation as Explanation
@@ -156,8 +158,6 @@ from jaxprop.quantity.functions import (
     second_moment,
     variance,
 )
-from jaxprop.quantity.laplace import Posterior as Posterior, laplace
-from jaxprop.quantity.products import fisher_vp, ggn_vp, hvp
 from jaxprop.quantity.together import quantities
 from jaxprop.traced.coverage import Coverage as Coverage
 from jaxprop.traced.function import function

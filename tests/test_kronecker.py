@@ -150,7 +150,7 @@ def test_corrections_of_micro_batches_and_of_weights(name, positions):
     net, params, x, target = problem(name)
     x, target = (jnp.concatenate([a, a[:1]]) if len(a) % 2 else a for a in (x, target))
     factors = jp.kronecker_factors(net, LOSS, positions=positions)(params, x, target)
-    asked = jp.quantity.EigenvalueCorrection(jp.curvature.eigh(factors))
+    asked = jp.curvature.EigenvalueCorrection(jp.curvature.eigh(factors))
 
     def corrected(x, target, micro_batches=1, weights=None):
         f = jp.quantities(net, LOSS, it=asked, micro_batches=micro_batches)
@@ -168,7 +168,7 @@ def test_sampled_corrections_have_the_mean_of_the_exact_ones():
     basis = jp.curvature.eigh(jp.kronecker_factors(net, LOSS)(params, x, target))
 
     def values(samples, key=None):
-        asked = jp.quantity.EigenvalueCorrection(basis, samples)
+        asked = jp.curvature.EigenvalueCorrection(basis, samples)
         tree = jp.quantities(net, LOSS, it=asked)(params, x, target, key=key)["it"]
         leaves = jax.tree.leaves(tree, is_leaf=jp.curvature.is_block)
         return jnp.concatenate([block.values.ravel() for block in leaves])

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"_command", "core"},
     {"layers", "combinators", "losses", "checking", "quantity"},
-    {"traced"},
+    {"traced", "curvature"},
     {"births"},
-    {"curvature", "forms", "sharding", "models", "training", "explanation"},
+    {"forms", "sharding", "models", "training", "explanation"},
     {"plot", "bench", "walkthrough", "rules"},
     {"cli"},
     {"__main__"},

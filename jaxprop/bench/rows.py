@@ -20,6 +20,7 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import loss_fn
+from jaxprop.curvature.products import OfVector, ggn_vp, hvp
 from jaxprop.layers import AffineParams, Dense, Relu, Sigmoid, Tanh
 from jaxprop.losses import CrossEntropy, HalfSquaredError
 from jaxprop.quantity.functions import (
@@ -33,7 +34,6 @@ from jaxprop.quantity.functions import (
     second_moment,
     variance,
 )
-from jaxprop.quantity.products import OfVector, ggn_vp, hvp
 from jaxprop.training.gradients import ValueAndGrad, autodiff, value_and_grad
 from jaxprop.training.update import make_update
 

@@ -8,13 +8,7 @@ from jaxprop.core.forms import Kronecker, Sides
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import PerExample, Quantity
 from jaxprop.quantity.clipping import Clipped, ClippedMean, automatic, next_max_norm, normalized
-from jaxprop.quantity.curvature import (
-    AddedUp,
-    DiagGGN,
-    EigenvalueCorrection,
-    GGNRoot,
-    KroneckerFactors,
-)
+from jaxprop.quantity.curvature import AddedUp, DiagGGN, GGNRoot, KroneckerFactors
 from jaxprop.quantity.noise import Averaged, NoiseAverage, NoiseParts, NoiseScale
 from jaxprop.quantity.per_example import (
     Gradient,
@@ -35,7 +29,6 @@ __all__ = [
     "Clipped",
     "ClippedMean",
     "DiagGGN",
-    "EigenvalueCorrection",
     "GGNRoot",
     "Gradient",
     "Gram",

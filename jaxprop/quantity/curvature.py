@@ -17,11 +17,9 @@ from jax import Array
 
 from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags, check_one_of
-from jaxprop.core.forms import Factored, Kronecker, Place, is_factored, with_bias
-from jaxprop.core.tree import learned
+from jaxprop.core.forms import Factored, InBlockBefore, Kronecker, Place, is_factored, with_bias
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, examples_at, map_forms
-from jaxprop.quantity.kronecker import Eigen, InBlockBefore, forms_of_blocks, is_block
 from jaxprop.quantity.per_example import per_example, rooted
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source, check_samples
 
@@ -220,64 +218,6 @@ class KroneckerFactors(AddedUp):
             settled,
             is_leaf=lambda node: isinstance(node, _Means),
         )
-
-
-class EigenvalueCorrection(AddedUp):
-    """Eigenvalues of Kronecker factors, put right; like params, with an ``Eigen`` at each leaf.
-
-    In the basis of the factors' eigenvectors the diagonal of the block is E (U^T g V)^2, with g the
-    cotangents that the factors are of. It takes the place of the products of the factors'
-    eigenvalues, and no other diagonal there is nearer to the block (EKFAC, George et al. 2018,
-    https://arxiv.org/abs/1806.03884).
-
-    Attributes:
-        basis: what ``jp.curvature.eigh`` makes of the factors.
-        samples: how many columns are sampled; None for the exact root.
-        empirical: whether the source is the loss gradient.
-    """
-
-    basis: Any
-    samples: int | None = None
-    empirical: bool = False
-
-    like_params: ClassVar[bool] = True
-    layerwise: ClassVar[bool] = False
-
-    @property
-    def source(self) -> Source:
-        return LossGradient() if self.empirical else HessianRoot(self.samples)
-
-    def part(self, forms: PyTree, examples: Examples) -> PyTree:
-        return forms
-
-    def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
-        pairs = forms_of_blocks("ekfac", self.basis, params, taken)
-
-        def values(block: Any, form: Factored) -> Any:
-            form = rooted(form, examples)
-            if isinstance(block, Eigen):
-                squares = form.seen(block.sides).second_moment().reshape(block.values.shape)
-                return examples.over(squares)
-            return () if isinstance(block, tuple) else examples.over(form.second_moment())
-
-        each = [
-            leaf
-            for block, (form, number) in pairs
-            for leaf in (values(block, form), *[InBlockBefore()] * (number - 1))
-        ]
-        return jax.tree.structure(taken, is_leaf=is_factored).unflatten(each)
-
-    def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
-        return parts
-
-    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
-        return forms
-
-    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
-        def of(block: Any, values: Any) -> Any:
-            return dataclasses.replace(block, values=values) if isinstance(block, Eigen) else values
-
-        return jax.tree.map(of, learned(self.basis), settled, is_leaf=is_block)
 
 
 class GGNRoot(Quantity):

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
 from jax import Array
 
 from jaxprop.core.batch import Batch
@@ -24,12 +23,11 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.where import Where
-from jaxprop.quantity import kronecker
 from jaxprop.quantity.also import beside
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import Quantity
 from jaxprop.quantity.clipping import Clipped, Weight
-from jaxprop.quantity.curvature import DiagGGN, EigenvalueCorrection, GGNRoot, KroneckerFactors
+from jaxprop.quantity.curvature import DiagGGN, GGNRoot, KroneckerFactors
 from jaxprop.quantity.noise import NoiseScale
 from jaxprop.quantity.per_example import (
     FiniteLoss,
@@ -271,52 +269,6 @@ def kronecker_factors(
         for number in (None, samples)
     )
     return _exact_or_sampled("kronecker_factors", net, loss, exact, sampled, micro_batches)
-
-
-def ekfac_factors(
-    net: Layer,
-    loss: Loss,
-    *,
-    samples: int = 1,
-    positions: Literal["expand", "reduce"] = "expand",
-    others: Literal["raise", "skip", "diagonal"] = "raise",
-    joint_bias: bool = False,
-    micro_batches: int = 1,
-) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, Kronecker factors by their eigenvectors, eigenvalues exact.
-
-    Like params, with a ``jp.curvature.Eigen`` at each leaf, for ``jp.curvature.solve`` and the
-    rest there: the eigenvectors of ``jp.kronecker_factors``, and in a second walk the diagonal of
-    the curvature in their basis (``jp.quantity.EigenvalueCorrection``).
-
-    Args:
-        net: the network. A param whose cotangent has no two factors raises ``TypeError``.
-        loss: the loss.
-        samples: how many walks a key samples, for each of the two.
-        positions: "expand" or "reduce", what is made of the positions of a sequence or an image.
-        others: what a param without factors has: "raise", "skip" or "diagonal".
-        joint_bias: whether a bias is a further row of its layer's matrix.
-        micro_batches: into how many parts the batch is split. Each draws anew.
-    """
-    exact, sampled = (
-        KroneckerFactors(number, positions=positions, others=others, joint_bias=joint_bias)
-        for number in (None, samples)
-    )
-
-    def corrected(params: Params, batch: Batch) -> PyTree:
-        def asked(quantity: Quantity, key: Array | None) -> PyTree:
-            f = together(net, loss, {"it": quantity}, micro_batches)
-            return f(params, batch._replace(key=key))["it"]
-
-        if batch.key is None:
-            factors, key, drawn = asked(exact, None), None, None
-        else:
-            key, for_factors = jax.random.split(batch.key)
-            factors, drawn = asked(sampled, for_factors), samples
-        return asked(EigenvalueCorrection(kronecker.eigh(factors), drawn), key)
-
-    doc = "Return Kronecker factors by their eigenvectors, with eigenvalues that are exact."
-    return of_batch("ekfac_factors", doc, net, corrected)
 
 
 def ggn_root(

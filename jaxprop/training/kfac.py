@@ -27,9 +27,9 @@ from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import learned, like_params, merged
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, loss_fn
+from jaxprop.curvature.algebra import eigh, solve
+from jaxprop.curvature.products import quadratic_form
 from jaxprop.quantity.curvature import KroneckerFactors
-from jaxprop.quantity.kronecker import eigh, solve
-from jaxprop.quantity.products import quadratic_form
 from jaxprop.quantity.together import together
 from jaxprop.training.shares import in_shares
 

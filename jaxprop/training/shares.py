@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxprop.quantity.kronecker import Decomposed
+from jaxprop.curvature.algebra import Decomposed
 
 
 def in_shares(mesh: Mesh) -> Decomposed:

@@ -4,6 +4,7 @@ from jaxprop.core.forms.biased import Biased, with_bias
 from jaxprop.core.forms.composed import Joint, Repeated, joint
 from jaxprop.core.forms.form import (
     Factored,
+    InBlockBefore,
     Kronecker,
     OfX,
     Sides,
@@ -40,6 +41,7 @@ from jaxprop.core.forms.rearranged import Rearranged
 __all__ = [
     "Biased",
     "Factored",
+    "InBlockBefore",
     "Joint",
     "Kronecker",
     "Move",

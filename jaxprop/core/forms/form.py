@@ -52,6 +52,13 @@ class Kronecker:
         return iter((self.a, self.b))
 
 
+@serializable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InBlockBefore:
+    """Stands for the block of a bias that is the last row of the matrix before it."""
+
+
 class Sides(NamedTuple):
     """Two thin matrices, which a param (I, O) or its cotangent g is seen through: left^T g right.
 

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.checks import check_number, given
 from jaxprop.core.describe import is_array, shapes
-from jaxprop.core.forms import Kronecker, Place, Sides, is_factored, with_bias
+from jaxprop.core.forms import InBlockBefore, Kronecker, Place, Sides, is_factored, with_bias
 from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import learned, like_params
 from jaxprop.core.types import Params, PyTree
@@ -71,13 +71,6 @@ class Eigen:
         rows = g.shape[-2] - len(bias)
         whole = self.place.param(g[..., :rows, :].astype(param.dtype), param.shape)
         return [whole, *(g[..., rows, :].astype(b.dtype).reshape(b.shape) for b in bias)]
-
-
-@serializable
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class InBlockBefore:
-    """Stands for the block of a bias that is the last row of the matrix before it."""
 
 
 Decomposed = Callable[[list[Array]], Sequence[tuple[Array, Array]]]

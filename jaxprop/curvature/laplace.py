@@ -23,9 +23,9 @@ from jaxprop.core.loss import Loss
 from jaxprop.core.tree import learned, merged
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
+from jaxprop.curvature.algebra import Eigen, eigh, forms_of_blocks, is_block, logdet, whiten
 from jaxprop.quantity.base import everything
 from jaxprop.quantity.curvature import DiagGGN, KroneckerFactors
-from jaxprop.quantity.kronecker import Eigen, eigh, forms_of_blocks, is_block, logdet, whiten
 from jaxprop.quantity.together import together
 
 STRUCTURES = ("kronecker", "diagonal")

@@ -18,10 +18,10 @@ from jaxprop.core.step import Layerwise, Step
 from jaxprop.core.tree import learned, like_params, merged
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward
+from jaxprop.curvature.products import Product, hessian
 from jaxprop.quantity.base import examples_at, of_examples, unmarked
 from jaxprop.quantity.micro_batches import in_micro_batches
 from jaxprop.quantity.per_example import per_example as each_gradient
-from jaxprop.quantity.products import Product, hessian
 from jaxprop.quantity.source import check_samples
 from jaxprop.quantity.together import SAMPLES
 

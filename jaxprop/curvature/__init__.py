@@ -6,18 +6,20 @@ of ``jp.diag_ggn``, or ``()`` for none. ``jp.kfac`` and ``jp.laplace`` are made 
 
     algebra      eigh  times  solve  whiten  logdet
     curvatures   ekfac_factors  diag_hessian  Eigen  Kronecker
+    quantity     EigenvalueCorrection
     influence    influence  self_influence
     trees        is_block
 """
 
 from jaxprop.core.forms import Kronecker
-from jaxprop.quantity.diagonals import diag_hessian
-from jaxprop.quantity.functions import ekfac_factors
-from jaxprop.quantity.influence import influence, self_influence
-from jaxprop.quantity.kronecker import Eigen, eigh, is_block, logdet, solve, times, whiten
+from jaxprop.curvature.algebra import Eigen, eigh, is_block, logdet, solve, times, whiten
+from jaxprop.curvature.ekfac import EigenvalueCorrection, ekfac_factors
+from jaxprop.curvature.hessian import diag_hessian
+from jaxprop.curvature.influence_functions import influence, self_influence
 
 __all__ = [
     "Eigen",
+    "EigenvalueCorrection",
     "Kronecker",
     "diag_hessian",
     "eigh",

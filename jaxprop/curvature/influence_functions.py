@@ -21,9 +21,9 @@ from jaxprop.core.step import Layerwise
 from jaxprop.core.tree import learned, merged
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward
+from jaxprop.curvature.algebra import Eigen, eigh, forms_of_blocks, solve
 from jaxprop.quantity.base import everything
 from jaxprop.quantity.between import Pair, check_pair
-from jaxprop.quantity.kronecker import Eigen, eigh, forms_of_blocks, solve
 
 
 class Influence(Protocol):

@@ -1,0 +1,127 @@
+"""Kronecker factors by their eigenvectors, with the eigenvalues put right: EKFAC."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+from jax import Array
+
+from jaxprop.core.batch import Batch, Examples
+from jaxprop.core.forms import Factored, InBlockBefore, is_factored
+from jaxprop.core.functions import of_batch
+from jaxprop.core.layer import Layer
+from jaxprop.core.loss import Loss
+from jaxprop.core.tree import learned
+from jaxprop.core.types import OfBatch, Params, PyTree
+from jaxprop.curvature.algebra import Eigen, eigh, forms_of_blocks, is_block
+from jaxprop.quantity.base import Quantity
+from jaxprop.quantity.curvature import AddedUp, KroneckerFactors
+from jaxprop.quantity.per_example import rooted
+from jaxprop.quantity.source import HessianRoot, LossGradient, Source
+from jaxprop.quantity.together import together
+
+
+class EigenvalueCorrection(AddedUp):
+    """Eigenvalues of Kronecker factors, put right; like params, with an ``Eigen`` at each leaf.
+
+    In the basis of the factors' eigenvectors the diagonal of the block is E (U^T g V)^2, with g the
+    cotangents that the factors are of. It takes the place of the products of the factors'
+    eigenvalues, and no other diagonal there is nearer to the block (EKFAC, George et al. 2018,
+    https://arxiv.org/abs/1806.03884).
+
+    Attributes:
+        basis: what ``jp.curvature.eigh`` makes of the factors.
+        samples: how many columns are sampled; None for the exact root.
+        empirical: whether the source is the loss gradient.
+    """
+
+    basis: Any
+    samples: int | None = None
+    empirical: bool = False
+
+    like_params: ClassVar[bool] = True
+    layerwise: ClassVar[bool] = False
+
+    @property
+    def source(self) -> Source:
+        return LossGradient() if self.empirical else HessianRoot(self.samples)
+
+    def part(self, forms: PyTree, examples: Examples) -> PyTree:
+        return forms
+
+    def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
+        pairs = forms_of_blocks("ekfac", self.basis, params, taken)
+
+        def values(block: Any, form: Factored) -> Any:
+            form = rooted(form, examples)
+            if isinstance(block, Eigen):
+                squares = form.seen(block.sides).second_moment().reshape(block.values.shape)
+                return examples.over(squares)
+            return () if isinstance(block, tuple) else examples.over(form.second_moment())
+
+        each = [
+            leaf
+            for block, (form, number) in pairs
+            for leaf in (values(block, form), *[InBlockBefore()] * (number - 1))
+        ]
+        return jax.tree.structure(taken, is_leaf=is_factored).unflatten(each)
+
+    def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
+        return parts
+
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
+        return forms
+
+    def finish(self, settled: PyTree, examples: Examples) -> PyTree:
+        def of(block: Any, values: Any) -> Any:
+            return dataclasses.replace(block, values=values) if isinstance(block, Eigen) else values
+
+        return jax.tree.map(of, learned(self.basis), settled, is_leaf=is_block)
+
+
+def ekfac_factors(
+    net: Layer,
+    loss: Loss,
+    *,
+    samples: int = 1,
+    positions: Literal["expand", "reduce"] = "expand",
+    others: Literal["raise", "skip", "diagonal"] = "raise",
+    joint_bias: bool = False,
+    micro_batches: int = 1,
+) -> OfBatch[Params]:
+    """Return ``f(params, x, target)``, Kronecker factors by their eigenvectors, eigenvalues exact.
+
+    Like params, with a ``jp.curvature.Eigen`` at each leaf, for ``jp.curvature.solve`` and the
+    rest there: the eigenvectors of ``jp.kronecker_factors``, and in a second walk the diagonal of
+    the curvature in their basis (``EigenvalueCorrection``).
+
+    Args:
+        net: the network. A param whose cotangent has no two factors raises ``TypeError``.
+        loss: the loss.
+        samples: how many walks a key samples, for each of the two.
+        positions: "expand" or "reduce", what is made of the positions of a sequence or an image.
+        others: what a param without factors has: "raise", "skip" or "diagonal".
+        joint_bias: whether a bias is a further row of its layer's matrix.
+        micro_batches: into how many parts the batch is split. Each draws anew.
+    """
+    exact, sampled = (
+        KroneckerFactors(number, positions=positions, others=others, joint_bias=joint_bias)
+        for number in (None, samples)
+    )
+
+    def corrected(params: Params, batch: Batch) -> PyTree:
+        def asked(quantity: Quantity, key: Array | None) -> PyTree:
+            f = together(net, loss, {"it": quantity}, micro_batches)
+            return f(params, batch._replace(key=key))["it"]
+
+        if batch.key is None:
+            factors, key, drawn = asked(exact, None), None, None
+        else:
+            key, for_factors = jax.random.split(batch.key)
+            factors, drawn = asked(sampled, for_factors), samples
+        return asked(EigenvalueCorrection(eigh(factors), drawn), key)
+
+    doc = "Return Kronecker factors by their eigenvectors, with eigenvalues that are exact."
+    return of_batch("ekfac_factors", doc, net, corrected)
