@@ -200,6 +200,10 @@ def test_mistakes():
         jp.kfac(net, LOSS, like, damping=0)
     with pytest.raises(ValueError, match="kfac: decay is below 1"):
         jp.kfac(net, LOSS, like, decay=1.0)
+    with pytest.raises(ValueError, match="momentum and norm_constraint go with a learning rate"):
+        jp.kfac(net, LOSS, like, momentum=0.9)
+    with pytest.raises(TypeError, match="kfac: mesh is not a Mesh"):
+        jp.kfac(net, LOSS, like, mesh="d")
     with pytest.raises(ValueError, match="kfac: every is at least 1"):
         jp.kfac(net, LOSS, like, every=0)
     with pytest.raises(TypeError, match="kfac: like is"):

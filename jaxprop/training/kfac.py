@@ -20,6 +20,7 @@ from jaxprop.core.checks import (
     check_number,
     check_share,
     given as described,
+    require,
 )
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -127,6 +128,13 @@ def kfac(
         check_count(f"kfac: {name}", count)
     if not callable(learning_rate):
         _check_numbers(learning_rate=learning_rate)
+    if learning_rate is None and (momentum is not None or norm_constraint is not None):
+        raise ValueError(
+            "kfac: momentum and norm_constraint go with a learning rate; without one the quadratic "
+            "model finds the sizes"
+        )
+    if mesh is not None:
+        require(mesh, Mesh, "kfac: mesh")
     asked = KroneckerFactors(samples, positions=positions, others="diagonal", joint_bias=joint_bias)
     taken = together(net, loss, {"it": asked}, micro_batches)
     mean_loss = loss_fn(net, loss)
@@ -148,6 +156,7 @@ def kfac(
         state: KfacState,
         params: Params | None = None,
         *,
+        value: Array | None = None,
         batch: tuple[PyTree, PyTree] | None = None,
         whole: Params | None = None,
         given: Mapping[str, Any] | None = None,
@@ -195,13 +204,11 @@ def kfac(
 
         def adapted() -> Array:
             assert model is not None
-            moved = jax.tree.map(jnp.add, arrays, step)
-            fell = [
-                mean_loss(merged(whole, at), *batch, **options).astype(jnp.float32)
-                for at in (moved, arrays)
-            ]
+            moved = merged(whole, jax.tree.map(jnp.add, arrays, step))
+            after = mean_loss(moved, *batch, **options)
+            before = mean_loss(whole, *batch, **options) if value is None else value
             change = model.change(sizes).astype(jnp.float32)
-            ratio = (fell[0] - fell[1]) / jnp.minimum(change, -TINY)
+            ratio = (after - before).astype(jnp.float32) / jnp.minimum(change, -TINY)
             factor = (19 / 20) ** damping_every
             scale = jnp.where(ratio > 0.75, factor, jnp.where(ratio < 0.25, 1 / factor, 1))
             scale = jnp.where(jnp.isnan(ratio), 1 / factor, scale)
