@@ -271,3 +271,28 @@ def test_mistakes_are_said():
     params, batch = coupled.init(jax.random.key(0), x), (x, x)
     with pytest.raises(ValueError, match="couples"):
         jp.inner_products(coupled, LOSS)(params, batch, batch)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", NETS)
+def test_factors_that_are_kept_answer_later(name, micro_batches):
+    net, params, x, target = problem(name)
+    x, target = x[:2], target[:2]
+    f = jp.quantities(net, LOSS, kept=jp.quantity.Factors(), micro_batches=micro_batches)
+    kept = jax.jit(f)(params, x, target)["kept"]
+    forms = jax.tree.leaves(kept, is_leaf=lambda node: isinstance(node, jp.forms.Factored))
+    want = jp.per_example_grads(net, LOSS)(params, x, target)
+    for form, g in zip(forms, jax.tree.leaves(want), strict=True):
+        assert relative_error(form.per_example(), g) <= 1e-12
+    products = sum(form.products_with(form) for form in forms)
+    assert relative_error(products, flat(want) @ flat(want).T) <= 1e-10
+
+
+def test_factors_are_smaller_than_gradients():
+    net, x = jp.chain(jp.Dense(64), jp.Tanh(), jp.Dense(64)), jnp.asarray(normal(3, 2, 64))
+    params = net.init(jax.random.key(0), x)
+    f = jp.quantities(net, LOSS, kept=jp.quantity.Factors())
+    kept = jax.eval_shape(f, params, x, x)["kept"]
+    size = sum(leaf.size for leaf in jax.tree.leaves(kept))
+    assert size < 0.08 * 3 * sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -11,6 +11,7 @@ from jaxprop.quantity.clipping import Clipped, ClippedMean, automatic, next_max_
 from jaxprop.quantity.curvature import AddedUp, DiagGGN, GGNRoot, KroneckerFactors
 from jaxprop.quantity.noise import Averaged, NoiseAverage, NoiseParts, NoiseScale
 from jaxprop.quantity.per_example import (
+    Factors,
     Gradient,
     Gram,
     Output,
@@ -29,6 +30,7 @@ __all__ = [
     "Clipped",
     "ClippedMean",
     "DiagGGN",
+    "Factors",
     "GGNRoot",
     "Gradient",
     "Gram",

@@ -24,6 +24,7 @@ from jaxprop.quantity.base import (
     Quantity,
     everything,
     examples_at,
+    map_forms,
     of_examples,
     total,
     unmarked,
@@ -151,6 +152,25 @@ class PerExampleGrads(Quantity):
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         return examples_at(0, settled)
+
+
+class Factors(Quantity):
+    """Each example's gradient as its factors, to be kept: like params, with a form at each leaf.
+
+    Of a matrix that meets T positions they are of rank T, and exact: T (I + O) numbers where g_n
+    has I O; where that is fewer, g_n itself. A form answers later what a quantity asks it now, as
+    ``form.products_with(other)``, ``form.projected(sides)`` and ``form.per_example()`` do.
+    """
+
+    layerwise: ClassVar[bool] = True
+
+    def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
+        def each(form: Factored) -> Factored:
+            form = form.compact()
+            marked = [PerExample(factor, axis - factor.ndim) for factor, axis in form.factors()]
+            return jax.tree.unflatten(jax.tree.structure(form), marked)
+
+        return map_forms(each, forms)
 
 
 class SqNorms(Quantity):
