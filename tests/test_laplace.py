@@ -122,3 +122,19 @@ def test_mistakes():
         posterior.sample(0)
     with pytest.raises(TypeError, match="to sample takes a key"):
         jp.laplace(net, LOSS, samples=2)(params, x, target)
+
+
+def test_a_posterior_keeps_no_key_and_no_mask_of_its_batch():
+    block = jp.skip(jp.chain(jp.Dense(6), jp.Dropout(0.5), jp.Attention(1)))
+    net = jp.chain(jp.Embedding(5, 2), block, jp.Dense(3))
+    ids, mask = (
+        jnp.arange(12).reshape(4, 3) % 5,
+        jnp.arange(3)[None] < jnp.array([[1], [2], [3], [3]]),
+    )
+    params = net.init(jax.random.key(0), ids)
+    posterior = jp.laplace(net, LOSS)(params, ids, ids % 3, key=jax.random.key(1), mask=mask)
+    assert jax.tree.structure(posterior.params) == jax.tree.structure(params)
+    y, covariance = posterior.outputs(ids[:2])
+    assert relative_error(y, net(params, ids[:2])) == 0 and covariance.shape == (2, 9, 9)
+    drawn = posterior.sample(jax.random.key(0), 2)
+    assert jax.vmap(net, (0, None))(drawn, ids[:1]).shape == (2, 1, 3, 3)

@@ -20,7 +20,7 @@ from jaxprop.core.forms import Factored, Outer
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
-from jaxprop.core.tree import learned, merged
+from jaxprop.core.tree import learned, merged, unbound
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
 from jaxprop.quantity.base import everything
@@ -196,7 +196,9 @@ def laplace(
         number = batch.examples(jax.tree.leaves(batch.x)[0].shape[0]).total
         curvature = eigh(learned(result["it"]))
         examples = jnp.asarray(number, value.dtype)
-        return Posterior(net, params, curvature, examples, value, jnp.ones((), value.dtype))
+        return Posterior(
+            net, unbound(params), curvature, examples, value, jnp.ones((), value.dtype)
+        )
 
     doc = "Return a normal distribution of the params around those that were trained."
     return of_batch("laplace", doc, net, around)
