@@ -319,3 +319,14 @@ def test_one_example_s_block_is_the_product_with_its_bias():
     rows = jnp.concatenate([leaf.reshape(6, -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
     assert relative_error(whole(factors, params), rows.T @ rows) <= 1e-12
     assert factors[0].w.a.shape == (5, 5)
+
+
+def test_mistakes_in_what_is_sampled():
+    net, params, x, target = problem("dense")
+    with pytest.raises(TypeError, match="to sample takes a key"):
+        jp.curvature.ekfac_factors(net, LOSS, samples=3)(params, x, target)
+    basis = jp.curvature.eigh(jp.kronecker_factors(net, LOSS)(params, x, target))
+    with pytest.raises(ValueError, match="samples is at least 1"):
+        jp.quantity.EigenvalueCorrection(basis, samples=0)
+    with pytest.raises(ValueError, match="there is nothing to sample"):
+        jp.quantity.EigenvalueCorrection(basis, samples=1, empirical=True)

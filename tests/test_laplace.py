@@ -135,6 +135,25 @@ def test_a_posterior_keeps_no_key_and_no_mask_of_its_batch():
     posterior = jp.laplace(net, LOSS)(params, ids, ids % 3, key=jax.random.key(1), mask=mask)
     assert jax.tree.structure(posterior.params) == jax.tree.structure(params)
     y, covariance = posterior.outputs(ids[:2])
-    assert relative_error(y, net(params, ids[:2])) == 0 and covariance.shape == (2, 9, 9)
+    assert relative_error(y, net(params, ids[:2])) == 0
+    assert covariance.shape == (2, 9, 9)
     drawn = posterior.sample(jax.random.key(0), 2)
     assert jax.vmap(net, (0, None))(drawn, ids[:1]).shape == (2, 1, 3, 3)
+
+
+@pytest.mark.parametrize("precisions", [[0.1, 10.0], np.array([0.1, 10.0])])
+def test_a_prior_of_given_precisions(precisions):
+    posterior, _, _ = posterior_of("dense")
+    assert float(posterior.tuned(precisions).prior) in precisions
+    with pytest.raises(ValueError, match=r"tuned: precisions are positive, not -1\.0"):
+        posterior.tuned([-1.0, 0.1])
+    with pytest.raises(ValueError, match=r"tuned: precisions are one or more, \(k,\)"):
+        posterior.tuned([])
+
+
+def test_the_evidence_in_float32_beside_64_bits_and_strict_promotion():
+    net, x, target = jp.chain(jp.Dense(3)), jnp.ones((4, 2), jnp.float32), jnp.array([0, 1, 2, 0])
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), net.init(jax.random.key(0), x))
+    with jax.numpy_dtype_promotion("strict"):
+        evidence = jp.laplace(net, LOSS)(params, x, target).log_evidence()
+    assert evidence.dtype == jnp.float32

@@ -159,12 +159,8 @@ class KroneckerFactors(AddedUp):
     like_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_samples(self.samples)
-        check_flags(self, "empirical", "joint_bias")
-        if self.empirical and self.samples is not None:
-            raise ValueError(
-                "empirical factors are of the loss gradient: there is nothing to sample"
-            )
+        _check_source(self)
+        check_flags(self, "joint_bias")
         for name, words in (("positions", POSITIONS), ("others", OTHERS)):
             check_one_of(f"KroneckerFactors: {name}", getattr(self, name), words)
 
@@ -222,6 +218,13 @@ class KroneckerFactors(AddedUp):
         )
 
 
+def _check_source(asked: KroneckerFactors | EigenvalueCorrection) -> None:
+    check_samples(asked.samples)
+    check_flags(asked, "empirical")
+    if asked.empirical and asked.samples is not None:
+        raise ValueError("empirical factors are of the loss gradient: there is nothing to sample")
+
+
 class EigenvalueCorrection(AddedUp):
     """Eigenvalues of Kronecker factors, put right; like params, with an ``Eigen`` at each leaf.
 
@@ -242,6 +245,9 @@ class EigenvalueCorrection(AddedUp):
 
     like_params: ClassVar[bool] = True
     layerwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_source(self)
 
     @property
     def source(self) -> Source:

@@ -309,6 +309,7 @@ def ekfac_factors(
             return f(params, batch._replace(key=key))["it"]
 
         if batch.key is None:
+            _check_exact(samples)
             factors, key, drawn = asked(exact, None), None, None
         else:
             key, for_factors = jax.random.split(batch.key)
@@ -380,8 +381,14 @@ def _exact_or_sampled(
     )
 
     def either(params: Params, batch: Batch) -> Any:
-        if batch.key is None and sampled.samples != 1:
-            raise TypeError("to sample takes a key; without one the whole root is used")
+        if batch.key is None:
+            _check_exact(sampled.samples)
         return (without_key if batch.key is None else with_key)(params, batch)["it"]
 
     return of_batch(name, type(exact).__doc__, net, either)
+
+
+def _check_exact(samples: int) -> None:
+    """Raise for samples that are asked for without a key to draw them from."""
+    if samples != 1:
+        raise TypeError("to sample takes a key; without one the whole root is used")

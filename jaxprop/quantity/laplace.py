@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.batch import Batch
-from jaxprop.core.checks import check_count, check_key, check_number, check_one_of
+from jaxprop.core.checks import check_count, check_key, check_number, check_one_of, check_values
 from jaxprop.core.cotangents import factored
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
@@ -66,7 +66,10 @@ class Posterior(NamedTuple):
         """
         if precisions is None:
             precisions = jnp.logspace(-4, 4, 41)
-        precisions = precisions.astype(self.value.dtype)
+        precisions = jnp.asarray(precisions, self.value.dtype)
+        if precisions.ndim != 1 or not precisions.size:
+            raise ValueError(f"tuned: precisions are one or more, (k,), not {shapes(precisions)}")
+        check_values("tuned: precisions are positive", precisions, lambda values: values > 0)
         evidence = jax.lax.map(lambda prior: self._replace(prior=prior).log_evidence(), precisions)
         return self._replace(prior=precisions[jnp.argmax(evidence)])
 
