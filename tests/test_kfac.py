@@ -242,3 +242,18 @@ def test_a_norm_constraint_takes_a_learning_rate():
     net, params, x, target = problem()
     with pytest.raises(ValueError, match="norm_constraint bounds a learning_rate"):
         jp.kfac(net, LOSS, (params, x, target), norm_constraint=1e-3)
+
+
+def test_mistakes_in_arguments_are_named():
+    net, params, x, target = problem()
+    like = params, x, target
+    optimizer = jp.kfac(net, LOSS, like)
+    with pytest.raises(TypeError, match=r"kfac: batch is \(x, target\)"):
+        optimizer.update(params, optimizer.init(params), params, batch=x)
+    with pytest.raises(TypeError, match="kfac: seed is a whole number"):
+        jp.kfac(net, LOSS, like, seed=jax.random.key(0))
+    with pytest.raises(TypeError, match="kfac: mesh is not a Mesh"):
+        jp.kfac(net, LOSS, like, mesh=8)
+    frozen = jp.freeze(params)
+    with pytest.raises(ValueError, match="kfac: the net has no params that are learned"):
+        jp.kfac(net, LOSS, (frozen, x, target)).init(frozen)

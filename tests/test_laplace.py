@@ -157,3 +157,14 @@ def test_the_evidence_in_float32_beside_64_bits_and_strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         evidence = jp.laplace(net, LOSS)(params, x, target).log_evidence()
     assert evidence.dtype == jnp.float32
+
+
+def test_the_probability_of_one_output_is_refused():
+    net, x, target = (
+        jp.chain(jp.Dense(1)),
+        jnp.ones((4, 2)),
+        jnp.array([[0.0], [1.0], [1.0], [0.0]]),
+    )
+    posterior = jp.laplace(net, jp.BinaryCrossEntropy())(net.init(jax.random.key(0), x), x, target)
+    with pytest.raises(ValueError, match="probabilities: the softmax of one output is 1"):
+        posterior.probabilities(x)

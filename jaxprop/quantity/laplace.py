@@ -145,13 +145,22 @@ class Posterior(NamedTuple):
         """Return the probability of each class, with the logits' variance v taken into account.
 
         softmax(y / sqrt(1 + pi v / 8)), which stands for the mean of the softmax over the logits'
-        distribution (MacKay 1992, https://doi.org/10.1162/neco.1992.4.5.720).
+        distribution (MacKay 1992, https://doi.org/10.1162/neco.1992.4.5.720). It is for a net that
+        was trained by ``jp.CrossEntropy``.
 
         Args:
             x: the inputs.
             mask: bool (N, T), True where a position is real.
+
+        Raises:
+            ValueError: for one output, whose softmax is 1.
         """
         y, covariance = self.outputs(x, mask=mask)
+        if y.shape[-1] == 1:
+            raise ValueError(
+                "probabilities: the softmax of one output is 1; of a logit y with variance v take "
+                "jax.nn.sigmoid(y / jnp.sqrt(1 + jnp.pi / 8 * v)), from posterior.outputs(x)"
+            )
         variance = jnp.diagonal(covariance, axis1=1, axis2=2).reshape(y.shape)
         return jax.nn.softmax(wide(y) / jnp.sqrt(1 + jnp.pi / 8 * variance))
 
@@ -167,8 +176,8 @@ def laplace(
     """Return ``f(params, x, target)``, a ``Posterior`` of the params around those trained.
 
     x and target are all training data, in ``micro_batches``; each example's own loss is taken for
-    a negative log likelihood, which those here are where outputs have no positions. It is over what
-    is learned: with ``jp.freeze`` around all but the last layer's params it is that of the last
+    a negative log likelihood, which those here are where outputs have no positions, and of
+    ``jp.BinaryCrossEntropy``, a mean over outputs, where there is one. It is over what is learned: with ``jp.freeze`` around all but the last layer's params it is that of the last
     layer (Daxberger et al. 2021, https://arxiv.org/abs/2106.14806). A prior of precision 1 comes
     with it; ``posterior.tuned()`` chooses one by the evidence.
 

@@ -20,6 +20,7 @@ from jaxprop.core.checks import (
     check_number,
     check_share,
     given as described,
+    require,
 )
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -125,6 +126,9 @@ def kfac(
     _check_numbers(damping=damping, norm_constraint=norm_constraint, momentum=momentum)
     check_share("kfac: decay", decay)
     check_flag("kfac: adapt_damping", adapt_damping)
+    check_count("kfac: seed", seed, least=0)
+    if mesh is not None:
+        require(mesh, Mesh, "kfac: mesh")
     counts = {"every": every, "inverse_every": inverse_every, "damping_every": damping_every}
     for name, count in counts.items():
         check_count(f"kfac: {name}", count)
@@ -141,6 +145,8 @@ def kfac(
         return learned(taken(params, batch)["it"])
 
     def init(params: Params) -> KfacState:
+        if not jax.tree.leaves(learned(params)):
+            raise ValueError("kfac: the net has no params that are learned")
         key = jax.random.key(seed)
         of = jax.eval_shape(lambda p, x, t: factors_at(net.bind(p), Batch(x, t, key)), *like)
         factors = jax.tree.map(jnp.zeros_like, of)
@@ -163,6 +169,8 @@ def kfac(
                 "kfac: update takes params and batch=(x, target), as jp.make_update gives them "
                 "with fused=False"
             )
+        if type(batch) is not tuple or len(batch) != 2:
+            raise TypeError(f"kfac: batch is (x, target), not {described(batch)}")
         grads, arrays = learned(updates), learned(params)
         whole, options = params if whole is None else whole, dict(given or {})
         bound, of_batch = _bound(net, whole, batch, options)
