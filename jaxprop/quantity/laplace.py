@@ -177,9 +177,10 @@ def laplace(
 
     x and target are all training data, in ``micro_batches``; each example's own loss is taken for
     a negative log likelihood, which those here are where outputs have no positions, and of
-    ``jp.BinaryCrossEntropy``, a mean over outputs, where there is one. It is over what is learned: with ``jp.freeze`` around all but the last layer's params it is that of the last
-    layer (Daxberger et al. 2021, https://arxiv.org/abs/2106.14806). A prior of precision 1 comes
-    with it; ``posterior.tuned()`` chooses one by the evidence.
+    ``jp.BinaryCrossEntropy``, a mean over outputs, where there is one. It is over what is
+    learned: with ``jp.freeze`` around all but the last layer's params it is that of the last
+    layer (Daxberger et al. 2021, https://arxiv.org/abs/2106.14806). A prior of precision 1
+    comes with it; ``posterior.tuned()`` chooses one by the evidence.
 
         posterior = jp.laplace(net, loss)(params, x, target).tuned()
         p = posterior.probabilities(new)
