@@ -330,3 +330,21 @@ def test_mistakes_in_what_is_sampled():
         jp.quantity.EigenvalueCorrection(basis, samples=0)
     with pytest.raises(ValueError, match="there is nothing to sample"):
         jp.quantity.EigenvalueCorrection(basis, samples=1, empirical=True)
+
+
+def test_influence_of_batches_with_masks():
+    net = jp.chain(
+        jp.Embedding(7, 4), jp.skip(jp.chain(jp.Dense(12), jp.Attention(2))), jp.Dense(3)
+    )
+    ids, mask = jnp.asarray(IDS), jnp.arange(3)[None] < jnp.array([[1], [2], [3], [3]])
+    params = net.init(jax.random.key(0), ids)
+    target = jnp.where(mask, ids % 3, -1)
+    factors = jp.kronecker_factors(net, LOSS, others="diagonal")(params, ids, target, mask=mask)
+    grads = jp.per_example_grads(net, LOSS)(params, ids, target, mask=mask)
+    solved = jax.vmap(lambda tree: jp.curvature.solve(factors, tree, 0.1))(grads)
+    g, d = (jnp.concatenate([p.reshape(4, -1) for p in learned(t)], 1) for t in (grads, solved))
+    of, batch = jp.curvature.influence(net, LOSS), (ids, target)
+    got = of(params, batch, batch, factors, 0.1, mask=mask)
+    assert relative_error(got, g @ d.T) <= 1e-10
+    some = of(params, batch, (ids[1:3], target[1:3]), factors, 0.1, mask=mask, other_mask=mask[1:3])
+    assert relative_error(some, (g @ d.T)[:, 1:3]) <= 1e-10
