@@ -200,8 +200,6 @@ def test_mistakes():
         jp.kfac(net, LOSS, like, damping=0)
     with pytest.raises(ValueError, match="kfac: decay is below 1"):
         jp.kfac(net, LOSS, like, decay=1.0)
-    with pytest.raises(ValueError, match="momentum and norm_constraint go with a learning rate"):
-        jp.kfac(net, LOSS, like, momentum=0.9)
     with pytest.raises(TypeError, match="kfac: mesh is not a Mesh"):
         jp.kfac(net, LOSS, like, mesh="d")
     with pytest.raises(ValueError, match="kfac: every is at least 1"):
@@ -214,3 +212,50 @@ def test_mistakes():
     update = jp.make_update(net, LOSS, optimizer, fused=True)
     with pytest.raises(ValueError, match="fused=False"):
         update(params, update.init(params), x, target)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_a_momentum_that_is_given_is_kept_without_a_learning_rate(momentum):
+    net, params, x, target = problem()
+    options = {"samples": None, "damping": 0.3, "adapt_damping": False}
+    optimizer = jp.kfac(net, LOSS, (params, x, target), momentum=momentum, **options)
+    state, before = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    for _ in range(2):
+        grads = jax.grad(jp.loss_fn(net, LOSS))(params, x, target)
+        _, new = optimizer.update(grads, state, params, batch=(x, target))
+        direction = jp.curvature.solve(new.basis, grads, 0.3)
+        times = jp.ggn_vp(net, LOSS)(params, x, target)
+
+        def dot(a, b):
+            return sum(jnp.vdot(*pair) for pair in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+        def slope(alpha):
+            step = jax.tree.map(lambda d, s: -alpha * d + momentum * s, direction, before)  # noqa: B023
+            along = jax.tree.map(lambda f, s: f + 0.3 * s, times(step), step)  # noqa: B023
+            return dot(grads, direction) + dot(along, direction), step  # noqa: B023
+
+        (at_0, _), (at_1, _) = slope(0.0), slope(1.0)
+        _, before = slope(at_0 / (at_0 - at_1))
+        assert relative_error(new.step, before) <= 1e-5  # damping is float32
+        params, state = jax.tree.map(jnp.add, params, new.step), new
+
+
+def test_a_norm_constraint_takes_a_learning_rate():
+    net, params, x, target = problem()
+    with pytest.raises(ValueError, match="norm_constraint bounds a learning_rate"):
+        jp.kfac(net, LOSS, (params, x, target), norm_constraint=1e-3)
+
+
+def test_mistakes_in_arguments_are_named():
+    net, params, x, target = problem()
+    like = params, x, target
+    optimizer = jp.kfac(net, LOSS, like)
+    with pytest.raises(TypeError, match=r"kfac: batch is \(x, target\)"):
+        optimizer.update(params, optimizer.init(params), params, batch=x)
+    with pytest.raises(TypeError, match="kfac: seed is a whole number"):
+        jp.kfac(net, LOSS, like, seed=jax.random.key(0))
+    with pytest.raises(TypeError, match="kfac: mesh is not a Mesh"):
+        jp.kfac(net, LOSS, like, mesh=8)
+    frozen = jp.freeze(params)
+    with pytest.raises(ValueError, match="kfac: the net has no params that are learned"):
+        jp.kfac(net, LOSS, (frozen, x, target)).init(frozen)

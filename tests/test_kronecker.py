@@ -319,3 +319,32 @@ def test_one_example_s_block_is_the_product_with_its_bias():
     rows = jnp.concatenate([leaf.reshape(6, -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
     assert relative_error(whole(factors, params), rows.T @ rows) <= 1e-12
     assert factors[0].w.a.shape == (5, 5)
+
+
+def test_mistakes_in_what_is_sampled():
+    net, params, x, target = problem("dense")
+    with pytest.raises(TypeError, match="to sample takes a key"):
+        jp.curvature.ekfac_factors(net, LOSS, samples=3)(params, x, target)
+    basis = jp.curvature.eigh(jp.kronecker_factors(net, LOSS)(params, x, target))
+    with pytest.raises(ValueError, match="samples is at least 1"):
+        jp.curvature.EigenvalueCorrection(basis, samples=0)
+    with pytest.raises(ValueError, match="there is nothing to sample"):
+        jp.curvature.EigenvalueCorrection(basis, samples=1, empirical=True)
+
+
+def test_influence_of_batches_with_masks():
+    net = jp.chain(
+        jp.Embedding(7, 4), jp.skip(jp.chain(jp.Dense(12), jp.Attention(2))), jp.Dense(3)
+    )
+    ids, mask = jnp.asarray(IDS), jnp.arange(3)[None] < jnp.array([[1], [2], [3], [3]])
+    params = net.init(jax.random.key(0), ids)
+    target = jnp.where(mask, ids % 3, -1)
+    factors = jp.kronecker_factors(net, LOSS, others="diagonal")(params, ids, target, mask=mask)
+    grads = jp.per_example_grads(net, LOSS)(params, ids, target, mask=mask)
+    solved = jax.vmap(lambda tree: jp.curvature.solve(factors, tree, 0.1))(grads)
+    g, d = (jnp.concatenate([p.reshape(4, -1) for p in learned(t)], 1) for t in (grads, solved))
+    of, batch = jp.curvature.influence(net, LOSS), (ids, target)
+    got = of(params, batch, batch, factors, 0.1, mask=mask)
+    assert relative_error(got, g @ d.T) <= 1e-10
+    some = of(params, batch, (ids[1:3], target[1:3]), factors, 0.1, mask=mask, other_mask=mask[1:3])
+    assert relative_error(some, (g @ d.T)[:, 1:3]) <= 1e-10

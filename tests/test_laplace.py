@@ -122,3 +122,59 @@ def test_mistakes():
         posterior.sample(0)
     with pytest.raises(TypeError, match="to sample takes a key"):
         jp.laplace(net, LOSS, samples=2)(params, x, target)
+
+
+def test_a_posterior_keeps_no_key_and_no_mask_of_its_batch():
+    block = jp.skip(jp.chain(jp.Dense(6), jp.Dropout(0.5), jp.Attention(1)))
+    net = jp.chain(jp.Embedding(5, 2), block, jp.Dense(3))
+    ids, mask = (
+        jnp.arange(12).reshape(4, 3) % 5,
+        jnp.arange(3)[None] < jnp.array([[1], [2], [3], [3]]),
+    )
+    params = net.init(jax.random.key(0), ids)
+    posterior = jp.laplace(net, LOSS)(params, ids, ids % 3, key=jax.random.key(1), mask=mask)
+    assert jax.tree.structure(posterior.params) == jax.tree.structure(params)
+    y, covariance = posterior.outputs(ids[:2])
+    assert relative_error(y, net(params, ids[:2])) == 0
+    assert covariance.shape == (2, 9, 9)
+    drawn = posterior.sample(jax.random.key(0), 2)
+    assert jax.vmap(net, (0, None))(drawn, ids[:1]).shape == (2, 1, 3, 3)
+
+
+@pytest.mark.parametrize("precisions", [[0.1, 10.0], np.array([0.1, 10.0])])
+def test_a_prior_of_given_precisions(precisions):
+    posterior, _, _ = posterior_of("dense")
+    assert float(posterior.tuned(precisions).prior) in precisions
+    with pytest.raises(ValueError, match=r"tuned: precisions are positive, not -1\.0"):
+        posterior.tuned([-1.0, 0.1])
+    with pytest.raises(ValueError, match=r"tuned: precisions are one or more, \(k,\)"):
+        posterior.tuned([])
+
+
+def test_the_evidence_in_float32_beside_64_bits_and_strict_promotion():
+    net, x, target = jp.chain(jp.Dense(3)), jnp.ones((4, 2), jnp.float32), jnp.array([0, 1, 2, 0])
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), net.init(jax.random.key(0), x))
+    with jax.numpy_dtype_promotion("strict"):
+        evidence = jp.laplace(net, LOSS)(params, x, target).log_evidence()
+    assert evidence.dtype == jnp.float32
+
+
+def test_the_probability_of_a_regression_is_refused():
+    net, x, target = (
+        jp.chain(jp.Dense(1)),
+        jnp.ones((4, 2)),
+        jnp.array([[0.0], [1.0], [1.0], [0.0]]),
+    )
+    posterior = jp.laplace(net, jp.HalfSquaredError())(net.init(jax.random.key(0), x), x, target)
+    with pytest.raises(TypeError, match="probabilities is of a net that classifies"):
+        posterior.probabilities(x)
+
+
+def test_probabilities_of_a_binary_net_are_those_of_the_sigmoid():
+    net, params, x, _ = problem("dense")
+    target = jnp.asarray(np.random.default_rng(0).integers(0, 2, (len(x), 3)), float)
+    posterior = jp.laplace(net, jp.BinaryCrossEntropy())(params, x, target)
+    y, covariance = posterior.outputs(x)
+    v = jnp.diagonal(covariance, axis1=1, axis2=2)
+    want = jax.nn.sigmoid(y / jnp.sqrt(1 + jnp.pi / 8 * v))
+    assert relative_error(posterior.probabilities(x), want) <= 1e-12

@@ -316,3 +316,9 @@ def test_mistakes_are_said():
         jp.noise_scale(net, loss, axis_name=3)
     with pytest.raises(NameError, match="data"):
         jp.noise_scale(net, loss, axis_name="data")(*args)
+
+
+def test_an_average_says_what_it_takes():
+    average = jp.NoiseAverage()
+    with pytest.raises(TypeError, match=r"NoiseAverage: parts are of NoiseScale\(parts=True\)"):
+        average.update(average.init(), 3.0)

@@ -139,6 +139,11 @@ def freeze(params: Params) -> Params:
     return jax.tree.map(marked, params, is_leaf=is_not_learned)
 
 
+def unbound(params: Params) -> Params:
+    """Return params without the side inputs that ``net.bind`` put among them."""
+    return _replaced(params, lambda node: () if isinstance(node, SideInput) else node)
+
+
 def learned(tree: PyTree) -> PyTree:
     """Return the tree with ``()`` where something is not learned."""
     return _replaced(tree, lambda node: ())

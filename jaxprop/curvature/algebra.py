@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import scalar_of, wide
+from jaxprop.core.arrays import added, scalar_of, wide
 from jaxprop.core.checks import check_number, given
 from jaxprop.core.describe import is_array, shapes
 from jaxprop.core.forms import InBlockBefore, Kronecker, Place, Sides, is_factored, with_bias
@@ -171,7 +171,8 @@ def logdet(curvature: PyTree, damping: float | Array = 0.0) -> Float[Array, ""]:
     check_number("logdet: damping", damping)
     blocks = jax.tree.leaves(eigh(learned(curvature)), is_leaf=is_block)
     values = [block.values if isinstance(block, Eigen) else block for block in blocks]
-    return sum((jnp.sum(jnp.log(_damped(v, damping))) for v in values), start=jnp.zeros(()))
+    logs = [jnp.sum(jnp.log(_damped(wide(v), damping))) for v in values]
+    return added(*logs) if logs else jnp.zeros(())
 
 
 def is_block(node: object) -> bool:

@@ -17,7 +17,8 @@ from jaxprop.core.tree import learned
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.curvature.algebra import Eigen, eigh, forms_of_blocks, is_block
 from jaxprop.quantity.base import Quantity
-from jaxprop.quantity.curvature import AddedUp, KroneckerFactors
+from jaxprop.quantity.curvature import AddedUp, KroneckerFactors, check_source
+from jaxprop.quantity.functions import check_exact
 from jaxprop.quantity.per_example import rooted
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source
 from jaxprop.quantity.together import together
@@ -43,6 +44,9 @@ class EigenvalueCorrection(AddedUp):
 
     like_params: ClassVar[bool] = True
     layerwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_source(self.samples, self.empirical, "EigenvalueCorrection")
 
     @property
     def source(self) -> Source:
@@ -117,6 +121,7 @@ def ekfac_factors(
             return f(params, batch._replace(key=key))["it"]
 
         if batch.key is None:
+            check_exact(samples)
             factors, key, drawn = asked(exact, None), None, None
         else:
             key, for_factors = jax.random.split(batch.key)

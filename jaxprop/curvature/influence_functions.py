@@ -39,6 +39,7 @@ class Influence(Protocol):
         *,
         key: Array | None = None,
         mask: Array | None = None,
+        other_mask: Array | None = None,
     ) -> Float[Array, "n m"]: ...
 
 
@@ -50,7 +51,9 @@ def influence(net: Layer, loss: Loss) -> Influence:
     of m: to first order, by it over the number of training examples (Koh and Liang 2017,
     https://arxiv.org/abs/1703.04730, with the other sign; with Kronecker factors Grosse et al.
     2023, https://arxiv.org/abs/2308.03296). One h_m after the other is solved for, and is the
-    direction that the losses of all n are differentiated along: no g_n is formed.
+    direction that the losses of all n are differentiated along: no g_n is formed. ``mask=`` is of
+    ``batch`` and ``other_mask=`` of ``other``, the same by default. Of a net that draws take
+    ``jp.inference_mode``: h_m, alone, draws otherwise than the m-th of a batch.
 
     Args:
         net: the network. One that couples the examples of a batch raises ``ValueError``.
@@ -77,13 +80,15 @@ def influence(net: Layer, loss: Loss) -> Influence:
         *,
         key: Array | None = None,
         mask: Array | None = None,
+        other_mask: Array | None = None,
     ) -> Float[Array, "n m"]:
         """Return the inner products of the gradients of two batches in the inverse curvature."""
         check_number("influence: damping", damping)
+        other_mask = mask if other_mask is None else other_mask
         bound = net.bind(params, key=key, mask=mask)
-        for each in (batch, other):
+        for each, its_mask in ((batch, mask), (other, other_mask)):
             check_pair("influence", each)
-            check_uncoupled(net, bound, each[0])
+            check_uncoupled(net, net.bind(params, key=key, mask=its_mask), each[0])
         blocks = eigh(learned(curvature))
 
         def losses(arrays: Params) -> Float[Array, " n"]:
@@ -91,13 +96,13 @@ def influence(net: Layer, loss: Loss) -> Influence:
 
         _, along = jax.linearize(losses, learned(bound))
 
-        def with_all(one: Pair) -> Float[Array, " n"]:
-            x, target = jax.tree.map(lambda leaf: leaf[None], one)
-            ahead = forward(net, loss, bound, Batch(x, target))
+        def with_all(one: tuple[Pair, Array | None]) -> Float[Array, " n"]:
+            (x, target), its_mask = jax.tree.map(lambda leaf: leaf[None], one)
+            ahead = forward(net, loss, net.bind(params, key=key, mask=its_mask), Batch(x, target))
             grads, _ = ahead.back(ahead.own_gradient(), Layerwise(gradient))
             return along(solve(blocks, grads, damping))
 
-        return jax.lax.map(with_all, other).T
+        return jax.lax.map(with_all, (other, other_mask)).T
 
     of_batches.__name__ = of_batches.__qualname__ = "influence"
     return of_batches

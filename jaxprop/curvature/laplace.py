@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.batch import Batch
-from jaxprop.core.checks import check_count, check_key, check_number, check_one_of
+from jaxprop.core.checks import check_count, check_key, check_number, check_one_of, check_values
 from jaxprop.core.cotangents import factored
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
@@ -20,10 +20,11 @@ from jaxprop.core.forms import Factored, Outer
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
-from jaxprop.core.tree import learned, merged
+from jaxprop.core.tree import learned, merged, unbound
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
 from jaxprop.curvature.algebra import Eigen, eigh, forms_of_blocks, is_block, logdet, whiten
+from jaxprop.losses import BinaryCrossEntropy, CrossEntropy
 from jaxprop.quantity.base import everything
 from jaxprop.quantity.curvature import DiagGGN, KroneckerFactors
 from jaxprop.quantity.together import together
@@ -39,6 +40,7 @@ class Posterior(NamedTuple):
 
     Attributes:
         net: the network.
+        loss: the loss that it was trained by.
         params: its params, the mean.
         curvature: F, by the eigenvectors of its factors, or a diagonal.
         examples: N, what the examples count.
@@ -47,6 +49,7 @@ class Posterior(NamedTuple):
     """
 
     net: Layer
+    loss: Loss
     params: Params
     curvature: PyTree
     examples: Float[Array, ""]
@@ -66,7 +69,10 @@ class Posterior(NamedTuple):
         """
         if precisions is None:
             precisions = jnp.logspace(-4, 4, 41)
-        precisions = precisions.astype(self.value.dtype)
+        precisions = jnp.asarray(precisions, self.value.dtype)
+        if precisions.ndim != 1 or not precisions.size:
+            raise ValueError(f"tuned: precisions are one or more, (k,), not {shapes(precisions)}")
+        check_values("tuned: precisions are positive", precisions, lambda values: values > 0)
         evidence = jax.lax.map(lambda prior: self._replace(prior=prior).log_evidence(), precisions)
         return self._replace(prior=precisions[jnp.argmax(evidence)])
 
@@ -142,15 +148,26 @@ class Posterior(NamedTuple):
         """Return the probability of each class, with the logits' variance v taken into account.
 
         softmax(y / sqrt(1 + pi v / 8)), which stands for the mean of the softmax over the logits'
-        distribution (MacKay 1992, https://doi.org/10.1162/neco.1992.4.5.720).
+        distribution (MacKay 1992, https://doi.org/10.1162/neco.1992.4.5.720); of a net that was
+        trained by ``jp.BinaryCrossEntropy`` the sigmoid of the same.
 
         Args:
             x: the inputs.
             mask: bool (N, T), True where a position is real.
+
+        Raises:
+            TypeError: for a net that was trained by another loss.
         """
+        if not isinstance(self.loss, CrossEntropy | BinaryCrossEntropy):
+            raise TypeError(
+                "probabilities is of a net that classifies, by CrossEntropy or BinaryCrossEntropy, "
+                f"not by {self.loss}; outputs(x) has the mean and the covariance"
+            )
         y, covariance = self.outputs(x, mask=mask)
         variance = jnp.diagonal(covariance, axis1=1, axis2=2).reshape(y.shape)
-        return jax.nn.softmax(wide(y) / jnp.sqrt(1 + jnp.pi / 8 * variance))
+        logits = wide(y) / jnp.sqrt(1 + jnp.pi / 8 * variance)
+        binary = isinstance(self.loss, BinaryCrossEntropy)
+        return jax.nn.sigmoid(logits) if binary else jax.nn.softmax(logits)
 
 
 def laplace(
@@ -164,10 +181,11 @@ def laplace(
     """Return ``f(params, x, target)``, a ``Posterior`` of the params around those trained.
 
     x and target are all training data, in ``micro_batches``; each example's own loss is taken for
-    a negative log likelihood, which those here are where outputs have no positions. It is over what
-    is learned: with ``jp.freeze`` around all but the last layer's params it is that of the last
-    layer (Daxberger et al. 2021, https://arxiv.org/abs/2106.14806). A prior of precision 1 comes
-    with it; ``posterior.tuned()`` chooses one by the evidence.
+    a negative log likelihood, which those here are where outputs have no positions, and of
+    ``jp.BinaryCrossEntropy``, a mean over outputs, where there is one. It is over what is
+    learned: with ``jp.freeze`` around all but the last layer's params it is that of the last
+    layer (Daxberger et al. 2021, https://arxiv.org/abs/2106.14806). A prior of precision 1
+    comes with it; ``posterior.tuned()`` chooses one by the evidence.
 
         posterior = jp.laplace(net, loss)(params, x, target).tuned()
         p = posterior.probabilities(new)
@@ -196,7 +214,9 @@ def laplace(
         number = batch.examples(jax.tree.leaves(batch.x)[0].shape[0]).total
         curvature = eigh(learned(result["it"]))
         examples = jnp.asarray(number, value.dtype)
-        return Posterior(net, params, curvature, examples, value, jnp.ones((), value.dtype))
+        return Posterior(
+            net, loss, unbound(params), curvature, examples, value, jnp.ones((), value.dtype)
+        )
 
     doc = "Return a normal distribution of the params around those that were trained."
     return of_batch("laplace", doc, net, around)

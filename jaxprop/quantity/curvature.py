@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.batch import Examples
-from jaxprop.core.checks import check_flags, check_one_of
+from jaxprop.core.checks import check_flag, check_flags, check_one_of
 from jaxprop.core.forms import Factored, InBlockBefore, Kronecker, Place, is_factored, with_bias
 from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, examples_at, map_forms
@@ -157,12 +157,8 @@ class KroneckerFactors(AddedUp):
     like_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_samples(self.samples)
-        check_flags(self, "empirical", "joint_bias")
-        if self.empirical and self.samples is not None:
-            raise ValueError(
-                "empirical factors are of the loss gradient: there is nothing to sample"
-            )
+        check_source(self.samples, self.empirical, "KroneckerFactors")
+        check_flags(self, "joint_bias")
         for name, words in (("positions", POSITIONS), ("others", OTHERS)):
             check_one_of(f"KroneckerFactors: {name}", getattr(self, name), words)
 
@@ -218,6 +214,14 @@ class KroneckerFactors(AddedUp):
             settled,
             is_leaf=lambda node: isinstance(node, _Means),
         )
+
+
+def check_source(samples: int | None, empirical: bool, name: str) -> None:
+    """Raise unless a root is exact, or sampled, or of the loss gradient, which is not sampled."""
+    check_samples(samples)
+    check_flag(f"{name}: empirical", empirical)
+    if empirical and samples is not None:
+        raise ValueError("empirical factors are of the loss gradient: there is nothing to sample")
 
 
 class GGNRoot(Quantity):

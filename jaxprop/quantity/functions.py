@@ -332,8 +332,14 @@ def _exact_or_sampled(
     )
 
     def either(params: Params, batch: Batch) -> Any:
-        if batch.key is None and sampled.samples != 1:
-            raise TypeError("to sample takes a key; without one the whole root is used")
+        if batch.key is None:
+            check_exact(sampled.samples)
         return (without_key if batch.key is None else with_key)(params, batch)["it"]
 
     return of_batch(name, type(exact).__doc__, net, either)
+
+
+def check_exact(samples: int) -> None:
+    """Raise for samples that are asked for without a key to draw them from."""
+    if samples != 1:
+        raise TypeError("to sample takes a key; without one the whole root is used")

@@ -11,7 +11,8 @@ from jaxtyping import Float
 
 from jaxprop.core.arrays import known
 from jaxprop.core.batch import Examples
-from jaxprop.core.checks import check_flags, check_share
+from jaxprop.core.checks import check_flags, check_share, given as described
+from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.serialization import serializable
 from jaxprop.core.static import Static
@@ -203,6 +204,11 @@ class NoiseAverage(Static):
 
     def update(self, state: Averaged, parts: PyTree) -> Averaged:
         """Return the state after a step with these parts."""
+        if jax.tree.structure(parts) != jax.tree.structure(state.parts):
+            raise TypeError(
+                "NoiseAverage: parts are of NoiseScale(parts=True), or of per_param as those given "
+                f"to init, like {shapes(state.parts)}, not {described(parts)}"
+            )
         new = Averaged(parts, jnp.ones(()))
         finite = jnp.stack([jnp.all(jnp.isfinite(part)) for part in jax.tree.leaves(new)]).all()
 

@@ -97,10 +97,12 @@ def kfac(
         loss: the loss.
         like: (params, x, target), for their shapes alone; of any number of examples.
         learning_rate: alpha, or a schedule of it; None for the quadratic model's.
-        momentum: mu; by default the quadratic model's, and 0.9 beside a learning rate.
+        momentum: mu; by default the quadratic model's, and 0.9 beside a learning rate. Without one
+            alpha minimises the model beside it.
         damping: what is added to each eigenvalue at first.
         adapt_damping: whether it follows Levenberg and Marquardt then.
-        norm_constraint: bounds alpha^2 <g, d>, a step's length in the metric of F.
+        norm_constraint: bounds alpha^2 <g, d>, a step's length in the metric of F, for an alpha
+            that is given.
         decay: of the moving average, from 0 to below 1. At first it is the mean so far.
         samples: how many walks sample F, each from targets that are drawn from the model; None for
             the exact root, a walk for each output.
@@ -115,7 +117,8 @@ def kfac(
 
     Raises:
         TypeError: for an argument of the wrong type.
-        ValueError: for a number out of its range, and from ``update`` without a batch.
+        ValueError: for a number out of its range, for a norm_constraint without a learning rate,
+            and from ``update`` without a batch.
     """
     check_net_and_loss(net, loss)
     if type(like) is not tuple or len(like) != 3:
@@ -123,18 +126,16 @@ def kfac(
     _check_numbers(damping=damping, norm_constraint=norm_constraint, momentum=momentum)
     check_share("kfac: decay", decay)
     check_flag("kfac: adapt_damping", adapt_damping)
+    check_count("kfac: seed", seed, least=0)
+    if mesh is not None:
+        require(mesh, Mesh, "kfac: mesh")
     counts = {"every": every, "inverse_every": inverse_every, "damping_every": damping_every}
     for name, count in counts.items():
         check_count(f"kfac: {name}", count)
+    if learning_rate is None and norm_constraint is not None:
+        raise ValueError("kfac: norm_constraint bounds a learning_rate, and none is given")
     if not callable(learning_rate):
         _check_numbers(learning_rate=learning_rate)
-    if learning_rate is None and (momentum is not None or norm_constraint is not None):
-        raise ValueError(
-            "kfac: momentum and norm_constraint go with a learning rate; without one the quadratic "
-            "model finds the sizes"
-        )
-    if mesh is not None:
-        require(mesh, Mesh, "kfac: mesh")
     asked = KroneckerFactors(samples, positions=positions, others="diagonal", joint_bias=joint_bias)
     taken = together(net, loss, {"it": asked}, micro_batches)
     mean_loss = loss_fn(net, loss)
@@ -144,6 +145,8 @@ def kfac(
         return learned(taken(params, batch)["it"])
 
     def init(params: Params) -> KfacState:
+        if not jax.tree.leaves(learned(params)):
+            raise ValueError("kfac: the net has no params that are learned")
         key = jax.random.key(seed)
         of = jax.eval_shape(lambda p, x, t: factors_at(net.bind(p), Batch(x, t, key)), *like)
         factors = jax.tree.map(jnp.zeros_like, of)
@@ -167,6 +170,8 @@ def kfac(
                 "kfac: update takes params and batch=(x, target), as jp.make_update gives them "
                 "with fused=False"
             )
+        if type(batch) is not tuple or len(batch) != 2:
+            raise TypeError(f"kfac: batch is (x, target), not {described(batch)}")
         grads, arrays = learned(updates), learned(params)
         whole, options = params if whole is None else whole, dict(given or {})
         bound, of_batch = _bound(net, whole, batch, options)
@@ -187,7 +192,7 @@ def kfac(
             model = _Model.of(net, loss, bound, of_batch, grads, (direction, state.step))
         if learning_rate is None:
             assert model is not None
-            sizes = model.minimum(state.damping)
+            sizes = model.minimum(state.damping, momentum)
         else:
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             alpha = jnp.asarray(rate, jnp.float32)
@@ -252,13 +257,17 @@ class _Model(NamedTuple):
         products = jnp.stack([jnp.stack([_dot(v, w) for w in vectors]) for v in vectors])
         return cls(linear, quadratic, products)
 
-    def minimum(self, damping: Array) -> Float[Array, " 2"]:
+    def minimum(self, damping: Array, momentum: float | None = None) -> Float[Array, " 2"]:
         """Return the sizes of both vectors at the minimum of the damped model.
 
-        Where they are one direction, or the second is 0, the second's is 0.
+        Where they are one direction, or the second is 0, the second's is 0. With a momentum that
+        is given the second's is it.
         """
         (aa, ab), (_, bb) = self.quadratic + damping.astype(self.linear.dtype) * self.products
         a, b = self.linear
+        if momentum is not None:
+            mu = jnp.asarray(momentum, a.dtype)
+            return jnp.stack([-(a + mu * ab) / jnp.where(aa > 0, aa, 1), mu])
         determinant = aa * bb - ab**2
         both = determinant > 1e-5 * aa * bb
         safe = jnp.where(both, determinant, 1)
