@@ -56,6 +56,12 @@ def mlp(*, batch: int) -> Network:
     return _classified(net, batch, 784)
 
 
+def small_mlp(*, batch: int) -> Network:
+    """Return dense layers of 256, 256 and 10 with ReLU between, on inputs of 784."""
+    net = chain(Dense(256), Relu(), Dense(256), Relu(), Dense(10))
+    return _classified(net, batch, 784)
+
+
 def cnn(*, batch: int) -> Network:
     """Return 3 x 3 convolutions of 64, 96 and 128 with max-pooling, on images of 28 x 28."""
     layers: list[Layer] = []
