@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--only", metavar="NAME", help="the rows whose name contains NAME")
     measure.add_argument("--quick", action="store_true", help="fewer samples")
+    measure.add_argument(
+        "--large", action="store_true", help="rows for an accelerator too, such as gpt2-small"
+    )
     measure.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     measure.add_argument(
         "--baseline",
@@ -151,7 +154,7 @@ def _bench(args: argparse.Namespace) -> int:
         raise BenchError(f"--json {args.json}: no such directory")
     if args.json is not None and Path(args.json).is_dir():
         raise BenchError(f"--json {args.json}: is a directory")
-    figures = bench(only=args.only, quick=args.quick)
+    figures = bench(only=args.only, quick=args.quick, large=args.large)
     if args.json is not None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     worse = [] if baseline is None else regressions(figures, baseline)

@@ -138,7 +138,7 @@ def test_the_model_is_minimised_and_the_damping_follows():
     assert sizes[1] == min(sizes)
     now = jp.loss_fn(net, LOSS)(optax.apply_updates(params, step), x, target)
     ratio = (now - value) / model(step, 0.0)
-    factor = 0.95 if ratio > 0.75 else 1 / 0.95 if ratio < 0.25 else 1
+    factor = 0.9 if ratio > 0.75 else 1 / 0.9 if ratio < 0.25 else 1
     assert relative_error(after.damping, jnp.asarray(0.3 * factor)) <= 1e-6
 
 

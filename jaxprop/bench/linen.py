@@ -12,9 +12,9 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from jaxprop.bench.case import Case, with_key, without_key
 from jaxprop.bench.measure import Function
 from jaxprop.bench.networks import Network
-from jaxprop.bench.rows import Case, with_key, without_key
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Params, PyTree

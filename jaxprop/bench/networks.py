@@ -36,6 +36,15 @@ def gpt(*, scan: bool, recomputing: bool = False, batch: int = 8, vocab: int = 1
     return net, CrossEntropy(), (net.init(keys[1], x), x, target)
 
 
+def gpt2_small(*, batch: int) -> Network:
+    """Return GPT-2 with 124 M params, its blocks in one scan, on 512 tokens."""
+    config = Gpt2Config(vocab=50257, length=512, features=768, heads=12, layers=12)
+    net, keys = gpt2(config, scan=True), jax.random.split(jax.random.key(0))
+    tokens = jax.random.randint(keys[0], (batch, config.length + 1), 0, config.vocab, jnp.int32)
+    x, target = tokens[:, :-1], tokens[:, 1:]
+    return net, CrossEntropy(), (net.init(keys[1], x), x, target)
+
+
 def lstm(*, batch: int, length: int, features: int) -> Network:
     """Return an LSTM with ten classes at every step.
 
@@ -53,6 +62,12 @@ def lstm(*, batch: int, length: int, features: int) -> Network:
 def mlp(*, batch: int) -> Network:
     """Return dense layers of 1024, 1024 and 10 with ReLU between, on inputs of 784."""
     net = chain(Dense(1024), Relu(), Dense(1024), Relu(), Dense(10))
+    return _classified(net, batch, 784)
+
+
+def small_mlp(*, batch: int) -> Network:
+    """Return dense layers of 256, 256 and 10 with ReLU between, on inputs of 784."""
+    net = chain(Dense(256), Relu(), Dense(256), Relu(), Dense(10))
     return _classified(net, batch, 784)
 
 

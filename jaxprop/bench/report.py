@@ -12,17 +12,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 from jaxprop.bench.measure import Comparison, compare, matmul_rate
-from jaxprop.bench.rows import ROWS, needs_flax
+from jaxprop.bench.rows import LARGE, ROWS, needs_flax
 
 RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1  # a ratio above this many times the baseline's is a regression
 QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds to run each row, and how often to compile it
 EXPLANATION = """\
 hand: jaxprop; auto: jax.value_and_grad of the same loss, in a row /vmap the same quantity by
-jax.vmap, for hvp jax.jvp of jax.grad, for projected and a network's norms jaxprop's own
-value_and_grad, in a row fused- jax.value_and_grad and the same optimizer. run, trace, compile,
-temp: ratios hand/auto, medians of neighbouring pairs [quartiles]. share: hand's FLOP/s as a part of
-a large matmul's (- where a loop hides them)."""
+jax.vmap, for hvp jax.jvp of jax.grad, for projected, a network's norms, influence, laplace and
+noise-norms jaxprop's own value_and_grad, in a row fused- jax.value_and_grad and the same optimizer,
+for kfac-step ten steps of Adam beside ten of K-FAC. influence, self-influence and laplace are given
+the curvature. run, trace, compile, temp: ratios hand/auto, medians of neighbouring pairs
+[quartiles]. share: hand's FLOP/s as a part of a large matmul's (- where a loop hides them)."""
 FLAX = """\
 linen: a network of Flax Linen as a jp.function, beside jax.value_and_grad of the same network, in a
 row /own the norms of the same network in our own layers."""
@@ -33,12 +34,13 @@ class BenchError(Exception):
     """A mistake on the command line, in one line."""
 
 
-def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
+def bench(only: str | None = None, quick: bool = False, large: bool = False) -> dict[str, Any]:
     """Measure the rows, print a table, and return the figures.
 
     Args:
         only: measure only the rows whose name contains this.
         quick: whether to take fewer samples.
+        large: whether to measure the rows for an accelerator too.
 
     Returns:
         The figures, ready for JSON: the device, the version of JAX, and the costs of each row.
@@ -47,9 +49,10 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
         BenchError: if no row's name contains ``only``, or only rows that need Flax do and it is not
             installed.
     """
-    names = [name for name in ROWS if only is None or only in name]
+    rows = ROWS | LARGE if large else ROWS
+    names = [name for name in rows if only is None or only in name]
     if not names:
-        raise BenchError(f"--only {only}: no such row; there are {', '.join(ROWS)}")
+        raise BenchError(f"--only {only}: no such row; there are {', '.join(rows)}")
     skipped = [] if importlib.util.find_spec("flax") else list(filter(needs_flax, names))
     if skipped == names:
         raise BenchError(f"--only {only}: {len(skipped)} {NO_FLAX}")
@@ -70,7 +73,7 @@ def bench(only: str | None = None, quick: bool = False) -> dict[str, Any]:
         console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
     ) as bar:
         for name in bar.track(names, description="measuring"):
-            case = ROWS[name]()
+            case = rows[name]()
             measured = compare(
                 case.hand,
                 case.auto,

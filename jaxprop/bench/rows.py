@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxprop.bench import networks
-from jaxprop.bench.measure import Function, Make
-from jaxprop.bench.networks import Network, all_cnn_c, cnn, gpt, lstm, three_c3d
+from jaxprop.bench import curvatures, networks
+from jaxprop.bench.case import Case, with_key, without_key
+from jaxprop.bench.measure import Function
+from jaxprop.bench.networks import Network, all_cnn_c, cnn, gpt, gpt2_small, lstm, three_c3d
 from jaxprop.combinators.chain import chain
 from jaxprop.combinators.repeat import repeat
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import loss_fn
+from jaxprop.curvature.ekfac import ekfac_factors
 from jaxprop.curvature.products import OfVector, ggn_vp, hvp
-from jaxprop.layers import AffineParams, Dense, Relu, Sigmoid, Tanh
+from jaxprop.layers import AffineParams, Dense, LayerNorm, Relu, Sigmoid, Tanh
 from jaxprop.losses import CrossEntropy, HalfSquaredError
+from jaxprop.quantity.between import ntk
 from jaxprop.quantity.functions import (
     clipped_grad,
     diag_ggn,
+    gram,
     kronecker_factors,
     noise_scale,
     per_example_grads,
@@ -34,25 +37,9 @@ from jaxprop.quantity.functions import (
     second_moment,
     variance,
 )
+from jaxprop.quantity.noise import NoiseScale
 from jaxprop.training.gradients import ValueAndGrad, autodiff, value_and_grad
 from jaxprop.training.update import make_update
-
-
-class Case(NamedTuple):
-    """Two functions to compare, and their arguments.
-
-    Attributes:
-        hand: a maker of the function by the hand-written chain.
-        auto: a maker of the function that it is compared with.
-        args: the arguments of both.
-        carried: the number of leading args that are donated. The leading results take their places
-            in the next call.
-    """
-
-    hand: Make
-    auto: Make
-    args: tuple[PyTree, ...]
-    carried: int = 0
 
 
 def vmap_of_grad(net: Layer, loss: Loss) -> Function:
@@ -108,16 +95,6 @@ def mlp(
     )
 
 
-def with_key(f: Function) -> Function:
-    """Return ``f(params, x, target, key=key)`` as a function of four arguments."""
-    return lambda params, x, target, key: f(params, x, target, key=key)
-
-
-def without_key(f: Function) -> Function:
-    """Return ``f(params, x, target)`` as a function that also takes a key."""
-    return lambda params, x, target, key: f(params, x, target)
-
-
 def trained(network: Network) -> Case:
     """Return the case of the network's value and gradient, by hand and by autodiff."""
     net, loss, args = network
@@ -130,11 +107,34 @@ def norms(network: Network) -> Case:
     return Case(lambda: per_example_sq_norms(net, loss), lambda: value_and_grad(net, loss), args)
 
 
+def clipped(network: Network, auto: Callable[[Layer, Loss], Function]) -> Case:
+    """Return the case of the network's clipped gradient, beside another function's."""
+    net, loss, args = network
+    return Case(lambda: clipped_grad(net, loss, max_norm=1.0), lambda: auto(net, loss), args)
+
+
 def projected(network: Network) -> Case:
     """Return the case of projected per-example gradients of rank 8, beside the gradient by hand."""
     net, loss, args = network
     of = functools.partial(projected_grads, rank=8, key=jax.random.key(0))
     return Case(lambda: of(net, loss), lambda: value_and_grad(net, loss), args)
+
+
+def noise_of_normalizations(network: Network) -> Case:
+    """Return the case of a gradient with the noise scale of LayerNorm, beside it without."""
+    net, loss, args = network
+    also = {"noise": NoiseScale(where=LayerNorm)}
+    return Case(
+        lambda: value_and_grad(net, loss, aux=True, also=also),
+        lambda: value_and_grad(net, loss),
+        args,
+    )
+
+
+def tangent_kernel(net: Layer, loss: Loss) -> Function:
+    """Return ``f(params, x, target)``, the tangent kernel of x; the targets count for nothing."""
+    kernel = ntk(net)
+    return lambda params, x, target: kernel(params, x)
 
 
 def along_params(of: Callable[[Layer, Loss], OfVector]) -> Callable[[Layer, Loss], Function]:
@@ -223,6 +223,7 @@ def linen_beside_vmap(network: str) -> Case:
 
 
 MNIST = functools.partial(mlp, 784, 1024, 1024, 10, batch=128)
+SMALL = functools.partial(mlp, 784, 256, 256, 10, batch=64)
 LSTM = functools.partial(lstm, batch=32, length=64, features=256)
 WIDE = functools.partial(mlp, 5120, 2560, 1280, batch=32)
 
@@ -238,13 +239,21 @@ ROWS: dict[str, Callable[[], Case]] = {
         hand=functools.partial(clipped_grad, max_norm=1.0),
         auto=functools.partial(vmap_clipped, max_norm=1.0),
     ),
+    "gram": lambda: MNIST(hand=gram),
+    "ntk": lambda: SMALL(hand=tangent_kernel),
     "second-moment": lambda: MNIST(hand=second_moment),
     "variance": lambda: MNIST(hand=variance),
     "noise-scale": lambda: MNIST(hand=noise_scale),
     "diag-ggn-mc": lambda: MNIST(hand=diag_ggn, key=True),
     "diag-ggn": lambda: MNIST(hand=diag_ggn),
+    "diag-ggn-each": lambda: MNIST(hand=functools.partial(diag_ggn, per_example=True)),
     "kfac": lambda: MNIST(hand=kronecker_factors, key=True),
     "kflr": lambda: MNIST(hand=kronecker_factors),
+    "ekfac": lambda: SMALL(hand=ekfac_factors, key=True),
+    "influence": lambda: curvatures.influenced(networks.small_mlp(batch=136), others=8),
+    "self-influence": lambda: curvatures.self_influenced(networks.small_mlp(batch=128)),
+    "laplace": lambda: curvatures.outputs(networks.small_mlp(batch=128)),
+    "kfac-step": lambda: curvatures.steps(networks.small_mlp(batch=128), number=10),
     "projected": lambda: projected(networks.mlp(batch=128)),
     "hvp": lambda: MNIST(hand=along_params(hvp), auto=hvp_in_jax),
     "ggn-vp": lambda: MNIST(hand=along_params(ggn_vp)),
@@ -252,6 +261,7 @@ ROWS: dict[str, Callable[[], Case]] = {
     "gpt-repeat": lambda: trained(gpt(scan=True)),
     "gpt-recompute": lambda: trained(gpt(scan=True, recomputing=True)),
     "gpt-norms": lambda: norms(gpt(scan=False)),
+    "noise-norms": lambda: noise_of_normalizations(gpt(scan=False)),
     "gpt-projected": lambda: projected(gpt(scan=False)),
     "lstm": lambda: trained(LSTM()),
     "lstm-norms": lambda: norms(LSTM()),
@@ -286,6 +296,17 @@ ROWS: dict[str, Callable[[], Case]] = {
     "linen-gpt-norms/vmap": lambda: linen_beside_vmap("gpt"),
     "linen-lstm-norms/vmap": lambda: linen_beside_vmap("lstm"),
 }
+
+
+LARGE: dict[str, Callable[[], Case]] = {
+    "gpt2-small": lambda: trained(gpt2_small(batch=8)),
+    "gpt2-small-norms": lambda: norms(gpt2_small(batch=8)),
+    "gpt2-small-clipped": lambda: clipped(gpt2_small(batch=8), value_and_grad),
+    "gpt2-small-clipped/vmap": lambda: clipped(
+        gpt2_small(batch=8), functools.partial(vmap_clipped, max_norm=1.0)
+    ),
+}
+"""Rows for an accelerator."""
 
 
 def needs_flax(name: str) -> bool:

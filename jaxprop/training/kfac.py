@@ -73,6 +73,7 @@ def kfac(
     every: int = 1,
     inverse_every: int = 10,
     damping_every: int = 5,
+    damping_decay: float = 0.9,
     micro_batches: int = 1,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -111,6 +112,8 @@ def kfac(
         every: the factors are taken each so many steps.
         inverse_every: they are decomposed each so many steps.
         damping_every: the damping is looked at each so many steps, which costs a pass forward.
+        damping_decay: by what it is multiplied, for each of them, where it shrinks, and divided
+            where it grows; 19 / 20 in the paper.
         micro_batches: into how many parts the batch is split for the factors.
         seed: of what is drawn.
         mesh: a mesh of devices, of which each decomposes its share of the factors.
@@ -125,6 +128,8 @@ def kfac(
         raise TypeError(f"kfac: like is (params, x, target), not {described(like)}")
     _check_numbers(damping=damping, norm_constraint=norm_constraint, momentum=momentum)
     check_share("kfac: decay", decay)
+    check_share("kfac: damping_decay", damping_decay)
+    _check_numbers(damping_decay=damping_decay)
     check_flag("kfac: adapt_damping", adapt_damping)
     check_count("kfac: seed", seed, least=0)
     if mesh is not None:
@@ -214,7 +219,7 @@ def kfac(
             before = mean_loss(whole, *batch, **options) if value is None else value
             change = model.change(sizes).astype(jnp.float32)
             ratio = (after - before).astype(jnp.float32) / jnp.minimum(change, -TINY)
-            factor = (19 / 20) ** damping_every
+            factor = damping_decay**damping_every
             scale = jnp.where(ratio > 0.75, factor, jnp.where(ratio < 0.25, 1 / factor, 1))
             scale = jnp.where(jnp.isnan(ratio), 1 / factor, scale)
             return jnp.maximum(state.damping * scale, LEAST)
