@@ -113,6 +113,24 @@ def hold(
     hold_leaves(got, want, zero=zero, tolerance=tolerance, nothing=nothing)
 
 
+def hold_curvature(net: jp.Layer, loss: jp.Loss, params: Any, x: Any, target: Any) -> None:
+    """Assert that EKFAC has the trace of the Gauss-Newton matrix, and that solving undoes it."""
+    curvature = jp.curvature.ekfac_factors(net, loss, others="diagonal")(params, x, target)
+    diagonal = jp.diag_ggn(net, loss)(params, x, target)
+    blocks = jax.tree.leaves(learned(curvature), is_leaf=jp.curvature.is_block)
+    values = [getattr(block, "values", block).sum() for block in blocks]
+    totals = [leaf.sum() for leaf in jax.tree.leaves(learned(diagonal))]
+    largest = max(map(abs, totals))
+    for value, total in zip(values, totals, strict=True):
+        assert abs(value - total) <= TOLERANCE * largest
+    tree = drawn(params, seed=3)
+    solved = jp.curvature.solve(curvature, tree, 0.1 * largest)
+    again = jp.curvature.times(curvature, solved)
+    leaves = zip(*map(jax.tree.leaves, map(learned, (again, solved, tree))), strict=True)
+    for product, half, want in leaves:
+        assert jnp.abs(product + 0.1 * largest * half - want).max() <= 1e-8
+
+
 def both(
     fn: Any, loss: Any, moments: bool, diagonal: bool, params: Any, x: Any, target: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -49,7 +49,7 @@ def mean(tree):
     return jax.tree.map(lambda leaf: leaf.mean(0), tree)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("row", [*OWN, *OF_TABLE], ids=row_id)
 def test_diagonals_of_each_example_and_their_means(row):
     net, loss, *args = problem(row)
@@ -83,6 +83,7 @@ def of_function():
     return FUNCTION, jp.CrossEntropy(), params, x, jnp.arange(4) % 3
 
 
+@pytest.mark.full
 def test_diagonals_of_a_function():
     net, loss, *args = of_function()
     want = hessian_diagonals(net, loss)(*args)
@@ -116,6 +117,7 @@ def test_weights_padding_and_micro_batches(of, per_example):
     assert relative_error(in_parts(params, x, target, **given), want) <= 1e-10
 
 
+@pytest.mark.full
 def test_sampled_diagonals_of_each_example_have_the_mean_of_the_same_samples():
     net, loss, *args = problem(Row(MLP, normal(4, 6)), jp.CrossEntropy())
     key = jax.random.key(0)

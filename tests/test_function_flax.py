@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from functions import drawn, hold, hold_leaves, integers, normal, own_shares
+from functions import drawn, hold, hold_curvature, hold_leaves, integers, normal, own_shares
 from table import relative_error
 
 import jaxprop as jp
@@ -353,6 +353,19 @@ def only(word, params):
 
 
 @pytest.mark.full
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["cnn", *GPTS, *CELLS])
+def test_curvature(name):
+    if name in CELLS:
+        model, x, target = Recurrent(getattr(nn, name)), normal(3, 5, 3), normal(3, 2)
+    elif name in GPTS:
+        model, (x, target) = GPTS[name], tokens()
+    else:
+        model, x, target = Cnn(), images(), integers(3, 2)
+    loss = jp.HalfSquaredError() if name in CELLS else jp.CrossEntropy()
+    hold_curvature(jp.function(model.apply), loss, params_of(model, x), x, target)
+
+
 def test_kronecker_factors_of_linen_are_those_of_our_layers():
     """The same params in Dense layers of this library give the same factors."""
     x, target, loss = normal(5, 4), integers(3, 5), jp.CrossEntropy()

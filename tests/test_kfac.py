@@ -56,6 +56,7 @@ def trained(name, steps=12, **options):
     return params, state, values
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NETS)
 def test_the_loss_falls_fast(name):
     given = {"learning_rate": 0.1, "norm_constraint": 1e-2} if name == "dropout" else {}
@@ -138,10 +139,11 @@ def test_the_model_is_minimised_and_the_damping_follows():
     assert sizes[1] == min(sizes)
     now = jp.loss_fn(net, LOSS)(optax.apply_updates(params, step), x, target)
     ratio = (now - value) / model(step, 0.0)
-    factor = 0.9 if ratio > 0.75 else 1 / 0.9 if ratio < 0.25 else 1
+    factor = 0.95 if ratio > 0.75 else 1 / 0.95 if ratio < 0.25 else 1
     assert relative_error(after.damping, jnp.asarray(0.3 * factor)) <= 1e-6
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["dense", "tokens"])
 def test_each_device_decomposes_its_share(name):
     mesh = jax.make_mesh((4, 2), ("d", "m"))

@@ -5,7 +5,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from table import Row, at, normal, relative_error
+from functions import hold_curvature
+from table import TABLE, Row, at, normal, relative_error, row_id
+from test_quantities import has_params, problem as problem_of
 
 import jaxprop as jp
 
@@ -105,7 +107,7 @@ def blocks_of_root(net, params, x, target):
         yield rows.T @ rows / leaf.shape[1]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NETS)
 def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
     net, params, x, target = problem(name)
@@ -127,7 +129,7 @@ def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
     assert relative_error(again, solved) <= 1e-12
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NETS)
 def test_no_diagonal_in_the_basis_of_the_factors_is_nearer_to_the_block(name):
     net, params, x, target = problem(name)
@@ -144,6 +146,7 @@ def test_no_diagonal_in_the_basis_of_the_factors_is_nearer_to_the_block(name):
         assert apart <= before + 1e-10
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["dense", "convolution"])
 @pytest.mark.parametrize("positions", ["expand", "reduce"])
 def test_corrections_of_micro_batches_and_of_weights(name, positions):
@@ -182,7 +185,7 @@ def inverse(curvature, params, damping):
     return [jnp.linalg.inv(m + damping * jnp.eye(len(m))) for m in matrices]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("kind", ["kronecker", "ekfac", "diagonal", "none"])
 def test_influence_is_an_inner_product_in_the_inverse_curvature(name, kind):
@@ -262,7 +265,7 @@ def whole(curvature, params):
     return jax.vmap(lambda e: flat(jp.curvature.times(curvature, back(e))))(unit).T
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("positions", ["expand", "reduce"])
 @pytest.mark.parametrize("name", ["dense", "sequence", "convolution", "repeat", "tokens", "lstm"])
 def test_a_joint_bias_is_a_row_of_its_matrix(name, positions):
@@ -289,6 +292,7 @@ def test_a_joint_bias_is_a_row_of_its_matrix(name, positions):
         assert abs(jnp.vdot(block - matrix, matrix)) <= 1e-10 * jnp.vdot(block, block)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["dense", "convolution"])
 def test_influence_and_laplace_with_a_joint_bias(name):
     net, params, x, target = problem(name)
@@ -332,6 +336,7 @@ def test_mistakes_in_what_is_sampled():
         jp.curvature.EigenvalueCorrection(basis, samples=1, empirical=True)
 
 
+@pytest.mark.full
 def test_influence_of_batches_with_masks():
     net = jp.chain(
         jp.Embedding(7, 4), jp.skip(jp.chain(jp.Dense(12), jp.Attention(2))), jp.Dense(3)
@@ -348,3 +353,14 @@ def test_influence_of_batches_with_masks():
     assert relative_error(got, g @ d.T) <= 1e-10
     some = of(params, batch, (ids[1:3], target[1:3]), factors, 0.1, mask=mask, other_mask=mask[1:3])
     assert relative_error(some, (g @ d.T)[:, 1:3]) <= 1e-10
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "row",
+    [row for row in TABLE if has_params(row) and not row.layer.batch_coupled],
+    ids=row_id,
+)
+def test_curvature_of_every_layer(row):
+    net, loss, params, x, target = problem_of(row)
+    hold_curvature(net, loss, params, x, target)

@@ -35,7 +35,7 @@ def covariances(posterior):
         yield jnp.linalg.inv(precision)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("structure", ["kronecker", "diagonal"])
 @pytest.mark.parametrize("name", [name for name in NETS if name != "heads"])
 def test_outputs_have_the_covariance_of_the_linear_net(name, structure):
@@ -76,6 +76,7 @@ def test_the_evidence_of_a_linear_net_is_exact():
     assert around[1] == max(around)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["dense", "repeat", "frozen"])
 def test_samples_have_the_covariance(name):
     posterior, _, _ = posterior_of(name)
@@ -124,6 +125,7 @@ def test_mistakes():
         jp.laplace(net, LOSS, samples=2)(params, x, target)
 
 
+@pytest.mark.full
 def test_a_posterior_keeps_no_key_and_no_mask_of_its_batch():
     block = jp.skip(jp.chain(jp.Dense(6), jp.Dropout(0.5), jp.Attention(1)))
     net = jp.chain(jp.Embedding(5, 2), block, jp.Dense(3))

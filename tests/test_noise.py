@@ -61,6 +61,7 @@ def is_parts(node):
     ],
     ids=["classes", "a class", "a predicate", "a path", "an expression", "the path of a param"],
 )
+@pytest.mark.few(2)
 def test_of_chosen_layers_it_is_that_of_their_params_alone(where, chosen):
     net, loss, *args = problem()
     each = jax.jit(oracles.per_example_grads(net, loss))(*args)
@@ -83,6 +84,7 @@ def test_of_chosen_layers_it_is_that_of_their_params_alone(where, chosen):
     assert relative_error(ratio, want.trace / want.square) <= 1e-10
 
 
+@pytest.mark.full
 def test_in_shared_and_recomputed_layers_too():
     inner = jp.chain(jp.LayerNorm(), jp.Dense(2), jp.Tanh())
     net, loss, *args = problem(jp.chain(jp.shared(inner, 2), jp.recompute(inner), jp.Dense(3)))
@@ -91,6 +93,7 @@ def test_in_shared_and_recomputed_layers_too():
     assert relative_error(got, parts_of((each[0][0], each[1][0]))) <= 1e-10
 
 
+@pytest.mark.full
 def test_of_a_function_by_the_paths_of_its_params():
     def fn(params, x):
         for layer in params["layers"]:
@@ -171,6 +174,7 @@ def test_of_a_sharded_batch_it_is_that_of_the_whole(kind, weights):
     [{}, {"weights": WEIGHTS}, {"weights": WEIGHTS, "divisor": 3.0}, {"divisor": 3.0}],
     ids=lambda given: " and ".join(given) or "plain",
 )
+@pytest.mark.few(1)
 def test_in_shard_map_the_devices_means_are_added_up(given, micro_batches):
     """Some devices have examples of no weight alone, and so has a micro-batch of another."""
     devices = 8 // micro_batches

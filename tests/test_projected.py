@@ -99,6 +99,7 @@ def test_the_tangent_kernel_of_more_outputs_than_are_walked_from_at_a_time():
     assert relative_error(jp.ntk(net)(params, x), trace) <= 1e-10
 
 
+@pytest.mark.full
 def test_the_tangent_kernel_between_sequences_of_other_lengths():
     net = jp.chain(jp.Dense(4), BLOCK, jp.GlobalAvgPool())
     x, x2 = jnp.asarray(normal(3, 2, 8)), jnp.asarray(normal(2, 40, 8))
@@ -108,6 +109,7 @@ def test_the_tangent_kernel_between_sequences_of_other_lengths():
     assert relative_error(jp.ntk(net)(params, x, x2), trace) <= 1e-10
 
 
+@pytest.mark.full
 def test_the_tangent_kernel_under_vmap_and_its_derivative():
     net, params, x, _ = problem("repeat")
     several = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), params)

@@ -73,7 +73,7 @@ def kfac(
     every: int = 1,
     inverse_every: int = 10,
     damping_every: int = 5,
-    damping_decay: float = 0.9,
+    damping_decay: float = 0.95,
     micro_batches: int = 1,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -113,7 +113,7 @@ def kfac(
         inverse_every: they are decomposed each so many steps.
         damping_every: the damping is looked at each so many steps, which costs a pass forward.
         damping_decay: by what it is multiplied, for each of them, where it shrinks, and divided
-            where it grows; 19 / 20 in the paper.
+            where it grows.
         micro_batches: into how many parts the batch is split for the factors.
         seed: of what is drawn.
         mesh: a mesh of devices, of which each decomposes its share of the factors.
