@@ -48,7 +48,7 @@ def is_parts(node):
     return isinstance(node, NoiseParts)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("where", "chosen"),
     [
@@ -61,7 +61,6 @@ def is_parts(node):
     ],
     ids=["classes", "a class", "a predicate", "a path", "an expression", "the path of a param"],
 )
-@pytest.mark.few(2)
 def test_of_chosen_layers_it_is_that_of_their_params_alone(where, chosen):
     net, loss, *args = problem()
     each = jax.jit(oracles.per_example_grads(net, loss))(*args)
@@ -174,7 +173,6 @@ def test_of_a_sharded_batch_it_is_that_of_the_whole(kind, weights):
     [{}, {"weights": WEIGHTS}, {"weights": WEIGHTS, "divisor": 3.0}, {"divisor": 3.0}],
     ids=lambda given: " and ".join(given) or "plain",
 )
-@pytest.mark.few(1)
 def test_in_shard_map_the_devices_means_are_added_up(given, micro_batches):
     """Some devices have examples of no weight alone, and so has a micro-batch of another."""
     devices = 8 // micro_batches
