@@ -162,6 +162,7 @@ def _grads(net, params, saved, ct):
     return jp.core.cotangents.summed(net.backward(params, *alone)[0])
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_an_encoder_has_the_rules_of_attnlrp():
     """LayerNorm, skip, attention and GELU beside relevance that is passed on step by step."""
@@ -366,6 +367,7 @@ def test_rules_reach_what_is_shared():
         close(got, rules.saliency(rule(unrolled))(flat, X, TARGET))
 
 
+@pytest.mark.full
 def test_in_jit_vmap_and_of_one_example():
     params = init(MLP)
     for f in (rules.relevance(rules.lrp(MLP)), rules.integrated_gradients(MLP, steps=3)):

@@ -157,6 +157,7 @@ def test_an_update_has_the_noise_scale_of_its_own_walk():
     assert program.as_text().count(" dot(") == together
 
 
+@pytest.mark.full
 def test_what_comes_along_in_float16_is_scaled_back():
     """Cotangents of 1e-8, which without a scale are 0 in float16."""
     wide = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3))

@@ -104,6 +104,7 @@ def test_what_is_drawn_has_the_probabilities_of_the_logits():
             np.testing.assert_allclose(got, expected, atol=4 * np.sqrt(0.25 / len(drawn)))
 
 
+@pytest.mark.full
 def test_generate_compiles_once():
     net = gpt2(GPT)
     prompt = jnp.ones((1, 2), int)

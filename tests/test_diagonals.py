@@ -126,6 +126,7 @@ def test_sampled_diagonals_of_each_example_have_the_mean_of_the_same_samples():
         assert relative_error(mean(each), of(net, loss, samples=3)(*args, key=key)) <= 1e-10
 
 
+@pytest.mark.full
 def test_random_signs_converge_to_the_diagonal_at_the_monte_carlo_rate():
     """The variance at i is sum_{j != i} H_ij^2 for each vector."""
     net, loss, *args = problem(Row(jp.chain(jp.Dense(3), jp.Tanh(), jp.Dense(2)), normal(5, 2)))
@@ -139,6 +140,7 @@ def test_random_signs_converge_to_the_diagonal_at_the_monte_carlo_rate():
     assert 0.7 < float(jnp.sqrt(jnp.mean(((got - exact) / (deviation / 20)) ** 2))) < 1.4
 
 
+@pytest.mark.full
 def test_a_coupled_net_has_a_hessian_and_no_example_s_own():
     net, loss = jp.chain(jp.Dense(3), jp.BatchNorm(), jp.Tanh(), jp.Dense(2)), jp.CrossEntropy()
     _, _, params, x, target = problem(Row(net, normal(5, 2)), loss)

@@ -233,6 +233,7 @@ def scoped(params, x, zeros=(0.0, 0.0, 0.0)):
 PARAMS = {"w": normal(3, 4), "b": normal(4, seed=1), "v": normal(4, 2, seed=2)}
 
 
+@pytest.mark.full
 def test_a_scope_has_its_result_and_its_cotangent():
     x, target = normal(5, 3, seed=3), normal(5, 2, seed=4)
     terms = jp.explain(jp.function(scoped), LOSS, PARAMS, x, target, keep=10**6)

@@ -154,6 +154,7 @@ class Quantized(nn.Module):
         return jnp.sign(x) @ w.T[:, :3]
 
 
+@pytest.mark.full
 def test_straight_through_the_rounding_of_a_flax_model():
     """Rounded weights stay in factors: their cotangent is that of the weights."""
 
@@ -267,6 +268,7 @@ def test_an_equinox_model():
         hold(net.fn, params, X, TARGET, LOSS)
 
 
+@pytest.mark.full
 def test_relevance_of_a_flax_model():
     """Its dense modules by LRP: that of our net with the same rules."""
     zero = functools.partial(rules.lrp_epsilon, epsilon=0.0)
@@ -352,6 +354,7 @@ def clipped_sign(w):
 clipped_sign.defvjp(lambda w: (jnp.sign(w), w), lambda w, ct: (jnp.where(abs(w) <= 1, ct, 0),))
 
 
+@pytest.mark.full
 def test_a_rule_on_params_alone_is_of_each_example():
     """Binary weights whose cotangent passes in a range: what is an example's own stays so."""
 

@@ -121,6 +121,7 @@ def test_the_step_is_that_of_the_formulas():
     assert relative_error(state.step, before) <= 1e-5
 
 
+@pytest.mark.full
 def test_the_model_is_minimised_and_the_damping_follows():
     net, params, x, target = problem()
     optimizer = jp.kfac(net, LOSS, (params, x, target), damping=0.3, samples=None, damping_every=1)
@@ -163,6 +164,7 @@ def test_shares_are_even():
     assert np.bincount(_owners(costs, 3), costs).tolist() == [8, 8, 8]
 
 
+@pytest.mark.full
 def test_in_a_scan_with_data_on_a_mesh():
     net, params, x, target = problem()
     optimizer = jp.kfac(net, LOSS, (params, x, target))

@@ -288,6 +288,7 @@ def test_class_weights_are_those_of_torch_but_for_the_mean():
     np.testing.assert_allclose(values, own, rtol=1e-14)
 
 
+@pytest.mark.full
 def test_numbers_and_weights_of_any_kind():
     """Strict promotion takes no float64 of NumPy beside float32, and no bool beside a number."""
     y, one = jnp.asarray(normal(2, 3), jnp.float32), np.float64(0.5)

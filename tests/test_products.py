@@ -93,6 +93,7 @@ def test_many_vectors_share_what_does_not_depend_on_them():
             assert relative_error(here, of(net, LOSS)(params, x, target, one)) <= 1e-11
 
 
+@pytest.mark.full
 def test_weights_padding_and_what_is_not_learned():
     net = jp.chain(jp.frozen(jp.Dense(4)), jp.Tanh(), jp.Dense(3))
     params, x = at(Row(net, normal(6, 4)))

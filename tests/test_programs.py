@@ -148,6 +148,7 @@ class LogCosh(jp.Loss):
         return signs / jnp.cosh(error)
 
 
+@pytest.mark.full
 def test_a_layer_and_a_loss_of_ones_own_under_repeat_and_clipping():
     x = jax.random.normal(jax.random.key(0), (12, 4))
     target = jnp.sin(3 * x)

@@ -475,6 +475,7 @@ def test_reduced_factors_are_the_block_of_a_linear_net_with_a_mean():
     assert relative_error(jnp.kron(*factors[0].w), columns.T @ columns) <= 1e-12
 
 
+@pytest.mark.full
 def test_reduced_factors_of_a_convolution_are_of_its_mean_patch():
     loss, x = jp.HalfSquaredError(), normal(3, 5, 5, 4)
     for groups in (1, 2):
@@ -492,6 +493,7 @@ def test_reduced_factors_of_a_convolution_are_of_its_mean_patch():
         assert got.a.shape[-1] == 3 * 2 * 4 // groups
 
 
+@pytest.mark.full
 def test_what_has_no_factors_is_skipped_or_has_a_diagonal():
     table = jp.Embedding(7, 4)
     net = jp.chain(jp.tied(table, jp.chain(jp.LayerNorm(), jp.Dense(4))))
@@ -1074,6 +1076,7 @@ def test_small_deviations_from_a_large_mean_are_not_lost(name, parts):
         assert relative_error(f(*exact), each) <= 1e-6
 
 
+@pytest.mark.full
 def test_parts_of_the_noise_scale_add_up():
     net = jp.chain(jp.repeat(jp.skip(jp.chain(jp.Dense(4), jp.Tanh())), 3), jp.Dense(2))
     params, x = at(Row(net, normal(6, 4)))

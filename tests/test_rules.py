@@ -216,6 +216,7 @@ def is_fixed(leaf):
     return isinstance(leaf, jp.Unlearned)
 
 
+@pytest.mark.full
 def test_explained_and_clipped_by_layer():
     for net in (rules.feedback_alignment(NET), rules.direct_feedback_alignment(NET)):
         params = init(net)
@@ -482,6 +483,7 @@ def test_lif_is_its_recurrence_with_a_smooth_step(reset):
     np.testing.assert_allclose(layer.backward((), saved, ct)[1], pull(ct)[0], rtol=1e-12)
 
 
+@pytest.mark.full
 def test_angles_are_0_for_the_derivative_and_fall_as_feedback_meets_w():
     params = init(NET)
     for leaf in jax.tree.leaves(rules.angles(NET, LOSS)(params, X, TARGET)):

@@ -235,6 +235,7 @@ def test_a_divisor_scales_every_mean(name):
     assert relative_error(twice, mean) <= CLOSE
 
 
+@pytest.mark.full
 def test_curvature_and_the_noise_scale_have_a_scale_of_their_own_under_a_divisor():
     """The Kronecker product scales as the block does, and the noise scale not at all."""
     net, loss, params, x, target = problem("dense")
@@ -252,6 +253,7 @@ def test_curvature_and_the_noise_scale_have_a_scale_of_their_own_under_a_divisor
         assert relative_error(2 * first.w.b, mean["kfac"][0].w.b) <= CLOSE
 
 
+@pytest.mark.full
 def test_the_noise_scale_knows_how_many_examples_weights_leave():
     net, loss, params, x, target = problem("dense")
     f = jp.noise_scale(net, loss)
@@ -272,6 +274,7 @@ def test_a_micro_batch_of_padding_counts_nothing(micro_batches):
     assert relative_error(parts(params, x, target, weights=weights), whole) <= CLOSE
 
 
+@pytest.mark.full
 def test_the_noise_scale_of_weights_is_of_two_estimates_without_bias():
     """Their means over all 3^4 equally likely batches of 4 out of 3 examples are what they are."""
     net, loss, params, x, target = problem("dense")
@@ -329,6 +332,7 @@ def test_the_mean_over_all_real_tokens():
     assert relative_error(got, want) <= CLOSE
 
 
+@pytest.mark.full
 def test_of_an_empty_poisson_sample_the_noise_is_left():
     net, loss, params, x, target = problem("dense")
     f = jp.clipped_grad(net, loss, 1.0, 2.0)
