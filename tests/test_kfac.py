@@ -1,5 +1,7 @@
 """K-FAC as an optimizer."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,13 +75,13 @@ def test_one_step_finds_the_minimum_of_a_linear_problem():
     )
     target = jnp.asarray(normal(9, 3)) + 1
     params = net.init(jax.random.key(0), x)
-    optimizer = jp.kfac(net, loss, (params, x, target), damping=1e-9, samples=None)
+    optimizer = jp.kfac(net, loss, (params, x, target), damping=1e-12, samples=None)
     update = jp.make_update(net, loss, optimizer, donate=False)
     params, state, _ = update(params, update.init(params), x, target)
     best, *_ = jnp.linalg.lstsq(x, target)
-    assert relative_error(params[0].w, best) <= 1e-6
+    assert relative_error(params[0].w, best) <= 1e-8
     again, _, value = update(params, state, x, target)
-    assert relative_error(again[0].w, best) <= 1e-6
+    assert relative_error(again[0].w, best) <= 1e-8
     assert value <= 1.0001 * jp.loss_fn(net, loss)((params[0]._replace(w=best),), x, target)
 
 
@@ -117,8 +119,8 @@ def test_the_step_is_that_of_the_formulas():
         alpha = rate * jnp.sqrt(jnp.minimum(1, bound / (rate**2 * length)))
         before = jax.tree.map(lambda d, s: -alpha * d + momentum * s, d, before)  # noqa: B023
         at = jax.tree.map(jnp.add, at, before)
-        assert relative_error(got, at) <= 1e-6  # alpha is float32
-    assert relative_error(state.step, before) <= 1e-5
+        assert relative_error(got, at) <= 1e-10
+    assert relative_error(state.step, before) <= 1e-10
 
 
 @pytest.mark.full
@@ -141,7 +143,7 @@ def test_the_model_is_minimised_and_the_damping_follows():
     now = jp.loss_fn(net, LOSS)(optax.apply_updates(params, step), x, target)
     ratio = (now - value) / model(step, 0.0)
     factor = 0.95 if ratio > 0.75 else 1 / 0.95 if ratio < 0.25 else 1
-    assert relative_error(after.damping, jnp.asarray(0.3 * factor)) <= 1e-6
+    assert relative_error(after.damping, jnp.asarray(0.3 * factor)) <= 1e-12
 
 
 @pytest.mark.few(1)
@@ -150,11 +152,12 @@ def test_each_device_decomposes_its_share(name):
     mesh = jax.make_mesh((4, 2), ("d", "m"))
     alone = trained(name, steps=3, samples=None)
     shared = trained(name, steps=3, samples=None, mesh=mesh)
-    assert relative_error(shared[0], alone[0]) <= 1e-5
+    assert relative_error(shared[0], alone[0]) <= 1e-8
     net, params, x, target = problem(name)
     update = jp.make_update(net, LOSS, jp.kfac(net, LOSS, (params, x, target), mesh=mesh))
     text = update.lower(params, update.init(params), x, target).compile().as_text()
-    assert "conditional(" in text
+    choices = [names.count("%") for names in re.findall(r"branch_computations={([^}]*)}", text)]
+    assert choices.count(mesh.size) == 1  # each device has a branch of its own
 
 
 def test_shares_are_even():
@@ -181,7 +184,7 @@ def test_in_a_scan_with_data_on_a_mesh():
     mesh = jax.make_mesh((8,), ("d",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     there = jax.jit(run)(*(jax.device_put(a, spread) for a in (x, target)))
-    assert relative_error(there[1], jax.jit(run)(x, target)[1]) <= 1e-5
+    assert relative_error(there[1], jax.jit(run)(x, target)[1]) <= 1e-8
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -240,7 +243,7 @@ def test_a_momentum_that_is_given_is_kept_without_a_learning_rate(momentum):
 
         (at_0, _), (at_1, _) = slope(0.0), slope(1.0)
         _, before = slope(at_0 / (at_0 - at_1))
-        assert relative_error(new.step, before) <= 1e-5  # damping is float32
+        assert relative_error(new.step, before) <= 1e-10
         params, state = jax.tree.map(jnp.add, params, new.step), new
 
 

@@ -355,6 +355,34 @@ def test_influence_of_batches_with_masks():
     assert relative_error(some, (g @ d.T)[:, 1:3]) <= 1e-10
 
 
+def test_influence_of_a_net_that_draws_is_of_the_batch_s_own_draws():
+    net = jp.chain(jp.Dense(6), jp.Dropout(0.4), jp.Dense(3))
+    x, key = jnp.asarray(normal(4, 5)), jax.random.key(3)
+    params, target = net.init(jax.random.key(0), x), jnp.arange(4) % 3
+    params = jax.tree.map(lambda p: p.astype(float), params)
+    factors = jp.kronecker_factors(net, LOSS, samples=2)(params, x, target, key=key)
+    each = jp.per_example_grads(net, LOSS)(params, x, target, key=key)
+    g = jnp.concatenate([leaf.reshape(4, -1) for leaf in learned(each)], axis=1)
+    solved = jax.vmap(lambda tree: jp.curvature.solve(factors, tree, 0.1))(each)
+    d = jnp.concatenate([leaf.reshape(4, -1) for leaf in learned(solved)], axis=1)
+    of, batch = jp.curvature.influence(net, LOSS), (x, target)
+    got = of(params, batch, batch, factors, 0.1, key=key)
+    assert relative_error(got, g @ d.T) <= 1e-10
+    alone = jp.curvature.self_influence(net, LOSS)(params, *batch, factors, 0.1, key=key)
+    assert relative_error(jnp.diagonal(got), alone) <= 1e-10
+
+
+def test_what_is_no_curvature_and_no_tree_is_said():
+    net, params, x, target = problem("dense")
+    factors = jp.kronecker_factors(net, LOSS)(params, x, target)
+    with pytest.raises(TypeError, match="eigh: 'a' is no block of a curvature"):
+        jp.curvature.logdet("a")
+    with pytest.raises(TypeError, match="times: the tree is of floating arrays"):
+        jp.curvature.times(factors, jax.tree.map(lambda p: p.astype(int), params))
+    with pytest.raises((TypeError, ValueError), match="times: the"):
+        jp.curvature.times(factors[0].w, 3.0)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     "row",

@@ -308,6 +308,8 @@ def test_averages_of_each_param_in_a_scan():
 
 def test_mistakes_are_said():
     net, loss, *args = problem()
+    with pytest.raises(ValueError, match="is no regular expression"):
+        jp.NoiseScale(where="(")
     for where in (3, ["w"]):
         with pytest.raises(TypeError, match="where is a predicate of a layer"):
             jp.NoiseScale(where=where)

@@ -298,3 +298,11 @@ def test_factors_are_smaller_than_gradients():
     kept = jax.eval_shape(f, params, x, x)["kept"]
     size = sum(leaf.size for leaf in jax.tree.leaves(kept))
     assert size < 0.08 * 3 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_tangent_kernel_of_no_examples_is_empty(full):
+    net, params, x, _ = problem("dense")
+    some = (3, 3) if full else ()
+    assert jp.ntk(net, full=full)(params, x[:0]).shape == (0, 0, *some)
+    assert jp.ntk(net, full=full)(params, x, x[:0]).shape == (len(x), 0, *some)

@@ -12,7 +12,6 @@ for a diagonal, or ``()`` for none, which counts as 0.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,15 @@ from jaxtyping import Float
 from jaxprop.core.arrays import added, scalar_of, wide
 from jaxprop.core.checks import check_number, given
 from jaxprop.core.describe import is_array, shapes
-from jaxprop.core.forms import InBlockBefore, Kronecker, Place, Sides, is_factored, with_bias
+from jaxprop.core.forms import (
+    Factored,
+    InBlockBefore,
+    Kronecker,
+    Place,
+    Sides,
+    is_factored,
+    with_bias,
+)
 from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import learned, like_params
 from jaxprop.core.types import Params, PyTree
@@ -49,6 +56,11 @@ class Eigen:
     place: Place = dataclasses.field(
         default=Place(), metadata={"static": True, "read": Place._make}
     )
+
+    @property
+    def size(self) -> int:
+        """How many entries the block is of."""
+        return self.values.size
 
     @property
     def sides(self) -> Sides:
@@ -85,6 +97,8 @@ def eigh(curvature: PyTree, decomposed: Decomposed | None = None) -> PyTree:
         decomposed: how matrices are decomposed; by default each by ``jnp.linalg.eigh``.
     """
     blocks, structure = jax.tree.flatten(curvature, is_leaf=is_block)
+    for block in blocks:
+        _check_kind("eigh", block)
     factors = [block for block in blocks if isinstance(block, Kronecker)]
     diagonal = [block.a.ndim < block.b.ndim for block in factors]
     matrices = [block.b for block in factors]
@@ -126,7 +140,8 @@ def solve(curvature: PyTree, tree: Params, damping: float | Array = 0.0) -> Para
     Args:
         curvature: F. Many trees are solved for by ``jax.vmap``, of one ``eigh`` of it.
         tree: like params, such as a gradient.
-        damping: what is added to each eigenvalue. Where F is singular, 0 gives infinity.
+        damping: what is added to each eigenvalue. With 0 the result is not finite where F is
+            singular.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -197,14 +212,25 @@ def paired(name: str, curvature: PyTree, tree: Params) -> Pairs:
             f"{name}: the curvature is like params, with a block for each, and the tree like them "
             f"too; not {given(curvature)} for {shapes(tree)}"
         ) from None
-    pairs = _grouped(blocks, leaves)
+    pairs: Pairs = []
+    for block, leaf in zip(blocks, leaves, strict=True):
+        if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: the tree is of floating arrays, like params, not {given(leaf)}"
+            )
+        if isinstance(block, InBlockBefore):
+            pairs[-1][1].append(leaf)
+        else:
+            pairs.append((block, [leaf]))
     for block, of in pairs:
         _check_block(name, block, of)
     return pairs
 
 
-def forms_of_blocks(name: str, curvature: PyTree, params: Params, forms: PyTree) -> Pairs:
-    """Return each block with its form, and how many params it is of.
+def forms_of_blocks(
+    name: str, curvature: PyTree, params: Params, forms: PyTree
+) -> list[tuple[Any, Factored]]:
+    """Return each block with its form, of a matrix and its bias as one where they share a block.
 
     Args:
         name: whose the error is.
@@ -212,41 +238,38 @@ def forms_of_blocks(name: str, curvature: PyTree, params: Params, forms: PyTree)
         params: the net's params.
         forms: a tree like the learned ones, with a form at each leaf.
     """
-    numbers = [len(leaves) for _, leaves in paired(name, curvature, params)]
-    blocks = jax.tree.structure(learned(params)).flatten_up_to(learned(curvature))
-    leaves = jax.tree.leaves(forms, is_leaf=is_factored)
-    pairs = []
-    for (block, of), number in zip(_grouped(blocks, leaves), numbers, strict=True):
-        form = of[0] if number == 1 else with_bias(*of)
-        assert form is not None
-        pairs.append((block, [form, number]))
-    return pairs
+    each = iter(jax.tree.leaves(forms, is_leaf=is_factored))
+    found = []
+    for block, leaves in paired(name, curvature, params):
+        of = [next(each) for _ in leaves]
+        form = with_bias(*of) if len(of) == 2 else of[0]
+        if form is None:
+            raise ValueError(f"{name}: a bias is in the block of a matrix that it is not added to")
+        found.append((block, form))
+    return found
 
 
-def _grouped(blocks: list[Any], leaves: list[Any]) -> Pairs:
-    pairs: Pairs = []
-    for block, leaf in zip(blocks, leaves, strict=True):
-        if isinstance(block, InBlockBefore):
-            pairs[-1][1].append(leaf)
-        else:
-            pairs.append((block, [leaf]))
-    return pairs
+def inverse_values(block: Any, damping: float | Array) -> Array:
+    """Return 1 / (eigenvalue + damping), for an ``Eigen``, a diagonal, or ``()`` for 0."""
+    values = block.values if isinstance(block, Eigen) else block
+    return 1 / _damped(jnp.zeros(()) if isinstance(values, tuple) else wide(values), damping)
+
+
+def _check_kind(name: str, block: Any) -> None:
+    """Raise ``TypeError`` for what is no block."""
+    if not (isinstance(block, Kronecker | Eigen | InBlockBefore) or is_array(block)):
+        raise TypeError(f"{name}: {given(block)} is no block of a curvature")
 
 
 def _check_block(name: str, block: Any, leaves: list[Array]) -> None:
-    leaf, entries = leaves[0], sum(leaf.size for leaf in leaves)
     if type(block) is tuple and not block:
         return
-    whole = not isinstance(block, Kronecker | Eigen) or block.place.is_whole
-    if isinstance(block, Kronecker):
-        size = math.prod(block.b.shape[:-1]) * block.a.shape[-1]
-    elif isinstance(block, Eigen):
-        size = block.values.size
-    elif is_array(block):
-        size = leaf.size if getattr(block, "shape", None) == leaf.shape else -1
+    _check_kind(name, block)
+    if isinstance(block, Kronecker | Eigen):
+        fits = block.size == sum(leaf.size for leaf in leaves) or not block.place.is_whole
     else:
-        raise TypeError(f"{name}: {given(block)} is no block of a curvature")
-    if size != entries and whole:
+        fits = getattr(block, "shape", None) == leaves[0].shape
+    if not fits:
         raise ValueError(f"{name}: {shapes(block)} is no block of {shapes(tuple(leaves))}")
 
 

@@ -9,7 +9,7 @@ import jax
 from jax import Array
 
 from jaxprop.core.batch import Batch, Examples
-from jaxprop.core.forms import Factored, InBlockBefore, is_factored
+from jaxprop.core.forms import Factored, InBlockBefore
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -56,8 +56,6 @@ class EigenvalueCorrection(AddedUp):
         return forms
 
     def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
-        pairs = forms_of_blocks("ekfac", self.basis, params, taken)
-
         def values(block: Any, form: Factored) -> Any:
             form = rooted(form, examples)
             if isinstance(block, Eigen):
@@ -65,12 +63,12 @@ class EigenvalueCorrection(AddedUp):
                 return examples.over(squares)
             return () if isinstance(block, tuple) else examples.over(form.second_moment())
 
-        each = [
-            leaf
-            for block, (form, number) in pairs
-            for leaf in (values(block, form), *[InBlockBefore()] * (number - 1))
-        ]
-        return jax.tree.structure(taken, is_leaf=is_factored).unflatten(each)
+        structure = jax.tree.structure(params)
+        each = iter(forms_of_blocks("ekfac", self.basis, params, taken))
+        return structure.unflatten(
+            block if isinstance(block, InBlockBefore) else values(*next(each))
+            for block in structure.flatten_up_to(learned(self.basis))
+        )
 
     def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
         return parts

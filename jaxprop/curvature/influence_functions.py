@@ -5,23 +5,20 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import scalar_of, wide
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_number
-from jaxprop.core.cotangents import factored, gradient
+from jaxprop.core.cotangents import factored
 from jaxprop.core.coupling import check_uncoupled
-from jaxprop.core.forms import Factored
+from jaxprop.core.forms import Factored, is_factored
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
-from jaxprop.core.step import Layerwise
 from jaxprop.core.tree import learned, merged
 from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward
-from jaxprop.curvature.algebra import Eigen, eigh, forms_of_blocks, solve
+from jaxprop.curvature.algebra import Eigen, eigh, forms_of_blocks, inverse_values, solve
 from jaxprop.quantity.base import everything
 from jaxprop.quantity.between import Pair, check_pair
 
@@ -50,10 +47,12 @@ def influence(net: Layer, loss: Loss) -> Influence:
     ``other``. A positive entry says that example n, counted for more in training, lowers the loss
     of m: to first order, by it over the number of training examples (Koh and Liang 2017,
     https://arxiv.org/abs/1703.04730, with the other sign; with Kronecker factors Grosse et al.
-    2023, https://arxiv.org/abs/2308.03296). One h_m after the other is solved for, and is the
-    direction that the losses of all n are differentiated along: no g_n is formed. ``mask=`` is of
-    ``batch`` and ``other_mask=`` of ``other``, the same by default. Of a net that draws take
-    ``jp.inference_mode``: h_m, alone, draws otherwise than the m-th of a batch.
+    2023, https://arxiv.org/abs/2308.03296). One h_m after the other is formed and solved for. It is
+    then the direction that the losses of all n are differentiated along, and no g_n is formed.
+
+    The curvature is F of the mean loss, such as of ``ekfac_factors``, and the damping is added to
+    each of its eigenvalues. ``f`` also takes ``key=`` for layers that draw, ``mask=`` of ``batch``
+    and ``other_mask=`` of ``other``, by default the same.
 
     Args:
         net: the network. One that couples the examples of a batch raises ``ValueError``.
@@ -84,25 +83,28 @@ def influence(net: Layer, loss: Loss) -> Influence:
     ) -> Float[Array, "n m"]:
         """Return the inner products of the gradients of two batches in the inverse curvature."""
         check_number("influence: damping", damping)
-        other_mask = mask if other_mask is None else other_mask
         bound = net.bind(params, key=key, mask=mask)
-        for each, its_mask in ((batch, mask), (other, other_mask)):
+        bound_of_other = net.bind(params, key=key, mask=mask if other_mask is None else other_mask)
+        for each, of_each in ((batch, bound), (other, bound_of_other)):
             check_pair("influence", each)
-            check_uncoupled(net, net.bind(params, key=key, mask=its_mask), each[0])
+            check_uncoupled(net, of_each, each[0])
         blocks = eigh(learned(curvature))
 
         def losses(arrays: Params) -> Float[Array, " n"]:
             return forward(net, loss, merged(bound, arrays), Batch(*batch)).values
 
         _, along = jax.linearize(losses, learned(bound))
+        ahead = forward(net, loss, bound_of_other, Batch(*other))
+        visited, _ = ahead.back(ahead.own_gradient(), factored)
+        forms, structure = jax.tree.flatten(visited, is_leaf=is_factored)
+        factors, alone = zip(*(form.one_by_one() for form in forms), strict=True)
 
-        def with_all(one: tuple[Pair, Array | None]) -> Float[Array, " n"]:
-            (x, target), its_mask = jax.tree.map(lambda leaf: leaf[None], one)
-            ahead = forward(net, loss, net.bind(params, key=key, mask=its_mask), Batch(x, target))
-            grads, _ = ahead.back(ahead.own_gradient(), Layerwise(gradient))
-            return along(solve(blocks, grads, damping))
+        def with_all(one: tuple[list[Array], ...]) -> Float[Array, " n"]:
+            each = [of(factors) for of, factors in zip(alone, one, strict=True)]
+            solved = solve(blocks, structure.unflatten(each), damping)
+            return along(jax.tree.map(lambda p, d: d.astype(p.dtype), learned(params), solved))
 
-        return jax.lax.map(with_all, (other, other_mask)).T
+        return jax.lax.map(with_all, factors).T
 
     of_batches.__name__ = of_batches.__qualname__ = "influence"
     return of_batches
@@ -112,8 +114,9 @@ def self_influence(net: Layer, loss: Loss) -> Any:
     """Return ``f(params, x, target, curvature, damping)``, <g_n, (F + damping)^-1 g_n>, (N,).
 
     What an example did for itself: large for what is learned from itself alone, such as a wrong
-    label. Without a curvature it is |g_n|^2, ``jp.per_example_sq_norms``. Each gradient is squared
-    in the basis of the factors' eigenvectors, and formed only where factors do not do.
+    label. With the identity in the place of F it is |g_n|^2, ``jp.per_example_sq_norms``. Each
+    gradient is squared in the basis of the factors' eigenvectors, and formed only where factors do
+    not do. ``f`` takes what that of ``influence`` takes, for one batch.
 
     Args:
         net: the network. One that couples the examples of a batch raises ``ValueError``.
@@ -138,17 +141,13 @@ def self_influence(net: Layer, loss: Loss) -> Any:
         ahead = forward(net, loss, bound, Batch(x, target))
         visited, _ = ahead.back(ahead.own_gradient(), factored)
         pairs = forms_of_blocks("self_influence", eigh(learned(curvature)), params, visited)
-        return everything([_sq_norms(form, block, damping) for block, (form, _) in pairs])
+        return everything([_sq_norms(*pair, damping) for pair in pairs])
 
     of_batch.__name__ = of_batch.__qualname__ = "self_influence"
     return of_batch
 
 
-def _sq_norms(form: Factored, block: Any, damping: float | Array) -> Float[Array, " n"]:
-    values = block.values if isinstance(block, Eigen) else block
-    values = jnp.zeros(()) if isinstance(values, tuple) else wide(values)
-    each = 1 / (values + scalar_of(damping, values))
-    if not isinstance(block, Eigen):
-        return form.weighed_sq_norms(each)
-    seen = form.seen(block.sides)
-    return seen.weighed_sq_norms(each)
+def _sq_norms(block: Any, form: Factored, damping: float | Array) -> Float[Array, " n"]:
+    if isinstance(block, Eigen):
+        form = form.seen(block.sides)
+    return form.weighed_sq_norms(inverse_values(block, damping))

@@ -23,7 +23,15 @@ from jaxprop.core.loss import Loss
 from jaxprop.core.tree import learned, merged, unbound
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss
-from jaxprop.curvature.algebra import Eigen, eigh, forms_of_blocks, is_block, logdet, whiten
+from jaxprop.curvature.algebra import (
+    Eigen,
+    eigh,
+    forms_of_blocks,
+    inverse_values,
+    is_block,
+    logdet,
+    whiten,
+)
 from jaxprop.losses import BinaryCrossEntropy, CrossEntropy
 from jaxprop.quantity.base import everything
 from jaxprop.quantity.curvature import DiagGGN, KroneckerFactors
@@ -79,10 +87,10 @@ class Posterior(NamedTuple):
     def log_evidence(self) -> Float[Array, ""]:
         """Return log p(training targets), by Laplace's method (MacKay 1992,
         https://doi.org/10.1162/neco.1992.4.3.415): for the choice of a prior, or of a net."""
-        leaves = [wide(leaf) for leaf in jax.tree.leaves(learned(self.params))]
-        square = jnp.stack([jnp.sum(leaf**2).astype(self.value.dtype) for leaf in leaves]).sum()
+        leaves = jax.tree.leaves(learned(self.params))
+        square = everything([jnp.sum(wide(leaf) ** 2) for leaf in leaves]).astype(self.value.dtype)
         blocks = jax.tree.leaves(learned(self.curvature), is_leaf=is_block)
-        number = sum(b.values.size if isinstance(b, Eigen) else b.size for b in blocks)
+        number = sum(block.size for block in blocks)
         damping = self.prior / self.examples
         determinant = logdet(self.curvature, damping).astype(self.value.dtype)
         apart = determinant - number * jnp.log(damping)  # log det(N F + prior) - log det(prior)
@@ -141,7 +149,7 @@ class Posterior(NamedTuple):
         visited = jax.vmap(forms)(jnp.eye(number, dtype=y.dtype))
         damping, examples = self.prior / self.examples, y.shape[0]
         pairs = forms_of_blocks("outputs", self.curvature, self.params, visited)
-        total = everything([_covariance(form, b, damping, examples) for b, (form, _) in pairs])
+        total = everything([_covariance(*pair, damping, examples) for pair in pairs])
         return y, total / scalar_of(self.examples, total)
 
     def probabilities(self, x: PyTree, *, mask: Array | None = None) -> Float[Array, "n c"]:
@@ -222,11 +230,9 @@ def laplace(
     return of_batch("laplace", doc, net, around)
 
 
-def _covariance(form: Factored, block: Any, damping: Array, examples: int) -> Float[Array, "n c c"]:
-    """Return <g_nc, (F + damping)^-1 g_nd> of forms with an axis of outputs in front."""
-    values = block.values if isinstance(block, Eigen) else block
-    values = jnp.zeros(()) if isinstance(values, tuple) else wide(values)
-    entries = 1 / (values + scalar_of(damping, values))
+def _covariance(block: Any, form: Factored, damping: Array, examples: int) -> Float[Array, "n c c"]:
+    """Return <g_nc, (F + damping)^-1 g_nd> of a form with an axis of outputs in front."""
+    entries = inverse_values(block, damping)
     if isinstance(block, Eigen):
         form = jax.vmap(lambda form: form.seen(block.sides))(form)
     if isinstance(form, Outer) and form.ct.ndim == 3:

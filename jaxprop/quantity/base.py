@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.arrays import added
 from jaxprop.core.batch import Examples
 from jaxprop.core.forms import Factored, is_factored
 from jaxprop.core.layer import Layer
@@ -200,4 +201,4 @@ def everything(taken: PyTree) -> Array:
     leaves: list[Array] = jax.tree.leaves(taken)
     if not leaves:
         raise ValueError("the net has no params that are learned, and so no gradient to ask about")
-    return sum(leaves[1:], start=leaves[0])
+    return added(*leaves)

@@ -143,7 +143,7 @@ def _over_outputs(outputs: int, full: bool) -> Callable[[Factored, Factored], Ar
             g, h = (jnp.moveaxis(each.g, 0, 1) for each in (form, other))  # (N, C, ...)
             if not full:
                 return Stacked(g).products_with(Stacked(h)), False
-            rows = [Stacked(each.reshape(-1, *each.shape[2:])) for each in (g, h)]
+            rows = [Stacked(jax.lax.collapse(each, 0, 2)) for each in (g, h)]
             products = rows[0].products_with(rows[1]).reshape(*g.shape[:2], *h.shape[:2])
             return jnp.moveaxis(products, 1, 0), True
         if kinds == {Outer} and not full and not (has[0].x or has[1].x):
@@ -164,13 +164,14 @@ def _products(form: Factored, other: Factored) -> Float[Array, "n m"]:
 
 def _beside_each_other(ct: Float[Array, "c n ... o"]) -> Float[Array, "n ... co"]:
     """Return the features of all outputs as those of one."""
-    return jnp.moveaxis(ct, 0, -2).reshape(*ct.shape[1:-1], -1)
+    return jnp.moveaxis(ct, 0, -2).reshape(*ct.shape[1:-1], ct.shape[0] * ct.shape[-1])
 
 
 def _added(taken: PyTree, axes: int) -> Array:
     """Return the sum over all params, and over the layers in front where they are stacked."""
-    leaves = jax.tree.leaves(taken)
-    return everything([each.reshape(-1, *each.shape[each.ndim - axes :]).sum(0) for each in leaves])
+    return everything(
+        [each.sum(axis=tuple(range(each.ndim - axes))) for each in jax.tree.leaves(taken)]
+    )
 
 
 def products(forms: PyTree, others: PyTree) -> Float[Array, "n m"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -59,7 +60,14 @@ class NoiseScale(Quantity):
 
     def __post_init__(self) -> None:
         check_flags(self, "per_param", "parts")
-        if self.where is not None and not isinstance(self.where, str):
+        if isinstance(self.where, str):
+            try:
+                re.compile(self.where)
+            except re.error as error:
+                raise ValueError(
+                    f"NoiseScale: where={self.where!r} is no regular expression: {error}"
+                ) from None
+        elif self.where is not None:
             check_where(self.where)
         axes = (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name or ()
         if not isinstance(axes, tuple) or not all(isinstance(axis, str) for axis in axes):

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import added, wide
 from jaxprop.core.batch import Batch, weighted_batch
 from jaxprop.core.checks import (
     check_count,
@@ -80,7 +81,7 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Return K-FAC (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671), for optax.
 
-    Of the gradient g it makes the direction d = (F + damping)^-1 g, with F the moving average of
+    Of the gradient g it makes the direction d = -(F + damping)^-1 g, with F the moving average of
     the Kronecker factors, and the step alpha d + mu (the last step). Without a learning rate alpha
     and mu minimise the quadratic model <g, s> + <s, (F + damping) s> / 2, whose F is the exact
     Gauss-Newton matrix of the batch, for large batches (section 7 there). The damping follows
@@ -102,8 +103,8 @@ def kfac(
             alpha minimises the model beside it.
         damping: what is added to each eigenvalue at first.
         adapt_damping: whether it follows Levenberg and Marquardt then.
-        norm_constraint: bounds alpha^2 <g, d>, a step's length in the metric of F, for an alpha
-            that is given.
+        norm_constraint: bounds -alpha^2 <g, d>, a step's squared length in the metric of F, for an
+            alpha that is given.
         decay: of the moving average, from 0 to below 1. At first it is the mean so far.
         samples: how many walks sample F, each from targets that are drawn from the model; None for
             the exact root, a walk for each output.
@@ -156,7 +157,7 @@ def kfac(
         of = jax.eval_shape(lambda p, x, t: factors_at(net.bind(p), Batch(x, t, key)), *like)
         factors = jax.tree.map(jnp.zeros_like, of)
         step = jax.tree.map(jnp.zeros_like, learned(params))
-        start = jnp.asarray(damping, jnp.float32)
+        start = jnp.asarray(damping, float)
         return KfacState(jnp.zeros((), jnp.int32), factors, eigh(factors), step, start)
 
     def update(
@@ -185,40 +186,37 @@ def kfac(
         def averaged() -> PyTree:
             key = jax.random.fold_in(jax.random.key(seed), count)
             new = factors_at(bound, of_batch._replace(key=key))
-            nth = (count // every).astype(jnp.float32)
+            nth = (count // every).astype(float)
             rest = decay * (1 - decay**nth) / (1 - decay ** (nth + 1))
             return jax.tree.map(lambda old, new: _mixed(old, new, rest), state.factors, new)
 
         factors = _at_times(count, every, averaged, state.factors)
         basis = _at_times(count, inverse_every, lambda: eigh(factors, decomposed), state.basis)
         direction = jax.tree.map(jnp.negative, solve(basis, grads, state.damping))
-        model = None
-        if learning_rate is None or adapt_damping:
-            model = _Model.of(net, loss, bound, of_batch, grads, (direction, state.step))
+
+        def model() -> _Model:
+            return _Model.of(net, loss, bound, of_batch, grads, (direction, state.step))
+
         if learning_rate is None:
-            assert model is not None
-            sizes = model.minimum(state.damping, momentum)
+            found = model()
+            sizes, rise = found.minimum(state.damping, momentum), found.change
         else:
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
-            alpha = jnp.asarray(rate, jnp.float32)
-            if norm_constraint is not None:
-                length = alpha**2 * -_dot(grads, direction).astype(jnp.float32)
-                alpha *= jnp.sqrt(jnp.minimum(1, norm_constraint / jnp.maximum(length, TINY)))
-            mu = 0.9 if momentum is None else momentum
-            sizes = jnp.stack([alpha, jnp.asarray(mu, jnp.float32)])
+            sizes = _given_sizes(rate, momentum, norm_constraint, -_dot(grads, direction))
+
+            def rise(sizes: Array) -> Array:
+                return model().change(sizes)
+
         step = jax.tree.map(
-            lambda d, s: _along(wide(d), wide(s), sizes).astype(d.dtype),
-            direction,
-            state.step,
+            lambda d, s: _along(wide(d), wide(s), sizes).astype(d.dtype), direction, state.step
         )
 
         def adapted() -> Array:
-            assert model is not None
             moved = merged(whole, jax.tree.map(jnp.add, arrays, step))
             after = mean_loss(moved, *batch, **options)
             before = mean_loss(whole, *batch, **options) if value is None else value
-            change = model.change(sizes).astype(jnp.float32)
-            ratio = (after - before).astype(jnp.float32) / jnp.minimum(change, -TINY)
+            change = rise(sizes).astype(state.damping.dtype)
+            ratio = (after - before).astype(change.dtype) / jnp.minimum(change, -TINY)
             factor = damping_decay**damping_every
             scale = jnp.where(ratio > 0.75, factor, jnp.where(ratio < 0.25, 1 / factor, 1))
             scale = jnp.where(jnp.isnan(ratio), 1 / factor, scale)
@@ -286,6 +284,23 @@ class _Model(NamedTuple):
         return self.linear @ sizes + sizes @ self.quadratic @ sizes / 2
 
 
+def _given_sizes(
+    rate: ArrayLike, momentum: float | None, bound: float | None, square: Float[Array, ""]
+) -> Float[Array, " 2"]:
+    """Return alpha and mu where a rate is given.
+
+    Args:
+        rate: alpha, before it is bounded.
+        momentum: mu; None for 0.9.
+        bound: what alpha^2 times the square may be, or None.
+        square: <g, (F + damping)^-1 g>.
+    """
+    alpha = jnp.asarray(rate, square.dtype)
+    if bound is not None:
+        alpha *= jnp.sqrt(jnp.minimum(1, bound / jnp.maximum(alpha**2 * square, TINY)))
+    return jnp.stack([alpha, jnp.asarray(0.9 if momentum is None else momentum, square.dtype)])
+
+
 def _bound(
     net: Layer, params: Params, batch: tuple[PyTree, PyTree], options: Mapping[str, Any]
 ) -> tuple[Params, Batch]:
@@ -295,9 +310,8 @@ def _bound(
 
 
 def _dot(a: Params, b: Params) -> Float[Array, ""]:
-    products = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(wide(a) * wide(b)), a, b))
-    dtype = max((product.dtype for product in products), key=lambda dtype: dtype.itemsize)
-    return jnp.stack([product.astype(dtype) for product in products]).sum()
+    products = jax.tree.map(lambda a, b: jnp.sum(wide(a) * wide(b)), a, b)
+    return added(*jax.tree.leaves(products))
 
 
 def _along(d: Array, s: Array, sizes: Float[Array, " 2"]) -> Array:

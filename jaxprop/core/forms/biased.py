@@ -93,7 +93,10 @@ class Biased(Factored):
 
 
 def with_bias(w: Factored, b: Factored) -> Factored | None:
-    """Return the form of a matrix and its bias as one; None where they have no ct in common."""
+    """Return the form of a matrix and of the bias after it as one; None where they are no pair.
+
+    Their ct is taken for the same where the shapes are.
+    """
     if isinstance(w, Repeated) and isinstance(b, Repeated):
         inner = with_bias(w.form, b.form)
         return None if inner is None else Repeated(inner)

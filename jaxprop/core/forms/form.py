@@ -47,6 +47,11 @@ class Kronecker:
         default=Place(), metadata={"static": True, "read": Place._make}
     )
 
+    @property
+    def size(self) -> int:
+        """How many entries the block is of."""
+        return math.prod(self.b.shape[:-1]) * self.a.shape[-1]
+
     def __iter__(self) -> Iterator[Array]:
         """Go through the two factors."""
         return iter((self.a, self.b))
