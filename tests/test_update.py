@@ -38,7 +38,6 @@ OPTIMIZERS = {
 QUICK = ("adamw", "lbfgs")
 
 
-@pytest.mark.few(1)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     "name",

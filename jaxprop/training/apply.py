@@ -17,6 +17,7 @@ from jaxprop.core.checks import check_count, check_number
 from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.serialization import serializable
 from jaxprop.core.static import Static
+from jaxprop.core.tree import merged
 from jaxprop.core.types import Params, PyTree
 
 
@@ -164,14 +165,34 @@ class Seen(NamedTuple):
         return cls(value, norm, finite)
 
 
+class LossOfStep(NamedTuple):
+    """The loss of a step's batch, as a function of the arrays that the optimizer holds.
+
+    An optimizer that searches along a line calls it; one that needs the batch finds it here, for
+    what goes by another name would reach all that is chained, and optax refuses names that it does
+    not know.
+
+    Attributes:
+        loss: ``loss(params, x, target, **given)``.
+        params: the params of the step, with what is not learned.
+        batch: (x, target).
+        given: key, mask, weights and divisor, those that were given.
+    """
+
+    loss: Callable[..., Array]
+    params: Params
+    batch: tuple[PyTree, PyTree]
+    given: Mapping[str, Any]
+
+    def __call__(self, arrays: Params) -> Array:
+        return self.loss(merged(self.params, arrays), *self.batch, **self.given)
+
+
 Apply = Callable[..., tuple[Params, PyTree]]
 
 
 def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Options) -> Apply:
-    """Return ``apply(grads, state, params, seen, of_step) -> (params, state)``.
-
-    ``of_step`` has by name what optimizers may ask for beside the value and the gradient.
-    """
+    """Return ``apply(grads, state, params, seen, value_fn) -> (params, state)``."""
     taken = _extra_args(optimizer)
     max_norm, loss_scale = options.max_norm, options.loss_scale
 
@@ -180,12 +201,12 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
         state: PyTree,
         params: Params,
         seen: Seen,
-        of_step: Mapping[str, Any],
+        value_fn: Callable[..., Array],
     ) -> tuple[Params, PyTree]:
         if max_norm is not None:
             scale = jnp.where(seen.norm < max_norm, 1, max_norm / seen.norm)
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        extra = {"value": seen.value, "grad": grads, **of_step}
+        extra = {"value": seen.value, "grad": grads, "value_fn": value_fn}
         given = {name: extra[name] for name in taken if name in extra}
         updates, state = optimizer.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
@@ -195,12 +216,12 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
         state: PyTree,
         params: Params,
         seen: Seen,
-        of_step: Mapping[str, Any],
+        value_fn: Callable[..., Array],
     ) -> tuple[Params, PyTree]:
         old = params, state.state
         params, inner = jax.tree.map(
             lambda new, old: jax.lax.select(seen.finite, new, old),
-            apply(grads, state.state, params, seen, of_step),
+            apply(grads, state.state, params, seen, value_fn),
             old,
         )
         if isinstance(loss_scale, DynamicLossScale):
@@ -212,7 +233,7 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
 
 def _extra_args(optimizer: optax.GradientTransformationExtraArgs) -> tuple[str, ...]:
     """Return which extra arguments the optimizer's update takes."""
-    names = ("value", "grad", "value_fn", "batch", "whole", "given")
+    names = ("value", "grad", "value_fn")
     parameters = inspect.signature(optimizer.update).parameters
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return names

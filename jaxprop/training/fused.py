@@ -24,7 +24,7 @@ class FusedUpdate(Replacing):
     """The visit that replaces each param, and its state, by what the optimizer makes of them.
 
     Args:
-        apply: ``apply(grads, state, params, seen, of_step)`` returns new (params, state).
+        apply: ``apply(grads, state, params, seen, value_fn)`` returns new (params, state).
         params: the net's params, side inputs included.
         state: the optimizer's state.
         seen: what apply may know of the whole batch, such as the loss.
@@ -52,7 +52,7 @@ class FusedUpdate(Replacing):
         scale: float | Array = 1.0,
     ) -> None:
         def update(grads: Any, state: Any, params: Any, seen: Any) -> tuple[Any, Any]:
-            return apply(grads, state, params, seen, {"value_fn": _no_value_fn})
+            return apply(grads, state, params, seen, _no_value_fn)
 
         arrays = for_optimizer(params)
         with jax.disable_jit():  # all equations side by side, none inside another

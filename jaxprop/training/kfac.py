@@ -33,6 +33,7 @@ from jaxprop.curvature.algebra import eigh, solve
 from jaxprop.curvature.products import quadratic_form
 from jaxprop.quantity.curvature import KroneckerFactors
 from jaxprop.quantity.together import together
+from jaxprop.training.apply import LossOfStep
 from jaxprop.training.shares import in_shares
 
 LEAST, TINY = 1e-8, 1e-30  # of a damping that adapts; of what is divided by
@@ -166,11 +167,13 @@ def kfac(
         params: Params | None = None,
         *,
         value: Array | None = None,
+        value_fn: Callable[..., Array] | None = None,
         batch: tuple[PyTree, PyTree] | None = None,
-        whole: Params | None = None,
-        given: Mapping[str, Any] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, KfacState]:
+        whole, options = params, {}
+        if batch is None and isinstance(value_fn, LossOfStep):
+            whole, batch, options = value_fn.params, value_fn.batch, value_fn.given
         if batch is None or params is None:
             raise ValueError(
                 "kfac: update takes params and batch=(x, target), as jp.make_update gives them "
@@ -179,7 +182,6 @@ def kfac(
         if type(batch) is not tuple or len(batch) != 2:
             raise TypeError(f"kfac: batch is (x, target), not {described(batch)}")
         grads, arrays = learned(updates), learned(params)
-        whole, options = params if whole is None else whole, dict(given or {})
         bound, of_batch = _bound(net, whole, batch, options)
         count = state.steps
 

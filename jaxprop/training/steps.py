@@ -26,7 +26,7 @@ from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import forward, loss_fn
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.micro_batches import dividing, part
-from jaxprop.training.apply import Apply, Options, Seen
+from jaxprop.training.apply import Apply, LossOfStep, Options, Seen
 from jaxprop.training.attached import attached
 from jaxprop.training.fused import FusedUpdate, NormsOfMean, mean_with, norms_of_gradient
 from jaxprop.training.gradients import ValueAndGrad
@@ -68,9 +68,7 @@ def whole_step(
         every = {"key": key, "mask": mask, "weights": weights, "divisor": divisor}
         given = {name: value for name, value in every.items() if value is not None}
 
-        def value_fn(arrays: Params) -> Array:
-            return mean_loss(merged(params, arrays), x, target, **given)
-
+        value_fn = LossOfStep(mean_loss, params, (x, target), given)
         result, grads = _pair(differentiate(options.scale(state))(params, x, target, **given))
         value, aux = _pair(result) if options.aux else (result, None)
         grads, arrays = for_optimizer(grads), for_optimizer(params)
@@ -79,8 +77,7 @@ def whole_step(
         if options.need_norm:
             each = jax.tree.map(lambda grad: norms(grad[None])[0], grads)
             seen = Seen.with_norm(value, norm_of_all(each))
-        of_step = {"value_fn": value_fn, "batch": (x, target), "whole": params, "given": given}
-        arrays, state = apply(grads, state, arrays, seen, of_step)
+        arrays, state = apply(grads, state, arrays, seen, value_fn)
         params = _with_batch_stats(net, params, x, key, mask, seen if options.skips else None)
         return merged(params, arrays), state, _result(value, aux, seen)
 
