@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxprop.bench import BenchError, bench, regressions
+from jaxprop.bench import TARGETS, BenchError, bench, bench_target, regressions
 from jaxprop.walkthrough import text
 from jaxprop.walkthrough.config import WORKED_EXAMPLE, Config, ConfigError, dump, load
 from jaxprop.walkthrough.descent import walkthrough
@@ -99,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--large", action="store_true", help="rows for an accelerator too, such as gpt2-small"
     )
+    measure.add_argument(
+        "--target",
+        choices=TARGETS,
+        help="compile for this device instead, which need not be there: cycles and memory",
+    )
     measure.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     measure.add_argument(
         "--baseline",
@@ -154,7 +159,10 @@ def _bench(args: argparse.Namespace) -> int:
         raise BenchError(f"--json {args.json}: no such directory")
     if args.json is not None and Path(args.json).is_dir():
         raise BenchError(f"--json {args.json}: is a directory")
-    figures = bench(only=args.only, quick=args.quick, large=args.large)
+    if args.target is not None:
+        figures = bench_target(args.target, only=args.only, large=args.large)
+    else:
+        figures = bench(only=args.only, quick=args.quick, large=args.large)
     if args.json is not None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     worse = [] if baseline is None else regressions(figures, baseline)

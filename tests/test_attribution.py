@@ -129,7 +129,7 @@ CONSERVING = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CONSERVING)
 @pytest.mark.parametrize("images", [False, True])
 def test_relevance_is_conserved(name, images):

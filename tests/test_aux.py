@@ -103,7 +103,7 @@ ALSO = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("scale", [1.0, 2.0**12])
 @nets

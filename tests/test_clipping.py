@@ -37,7 +37,7 @@ def by_hand(bounds):
     return (clipped[0], (), stacked, clipped[4])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("middle", [0.3, jnp.array([0.1, 0.3, 0.9])], ids=["one", "each"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_bound_for_each_layer(middle, micro_batches):

@@ -433,7 +433,7 @@ def along_positions(claimed):
         close(layer.w, jnp.kron(a / T, b))
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("theirs", ROWS)
 def test_theirs_is_what_the_page_says(theirs):
     function, names = THEIRS[theirs]

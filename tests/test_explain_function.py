@@ -163,6 +163,7 @@ def test_an_entry_that_meets_no_data_has_no_position_and_the_derivative_0():
     assert product == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seat", ["", "1."])
 def test_a_function_among_layers_and_in_a_stack(seat):
     function = jp.function(

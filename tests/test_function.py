@@ -694,7 +694,7 @@ def case_of(name):
     return fn, params, x, normal(*y.shape, seed=3), *owned
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CASES)
 def test_a_param_that_meets_data(name):
     fn, params, x, target, *owned = case_of(name)
@@ -1100,6 +1100,7 @@ def wide_convolution(w, x):
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["floats", "integers", "windows"])
 def test_a_product_of_two_dtypes(name):
     """The result is wider than the data, which may be integers."""
@@ -1425,7 +1426,7 @@ def test_a_loop_without_a_derivative_by_x_is_explained():
     hold(lambda params, x: fn(params, x, lax.stop_gradient), *args)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["x w", "layers", "checkpoint", "switch in a scan"])
 def test_no_tracer_outlives_its_trace(name):
     fn, params, x, target, *_ = case_of(name)

@@ -212,6 +212,7 @@ def test_the_whole_model_may_be_the_params():
     hold_leaves(norms(whole, x, target), other(params, x, target))
 
 
+@pytest.mark.full
 def test_a_gpt_has_own_shares_of_positions_alone():
     fn, params = function_of(Gpt(jax.random.key(0), scan=False))
     ids = integers(VOCAB, 3, LENGTH)

@@ -330,6 +330,7 @@ def test_batch_norm_in_training_is_refused():
         norms(marked, x, normal(5, 3))
 
 
+@pytest.mark.full
 def test_one_dropout_key_for_all_examples_is_refused():
     model, x = nn.Dropout(0.5, deterministic=False), normal(5, 4)
 
@@ -366,6 +367,7 @@ def test_curvature(name):
     hold_curvature(jp.function(model.apply), loss, params_of(model, x), x, target)
 
 
+@pytest.mark.full
 def test_kronecker_factors_of_linen_are_those_of_our_layers():
     """The same params in Dense layers of this library give the same factors."""
     x, target, loss = normal(5, 4), integers(3, 5), jp.CrossEntropy()

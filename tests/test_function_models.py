@@ -223,7 +223,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_models_of_others(model):

@@ -76,7 +76,7 @@ SAME = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", SAME)
 def test_a_flax_model_by_a_rule_is_our_net_by_it(name):
     of_parts, of_layers = SAME[name]
@@ -118,6 +118,7 @@ def test_feedback_alignment_of_a_flax_model_trains():
     assert values[-1] < 0.1 * values[0]
 
 
+@pytest.mark.full
 def test_fixed_feedback_is_its_equation():
     """Each product has a matrix of its own, the same at each step."""
     net = jp.function(Mlp().apply, rules={"dot_general": FIXED})
@@ -211,7 +212,7 @@ class Deep(nn.Module):
         return nn.Dense(3)(x)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("remat", [False, True])
 def test_rules_in_scans_and_in_what_is_computed_again(scan, remat):
@@ -385,6 +386,7 @@ def scoped(params, x):
     return jnp.tanh(x @ w.T) @ params["v"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("fn", "key"), [(transposed, "transpose"), (scoped, "unit")])
 def test_a_rule_that_changes_nothing_on_params_alone(fn, key):
     params = {"w": normal(6, 4), "v": normal(6, 3)}
@@ -410,6 +412,7 @@ class Row(nn.Module):
         return nn.Dense(3)(x)
 
 
+@pytest.mark.full
 def test_scopes_of_one_name_in_a_row_are_one_part_each():
     model = Row()
     params = drawn(model.init(jax.random.key(0), X))
@@ -422,7 +425,7 @@ def test_scopes_of_one_name_in_a_row_are_one_part_each():
         close(other, factor * one)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("cell", [nn.SimpleCell, nn.GRUCell, nn.LSTMCell, nn.OptimizedLSTMCell])
 def test_a_scope_with_what_nobody_reads(cell):
     class Model(nn.Module):

@@ -227,7 +227,7 @@ def scans(fn, params, x):
     return sum(isinstance(stage, Layers) for stage in stages(fn, params, x))
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", STAGED)
 def test_a_scan_through_layers_is_walked_layer_by_layer(name):
     fn, params, x, number = STAGED[name]
@@ -239,7 +239,7 @@ def test_a_scan_through_layers_is_walked_layer_by_layer(name):
     hold(fn, params, x, target, owned=owned, moments=True, diagonal=True, tolerance=tolerance)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_is_no_scan_through_whole_modules_alone_is_one_stage(name):
     fn, params, x = WHOLE[name]
@@ -313,6 +313,7 @@ def updated(net, loss):
     return lambda params, x, target: update(params, update.init(params), x, target)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("quantity", "most"),
     [
@@ -394,6 +395,7 @@ EQUAL = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", EQUAL)
 def test_what_has_the_same_cotangent_keeps_it_once(name):
     fn, params, number = EQUAL[name]

@@ -58,7 +58,7 @@ def trained(name, steps=12, **options):
     return params, state, values
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NETS)
 def test_the_loss_falls_fast(name):
     given = {"learning_rate": 0.1, "norm_constraint": 1e-2} if name == "dropout" else {}
@@ -187,6 +187,7 @@ def test_in_a_scan_with_data_on_a_mesh():
     assert relative_error(there[1], jax.jit(run)(x, target)[1]) <= 1e-8
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_small_dtypes(dtype):
     net, params, x, target = problem()
@@ -221,6 +222,7 @@ def test_mistakes():
         update(params, update.init(params), x, target)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 def test_a_momentum_that_is_given_is_kept_without_a_learning_rate(momentum):
     net, params, x, target = problem()

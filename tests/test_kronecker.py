@@ -107,7 +107,7 @@ def blocks_of_root(net, params, x, target):
         yield rows.T @ rows / leaf.shape[1]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NETS)
 def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
     net, params, x, target = problem(name)
@@ -129,7 +129,7 @@ def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
     assert relative_error(again, solved) <= 1e-12
 
 
-@pytest.mark.few(2)
+@pytest.mark.full
 @pytest.mark.parametrize("name", NETS)
 def test_no_diagonal_in_the_basis_of_the_factors_is_nearer_to_the_block(name):
     net, params, x, target = problem(name)
@@ -166,6 +166,7 @@ def test_corrections_of_micro_batches_and_of_weights(name, positions):
     assert relative_error(weighed, corrected(x[rows], target[rows])) <= 1e-10
 
 
+@pytest.mark.full
 def test_sampled_corrections_have_the_mean_of_the_exact_ones():
     net, params, x, target = problem("dense")
     basis = jp.curvature.eigh(jp.kronecker_factors(net, LOSS)(params, x, target))
@@ -185,7 +186,7 @@ def inverse(curvature, params, damping):
     return [jnp.linalg.inv(m + damping * jnp.eye(len(m))) for m in matrices]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("kind", ["kronecker", "ekfac", "diagonal", "none"])
 def test_influence_is_an_inner_product_in_the_inverse_curvature(name, kind):
@@ -214,6 +215,7 @@ def test_influence_is_an_inner_product_in_the_inverse_curvature(name, kind):
     assert relative_error(alone, wanted) <= 1e-10
 
 
+@pytest.mark.full
 def test_influence_predicts_what_a_step_on_one_example_does():
     net, params, x, target = problem("dense")
     curvature = jp.curvature.ekfac_factors(net, LOSS)(params, x, target)
@@ -242,6 +244,7 @@ def test_a_curvature_of_other_params_is_refused():
         jp.curvature.influence(net, LOSS)(params, (x, target), x, factors, 0.1)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_small_dtypes(dtype):
     net, params, x, target = problem("sequence")
@@ -314,6 +317,7 @@ def test_influence_and_laplace_with_a_joint_bias(name):
     assert relative_error(covariance, want) <= 1e-10
 
 
+@pytest.mark.full
 def test_one_example_s_block_is_the_product_with_its_bias():
     net, params, x, target = problem("dense")
     net, params = jp.chain(net.children()[0].layer), params[:1]

@@ -35,7 +35,7 @@ def covariances(posterior):
         yield jnp.linalg.inv(precision)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("structure", ["kronecker", "diagonal"])
 @pytest.mark.parametrize("name", [name for name in NETS if name != "heads"])
 def test_outputs_have_the_covariance_of_the_linear_net(name, structure):
@@ -47,7 +47,7 @@ def test_outputs_have_the_covariance_of_the_linear_net(name, structure):
     assert relative_error(got, want) <= 1e-10
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [name for name in NETS if name != "heads"])
 def test_the_evidence_is_that_of_the_normal_distribution(name):
     posterior, x, target = posterior_of(name)
@@ -90,6 +90,7 @@ def test_samples_have_the_covariance(name):
         assert jnp.linalg.norm(apart.T @ apart / number - want) <= 0.05 * jnp.linalg.norm(want)
 
 
+@pytest.mark.full
 def test_the_last_layer_alone():
     net, params, x, target = problem("dense")
     frozen = *map(jp.freeze, params[:-1]), params[-1]
@@ -153,6 +154,7 @@ def test_a_prior_of_given_precisions(precisions):
         posterior.tuned([])
 
 
+@pytest.mark.full
 def test_the_evidence_in_float32_beside_64_bits_and_strict_promotion():
     net, x, target = jp.chain(jp.Dense(3)), jnp.ones((4, 2), jnp.float32), jnp.array([0, 1, 2, 0])
     params = jax.tree.map(lambda p: p.astype(jnp.float32), net.init(jax.random.key(0), x))

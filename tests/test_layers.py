@@ -64,7 +64,7 @@ def test_activations_at_their_edges(layer):
     assert relative_error(by_hand(layer, params, x, ct), by_vjp(layer, params, x, ct)) <= 1e-12
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("row", first_of_their_kind(TABLE), ids=row_id)
 def test_vmap_custom_vjp_and_narrow_dtypes(row):
     """By hand under vmap, as a function of ordinary JAX, and in float32 and bfloat16.

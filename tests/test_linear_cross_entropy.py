@@ -26,6 +26,7 @@ def test_check_layer(shape, target, chunk):
         assert eval(repr(layer), vars(jp)) == layer
 
 
+@pytest.mark.full
 def test_check_layer_of_one_class():
     jp.check_layer(jp.LinearCrossEntropy(1), (normal(3, 5), np.array([0, -1, 0])))
 
@@ -38,6 +39,7 @@ def problem(scale=1.0, dtype=jnp.float32, classes=50):
     return params, h, target
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("scale", [1, 30, 1e4])
 def test_is_the_head_and_its_loss(scale):
     params, h, target = problem(scale)

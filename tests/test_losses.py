@@ -46,7 +46,7 @@ def averaged(values, weights, axes):
     return (weights * values).sum(axes) / jnp.where(total == 0, 1, total)
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(5)
 @rows
 def test_values(loss, y, target):
     y, target = jax.tree.map(jnp.asarray, (y, target))
@@ -235,6 +235,7 @@ def test_a_soft_target_is_right_however_certain(y, q):
     np.testing.assert_allclose(loss.backward(residuals)[0], ct.astype(float), atol=1e-6 * scale)
 
 
+@pytest.mark.full
 def test_infinite_logits_that_a_soft_target_says_nothing_of():
     loss = jp.CrossEntropy()
     y = jnp.array([[1.0, 0, -jnp.inf], [jnp.inf, 0, 1]])

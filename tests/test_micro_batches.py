@@ -68,7 +68,7 @@ ASKED = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ASKED)
 def test_is_that_of_the_whole_batch(name):
     maker, options = ASKED[name]
@@ -129,6 +129,7 @@ def test_samples_anew_in_each_micro_batch():
     assert relative_error(sampled, jp.diag_ggn(net, LOSS)(*pair)) <= 0.1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bound", [False, True])
 def test_a_mask_is_split_with_the_batch(bound):
     block = jp.skip(jp.chain(jp.Dense(6), jp.Attention(1, causal=False), jp.Dense(2)))
@@ -199,6 +200,7 @@ def test_a_fused_update_has_keys_and_masks_in_micro_batches():
     assert relative_error(*ends) <= 1e-12
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_sharded_batch_stays_where_it_is(kind):
     params, *batch = problem(shape=(12, 4))

@@ -48,7 +48,7 @@ def is_parts(node):
     return isinstance(node, NoiseParts)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("where", "chosen"),
     [
@@ -166,7 +166,7 @@ def test_of_a_sharded_batch_it_is_that_of_the_whole(kind, weights):
     assert relative_error(got, want) <= 1e-10
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize(
     "given",

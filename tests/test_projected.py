@@ -92,6 +92,7 @@ def test_the_tangent_kernel_is_that_of_jacobians(name):
         assert relative_error(jax.jit(jp.ntk(net))(params, *batches), trace) <= 1e-10
 
 
+@pytest.mark.full
 def test_the_tangent_kernel_of_more_outputs_than_are_walked_from_at_a_time():
     net, x = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(19)), jnp.asarray(normal(3, 2))
     params = net.init(jax.random.key(0), x)
@@ -224,6 +225,7 @@ def test_principal_sides_keep_what_gradients_vary_in():
     assert relative_error(rows @ rows.T, jp.gram(net, LOSS)(params, x, target)) <= 1e-10
 
 
+@pytest.mark.full
 def test_principal_rows_of_a_table_are_those_that_are_looked_up_most():
     net, ids = jp.chain(jp.Embedding(7, 4)), jnp.array([[2, 2, 5], [5, 2, 0]])
     batch = net.init(jax.random.key(0), ids), ids, jnp.zeros((2, 3, 4))

@@ -385,7 +385,7 @@ LOSSES_OF_Y = [jax.tree.map(jnp.asarray, row) for row in LOSSES]
 losses = pytest.mark.parametrize(("loss", "y", "target"), LOSSES_OF_Y, ids=lambda v: str(v)[:24])
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 @losses
 def test_hessian_root_is_a_root_of_the_hessian(loss, y, target):
     def own(y, target):

@@ -158,7 +158,7 @@ def oracle(rule, net, params, x):
     return target, jax.jit(jax.vmap(alone))(x, target)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("rule", "name"), list(itertools.product(FEEDBACK, NETS)))
 def test_feedback_in_every_kind_of_layer(rule, name):
     """It is held to all but the derivative; quantities are of its own backward."""
@@ -181,6 +181,7 @@ def test_feedback_in_every_kind_of_layer(rule, name):
     close(jax.tree.leaves(jp.core.tree.learned(got["clipped"])), clipped, rtol=1e-9)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["dense", "convolutions"])
 def test_direct_feedback_passes_all_checks_but_the_derivative(name):
     plain, x = NETS[name]
@@ -303,6 +304,7 @@ HANDED_BACK = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", HANDED_BACK)
 def test_what_is_handed_back_is_changed_and_nothing_else(name):
     net, change = HANDED_BACK[name]
@@ -501,6 +503,7 @@ def test_angles_are_0_for_the_derivative_and_fall_as_feedback_meets_w():
     assert jnp.isnan(angles[0].feedback[0])  # no derivative by what the way forward does not use
 
 
+@pytest.mark.full
 def test_angles_are_of_the_examples_that_count():
     net, kept = rules.sign_symmetric(NET), jnp.array([0, 2, 5])
     params, of = init(net), rules.angles(net, LOSS)

@@ -123,7 +123,7 @@ def test_both_ways_of_differentiating_agree_on_what_is_learned(net):
     assert jax.tree.structure(updated) == jax.tree.structure(params)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @nets
 def test_every_quantity(net):
     params, *batch = problem(net)
@@ -248,7 +248,7 @@ def test_no_update_moves_them(net, optimizer, options):
     assert np.isfinite(value)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("standard_promotion")
 @nets
 def test_a_loop_of_ones_own_has_one_line_more(net):
@@ -422,6 +422,7 @@ def labelled():
     return lambda mask: optax.partition(transforms, mask)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("make", [masked(), labelled()])
 @pytest.mark.parametrize("fused", [False, True])

@@ -193,7 +193,7 @@ def test_fused_is_the_update_for_any_net(net, optimizer):
     assert ends[0][1][-1] < ends[0][1][0]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("optimizer", FUSED)
 def test_fused_is_the_update_for_any_optimizer(optimizer):
@@ -318,6 +318,7 @@ def test_a_rate_of_the_caller_s_stays_the_caller_s(fused):
     assert not rate.is_deleted()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_mask_goes_into_the_seats(fused):
     net = jp.chain(jp.repeat(jp.skip(jp.chain(jp.Dense(3 * D), jp.Attention(2))), 2), jp.Dense(3))
@@ -343,7 +344,7 @@ def test_fused_outside_repeat_only_needs_a_param_of_its_own(optimizer):
     assert relative_error(*ends) <= 1e-10
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
@@ -384,7 +385,7 @@ def test_the_norm_of_float16_gradients(fused, size, skipped):
     np.testing.assert_allclose(params[0].w, jnp.full((2, 2), expected), rtol=1e-3)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("net", ["unrolled", "nested"])
 @pytest.mark.parametrize("bad", [0.0, jnp.inf])
@@ -451,6 +452,7 @@ def test_the_norm_of_the_gradient_comes_from_its_factors(rows):
     np.testing.assert_allclose(form.norm_of_sum(), jnp.linalg.norm(form.sum()), rtol=1e-12)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -514,6 +516,7 @@ def test_fused_keeps_no_gradients_and_copies_no_stack(optimizer):
     assert temporary(True) < stack / 4
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 def test_fused_on_many_devices(axes):

@@ -166,6 +166,7 @@ def test_a_large_network_is_readable(capsys, tmp_path):
     assert all(f"\n  w{i} " in every for i in range(1, 1201))
 
 
+@pytest.mark.full
 def test_a_large_network_in_korean_has_the_same_numbers(capsys, tmp_path):
     english = show(capsys, tmp_path, LARGE, "--steps", "3")
     korean = show(capsys, tmp_path, LARGE, "--steps", "3", "--lang", "ko")
@@ -208,7 +209,7 @@ RISES = net(((0.1,),), ((1.5,),), inputs=(1.0,), rate=0.9)
 LONG = "The steps are too long."
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("config", "steps", "expected"),
     [

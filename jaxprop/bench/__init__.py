@@ -1,5 +1,7 @@
 """The measurements of ``jaxprop bench``: the hand-written chain against JAX's autodiff."""
 
 from jaxprop.bench.report import BenchError, bench, regressions
+from jaxprop.bench.target import TARGETS, target_devices
+from jaxprop.bench.target_report import bench_target
 
-__all__ = ["BenchError", "bench", "regressions"]
+__all__ = ["TARGETS", "BenchError", "bench", "bench_target", "regressions", "target_devices"]

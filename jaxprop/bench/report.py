@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from jaxprop.bench.case import Case
 from jaxprop.bench.measure import Comparison, compare, matmul_rate
 from jaxprop.bench.rows import LARGE, ROWS, needs_flax
 
-RATIOS = ("run", "trace", "compile", "temp")
 WORSE = 1.1  # a ratio above this many times the baseline's is a regression
 QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds to run each row, and how often to compile it
+HEADINGS = ("hand ms", "auto ms", "run", "", "trace", "compile", "temp MB", "temp", "share")
 EXPLANATION = """\
 hand: jaxprop; auto: jax.value_and_grad of the same loss, in a row /vmap the same quantity by
 jax.vmap, for hvp jax.jvp of jax.grad, for projected, a network's norms, influence, laplace and
@@ -49,17 +51,8 @@ def bench(only: str | None = None, quick: bool = False, large: bool = False) -> 
         BenchError: if no row's name contains ``only``, or only rows that need Flax do and it is not
             installed.
     """
-    rows = ROWS | LARGE if large else ROWS
-    names = [name for name in rows if only is None or only in name]
-    if not names:
-        raise BenchError(f"--only {only}: no such row; there are {', '.join(rows)}")
-    skipped = [] if importlib.util.find_spec("flax") else list(filter(needs_flax, names))
-    if skipped == names:
-        raise BenchError(f"--only {only}: {len(skipped)} {NO_FLAX}")
-    names = [name for name in names if name not in skipped]
-    console = Console(highlight=False)
-    width = max(100, console.width) if not console.is_terminal else min(100, console.width)
-    console = Console(highlight=False, width=width)
+    rows, skipped = chosen(only, large)
+    console = wide_console()
     seconds, builds = QUICK if quick else FULL
     rate = matmul_rate()
     figures: dict[str, Any] = {
@@ -68,12 +61,10 @@ def bench(only: str | None = None, quick: bool = False, large: bool = False) -> 
         "matmul_flops_per_s": rate,
         "rows": {},
     }
-    table = _table()
-    with Progress(
-        console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        for name in bar.track(names, description="measuring"):
-            case = rows[name]()
+    table = table_of(HEADINGS)
+    with progress() as bar:
+        for name, make in bar.track(rows.items(), description="measuring"):
+            case = make()
             measured = compare(
                 case.hand,
                 case.auto,
@@ -89,11 +80,47 @@ def bench(only: str | None = None, quick: bool = False, large: bool = False) -> 
     )
     console.print(table)
     console.print(EXPLANATION, markup=False)
-    if any(map(needs_flax, names)):
+    print_footnotes(console, rows, skipped)
+    return figures
+
+
+def chosen(only: str | None, large: bool) -> tuple[dict[str, Callable[[], Case]], int]:
+    """Return the rows whose name contains ``only``, and how many more would need Flax.
+
+    Raises:
+        BenchError: if there is none, or only some that need Flax.
+    """
+    every = ROWS | LARGE if large else ROWS
+    named = {name: make for name, make in every.items() if only is None or only in name}
+    if not named:
+        raise BenchError(f"--only {only}: no such row; there are {', '.join(every)}")
+    if importlib.util.find_spec("flax"):
+        return named, 0
+    rows = {name: make for name, make in named.items() if not needs_flax(name)}
+    if not rows:
+        raise BenchError(f"--only {only}: {len(named)} {NO_FLAX}")
+    return rows, len(named) - len(rows)
+
+
+def wide_console() -> Console:
+    """Return a console of 100 columns, less on a narrower terminal and more on a wider pipe."""
+    console = Console(highlight=False)
+    width = max(100, console.width) if not console.is_terminal else min(100, console.width)
+    return Console(highlight=False, width=width)
+
+
+def progress() -> Progress:
+    """Return a bar on a terminal's stderr, which is removed at the end."""
+    console = Console(file=sys.stderr)
+    return Progress(console=console, transient=True, disable=not sys.stderr.isatty())
+
+
+def print_footnotes(console: Console, rows: Iterable[str], skipped: int) -> None:
+    """Print what the names of the rows mean, and how many were skipped."""
+    if any(map(needs_flax, rows)):
         console.print(FLAX)
     if skipped:
-        console.print(f"{len(skipped)} {NO_FLAX}", markup=False)
-    return figures
+        console.print(f"{skipped} {NO_FLAX}", markup=False)
 
 
 def regressions(figures: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
@@ -105,9 +132,8 @@ def regressions(figures: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
     """
     worse = []
     for name, row in figures["rows"].items():
-        for ratio in RATIOS:
+        for ratio, now in row["ratio"].items():
             before = baseline["rows"].get(name, {}).get("ratio", {}).get(ratio)
-            now = row["ratio"][ratio]
             if before is not None and now is not None and now > WORSE * before:
                 worse.append(f"{name} {ratio} ratio {now:.2f}, was {before:.2f}")
     return worse
@@ -136,20 +162,11 @@ def _figures(measured: Comparison, rate: float) -> dict[str, Any]:
     }
 
 
-def _table() -> Table:
+def table_of(headings: Sequence[str]) -> Table:
+    """Return a table of rows with a name each, and a column of figures under each heading."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("row", no_wrap=True)
-    for heading in (
-        "hand ms",
-        "auto ms",
-        "run",
-        "",
-        "trace",
-        "compile",
-        "temp MB",
-        "temp",
-        "share",
-    ):
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
 

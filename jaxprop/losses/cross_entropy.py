@@ -96,7 +96,7 @@ class CrossEntropy(Loss):
         logits, target = wide(y), on_device(target)
         soft, valid, chosen = self._read(logits, target)
         top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-        own = jnp.take_along_axis(logits, chosen, axis=-1)  # NaN for a target of C or more
+        own = jax.lax.platform_dependent(logits, chosen, cpu=_gathered, default=_picked)
         own = jnp.where((own == top) & jnp.isinf(own), 0, own - top)
         # Not exp(y - max y), which XLA would keep for backward instead of the narrower y.
         others = jnp.exp(jnp.where(_is(chosen, logits), -jnp.inf, logits - top))
@@ -112,18 +112,22 @@ class CrossEntropy(Loss):
         elif self.class_weights is not None:
             of_class = jnp.take(jnp.asarray(self.class_weights, logits.dtype), chosen)
             weight = times(weight, of_class)
+        if weights is not None or self.class_weights is not None:
+            chosen = jnp.where(weight == 0, -1, chosen)  # where a weight is 0 is padding too
         values = jnp.sum(times(weight, each)[..., 0], axis=positions(valid))
-        return values, (y, top, total, others / total, chosen, weight, soft)
+        return values, (y, top, total, others, chosen, weight, soft)
 
     def backward(self, residuals: Residuals) -> Logits:
-        _, _, _, others, chosen, weight, soft = residuals
-        p, mine = _softmax(residuals), _is(chosen, residuals[0])
-        if self._spread(soft):
-            a, mass = self._masses(chosen, soft, p)
-            q = a / jnp.where(mass == 0, 1, mass)
-            others = others - jnp.where(mine, 0, q).sum(axis=-1, keepdims=True)
-            p = p - q
-        return times(weight, jnp.where(mine, -others, p))
+        _, _, total, others, chosen, weight, soft = residuals
+        exps, mine = _exps(residuals), _is(chosen, residuals[0])
+        if not self._spread(soft):
+            ct = weight * (jnp.where(mine, -others, exps) / total)
+            return jnp.where(_is_padding(chosen, ct), 0, ct)
+        p, others = exps / total, others / total
+        a, mass = self._masses(chosen, soft, p)
+        q = a / jnp.where(mass == 0, 1, mass)
+        others = others - jnp.where(mine, 0, q).sum(axis=-1, keepdims=True)
+        return times(weight, jnp.where(mine, -others, p - q))
 
     def real(self, residuals: Residuals) -> Bool[Array, "n ..."]:
         return residuals[-2][..., 0] != 0
@@ -153,8 +157,10 @@ class CrossEntropy(Loss):
     ) -> tuple[Soft, Bool[Array, "n ..."], Int[Array, "n ... 1"]]:
         """Return the probabilities, what is no padding, and the class, or the likeliest one."""
         if jnp.issubdtype(target.dtype, jnp.integer):
+            if jnp.issubdtype(target.dtype, jnp.unsignedinteger):
+                target = jnp.minimum(of_indices(target), logits.shape[-1]).astype(jnp.int32)
             target = of_indices(target)
-            return (), target >= 0, jnp.where(target >= 0, target, 0)[..., None]
+            return (), target >= 0, target[..., None]
         soft = jnp.where(target >= 0, target.astype(logits.dtype), jnp.nan)
         likeliest = jnp.argmax(target, axis=-1, keepdims=True)
         return soft, jnp.ones(target.shape[:-1], bool), likeliest
@@ -216,16 +222,43 @@ class CrossEntropy(Loss):
 
 
 def _softmax(residuals: Residuals) -> Logits:
-    y, top, total, *_ = residuals
+    return _exps(residuals) / residuals[2]
+
+
+def _exps(residuals: Residuals) -> Logits:
+    y, top, *_ = residuals
     logits = wide(y)
     infinite = (logits == top) & jnp.isinf(logits)  # else the top too has a derivative
-    return jnp.exp(jnp.where(infinite, 0, logits - top)) / total
+    return jnp.exp(jnp.where(infinite, 0, logits - top))
 
 
 def _less_one(p: Logits, at: Array) -> Logits:
     """Return p - 1 at one class of each position, and p elsewhere: p - 1 is minus all other p."""
     others = jnp.sum(p, axis=-1, keepdims=True, where=~at)
     return jnp.where(at, -others, p)
+
+
+def _gathered(logits: Logits, chosen: Int[Array, "n ... 1"]) -> One:
+    """Return the chosen logit, NaN for a class of C or more."""
+    return jnp.take_along_axis(logits, chosen, axis=-1)
+
+
+def _picked(logits: Logits, chosen: Int[Array, "n ... 1"]) -> One:
+    """Return what ``_gathered`` does, in the pass over the classes that the other sums take.
+
+    A TPU's gather is four programs more.
+    """
+    own = jnp.sum(jnp.where(_is(chosen, logits), logits, 0), axis=-1, keepdims=True)
+    return jnp.where(chosen < logits.shape[-1], own, jnp.nan)
+
+
+def _is_padding(chosen: Int[Array, "n ... 1"], y: Logits) -> Array:
+    """Return where the class is negative, in the shape of y.
+
+    Of each entry, not of each position, which a TPU would compute in a program of its own.
+    """
+    classes = jax.lax.broadcasted_iota(chosen.dtype, y.shape, y.ndim - 1)
+    return (chosen | classes) < 0
 
 
 def _is(chosen: Int[Array, "n ... 1"], y: Logits) -> Array:
