@@ -3,13 +3,15 @@
     python examples/plan.py
     python examples/plan.py --devices 512 --batch 4
     python examples/plan.py --layers 12 --features 768 --heads 12 --devices 1
+    python examples/plan.py --target h100  # pip install 'jaxprop-vjp[h100]'
 
 The default model is GPT-2 XL, with 1.5 B params. The step of ``jp.make_update`` with Adam is
 compiled from shapes alone, for a mesh of simulated CPU devices. Params, optimizer state and batch
 are sharded over all of them (``jp.sharding``). The bytes come from ``compiled.memory_analysis()``.
-They are those of XLA for CPUs, whose fusions and buffers differ from a GPU's. Next to them the
-script prints a calculation by hand, and lower bounds on the time of a step from NVIDIA's data sheet
-of the H100. Nothing is measured on a GPU.
+They are those of XLA for CPUs, whose fusions and buffers differ from a GPU's, or with ``--target``
+those of XLA for an H100, which need not be there. Next to them the script prints a calculation by
+hand, and lower bounds on the time of a step from NVIDIA's data sheet of the H100. Nothing is
+measured on a GPU.
 """
 
 import argparse
@@ -62,13 +64,15 @@ def compiled(args: argparse.Namespace, way: Way, devices: int) -> Need:
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     import jaxprop as jp
+    from jaxprop.bench import target_devices
 
     axes = ("node", "gpu")
+    every = target_devices(args.target, devices) if args.target else jax.devices()
     mesh = jax.make_mesh(
         (max(devices // NODE, 1), min(devices, NODE)),
         axes,
         axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices()[:devices],
+        devices=every[:devices],
     )
 
     def placed(structs: Any, shardings: Any) -> Any:
@@ -158,9 +162,10 @@ def least_times(args: argparse.Namespace, way: Way, devices: int) -> tuple[float
 def table(args: argparse.Namespace, ways: list[Way]) -> None:
     """Print a row for each number of devices and each way."""
     _, params = count(args)
+    of = "an H100" if args.target else "CPUs"
     print(
         f"{params / 1e6:,.1f} M params, {args.batch} x {args.length} tokens a device and step.\n"
-        "GB a device: compiled by XLA for CPUs, and by arithmetic. ms a step: what an\n"
+        f"GB a device: compiled by XLA for {of}, and by arithmetic. ms a step: what an\n"
         "H100's matmuls, memory and links need at least, by its data sheet.\n"
     )
     print(
@@ -194,6 +199,7 @@ def main() -> None:
         ("length", positive, 1024, "tokens per example"),
         ("batch", positive, 8, "examples per device"),
     )
+    parser.add_argument("--target", choices=["h100"], help="compile for this device, not for CPUs")
     parser.add_argument(
         "--devices",
         type=positive,

@@ -151,11 +151,12 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
 
 
 def _collective(each: Instruction, computations: dict[str, list[Instruction]]) -> str | None:
-    """Return the kind of collective, or None; a TPU's reduce-scatter is a fusion with a name."""
+    """Return the kind of collective, or None; on a TPU a reduce-scatter is a fusion of a name."""
     if each.opcode == "fusion":
-        if each.name.startswith("all-reduce-scatter"):
+        names = each.called("calls")
+        if any(name.startswith("all-reduce-scatter") for name in names):
             return "reduce-scatter"
-        inner = [one.opcode for name in each.called("calls") for one in computations.get(name, [])]
+        inner = [one.opcode for name in names for one in computations.get(name, [])]
     else:
         inner = [each.opcode]
     return next(

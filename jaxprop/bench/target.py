@@ -34,7 +34,7 @@ TOPOLOGIES = {  # by the number of chips
     "v5p": {1: "v5p:1x1x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2"},
     "v6e": {1: "v6e:1x1", 4: "v6e:2x2", 8: "v6e:2x4"},
 }
-GPUS = 8  # of one node; more are not tried
+GPUS = 8  # of a node
 TARGETS = (*TOPOLOGIES, "h100")
 
 
@@ -60,7 +60,7 @@ def target_devices(name: str, count: int = 1) -> list[Any]:
     Args:
         name: "v5e", "v5p" or "v6e", Google's TPUs, with ``pip install 'jaxprop-vjp[tpu]'``; or
             "h100", NVIDIA's GPU, with ``'jaxprop-vjp[h100]'``.
-        count: how many: 1, 4 or 8 TPUs, up to 8 GPUs.
+        count: how many: 1, 4 or 8 TPUs; up to 8 GPUs, or any number of nodes of 8.
 
     Raises:
         ValueError: for another name or count.
@@ -73,15 +73,20 @@ def target_devices(name: str, count: int = 1) -> list[Any]:
     extra = "tpu" if name in TOPOLOGIES else "h100"
     module = "libtpu" if extra == "tpu" else "jax_plugins.xla_cuda12"
     if not _has(module):
-        raise ImportError(f"target {name} needs its compiler: pip install 'jaxprop-vjp[{extra}]'")
+        raise ImportError(f"needs its compiler: pip install 'jaxprop-vjp[{extra}]'")
     if extra == "h100":
-        if not 1 <= count <= GPUS:
-            raise ValueError(f"target h100 has 1 to {GPUS} devices, not {count}")
+        nodes = -(-count // GPUS)
+        if count < 1 or (nodes > 1 and count % GPUS):
+            raise ValueError(
+                f"target h100 has up to {GPUS} devices or nodes of {GPUS}, not {count}"
+            )
         described = importlib.resources.files("jaxprop.bench").joinpath("h100.txtpb").read_text()
-        node = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", target_config=described, topology=f"1x1x{GPUS}"
-        )
-        return node.devices[:count]
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="h100",
+            target_config=described,
+            topology=f"1x{nodes}x{GPUS}",
+        ).devices[:count]
     if count not in TOPOLOGIES[name]:
         counts = ", ".join(map(str, TOPOLOGIES[name]))
         raise ValueError(f"target {name} has {counts} devices, not {count}")

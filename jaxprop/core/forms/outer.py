@@ -64,6 +64,7 @@ class Sum(Factored):
     def gram_of_ct(self) -> Float[Array, "o o"]:
         return gram(self.ct)
 
+
 DEARER = 3  # times what <X X^T, C C^T> costs on a TPU beside |X^T C|^2, which its matmuls square
 
 
