@@ -121,7 +121,7 @@ class CrossEntropy(Loss):
         _, _, total, others, chosen, weight, soft = residuals
         exps, mine = _exps(residuals), _is(chosen, residuals[0])
         if not self._spread(soft):
-            ct = weight * (jnp.where(mine, -others, exps) / total)
+            ct = weight / total * jnp.where(mine, -others, exps)
             return jnp.where(_is_padding(chosen, ct), 0, ct)
         p, others = exps / total, others / total
         a, mass = self._masses(chosen, soft, p)
