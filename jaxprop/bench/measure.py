@@ -108,18 +108,7 @@ def compare(
     makers = (make_a, make_b)
     traces = [[_trace(make, args, carried)[0] for make in makers] for _ in range(TRACES + 1)][1:]
     built = [[_compile(make, args, carried) for make in makers] for _ in range(builds + 1)][1:]
-    run_a, run_b = (_Calls(compiled, args, carried) for _, compiled in built[-1])
-    calls = max(1, round(0.005 / max(min(_time(run_a, 1), _time(run_b, 1)), 1e-7)))
-    pairs = []
-    gc.collect()
-    end = time.perf_counter() + seconds
-    while len(pairs) < 3 or time.perf_counter() < end:
-        if len(pairs) % 2:
-            b = _time(run_b, calls)
-            pairs.append((_time(run_a, calls), b))
-        else:
-            a = _time(run_a, calls)
-            pairs.append((a, _time(run_b, calls)))
+    pairs = in_turn(*(_Calls(compiled, args, carried) for _, compiled in built[-1]), seconds)
 
     def program(side: int) -> Program:
         compiled = built[-1][side][1]
@@ -140,6 +129,30 @@ def compare(
         compile=Spread.of([x[0] / y[0] for x, y in built]),
         temp=a.temp_bytes / b.temp_bytes if b.temp_bytes else None,
     )
+
+
+def in_turn(
+    a: Callable[[], object], b: Callable[[], object], seconds: float
+) -> list[tuple[float, float]]:
+    """Return the times of a call of A and of B, which take turns to be the first of a pair.
+
+    Args:
+        a: A. Where it returns arrays of JAX, they are waited for.
+        b: B, likewise.
+        seconds: how long to run, about; at least three pairs of samples are taken.
+    """
+    calls = max(1, round(0.005 / max(min(_time(a, 1), _time(b, 1)), 1e-7)))
+    pairs = []
+    gc.collect()
+    end = time.perf_counter() + seconds
+    while len(pairs) < 3 or time.perf_counter() < end:
+        if len(pairs) % 2:
+            time_b = _time(b, calls)
+            pairs.append((_time(a, calls), time_b))
+        else:
+            time_a = _time(a, calls)
+            pairs.append((time_a, _time(b, calls)))
+    return pairs
 
 
 def matmul_rate(size: int = 2048) -> float:
@@ -190,7 +203,7 @@ def _compile(make: Make, args: tuple[PyTree, ...], carried: int) -> tuple[float,
     return time.perf_counter() - start, compiled
 
 
-def _time(run: _Calls, calls: int) -> float:
+def _time(run: Callable[[], object], calls: int) -> float:
     """Return the time of a call, the mean of several in a row."""
     start = time.perf_counter()
     for _ in range(calls):
