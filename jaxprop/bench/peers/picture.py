@@ -36,9 +36,10 @@ def draw(figures: dict[str, Any]) -> Figure:
             color = "tab:blue" if times >= 1 else "tab:red"
             panel.barh(at, times - 1, left=1, color=color, height=0.6)
             panel.plot([low, high], [at, at], color="black", linewidth=1.5)
-            ms = [1e3 * row[side]["run_s"]["median"] for side in ("ours", "theirs")]
+            ms = [1e3 * row[side]["run_s"]["median"] for side in ("theirs", "ours")]
+            theirs, own = (f"{time:.1f}" if time < 100 else f"{time:.0f}" for time in ms)
             panel.annotate(
-                f"{times:.2f}  ({ms[1]:.3g} beside {ms[0]:.3g} ms)",
+                f"{times:.2f}  ({theirs} beside {own} ms)",
                 (max(high, 1), at),
                 xytext=(6, 0),
                 textcoords="offset points",
