@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from jaxprop.bench import (
     TARGETS,
     BenchError,
     bench,
+    bench_growth,
     bench_peers,
     bench_target,
     regressions,
@@ -117,9 +119,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure against other libraries, as far as they are installed (the peers extra)",
     )
+    beside.add_argument(
+        "--growth", action="store_true", help="measure how time and memory grow with the sizes"
+    )
     measure.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     measure.add_argument(
-        "--plot", metavar="FILE", help="draw the figures of --peers too (needs matplotlib)"
+        "--plot", metavar="FILE", help="draw the figures of --peers or --growth (needs matplotlib)"
     )
     measure.add_argument(
         "--baseline",
@@ -188,20 +193,23 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _figures(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the options ask for, and draw it."""
-    if args.plot is not None and not args.peers:
-        raise BenchError("--plot draws the figures of --peers: add it")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("--plot needs matplotlib: pip install 'jaxprop-vjp[plot]'")
-    if not args.peers:
+    if not (args.peers or args.growth):
+        if args.plot is not None:
+            raise BenchError("--plot draws the figures of --peers or --growth: add one of them")
         if args.target is not None:
             return bench_target(args.target, only=args.only, large=args.large)
         return bench(only=args.only, quick=args.quick, large=args.large)
     if args.large:
-        raise BenchError("--large has no rows beside peers: leave out --peers")
-    figures = bench_peers(only=args.only, quick=args.quick)
+        raise BenchError("--large is for the rows without --peers and --growth")
+    if args.growth and args.baseline is not None:
+        raise BenchError("--baseline compares ratios, and --growth has none")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BenchError("--plot needs matplotlib: pip install 'jaxprop-vjp[plot]'")
+    measure = bench_peers if args.peers else bench_growth
+    figures = measure(only=args.only, quick=args.quick)
     if args.plot is not None:
-        from jaxprop.bench.peers.picture import draw
-
+        which = "peers" if args.peers else "growth"
+        draw = importlib.import_module(f"jaxprop.bench.{which}.picture").draw
         draw(figures).savefig(args.plot, dpi=150)
     return figures
 
