@@ -108,7 +108,8 @@ def compare(
     makers = (make_a, make_b)
     traces = [[_trace(make, args, carried)[0] for make in makers] for _ in range(TRACES + 1)][1:]
     built = [[_compile(make, args, carried) for make in makers] for _ in range(builds + 1)][1:]
-    pairs = in_turn(*(_Calls(compiled, args, carried) for _, compiled in built[-1]), seconds)
+    run_a, run_b = (_Calls(compiled, args, carried) for _, compiled in built[-1])
+    pairs = in_turn(run_a, run_b, seconds)
 
     def program(side: int) -> Program:
         compiled = built[-1][side][1]
@@ -116,7 +117,7 @@ def compare(
             run=Spread.of([pair[side] for pair in pairs]),
             trace=Spread.of([trace[side] for trace in traces]),
             compile=Spread.of([build[side][0] for build in built]),
-            temp_bytes=getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0),
+            temp_bytes=temp_bytes(compiled),
             flops=_flops(compiled),
         )
 
@@ -153,6 +154,11 @@ def in_turn(
             time_a = _time(a, calls)
             pairs.append((time_a, _time(b, calls)))
     return pairs
+
+
+def temp_bytes(compiled: Compiled) -> int:
+    """Return the temporary memory of a compiled function; 0 where XLA does not say."""
+    return getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
 
 
 def matmul_rate(size: int = 2048) -> float:

@@ -31,6 +31,7 @@ def main() -> None:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from jaxprop.bench.growth.rows import mlp
+    from jaxprop.bench.measure import temp_bytes
     from jaxprop.training.update import make_update
 
     net, loss, (params, x, target) = mlp(width=256, batch=2048)
@@ -43,7 +44,7 @@ def main() -> None:
         given = (params, whole), (state, whole), (x, split), (target, split)
         step = jax.jit(update, out_shardings=whole)
         compiled = step.lower(*(jax.device_put(a, sharding) for a, sharding in given)).compile()
-        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+        sizes.append(temp_bytes(compiled))
     print(json.dumps(sizes))
 
 

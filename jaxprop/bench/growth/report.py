@@ -14,7 +14,7 @@ from rich.table import Table
 from jaxprop.bench.growth import devices
 from jaxprop.bench.growth.fit import exponent
 from jaxprop.bench.growth.rows import DEVICES, ROWS, Growing
-from jaxprop.bench.measure import Spread
+from jaxprop.bench.measure import Spread, temp_bytes
 from jaxprop.bench.report import BenchError
 
 QUICK, ROUNDS = 3, 15
@@ -78,7 +78,7 @@ def measured(row: Growing, rounds: int) -> dict[str, Any]:
         compiled = jax.jit(row.of(net, loss)).lower(*args).compile()
         jax.block_until_ready(compiled(*args))
         runs.append((compiled, args))
-        bytes_.append(compiled.memory_analysis().temp_size_in_bytes)
+        bytes_.append(temp_bytes(compiled))
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for samples, (compiled, args) in zip(times, runs, strict=True):
@@ -112,7 +112,7 @@ def figures_of(
 
 
 def _table() -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("row", no_wrap=True)
     for heading in ("sizes", "time", "", "memory", "", "ms", "MB"):
         table.add_column(heading, justify="right", no_wrap=True)

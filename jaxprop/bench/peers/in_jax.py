@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +54,13 @@ def accumulated(network: Network, peer: InJax) -> Pair:
         sums = jax.tree.map(lambda param: jax.new_ref(jnp.zeros_like(param)), params)
 
         def part(total: Array, batch: tuple[Array, Array]) -> tuple[Array, None]:
+            pullback: Any
             value, pullback = jax.vjp(lambda params: peer.loss(params, *batch), params)
             pullback.with_refs(sums)(jnp.full_like(value, 1 / ours.PARTS))
             return total + value / ours.PARTS, None
 
-        parts = tuple(a.reshape(ours.PARTS, -1, *a.shape[1:]) for a in (x, target))
-        value, _ = jax.lax.scan(part, jnp.zeros(()), parts)
+        parts = [a.reshape(ours.PARTS, -1, *a.shape[1:]) for a in (x, target)]
+        value, _ = jax.lax.scan(part, jnp.zeros(()), (parts[0], parts[1]))
         return {"value": value, "grads": jax.tree.map(lambda ref: jax.freeze(ref), sums)}
 
     convert = ours.of_grads(peer.convert)
@@ -71,7 +72,7 @@ def accumulated(network: Network, peer: InJax) -> Pair:
 
 def clipped(network: Network, peer: InJax) -> Pair:
     """Return the pair of the mean of the clipped gradients, theirs by jax-privacy."""
-    from jax_privacy.clipping import clipped_grad
+    from jax_privacy.clipping import clipped_grad  # pyright: ignore[reportMissingImports]
 
     max_norm, batch = ours.bound(network), len(peer.target)
     of = clipped_grad(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprop.bench.measure import Function
+from jaxprop.bench.measure import Function, temp_bytes
 from jaxprop.core.types import PyTree
 
 TOLERANCE = 1e-4  # of an array's norm: float32, through as many as 64 steps
@@ -64,7 +64,7 @@ def jitted(
     return Side(
         lambda: compiled(*args),
         lambda: convert(compiled(*args)),
-        getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
+        temp_bytes(compiled),
     )
 
 

@@ -34,15 +34,15 @@ class Row(NamedTuple):
 
 
 def _flax(name: str, task: str, network: Network) -> Pair:
-    from jaxprop.bench.peers import flax, in_jax
+    from jaxprop.bench.peers import in_flax, in_jax
 
-    return getattr(in_jax, task)(network, flax.peer(name, network))
+    return getattr(in_jax, task)(network, in_flax.peer(name, network))
 
 
 def _equinox(name: str, network: Network) -> Pair:
-    from jaxprop.bench.peers import equinox, in_jax
+    from jaxprop.bench.peers import in_equinox, in_jax
 
-    return in_jax.gradient(network, equinox.peer(name, network))
+    return in_jax.gradient(network, in_equinox.peer(name, network))
 
 
 def _with_refs(name: str, network: Network) -> Pair:
@@ -52,26 +52,26 @@ def _with_refs(name: str, network: Network) -> Pair:
 
 
 def _torch(name: str, compiled: bool, last: bool, network: Network) -> Pair:
-    from jaxprop.bench.peers import pytorch
+    from jaxprop.bench.peers import in_torch
 
-    return pytorch.gradient(network, pytorch.peer(name, network, last), compiled)
+    return in_torch.gradient(network, in_torch.peer(name, network, last), compiled)
 
 
 def _opacus(name: str, task: str, network: Network) -> Pair:
-    from jaxprop.bench.peers import opacus
+    from jaxprop.bench.peers import by_opacus
 
-    return getattr(opacus, task)(network, opacus.peer(name, network), tied=name == "gpt")
+    return getattr(by_opacus, task)(network, by_opacus.peer(name, network), tied=name == "gpt")
 
 
 def _backpack(name: str, asked: str, network: Network) -> Pair:
     if name == "gpt":
         raise Absent("BackPACK has no norms of a LayerNorm, nor of a table that is used twice")
-    from jaxprop.bench.peers import backpack, pytorch
+    from jaxprop.bench.peers import by_backpack, in_torch
 
-    peer = pytorch.peer(name, network)
+    peer = in_torch.peer(name, network)
     if asked == "norms":
-        return backpack.norms(network, peer)
-    return backpack.quantity(network, peer, asked)
+        return by_backpack.norms(network, peer)
+    return by_backpack.quantity(network, peer, asked)
 
 
 OF_DENSE = ("second-moment", "variance", "diag-ggn", "diag-ggn-mc", "kflr", "kfac", "grads")

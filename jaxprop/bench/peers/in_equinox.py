@@ -161,7 +161,8 @@ def _gpt(params: Params) -> tuple[Any, Arrays]:
         return [net.table, net.positions, *blocks, *net.norm]
 
     net = ours.gpt(params)
-    return Gpt(len(net.table), *net.positions.shape, len(net.blocks)), arrays
+    length, features = net.positions.shape
+    return Gpt(len(net.table), length, features, len(net.blocks)), arrays
 
 
 def _block(block: ours.Block) -> list[Array]:

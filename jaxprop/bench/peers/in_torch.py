@@ -1,5 +1,6 @@
 """The networks in PyTorch, eager, compiled, and with the channels last."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import os
@@ -222,7 +223,8 @@ def of_lstm(params: Params) -> list[Array]:
 
 def _gpt(params: Params) -> tuple[nn.Module, Arrays]:
     net = ours.gpt(params)
-    return Gpt(len(net.table), *net.positions.shape, len(net.blocks)), of_gpt
+    length, features = net.positions.shape
+    return Gpt(len(net.table), length, features, len(net.blocks)), of_gpt
 
 
 def of_gpt(params: Params) -> list[Array]:

@@ -131,7 +131,8 @@ def _gpt(params: Params) -> tuple[nn.Module, Callable[[Params], PyTree]]:
         return {"params": own | blocks}
 
     net = ours.gpt(params)
-    return Gpt(*net.table.shape, len(net.blocks)), convert
+    vocab, features = net.table.shape
+    return Gpt(vocab, features, len(net.blocks)), convert
 
 
 def _block(block: ours.Block) -> PyTree:

@@ -1,5 +1,6 @@
 """Per-example norms and clipping by Opacus."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import warnings
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from jaxprop.bench.networks import Network
-from jaxprop.bench.peers import ours, pytorch
+from jaxprop.bench.peers import in_torch, ours
+from jaxprop.bench.peers.in_torch import InTorch
 from jaxprop.bench.peers.pair import Pair, Side, jitted
-from jaxprop.bench.peers.pytorch import InTorch
 from jaxprop.core.types import PyTree
 
 
@@ -27,18 +28,18 @@ def peer(name: str, network: Network) -> InTorch:
         name: of ``ours.FULL``.
         network: ours, of any size.
     """
-    there = pytorch.peer(name, network)
+    there = in_torch.peer(name, network)
     if name != "lstm":
         return there
     cell, head = params = network[2][0]
     lstm = DPLSTM(cell.w.shape[0], cell.u.shape[0], batch_first=True)
-    net = pytorch.Lstm(lstm, "l0.hh.bias", nn.Linear(*head.w.shape))
+    net = in_torch.Lstm(lstm, "l0.hh.bias", nn.Linear(*head.w.shape))
 
     def arrays(params: PyTree) -> list[Array]:
-        w, u, b, *of_head = pytorch.of_lstm(params)
+        w, u, b, *of_head = in_torch.of_lstm(params)
         return [w, b, u, *of_head]
 
-    pytorch.set_params(net, arrays(params))
+    in_torch.set_params(net, arrays(params))
     return there._replace(net=net, arrays=arrays)
 
 
@@ -54,10 +55,10 @@ def norms(network: Network, peer: InTorch, tied: bool = False) -> Pair:
 
     def run() -> Tensor:
         net.zero_grad()
-        pytorch.loss(net(peer.x), peer.target).backward()
+        in_torch.loss(net(peer.x), peer.target).backward()
         if not tied:
             return net.get_norm_sample() ** 2
-        each = [param.grad_sample.flatten(1) for param in pytorch.learned(net)]  # pyright: ignore
+        each = [param.grad_sample.flatten(1) for param in in_torch.learned(net)]  # pyright: ignore
         return sum((g.square().sum(1) for g in each), start=torch.zeros(()))
 
     return Pair(
@@ -80,7 +81,7 @@ def clipped(network: Network, peer: InTorch, tied: bool = False) -> Pair:
         warnings.simplefilter("ignore")
         net, optimizer, *rest = PrivacyEngine().make_private(
             module=peer.net.train(),
-            optimizer=torch.optim.SGD(pytorch.learned(peer.net), lr=0.0),
+            optimizer=torch.optim.SGD(in_torch.learned(peer.net), lr=0.0),
             criterion=nn.CrossEntropyLoss(),
             data_loader=data,
             noise_multiplier=0.0,
@@ -92,7 +93,7 @@ def clipped(network: Network, peer: InTorch, tied: bool = False) -> Pair:
     def value() -> Any:
         y = net(peer.x)
         if tied:
-            return pytorch.loss(y, peer.target)
+            return in_torch.loss(y, peer.target)
         along = {"shape": y.shape} if y.ndim > 2 else {}  # an example is a sequence
         return rest[0](y.flatten(0, -2), peer.target.flatten(), **along)
 
@@ -104,7 +105,7 @@ def clipped(network: Network, peer: InTorch, tied: bool = False) -> Pair:
         return found.detach()
 
     def numbers() -> PyTree:
-        return {"value": run(), "grads": pytorch.grads_of(peer.net)}
+        return {"value": run(), "grads": in_torch.grads_of(peer.net)}
 
     return Pair(
         jitted(ours.clipped(network, max_norm), *network[2], convert=peer.of_grads),

@@ -1,5 +1,6 @@
 """Quantities of the walk back by BackPACK."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import functools
@@ -13,9 +14,9 @@ from jax import Array
 from torch import Tensor, nn
 
 from jaxprop.bench.networks import Network
-from jaxprop.bench.peers import ours, pytorch
+from jaxprop.bench.peers import in_torch, ours
+from jaxprop.bench.peers.in_torch import InTorch
 from jaxprop.bench.peers.pair import Pair, Side, jitted
-from jaxprop.bench.peers.pytorch import InTorch
 from jaxprop.core.types import PyTree
 from jaxprop.quantity.functions import (
     diag_ggn,
@@ -65,11 +66,11 @@ def norms(network: Network, peer: InTorch) -> Pair:
     def run() -> None:
         net.zero_grad()
         with backpack(extension):
-            pytorch.loss(net(peer.x), peer.target).backward()
+            in_torch.loss(net(peer.x), peer.target).backward()
 
     def numbers() -> Tensor:
         run()
-        each = [param.batch_l2 for param in pytorch.learned(net)]  # pyright: ignore
+        each = [param.batch_l2 for param in in_torch.learned(net)]  # pyright: ignore
         return sum(each) * len(peer.x) ** 2
 
     return Pair(jitted(ours.norms(network), *network[2]), Side(run, numbers))
@@ -94,7 +95,7 @@ def quantity(network: Network, peer: InTorch, name: str) -> Pair:
 
     def numbers() -> PyTree:
         run()
-        found = [getattr(param, asked.field) for param in pytorch.learned(net)]
+        found = [getattr(param, asked.field) for param in in_torch.learned(net)]
         if asked.draws:
             return [each[1] for each in found if isinstance(each, list) and len(each) > 1]
         return jax.tree.map(lambda each: each * asked.times(len(peer.x)), found)
@@ -118,9 +119,11 @@ def _transposed(params: PyTree) -> list[Array]:
 
 
 def _factors(params: PyTree) -> list[list[Array]]:
-    return [each for w, b in ours.layers(params) for each in ([w.b, w.a], [b.b])]
+    layers: list[Any] = ours.layers(params)
+    return [each for w, b in layers for each in ([w.b, w.a], [b.b])]
 
 
 def _inputs(params: PyTree) -> list[Array]:
-    """Return what does not depend on the draws: the factors of the inputs, where there are any."""
-    return [w.a for w, _ in ours.layers(params) if hasattr(w, "a")]
+    """Return what does not depend on the draws: the factors of the inputs, or of diagonals none."""
+    layers: list[Any] = ours.layers(params)
+    return [w.a for w, _ in layers if hasattr(w, "a")]
