@@ -423,6 +423,8 @@ def test_rows_of_a_table_of_any_size_against_the_table(vocab, length):
         got = jax.jit(lambda rows, name=name: getattr(rows, name)())(form)
         assert relative_error(got, getattr(g, name)()) <= 1e-10, name
     assert relative_error(form.products_with(other), g.products_with(h)) <= 1e-10
+    shares = jax.nn.one_hot(jnp.where(form.ids < 0, vocab, form.ids), vocab).mean(axis=1)
+    assert relative_error(form.in_one_position().x, shares) <= 1e-10
     stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), form, other)
     norms = type(form).norms
     for each in (jax.vmap(norms), lambda rows: jax.lax.map(norms, rows)):

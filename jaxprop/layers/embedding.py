@@ -15,18 +15,7 @@ from jaxtyping import Bool, Float, Int
 from jaxprop.core.arrays import known, of_indices, weighted, wide
 from jaxprop.core.checks import check_counts
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import (
-    Factored,
-    OfX,
-    Outer,
-    Sides,
-    gram,
-    mean_of_real,
-    norms,
-    of_real,
-    sq_norms,
-    through,
-)
+from jaxprop.core.forms import Factored, OfX, Outer, Sides, gram, norms, of_real, sq_norms, through
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.serialization import serializable
@@ -138,8 +127,10 @@ class Rows(Factored):
 
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Outer:
         """Return how often each id is there, (N, V), for the input."""
-        rows = jax.nn.one_hot(_inside(self.ids, self.vocab), self.vocab, dtype=wide(self.ct).dtype)
-        return Outer(mean_of_real(rows, real), self._sequences()[1].sum(axis=1))
+        ids, ct = self._sequences()
+        one = of_real(jnp.ones(self.ids.shape, ct.dtype), real).reshape(ids.shape)
+        shares = one / jnp.maximum(one.sum(axis=1, keepdims=True), 1)
+        return Outer(Rows(ids, shares[..., None], self.vocab).per_example()[..., 0], ct.sum(axis=1))
 
     def gram_of_ct(self) -> Float[Array, "d d"]:
         return gram(self._sequences()[1])
