@@ -54,7 +54,7 @@ def draw(figures: dict[str, Any]) -> Figure:
         panel.margins(x=0.25)
         panel.set_title(network, loc="left", fontsize=10, fontweight="bold")
         panel.spines[["top", "right"]].set_visible(False)
-    ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64]
+    ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256]
     axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes[-1].set_xlabel("their time / ours, with quartiles: right of 1 jaxprop is ahead")
     for panel in axes:
