@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from jaxprop.bench.networks import Network
-from jaxprop.bench.peers import in_torch, ours
+from jaxprop.bench.peers import in_torch, ours, torch_models
 from jaxprop.bench.peers.in_torch import InTorch
 from jaxprop.bench.peers.pair import Pair, Side, jitted
 from jaxprop.core.types import PyTree
@@ -33,10 +33,10 @@ def peer(name: str, network: Network) -> InTorch:
         return there
     cell, head = params = network[2][0]
     lstm = DPLSTM(cell.w.shape[0], cell.u.shape[0], batch_first=True)
-    net = in_torch.Lstm(lstm, "l0.hh.bias", nn.Linear(*head.w.shape))
+    net = torch_models.Lstm(lstm, "l0.hh.bias", nn.Linear(*head.w.shape))
 
     def arrays(params: PyTree) -> list[Array]:
-        w, u, b, *of_head = in_torch.of_lstm(params)
+        w, u, b, *of_head = torch_models.of_lstm(params)
         return [w, b, u, *of_head]
 
     in_torch.set_params(net, arrays(params))
