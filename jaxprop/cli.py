@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -13,7 +14,15 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxprop.bench import TARGETS, BenchError, bench, bench_target, regressions
+from jaxprop.bench import (
+    TARGETS,
+    BenchError,
+    bench,
+    bench_growth,
+    bench_peers,
+    bench_target,
+    regressions,
+)
 from jaxprop.walkthrough import text
 from jaxprop.walkthrough.config import WORKED_EXAMPLE, Config, ConfigError, dump, load
 from jaxprop.walkthrough.descent import walkthrough
@@ -99,12 +108,24 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--large", action="store_true", help="rows for an accelerator too, such as gpt2-small"
     )
-    measure.add_argument(
+    beside = measure.add_mutually_exclusive_group()
+    beside.add_argument(
         "--target",
         choices=TARGETS,
         help="compile for this device instead, which need not be there: cycles and memory",
     )
+    beside.add_argument(
+        "--peers",
+        action="store_true",
+        help="measure against other libraries, as far as they are installed (the peers extra)",
+    )
+    beside.add_argument(
+        "--growth", action="store_true", help="measure how time and memory grow with the sizes"
+    )
     measure.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
+    measure.add_argument(
+        "--plot", metavar="FILE", help="draw the figures of --peers or --growth (needs matplotlib)"
+    )
     measure.add_argument(
         "--baseline",
         metavar="FILE",
@@ -155,20 +176,42 @@ def _html(config: Config, args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # so that the progress bar is removed
     baseline = None if args.baseline is None else _read_figures(args.baseline)
-    if args.json is not None and not Path(args.json).parent.is_dir():
-        raise BenchError(f"--json {args.json}: no such directory")
-    if args.json is not None and Path(args.json).is_dir():
-        raise BenchError(f"--json {args.json}: is a directory")
-    if args.target is not None:
-        figures = bench_target(args.target, only=args.only, large=args.large)
-    else:
-        figures = bench(only=args.only, quick=args.quick, large=args.large)
+    for option in ("json", "plot"):
+        path = getattr(args, option)
+        if path is not None and not Path(path).parent.is_dir():
+            raise BenchError(f"--{option} {path}: no such directory")
+        if path is not None and Path(path).is_dir():
+            raise BenchError(f"--{option} {path}: is a directory")
+    figures = _figures(args)
     if args.json is not None:
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     worse = [] if baseline is None else regressions(figures, baseline)
     for line in worse:
         print(f"worse: {line}")
     return 1 if worse else 0
+
+
+def _figures(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the options ask for, and draw it."""
+    if not (args.peers or args.growth):
+        if args.plot is not None:
+            raise BenchError("--plot draws the figures of --peers or --growth: add one of them")
+        if args.target is not None:
+            return bench_target(args.target, only=args.only, large=args.large)
+        return bench(only=args.only, quick=args.quick, large=args.large)
+    if args.large:
+        raise BenchError("--large is for the rows without --peers and --growth")
+    if args.growth and args.baseline is not None:
+        raise BenchError("--baseline compares ratios, and --growth has none")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BenchError("--plot needs matplotlib: pip install 'jaxprop-vjp[plot]'")
+    measure = bench_peers if args.peers else bench_growth
+    figures = measure(only=args.only, quick=args.quick)
+    if args.plot is not None:
+        which = "peers" if args.peers else "growth"
+        draw = importlib.import_module(f"jaxprop.bench.{which}.picture").draw
+        draw(figures).savefig(args.plot, dpi=150)
+    return figures
 
 
 def _read_figures(path: str) -> dict[str, Any]:

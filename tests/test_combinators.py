@@ -386,16 +386,52 @@ def test_small_and_large_integers_as_ids():
         layer.forward(table.astype(jnp.float32), np.array([2**32 + 3]))
 
 
-def test_norms_of_an_embedding_take_memory_linear_in_t():
-    net, loss = jp.chain(jp.Embedding(500, 16), jp.GlobalAvgPool(), jp.Dense(2)), jp.CrossEntropy()
+def between(net, loss):
+    products = jp.inner_products(net, loss)
+    return lambda params, x, target: products(params, (x, target), (x, target))
+
+
+@pytest.mark.parametrize("vocab", [500, 10_000])
+@pytest.mark.parametrize(
+    "of", [jp.per_example_sq_norms, jp.second_moment, jp.gram, between, jp.clipped_grad]
+)
+def test_what_is_asked_of_an_embedding_takes_memory_linear_in_t(of, vocab):
+    net = jp.chain(jp.Embedding(vocab, 16), jp.GlobalAvgPool(), jp.Dense(2))
+    loss, bound = jp.CrossEntropy(), {"max_norm": 1.0} if of is jp.clipped_grad else {}
 
     def temp(length):
         ids, target = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, length), (2,)))
         params = jax.eval_shape(net.init, jax.random.key(0), ids)
-        compiled = jax.jit(jp.per_example_sq_norms(net, loss)).lower(params, ids, target).compile()
+        compiled = jax.jit(of(net, loss, **bound)).lower(params, ids, target).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temp(4096) <= 4.5 * temp(1024)
+    assert temp(4096) <= 3 * 2 * 4096 * 16 * 8 + 2 * 10_000 * 16 * 8
+
+
+@pytest.mark.parametrize("vocab", [7, 40, 400])
+@pytest.mark.parametrize("length", [1, 6])
+def test_rows_of_a_table_of_any_size_against_the_table(vocab, length):
+    """With ids that are in no row, one id only, and others that are all the same."""
+    table_of = jp.forms.Stacked
+    ids = np.random.default_rng(0).integers(-2, vocab + 2, (4, length))
+    ids[1], ids[2, :2], ids[3, -2:] = 5, 3, 3
+    form = jp.forms.Rows(jnp.asarray(ids), jnp.asarray(normal(4, length, 3)), vocab)
+    other = jp.forms.Rows(jnp.asarray(ids[::-1]), jnp.asarray(normal(4, length, 3)) ** 2, vocab)
+    g, h = (table_of(rows.per_example()) for rows in (form, other))
+    for name in ("sq_norms", "norms", "inner_products", "second_moment"):
+        got = jax.jit(lambda rows, name=name: getattr(rows, name)())(form)
+        assert relative_error(got, getattr(g, name)()) <= 1e-10, name
+    assert relative_error(form.products_with(other), g.products_with(h)) <= 1e-10
+    shares = jax.nn.one_hot(jnp.where(form.ids < 0, vocab, form.ids), vocab).mean(axis=1)
+    assert relative_error(form.in_one_position().x, shares) <= 1e-10
+    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), form, other)
+    norms = type(form).norms
+    for each in (jax.vmap(norms), lambda rows: jax.lax.map(norms, rows)):
+        assert relative_error(each(stacked), jnp.stack([g.norms(), h.norms()])) <= 1e-10
+    half = jp.forms.Rows(form.ids, form.ct.astype(jnp.float16) * 1e4, vocab)
+    assert half.norms().dtype == jnp.float32
+    assert relative_error(half.norms(), table_of(half.per_example()).norms()) <= 1e-5
 
 
 class Plain(jp.Layer):

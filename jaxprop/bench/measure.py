@@ -109,17 +109,7 @@ def compare(
     traces = [[_trace(make, args, carried)[0] for make in makers] for _ in range(TRACES + 1)][1:]
     built = [[_compile(make, args, carried) for make in makers] for _ in range(builds + 1)][1:]
     run_a, run_b = (_Calls(compiled, args, carried) for _, compiled in built[-1])
-    calls = max(1, round(0.005 / max(min(_time(run_a, 1), _time(run_b, 1)), 1e-7)))
-    pairs = []
-    gc.collect()
-    end = time.perf_counter() + seconds
-    while len(pairs) < 3 or time.perf_counter() < end:
-        if len(pairs) % 2:
-            b = _time(run_b, calls)
-            pairs.append((_time(run_a, calls), b))
-        else:
-            a = _time(run_a, calls)
-            pairs.append((a, _time(run_b, calls)))
+    pairs = in_turn(run_a, run_b, seconds)
 
     def program(side: int) -> Program:
         compiled = built[-1][side][1]
@@ -127,7 +117,7 @@ def compare(
             run=Spread.of([pair[side] for pair in pairs]),
             trace=Spread.of([trace[side] for trace in traces]),
             compile=Spread.of([build[side][0] for build in built]),
-            temp_bytes=getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0),
+            temp_bytes=temp_bytes(compiled),
             flops=_flops(compiled),
         )
 
@@ -140,6 +130,35 @@ def compare(
         compile=Spread.of([x[0] / y[0] for x, y in built]),
         temp=a.temp_bytes / b.temp_bytes if b.temp_bytes else None,
     )
+
+
+def in_turn(
+    a: Callable[[], object], b: Callable[[], object], seconds: float
+) -> list[tuple[float, float]]:
+    """Return the times of a call of A and of B, which take turns to be the first of a pair.
+
+    Args:
+        a: A. Where it returns arrays of JAX, they are waited for.
+        b: B, likewise.
+        seconds: how long to run, about; at least three pairs of samples are taken.
+    """
+    calls = max(1, round(0.005 / max(min(_time(a, 1), _time(b, 1)), 1e-7)))
+    pairs = []
+    gc.collect()
+    end = time.perf_counter() + seconds
+    while len(pairs) < 3 or time.perf_counter() < end:
+        if len(pairs) % 2:
+            time_b = _time(b, calls)
+            pairs.append((_time(a, calls), time_b))
+        else:
+            time_a = _time(a, calls)
+            pairs.append((time_a, _time(b, calls)))
+    return pairs
+
+
+def temp_bytes(compiled: Compiled) -> int:
+    """Return the temporary memory of a compiled function; 0 where XLA does not say."""
+    return getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
 
 
 def matmul_rate(size: int = 2048) -> float:
@@ -190,7 +209,7 @@ def _compile(make: Make, args: tuple[PyTree, ...], carried: int) -> tuple[float,
     return time.perf_counter() - start, compiled
 
 
-def _time(run: _Calls, calls: int) -> float:
+def _time(run: Callable[[], object], calls: int) -> float:
     """Return the time of a call, the mean of several in a row."""
     start = time.perf_counter()
     for _ in range(calls):

@@ -1,0 +1,132 @@
+"""The report of ``jaxprop bench --growth``: fitted exponents of time and of memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from jaxprop.bench.growth import devices
+from jaxprop.bench.growth.fit import exponent
+from jaxprop.bench.growth.rows import DEVICES, ROWS, Growing
+from jaxprop.bench.measure import Spread, temp_bytes
+from jaxprop.bench.report import BenchError
+
+QUICK, ROUNDS = 3, 15
+EXPLANATION = """\
+time, memory: the exponents k of size^k, by least squares of logarithms [95 % interval]; of memory
+for temporaries as XLA allocates it, of time medians of rounds through all sizes. ms, MB: at the
+largest size. The width of an MLP squares its work, and attention the length; all else has work and
+memory in proportion, where it is not too small for that. Of devices, which share one machine, only
+the memory of each is known: the batch is split over them."""
+
+
+def bench_growth(only: str | None = None, quick: bool = False) -> dict[str, Any]:
+    """Measure the rows at all sizes, print a table, and return the figures.
+
+    Args:
+        only: measure only the rows whose name contains this.
+        quick: whether to run each size fewer times.
+
+    Returns:
+        The figures, ready for JSON: the device, the version of JAX, and of each row its sizes, the
+        times, the memory, and the exponents.
+
+    Raises:
+        BenchError: if no row's name contains ``only``.
+    """
+    names = [name for name in (*ROWS, DEVICES) if only is None or only in name]
+    if not names:
+        raise BenchError(f"--only {only}: no such row; there are {', '.join(ROWS)}, {DEVICES}")
+    device = str(jax.devices()[0].device_kind)
+    figures: dict[str, Any] = {"device": device, "jax": jax.__version__, "rows": {}}
+    table = _table()
+    with Progress(
+        console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        for name in bar.track(names, description="measuring"):
+            if name == DEVICES:
+                row = figures_of("devices", devices.COUNTS, None, devices.memory())
+            else:
+                row = measured(ROWS[name], QUICK if quick else ROUNDS)
+            figures["rows"][name] = row
+            table.add_row(name, *_cells(row))
+    console = Console(highlight=False)
+    width = max(100, console.width) if not console.is_terminal else min(100, console.width)
+    console = Console(highlight=False, width=width)
+    console.print(f"{device}, jax {jax.__version__}")
+    console.print(table)
+    console.print(EXPLANATION, markup=False)
+    return figures
+
+
+def measured(row: Growing, rounds: int) -> dict[str, Any]:
+    """Return the figures of a row.
+
+    Args:
+        row: the row.
+        rounds: how often to go through its sizes.
+    """
+    runs, bytes_ = [], []
+    for size in row.sizes:
+        net, loss, args = row.network(size)
+        compiled = jax.jit(row.of(net, loss)).lower(*args).compile()
+        jax.block_until_ready(compiled(*args))
+        runs.append((compiled, args))
+        bytes_.append(temp_bytes(compiled))
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for samples, (compiled, args) in zip(times, runs, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*args))
+            samples.append(time.perf_counter() - start)
+    return figures_of(row.along, row.sizes, times, bytes_)
+
+
+def figures_of(
+    along: str, sizes: tuple[int, ...], times: list[list[float]] | None, bytes_: list[int]
+) -> dict[str, Any]:
+    """Return the figures of a row from its samples.
+
+    Args:
+        along: the size that grows.
+        sizes: the sizes.
+        times: samples in seconds at each size; None where there are none.
+        bytes_: the memory at each size.
+    """
+    spreads = [Spread.of(samples) for samples in times or []]
+    medians = [spread.median for spread in spreads]
+    return {
+        "along": along,
+        "sizes": list(sizes),
+        "run_s": [spread._asdict() for spread in spreads],
+        "temp_bytes": bytes_,
+        "time_exponent": exponent(sizes, medians)._asdict() if spreads else None,
+        "memory_exponent": exponent(sizes, bytes_)._asdict() if all(bytes_) else None,
+    }
+
+
+def _table() -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("row", no_wrap=True)
+    for heading in ("sizes", "time", "", "memory", "", "ms", "MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Return a row's figures as the cells of the table."""
+    cells = [f"{row['sizes'][0]}-{row['sizes'][-1]}"]
+    for found in (row["time_exponent"], row["memory_exponent"]):
+        cells += (
+            ["-", ""]
+            if found is None
+            else [f"{found['k']:.2f}", f"[{found['low']:.2f}, {found['high']:.2f}]"]
+        )
+    cells.append(f"{1e3 * row['run_s'][-1]['median']:.2f}" if row["run_s"] else "-")
+    return [*cells, f"{row['temp_bytes'][-1] / 1e6:.2f}"]
