@@ -1,0 +1,21 @@
+"""Run the examples of ``api/examples.txt``."""
+
+import doctest
+from typing import Any
+
+from site_parts import names
+
+
+def run() -> list[str]:
+    """Run each example after the setup, and return what failed, in doctest's words."""
+    text = (names.API / "examples.txt").read_text()
+    setup = text.partition("[setup]\n")[2].partition("\n== ")[0]
+    parser = doctest.DocTestParser()
+    before: dict[str, Any] = {}
+    for line in parser.get_examples(setup):
+        exec(line.source, before)
+    failures: list[str] = []
+    for name, lines in names.EXAMPLES.items():
+        test = parser.get_doctest(f"{lines}\n", dict(before), name, "api/examples.txt", 0)
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=failures.append)
+    return failures

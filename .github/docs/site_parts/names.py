@@ -1,0 +1,80 @@
+"""The public names by concept: what a page of the reference lists, and an example of each.
+
+``.. names:: Dense Relu`` writes a table of the names with their first sentences, and then each of
+them with its docstring. ``api/examples.txt`` has an example for those whose docstring has none.
+"""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+API = Path(__file__).parent.parent / "api"
+
+
+def examples() -> dict[str, str]:
+    """Return the examples of ``api/examples.txt`` by the names, without what is before the first."""
+    parts = re.split(r"^== ([\w.]+)\n", (API / "examples.txt").read_text(), flags=re.MULTILINE)
+    return {name: text.strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def listed() -> list[str]:
+    """Return the names that the pages of the reference list, in their order."""
+    text = "".join(path.read_text() for path in sorted(API.glob("*.rst")))
+    blocks = re.findall(r"^\.\. names::((?: .*\n|\n(?= ))(?:   .*\n)*)", text, re.MULTILINE)
+    return " ".join(blocks).split()
+
+
+EXAMPLES = examples()
+
+
+def value_of(name: str) -> Any:
+    """Return what a name of ``jaxprop`` is, such as ``forms.Sum``."""
+    module, _, last = f"jaxprop.{name}".rpartition(".")
+    return getattr(importlib.import_module(module), last)
+
+
+def first_sentence(value: Any) -> str:
+    """Return the first sentence of a docstring, without what would be markup."""
+    text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+    return re.sub(r"([*|`\\])", r"\\\1", re.split(r"(?<=[.:])\s", text)[0].replace("``", "")).rstrip(":")
+
+
+class Names(SphinxDirective):
+    """``.. names:: A B``: the table of some names, and each with its docstring."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        names = self.arguments[0].split()
+        lines = [".. list-table::", "   :class: names", "   :widths: auto", ""]
+        for name in names:
+            lines += [f"   * - :py:obj:`jp.{name} <jaxprop.{name}>`"]
+            lines += [f"     - {first_sentence(value_of(name))}"]
+        for name in names:
+            kind = "class" if inspect.isclass(value_of(name)) else "function"
+            lines += ["", f".. auto{kind}:: jaxprop.{name}"]
+        parent = nodes.Element()
+        self.state.nested_parse(StringList(lines, self.get_source_info()[0]), 0, parent)
+        return parent.children
+
+
+def _as_typed(app: Sphinx, doctree: nodes.document) -> None:
+    """Write ``jp.`` where Sphinx writes the module's name: it is what a user types."""
+    for node in doctree.findall(addnodes.desc_addname):
+        text = re.sub(r"^jaxprop\b", "jp", node.astext())
+        node.children = [nodes.Text(text)]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("names", Names)
+    app.connect("doctree-read", _as_typed)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
