@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the site of the documentation.")
     parser.add_argument("--no-open", action="store_true", help="do not open it in a browser")
     parser.add_argument("--quick", action="store_true", help="run no examples, of API or gallery")
-    parser.add_argument("--record", metavar="NAME", nargs="+", help="run examples, and keep outputs")
+    parser.add_argument("--record", metavar="NAME", nargs="+", help="run examples, keep outputs")
     parser.add_argument("--tables", action="store_true", help="write what the tests run anew")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
@@ -33,8 +33,10 @@ def main() -> None:
     if args.record:
         record(args.record)
     elif args.tables:
+        import jax
         from site_parts import tested
 
+        jax.config.update("jax_enable_x64", True)  # as the tests have it
         tested.write()
     else:
         build(args.quick)
@@ -49,8 +51,8 @@ def record(names: list[str]) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     for name in names:
         command = [sys.executable, ROOT / "examples" / f"{name}.py"]
-        done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, check=True)
-        (HERE / "recorded" / f"{name}.txt").write_text(done.stdout)
+        with (HERE / "recorded" / f"{name}.txt").open("w") as out:
+            subprocess.run(command, env=environment, stdout=out, check=True)
 
 
 def build(quick: bool) -> None:

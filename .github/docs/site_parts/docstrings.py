@@ -9,7 +9,7 @@ import re
 
 from sphinx.application import Sphinx
 
-from site_parts import names
+from site_parts import reference
 
 SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Yields|Example|Examples|Note):$")
 CODE = re.compile(r"(``.+?``|https?://[^\s)]+)", re.DOTALL)
@@ -54,7 +54,7 @@ def as_rst(lines: list[str]) -> list[str]:
 def _process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]):
     text = "\n".join(lines)
     lines[:] = as_rst(lines)
-    example = names.EXAMPLES.get(name.removeprefix("jaxprop."))
+    example = reference.EXAMPLES.get(name.removeprefix("jaxprop."))
     if ">>>" not in text and example is not None:
         lines += ["", "Example:", "", *(f"    {line}" for line in example.splitlines()), ""]
 

@@ -6,6 +6,7 @@ end has what it printed where the build does not run it: ``recorded/NAME.txt``, 
 """
 
 import ast
+import builtins
 import re
 import shutil
 import sys
@@ -76,6 +77,7 @@ GROUPS: dict[str, tuple[str, dict[str, Example]]] = {
         },
     ),
 }
+RECORDED = "It prints, with jax 0.10.2 on two shared cores of an AMD EPYC:"
 PLACES = [(group, name) for group, (_, scripts) in GROUPS.items() for name in scripts]
 
 
@@ -124,8 +126,12 @@ def order(filename: str) -> int:
 
 
 def arguments(gallery_conf: dict[str, Any], script_vars: dict[str, Any]) -> list[str]:
-    """Return the arguments that a script is run with: that it draws, if it does."""
+    """Return the arguments that a script is run with: that it draws, if it does.
+
+    sphinx-gallery runs its code without a ``__file__``, which is given to it here.
+    """
     source = Path(script_vars["src_file"])
+    builtins.__dict__["__file__"] = str(source)
     if '("plot", picture' in source.read_text():
         return ["--plot", str(source.with_suffix(".png"))]
     return []
@@ -136,6 +142,7 @@ def reset(gallery_conf: dict[str, Any], fname: str) -> None:
     import jax
 
     jax.config.update("jax_enable_x64", False)
+    builtins.__dict__.pop("__file__", None)
 
 
 def _staged(root: Path, here: Path, name: str, example: Example) -> str:
@@ -153,7 +160,7 @@ def _recorded(here: Path, root: Path, name: str) -> str:
     """Return a last block of comments with what the script printed, or what the README says."""
     path = here / "recorded" / f"{name}.txt"
     if path.exists():
-        lines = ["It prints, with jax 0.10.2 on two cores of an AMD EPYC:", "", ".. code-block:: text", ""]
+        lines = [RECORDED, "", ".. code-block:: text", ""]
         lines += [f"   {line}".rstrip() for line in path.read_text().splitlines()]
     else:
         readme = (root / "README.md").read_text()

@@ -5,11 +5,11 @@ import posixpath
 import re
 from pathlib import Path
 
-import jaxprop as jp
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.nodes import make_refnode
 
+import jaxprop as jp
 from site_parts import gallery
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -74,7 +74,8 @@ def _full_names(name: str) -> list[str]:
 
 def _pages_of_this_folder(app: Sphinx, docname: str, source: list[str]) -> None:
     if app.env.doc2path(docname).suffix == ".md":
-        source[0] = on_the_site(source[0], posixpath.join(".github/docs", posixpath.dirname(docname)))
+        folder = posixpath.join(".github/docs", posixpath.dirname(docname))
+        source[0] = on_the_site(source[0], folder)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -7,7 +7,6 @@ them with its docstring. ``api/examples.txt`` has an example for those whose doc
 import importlib
 import inspect
 import re
-from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -15,24 +14,6 @@ from docutils.statemachine import StringList
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
-
-API = Path(__file__).parent.parent / "api"
-
-
-def examples() -> dict[str, str]:
-    """Return the examples of ``api/examples.txt`` by the names, without what is before the first."""
-    parts = re.split(r"^== ([\w.]+)\n", (API / "examples.txt").read_text(), flags=re.MULTILINE)
-    return {name: text.strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
-
-
-def listed() -> list[str]:
-    """Return the names that the pages of the reference list, in their order."""
-    text = "".join(path.read_text() for path in sorted(API.glob("*.rst")))
-    blocks = re.findall(r"^\.\. names::((?: .*\n|\n(?= ))(?:   .*\n)*)", text, re.MULTILINE)
-    return " ".join(blocks).split()
-
-
-EXAMPLES = examples()
 
 
 def value_of(name: str) -> Any:
@@ -43,8 +24,9 @@ def value_of(name: str) -> Any:
 
 def first_sentence(value: Any) -> str:
     """Return the first sentence of a docstring, without what would be markup."""
-    text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
-    return re.sub(r"([*|`\\])", r"\\\1", re.split(r"(?<=[.:])\s", text)[0].replace("``", "")).rstrip(":")
+    paragraph = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.:])\s", paragraph)[0].replace("``", "").rstrip(":")
+    return re.sub(r"([*|`\\])", r"\\\1", sentence)
 
 
 class Names(SphinxDirective):
