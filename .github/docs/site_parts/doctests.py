@@ -1,6 +1,7 @@
-"""Run the examples of ``api/examples.txt``."""
+"""Run the examples of ``api/examples.txt``: ``python -m site_parts.doctests``."""
 
 import doctest
+import sys
 from typing import Any
 
 from site_parts import reference
@@ -19,3 +20,7 @@ def run() -> list[str]:
         test = parser.get_doctest(f"{lines}\n", dict(before), name, "api/examples.txt", 0)
         doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=failures.append)
     return failures
+
+
+if __name__ == "__main__":
+    sys.exit("".join(run()) or None)

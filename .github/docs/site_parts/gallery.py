@@ -90,6 +90,8 @@ def configuration(root: Path, here: Path) -> dict[str, Any]:
     """
     staged = here / "staged"
     shutil.rmtree(staged, ignore_errors=True)
+    for old in {path.name for path in (here / "gallery").glob("*/")} - {*GROUPS, "images"}:
+        shutil.rmtree(here / "gallery" / old)
     for group, (title, scripts) in GROUPS.items():
         folder = staged / group
         folder.mkdir(parents=True)
