@@ -36,14 +36,14 @@ suppress_warnings = ["config.cache"]  # the gallery's functions are in its confi
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 60
 python_use_unqualified_type_names = True
-add_module_names = False
 toc_object_entries = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 viewcode_line_numbers = True
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"]
@@ -80,3 +80,13 @@ html_theme_options = {
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def in_its_language(app, pagename, templatename, context, doctree):
+    """Say to the browser which language a page is in."""
+    if pagename.endswith(".ko"):
+        context["language"] = "ko"
+
+
+def setup(app):
+    app.connect("html-page-context", in_its_language)

@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 from site_parts import reference
 
 SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Yields|Example|Examples|Note):$")
-CODE = re.compile(r"(``.+?``|https?://[^\s)]+)", re.DOTALL)
+CODE = re.compile(r"(``.+?``|https?://[^\s)]+|(?<!\S)\*\w+\*)", re.DOTALL)  # or a word in stars
 
 
 def _escaped(block: list[str]) -> list[str]:
@@ -42,7 +42,7 @@ def as_rst(lines: list[str]) -> list[str]:
         indented = block[0].startswith("    ")
         if not indented:
             in_section = bool(SECTION.match(block[0]))
-        if _doctest(block):
+        if _doctest(block) or block[0].startswith("Example"):
             result += [*block, ""]
         elif indented and not in_section:
             result += ["::", "", *block, ""]

@@ -1,7 +1,7 @@
 """The gallery of ``examples/``: which there are, in what order, and which the build runs.
 
-A script stays what it is. For the gallery a copy is staged, whose docstring has a title, and whose
-end has what it printed where the build does not run it: ``recorded/NAME.txt``, which
+A script stays what it is. For the gallery a copy is staged, whose docstring has a title, and what
+the script printed where the build does not run it: ``recorded/NAME.txt``, which
 ``build.py --record NAME`` writes.
 """
 
@@ -154,12 +154,12 @@ def _staged(root: Path, here: Path, name: str, example: Example) -> str:
     code = "\n".join(source.splitlines()[tree.body[0].end_lineno :]).lstrip("\n")
     title = example.title
     text = re.sub(r"((?:^    .*\n?)+)", r"::\n\n\1", docstring, flags=re.MULTILINE)
-    head = f'r"""\n{title}\n{"=" * len(title)}\n\n{text}\n"""\n\n'
-    return head + code + ("" if example.runs else _recorded(here, root, name))
+    text += "" if example.runs else _recorded(here, root, name)
+    return f'r"""\n{title}\n{"=" * len(title)}\n\n{text}\n"""\n\n{code}'
 
 
 def _recorded(here: Path, root: Path, name: str) -> str:
-    """Return a last block of comments with what the script printed, or what the README says."""
+    """Return a paragraph with what the script printed, or with what the README says of it."""
     path = here / "recorded" / f"{name}.txt"
     if path.exists():
         lines = [RECORDED, "", ".. code-block:: text", ""]
@@ -170,4 +170,4 @@ def _recorded(here: Path, root: Path, name: str) -> str:
         text = " ".join(said.group().split()) if said else ""
         text = re.sub(r"^- |\[(\S+?)\]\([^)]*\)", r"\1", text).replace("`", "``")
         lines = textwrap.wrap(text, 96)
-    return "\n# %%\n" + "\n".join(f"# {line}".rstrip() for line in lines) + "\n"
+    return "\n\n" + "\n".join(lines)

@@ -29,6 +29,9 @@ def first_sentence(value: Any) -> str:
     return re.sub(r"([*|`\\])", r"\\\1", sentence)
 
 
+WORDS = {"Parameters": "Args", "Variables": "Attributes"}  # Sphinx's, and a docstring's
+
+
 class Names(SphinxDirective):
     """``.. names:: A B``: the table of some names, and each with its docstring."""
 
@@ -50,7 +53,10 @@ class Names(SphinxDirective):
 
 
 def _as_typed(app: Sphinx, doctree: nodes.document) -> None:
-    """Write ``jp.`` where Sphinx writes the module's name: it is what a user types."""
+    """Write ``jp.`` where Sphinx writes the module's name, and the words of the docstrings."""
+    for node in doctree.findall(nodes.field_name):
+        if node.astext() in WORDS:
+            node.children = [nodes.Text(WORDS[node.astext()])]
     for node in doctree.findall(addnodes.desc_addname):
         text = re.sub(r"^jaxprop\b", "jp", node.astext())
         node.children = [nodes.Text(text)]
