@@ -4,6 +4,7 @@ Nothing is built here: the workflow builds the site, with warnings as errors.
 """
 
 import ast
+import dataclasses
 import functools
 import inspect
 import re
@@ -91,13 +92,20 @@ def test_every_public_name_is_in_the_reference_once_and_has_an_example(site):
     assert without == set(reference.EXAMPLES)
 
 
-def test_every_public_name_names_its_arguments():
-    for name, value in vars(jp).items():
-        if is_public(name, value) and inspect.isfunction(value):
-            parameters = inspect.signature(value).parameters
-            _, _, arguments = (value.__doc__ or "").partition("Args:")
-            missing = {it for it in parameters if not re.search(rf"\b{it}\b", arguments)}
-            assert not missing, (name, missing)
+def test_every_public_name_names_its_arguments_or_fields(site):
+    from site_parts import reference
+
+    for name in reference.listed():
+        value = functools.reduce(getattr, name.split("."), jp)
+        if inspect.isfunction(value):
+            named = list(inspect.signature(value).parameters)
+        elif dataclasses.is_dataclass(value):
+            named = [field.name for field in dataclasses.fields(value)]
+        else:
+            named = getattr(value, "_fields", ())
+        said = re.split("Args:|Attributes:", value.__doc__, maxsplit=1)[-1]
+        missing = {it for it in named if not re.search(rf"\b{it}\b", said)}
+        assert not missing, (name, missing)
 
 
 def test_what_the_page_says_of_the_tests_is_what_they_run(site):
