@@ -15,6 +15,9 @@ SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Yields|Example|Examples|N
 CODE = re.compile(r"(``.+?``|https?://[^\s)]+|(?<!\S)\*\w+\*)", re.DOTALL)  # or a word in stars
 
 
+PYTHON = re.compile(r"\bjp\.|^\s*(def|class|return|for) ", re.MULTILINE)
+
+
 def _escaped(block: list[str]) -> list[str]:
     """Return lines whose signs are no markup, but for what stands in double backquotes."""
     parts = CODE.split("\n".join(block))
@@ -45,7 +48,8 @@ def as_rst(lines: list[str]) -> list[str]:
         if _doctest(block) or block[0].startswith("Example"):
             result += [*block, ""]
         elif indented and not in_section:
-            result += ["::", "", *block, ""]
+            lexer = "python" if PYTHON.search("\n".join(block)) else "text"
+            result += [f".. code-block:: {lexer}", "", *block, ""]
         else:
             result += [*_escaped(block), ""]
     return result
@@ -59,6 +63,23 @@ def _process(app: Sphinx, what: str, name: str, obj: object, options: object, li
         lines += ["", "Example:", "", *(f"    {line}" for line in example.splitlines()), ""]
 
 
+def _shorter(
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: object,
+    arguments: str | None,
+    returned: str | None,
+) -> tuple[str | None, str | None]:
+    """Write ``Array`` for the module path at which jaxlib keeps it."""
+
+    def short(text: str | None) -> str | None:
+        return text and re.sub(r"\b(jaxlib\._jax|jax|jaxprop)\.(?=[\w.]*\bArray\b)", "", text)
+
+    return short(arguments), short(returned)
+
+
 def _skip(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object):
     if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number"):
         return True
@@ -67,5 +88,6 @@ def _skip(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: o
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", _shorter)
     app.connect("autodoc-skip-member", _skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
