@@ -13,8 +13,6 @@ from site_parts import reference
 
 SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Yields|Example|Examples|Note):$")
 CODE = re.compile(r"(``.+?``|https?://[^\s)]+|(?<!\S)\*\w+\*)", re.DOTALL)  # or a word in stars
-
-
 PYTHON = re.compile(r"\bjp\.|^\s*(def|class|return|for) ", re.MULTILINE)
 
 
