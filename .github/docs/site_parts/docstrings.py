@@ -16,7 +16,7 @@ CODE = re.compile(r"(``.+?``|https?://[^\s)]+|(?<!\S)\*\w+\*)", re.DOTALL)  # or
 PYTHON = re.compile(r"\bjp\.|^\s*(def|class|return|for) ", re.MULTILINE)
 
 
-def _escaped(block: list[str]) -> list[str]:
+def escaped(block: list[str]) -> list[str]:
     """Return lines whose signs are no markup, but for what stands in double backquotes."""
     parts = CODE.split("\n".join(block))
     for index in range(0, len(parts), 2):
@@ -38,18 +38,20 @@ def as_rst(lines: list[str]) -> list[str]:
             blocks[-1].append(line)
         elif blocks[-1]:
             blocks.append([])
-    in_section = False
+    in_section = in_code = False
     for block in filter(None, blocks):
         indented = block[0].startswith("    ")
+        goes_on, in_code = in_code and indented, False
         if not indented:
             in_section = bool(SECTION.match(block[0]))
         if _doctest(block) or block[0].startswith("Example"):
             result += [*block, ""]
         elif indented and not in_section:
             lexer = "python" if PYTHON.search("\n".join(block)) else "text"
-            result += [f".. code-block:: {lexer}", "", *block, ""]
+            result += [*([] if goes_on else [f".. code-block:: {lexer}", ""]), *block, ""]
+            in_code = True
         else:
-            result += [*_escaped(block), ""]
+            result += [*escaped(block), ""]
     return result
 
 

@@ -135,7 +135,7 @@ def arguments(gallery_conf: dict[str, Any], script_vars: dict[str, Any]) -> list
     source = Path(script_vars["src_file"])
     builtins.__dict__["__file__"] = str(source)
     if '("plot", picture' in source.read_text():
-        return ["--plot", str(source.with_suffix(".png"))]
+        return ["--plot", f"{source.stem}.png"]  # in the folder of the staged script
     return []
 
 

@@ -15,6 +15,8 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from site_parts.docstrings import escaped
+
 
 def value_of(name: str) -> Any:
     """Return what a name of ``jaxprop`` is, such as ``forms.Sum``."""
@@ -23,10 +25,10 @@ def value_of(name: str) -> Any:
 
 
 def first_sentence(value: Any) -> str:
-    """Return the first sentence of a docstring, without what would be markup."""
+    """Return the first sentence of a docstring, as reStructuredText."""
     paragraph = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[.:])\s", paragraph)[0].replace("``", "").rstrip(":")
-    return re.sub(r"([*|`\\])", r"\\\1", sentence)
+    sentence = re.split(r"(?<=[.:])\s", paragraph)[0].rstrip(":")
+    return " ".join(escaped([sentence]))
 
 
 WORDS = {"Parameters": "Args", "Variables": "Attributes"}  # Sphinx's, and a docstring's
