@@ -7,6 +7,7 @@ them with its docstring. ``api/examples.txt`` has an example for those whose doc
 import importlib
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -15,6 +16,7 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from site_parts import reference
 from site_parts.docstrings import escaped
 
 
@@ -41,6 +43,8 @@ class Names(SphinxDirective):
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
+        for path in (reference.API / "examples.txt", *Path(__file__).parent.glob("*.py")):
+            self.env.note_dependency(str(path))
         names = self.arguments[0].split()
         lines = [".. list-table::", "   :class: names", "   :widths: auto", ""]
         for name in names:
