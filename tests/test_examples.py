@@ -68,7 +68,7 @@ def test_help_has_a_line_for_each_option_with_its_default(script, monkeypatch, c
 
 def test_every_script_ends_by_the_same_rules():
     mains = [path.name for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()]
-    assert sorted(mains) == sorted([*SCRIPTS, "two_layer.py"])
+    assert sorted(mains) == sorted([*SCRIPTS, "core.py", "two_layer.py"])
 
 
 @pytest.mark.full
@@ -104,6 +104,11 @@ def test_two_layer():
     assert "w1..w4 0.29959556 0.24919112 0.39964496 0.34928991" in out
     assert "w5..w8 0.43703857 0.38685205 0.69629578 0.59624247" in out
     assert "E 0.02397190 -> 0.02323634" in out
+
+
+def test_core_is_the_library_s_numbers_in_a_hundred_lines():
+    assert "equal; the norms are" in run("core.py")  # asserted by the script itself
+    assert len((EXAMPLES / "core.py").read_text().splitlines()) <= 100
 
 
 SMALL = {

@@ -318,3 +318,11 @@ def test_traced_it_says_so():
 
     jax.jit(f)(x)
     assert seen == ["<explanation of Tanh(), being traced>"]
+
+
+def test_text_in_a_notebook_is_the_text_anywhere(monkeypatch):
+    params, x = at(Row(MLP, normal(4, 6)))
+    terms = jp.explain(MLP, LOSS, params, x, jnp.zeros((4, 3)))
+    text = str(terms)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(terms) == text

@@ -80,7 +80,11 @@ Visit: TypeAlias = Callable[[Step], Any]
 
 
 class Total(NamedTuple):
-    """What a visit wants added up over the layers of a ``repeat``, where all else is stacked."""
+    """What a visit wants added up over the layers of a ``repeat``, where all else is stacked.
+
+    Attributes:
+        value: a tree of arrays.
+    """
 
     value: Any
 

@@ -191,7 +191,11 @@ def logdet(curvature: PyTree, damping: float | Array = 0.0) -> Float[Array, ""]:
 
 
 def is_block(node: object) -> bool:
-    """Return whether a node of a curvature is a block of factors."""
+    """Return whether a node of a curvature is a block of factors.
+
+    Args:
+        node: a node of the tree, such as ``jax.tree.map`` gives to its ``is_leaf``.
+    """
     return isinstance(node, Kronecker | Eigen)
 
 

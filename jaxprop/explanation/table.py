@@ -31,7 +31,10 @@ def plainly(explanation: Explanation) -> str:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(explanation)):
         return f"<explanation of {explanation.net}, being traced>"
     out = io.StringIO()
-    Console(file=out, width=WIDTH, color_system=None, highlight=False).print(table(explanation))
+    console = Console(
+        file=out, width=WIDTH, color_system=None, highlight=False, force_jupyter=False
+    )
+    console.print(table(explanation))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

@@ -83,11 +83,20 @@ def straight_through(
 
 
 def one_hot_argmax(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    """Return 1 at the largest entry along the last axis, the first of equals, and 0 elsewhere."""
+    """Return 1 at the largest entry along the last axis, the first of equals, and 0 elsewhere.
+
+    Args:
+        x: an array (..., D).
+    """
     return jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[-1], dtype=x.dtype)
 
 
 def top_k(x: Float[Array, "... d"], k: int) -> Float[Array, "... d"]:
-    """Return x with its k largest entries along the last axis, and 0 elsewhere."""
+    """Return x with its k largest entries along the last axis, and 0 elsewhere.
+
+    Args:
+        x: an array (..., D).
+        k: how many entries stay.
+    """
     _, kept = jax.lax.top_k(x, k)
     return jnp.where(jax.nn.one_hot(kept, x.shape[-1], dtype=bool).any(axis=-2), x, 0)

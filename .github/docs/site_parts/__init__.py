@@ -1,0 +1,1 @@
+"""Parts of the site that are made by code: see conf.py, which names them."""
