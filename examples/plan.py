@@ -199,7 +199,11 @@ def main() -> None:
         ("length", positive, 1024, "tokens per example"),
         ("batch", positive, 8, "examples per device"),
     )
-    parser.add_argument("--target", choices=["h100"], help="compile for this device, not for CPUs")
+    parser.add_argument(
+        "--target",
+        choices=["h100"],
+        help="the device to compile for (default: this machine's CPUs)",
+    )
     parser.add_argument(
         "--devices",
         type=positive,

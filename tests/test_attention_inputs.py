@@ -87,7 +87,7 @@ CASES = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @saves
 @pytest.mark.parametrize("case", CASES)
 def test_against_jax_nn(case, save):

@@ -96,7 +96,7 @@ EQUATIONS = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("first", EQUATIONS)
 @pytest.mark.parametrize("rest", [rules.lrp_epsilon, rules.lrp_gamma, rules.lrp_alpha_beta])
 @pytest.mark.usefixtures("standard_promotion")
@@ -221,7 +221,7 @@ ATTENDING = [
 ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("layer", "x"), [row[1:] for row in ATTENDING], ids=[r[0] for r in ATTENDING]
 )
@@ -267,7 +267,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", LAYERS)
 def test_all_but_the_derivative_is_checked(name):
     jp.check_layer(*LAYERS[name])
@@ -328,7 +328,7 @@ def test_smooth_grad_is_the_mean_where_noise_is_added():
     close(exact, rules.saliency(MLP)(params, X, TARGET))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_narrow_relevance_is_finite_at_black_pixels(dtype):
     net = rules.lrp(UNBIASED, {(0,): rules.lrp_z_box, jp.Dense: rules.lrp_gamma})

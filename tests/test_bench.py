@@ -82,7 +82,7 @@ LINEN = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("network", LINEN)
 def test_rows_on_flax_networks_are_of_the_loss_that_they_stand_beside(network, monkeypatch):

@@ -214,7 +214,7 @@ def find(case):
     return jp.find_nonfinite(jp.function(case.fn), case.loss, case.params, case.x, target)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_the_classical_cases(case):
     case = case()
@@ -426,6 +426,7 @@ def distance(y, target):
     return jnp.sqrt(jnp.sum((y - target) ** 2))
 
 
+@pytest.mark.full
 def test_the_loss():
     loss, params = jp.loss(distance), jp.AffineParams(jnp.eye(2), jnp.zeros(2))
     x = jnp.asarray(normal(3, 2))
@@ -522,7 +523,7 @@ AROUND = [
 ]
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("seed", range(24))
 def test_whatever_is_around(seed):
     chosen = np.random.default_rng(seed).permutation(AROUND)[:3]
@@ -545,6 +546,7 @@ def test_whatever_is_around(seed):
     assert len(birth.steps) == len(loops)
 
 
+@pytest.mark.full
 def test_another_example_that_overflows_later():
     """Example 1 overflows in the sum alone, example 0 in the square before it."""
     x = jnp.full((2, 20), 1.0).at[0].set(1e155).at[1].set(1.2e154)

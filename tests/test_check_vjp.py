@@ -327,6 +327,7 @@ def of_another_dtype():
     return f, jnp.array([1.0, 2.0])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "case", [hidden_beside_a_large_leaf, clipped_ct, coupled_under_vmap, of_another_dtype]
 )

@@ -409,6 +409,7 @@ def test_what_is_asked_of_an_embedding_takes_memory_linear_in_t(of, vocab):
     assert temp(4096) <= 3 * 2 * 4096 * 16 * 8 + 2 * 10_000 * 16 * 8
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("vocab", [7, 40, 400])
 @pytest.mark.parametrize("length", [1, 6])
 def test_rows_of_a_table_of_any_size_against_the_table(vocab, length):

@@ -433,7 +433,7 @@ def along_positions(claimed):
         close(layer.w, jnp.kron(a / T, b))
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("theirs", ROWS)
 def test_theirs_is_what_the_page_says(theirs):
     function, names = THEIRS[theirs]
@@ -486,6 +486,7 @@ def test_a_gradient_that_is_nan_in_part_is_dropped_whole():
     assert theirs["a"] > 1.5 * 2 * ours["a"]
 
 
+@pytest.mark.full
 def test_a_loss_of_jax_privacy_s_signature_is_taken_as_it_is():
     def fun(params, batch):
         x, target = batch

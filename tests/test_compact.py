@@ -42,6 +42,7 @@ FORMS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FORMS)
 def test_it_answers_the_same(name):
     form, formed = FORMS[name]

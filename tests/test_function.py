@@ -1426,7 +1426,7 @@ def test_a_loop_without_a_derivative_by_x_is_explained():
     hold(lambda params, x: fn(params, x, lax.stop_gradient), *args)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["x w", "layers", "checkpoint", "switch in a scan"])
 def test_no_tracer_outlives_its_trace(name):
     fn, params, x, target, *_ = case_of(name)

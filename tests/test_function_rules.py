@@ -76,7 +76,7 @@ SAME = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", SAME)
 def test_a_flax_model_by_a_rule_is_our_net_by_it(name):
     of_parts, of_layers = SAME[name]

@@ -227,7 +227,7 @@ def scans(fn, params, x):
     return sum(isinstance(stage, Layers) for stage in stages(fn, params, x))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", STAGED)
 def test_a_scan_through_layers_is_walked_layer_by_layer(name):
     fn, params, x, number = STAGED[name]
@@ -249,7 +249,7 @@ def test_what_is_no_scan_through_whole_modules_alone_is_one_stage(name):
     hold(fn, params, x, normal(*y.shape, seed=5), owned=owned, moments=True)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("fn", [plain, of_remat, with_constants])
 def test_its_results_are_those_of_the_scan_as_one(fn):
     """What is asked of a module as a whole: each layer's norms, a fused update, a user's visit."""

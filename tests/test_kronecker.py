@@ -244,7 +244,7 @@ def test_a_curvature_of_other_params_is_refused():
         jp.curvature.influence(net, LOSS)(params, (x, target), x, factors, 0.1)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_small_dtypes(dtype):
     net, params, x, target = problem("sequence")
@@ -359,6 +359,7 @@ def test_influence_of_batches_with_masks():
     assert relative_error(some, (g @ d.T)[:, 1:3]) <= 1e-10
 
 
+@pytest.mark.full
 def test_influence_of_a_net_that_draws_is_of_the_batch_s_own_draws():
     net = jp.chain(jp.Dense(6), jp.Dropout(0.4), jp.Dense(3))
     x, key = jnp.asarray(normal(4, 5)), jax.random.key(3)

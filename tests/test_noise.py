@@ -142,7 +142,7 @@ def mesh_of(kind, devices=8):
     return jax.make_mesh((devices,), ("data",), axis_types=(kind,))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["no weights", "weights"])
 def test_of_a_sharded_batch_it_is_that_of_the_whole(kind, weights):

@@ -105,6 +105,7 @@ def test_keys_sliders_and_languages(show):
     assert ours.is_hidden("#frame")
 
 
+@pytest.mark.few(1)
 @in_a_browser
 @pytest.mark.parametrize(
     "text",
@@ -125,6 +126,7 @@ def test_it_fits_the_screen(show, text, width):
         tab.keyboard.press("ArrowRight")
 
 
+@pytest.mark.full
 @in_a_browser
 def test_the_formula_and_its_weights_are_on_a_small_screen(show):
     tab = show(page(config_of(DENSE), steps=2), viewport={"width": 390, "height": 800})
@@ -223,6 +225,7 @@ def test_playing_and_pausing(show):
     assert tab.evaluate("state.playing") is None
 
 
+@pytest.mark.few(1)
 @in_a_browser
 @pytest.mark.parametrize("language", ["en", "ko"])
 def test_a_formula_has_one_font(browser, language):

@@ -140,6 +140,7 @@ def test_statistics_move_in_one_of_the_heads():
     np.testing.assert_allclose(means[1] - means[0], 0.1 * X.mean(0) * (1 - means[0]))
 
 
+@pytest.mark.full
 def test_explain_names_the_parts():
     params = HEADS.init(jax.random.key(0), X)
     terms = jp.explain(HEADS, LOSS, params, X, TARGET)

@@ -58,7 +58,7 @@ def same_on_both_sides(name):
         check(pair)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", IN_JAX)
 def test_a_row_computes_the_same_on_both_sides(name):

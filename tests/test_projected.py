@@ -277,7 +277,7 @@ def test_mistakes_are_said():
         jp.inner_products(coupled, LOSS)(params, batch, batch)
 
 
-@pytest.mark.few(2)
+@pytest.mark.full
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("name", NETS)
 def test_factors_that_are_kept_answer_later(name, micro_batches):
@@ -302,6 +302,7 @@ def test_factors_are_smaller_than_gradients():
     assert size < 0.08 * 3 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("full", [False, True])
 def test_the_tangent_kernel_of_no_examples_is_empty(full):
     net, params, x, _ = problem("dense")

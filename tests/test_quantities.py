@@ -465,6 +465,7 @@ def test_kronecker_factors_are_as_large_as_the_block_at_any_length(length):
         assert 0.7 <= float(jnp.trace(a) * jnp.trace(b) / diagonal[index].w.sum()) <= 1.4
 
 
+@pytest.mark.full
 def test_reduced_factors_are_the_block_of_a_linear_net_with_a_mean():
     """A net of dense layers and a mean over positions, of one example: kron(a, b) is exact."""
     net, loss = jp.chain(jp.Dense(3), jp.GlobalAvgPool(), jp.Dense(2)), jp.HalfSquaredError()

@@ -93,7 +93,7 @@ def test_masks_and_states_are_those_of_a_loop_over_the_real_steps(kind, reverse)
         assert relative_error(got, (d_params, (d_x, public(d_state)))) <= 1e-12
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @kinds
 @pytest.mark.parametrize("output", ["sequence", "last", "both"])
 def test_check_layer_from_a_state(kind, output):

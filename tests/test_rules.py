@@ -158,7 +158,7 @@ def oracle(rule, net, params, x):
     return target, jax.jit(jax.vmap(alone))(x, target)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(("rule", "name"), list(itertools.product(FEEDBACK, NETS)))
 def test_feedback_in_every_kind_of_layer(rule, name):
     """It is held to all but the derivative; quantities are of its own backward."""
@@ -304,7 +304,7 @@ HANDED_BACK = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", HANDED_BACK)
 def test_what_is_handed_back_is_changed_and_nothing_else(name):
     net, change = HANDED_BACK[name]
@@ -398,6 +398,7 @@ SMOOTH = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", SURROGATES)
 def test_a_surrogate_is_the_derivative_of_its_smooth_step(name):
     """By x and by the slope."""
@@ -433,6 +434,7 @@ def test_a_surrogate_is_finite_at_the_ends_of_its_dtype(name, dtype):
     assert jnp.isfinite(d_k.sum())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_narrow_rules_add_up_in_float32(dtype):
     """A thousand equal errors, a thousand positions, and squares that would underflow."""

@@ -337,7 +337,7 @@ def test_params_that_were_made_elsewhere_are_frozen_by_hand():
         jp.frozen(jp.Dense)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @quick_nets
 def test_checked_explained_and_in_ordinary_jax(net):
     params, x, target = problem(net)

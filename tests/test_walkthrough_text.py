@@ -209,7 +209,7 @@ RISES = net(((0.1,),), ((1.5,),), inputs=(1.0,), rate=0.9)
 LONG = "The steps are too long."
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("config", "steps", "expected"),
     [

@@ -264,7 +264,7 @@ def test_the_noise_scale_knows_how_many_examples_weights_leave():
     assert relative_error(f(params, x, target, weights=real), kept) <= CLOSE
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_a_micro_batch_of_padding_counts_nothing(micro_batches):
     net, loss, params, x, target = problem("dense")

@@ -74,7 +74,7 @@ class MaxPool(Layer):
             return jax.lax.map(lambda xy: _first(xy[0], xy[1], windows), (x, y))
 
         def unread(x: X, y: Y) -> Array:
-            return jnp.zeros(y.shape, _of_taps(windows))
+            return jnp.zeros_like(y, _of_taps(windows))
 
         at_once = jax.vmap(lambda x, y: _first(x, y, windows))
         if is_explicit(x):  # a loop over the examples would want them all on each device
