@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     measure.add_argument(
-        "--plot", metavar="FILE", help="draw the figures of --peers or --growth (needs matplotlib)"
+        "--plot", metavar="FILE", help="draw --peers, --growth or --target (needs matplotlib)"
     )
     measure.add_argument(
         "--baseline",
@@ -193,23 +193,27 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _figures(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the options ask for, and draw it."""
-    if not (args.peers or args.growth):
-        if args.plot is not None:
-            raise BenchError("--plot draws the figures of --peers or --growth: add one of them")
-        if args.target is not None:
-            return bench_target(args.target, only=args.only, large=args.large)
-        return bench(only=args.only, quick=args.quick, large=args.large)
-    if args.large:
+    of = "peers" if args.peers else "growth" if args.growth else "target" if args.target else None
+    if of is None and args.plot is not None:
+        raise BenchError("--plot draws --peers, --growth or --target: add one of them")
+    if of in ("peers", "growth") and args.large:
         raise BenchError("--large is for the rows without --peers and --growth")
-    if args.growth and args.baseline is not None:
+    if of == "growth" and args.baseline is not None:
         raise BenchError("--baseline compares ratios, and --growth has none")
+    if of == "target" and args.quick:
+        raise BenchError("--quick takes fewer samples, and with --target nothing is run")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("--plot needs matplotlib: pip install 'jaxprop-vjp[plot]'")
-    measure = bench_peers if args.peers else bench_growth
-    figures = measure(only=args.only, quick=args.quick)
+    if of == "target":
+        figures = bench_target(args.target, only=args.only, large=args.large)
+    elif of == "peers":
+        figures = bench_peers(only=args.only, quick=args.quick)
+    elif of == "growth":
+        figures = bench_growth(only=args.only, quick=args.quick)
+    else:
+        figures = bench(only=args.only, quick=args.quick, large=args.large)
     if args.plot is not None:
-        which = "peers" if args.peers else "growth"
-        draw = importlib.import_module(f"jaxprop.bench.{which}.picture").draw
+        draw = importlib.import_module(f"jaxprop.bench.{of}.picture").draw
         draw(figures).savefig(args.plot, dpi=150)
     return figures
 

@@ -153,7 +153,7 @@ def test_wrong_arguments_beside_peers(capsys, tmp_path):
         (["--peers", "--only", "vgg"], "--only vgg: no such row; there are mlp-second"),
         (["--peers", "--only", "gpt"], "--peers: no_such_module not installed: pip install"),
         (["--growth", "--only", "vgg"], "--only vgg: no such row; there are mlp-gradient/depth"),
-        (["--plot", "x.png"], "--plot draws the figures of --peers or --growth"),
+        (["--plot", "x.png"], "--plot draws --peers, --growth or --target"),
         (["--growth", "--large"], "--large is for the rows without --peers"),
         (["--growth", "--plot", str(tmp_path)], "is a directory"),
         (["--growth", "--baseline", str(tmp_path / "figures.json")], "--growth has none"),

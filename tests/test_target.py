@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprop as jp
 from jaxprop import cli
-from jaxprop.bench import case, hlo, networks, target
+from jaxprop.bench import case, networks
+from jaxprop.bench.target import compiled as target, hlo, picture
 
 TEXT = """\
 HloModule jit_f
@@ -84,6 +85,25 @@ def test_another_name_or_number_is_refused(monkeypatch):
         target.target_devices("v5e", 3)
     with pytest.raises(ValueError, match="up to 8 devices or nodes of 8, not 12"):
         target.target_devices("h100", 12)
+
+
+def test_a_picture_has_a_panel_for_what_the_compiler_tells():
+    def row(**ratio):
+        return {"ratio": {"cycles": None, "worst": None, "temp": None, **ratio}}
+
+    of_gpu = {"device": "a GPU", "rows": {"mlp": row(live=0.5), "gpt": row(live=None)}}
+    assert len(picture.draw(of_gpu).axes) == 1
+    of_tpu = {"device": "a TPU", "rows": {"mlp": row(cycles=1.0, live=0.5)}}
+    cycles, live = picture.draw(of_tpu).axes
+    assert [label.get_text() for label in cycles.get_yticklabels()] == ["mlp"]
+    assert [text.get_text() for text in live.texts] == ["0.50"]
+
+
+def test_options_that_would_do_nothing_are_refused(capsys):
+    assert cli.main(["bench", "--target", "v5e", "--quick"]) == 2
+    assert "with --target nothing is run" in capsys.readouterr().err
+    assert cli.main(["bench", "--plot", "bench.png"]) == 2
+    assert "add one of them" in capsys.readouterr().err
 
 
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs [tpu]")

@@ -2,9 +2,10 @@
 
 from jaxprop.bench.growth.report import bench_growth
 from jaxprop.bench.peers.report import bench_peers
-from jaxprop.bench.report import BenchError, bench, regressions
-from jaxprop.bench.target import TARGETS, target_devices
-from jaxprop.bench.target_report import bench_target
+from jaxprop.bench.report import bench, regressions
+from jaxprop.bench.target.compiled import TARGETS, target_devices
+from jaxprop.bench.target.report import bench_target
+from jaxprop.bench.terminal import BenchError
 
 __all__ = [
     "TARGETS",

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from jaxprop.bench.case import Case
 from jaxprop.bench.measure import Comparison, compare, matmul_rate
 from jaxprop.bench.rows import LARGE, ROWS, needs_flax
+from jaxprop.bench.terminal import BenchError, progress, table_of, wide_console
 
 WORSE = 1.1  # a ratio above this many times the baseline's is a regression
 QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds to run each row, and how often to compile it
@@ -30,10 +28,6 @@ FLAX = """\
 linen: a network of Flax Linen as a jp.function, beside jax.value_and_grad of the same network, in a
 row /own the norms of the same network in our own layers."""
 NO_FLAX = "of the rows need Flax and were skipped: pip install 'jaxprop-vjp[flax]'"
-
-
-class BenchError(Exception):
-    """A mistake on the command line, in one line."""
 
 
 def bench(only: str | None = None, quick: bool = False, large: bool = False) -> dict[str, Any]:
@@ -102,19 +96,6 @@ def chosen(only: str | None, large: bool) -> tuple[dict[str, Callable[[], Case]]
     return rows, len(named) - len(rows)
 
 
-def wide_console() -> Console:
-    """Return a console of 100 columns, less on a narrower terminal and more on a wider pipe."""
-    console = Console(highlight=False)
-    width = max(100, console.width) if not console.is_terminal else min(100, console.width)
-    return Console(highlight=False, width=width)
-
-
-def progress() -> Progress:
-    """Return a bar on a terminal's stderr, which is removed at the end."""
-    console = Console(file=sys.stderr)
-    return Progress(console=console, transient=True, disable=not sys.stderr.isatty())
-
-
 def print_footnotes(console: Console, rows: Iterable[str], skipped: int) -> None:
     """Print what the names of the rows mean, and how many were skipped."""
     if any(map(needs_flax, rows)):
@@ -160,15 +141,6 @@ def _figures(measured: Comparison, rate: float) -> dict[str, Any]:
         },
         "run_ratio_quartiles": [measured.run.low, measured.run.high],
     }
-
-
-def table_of(headings: Sequence[str]) -> Table:
-    """Return a table of rows with a name each, and a column of figures under each heading."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("row", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

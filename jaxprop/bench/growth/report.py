@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from jaxprop.bench.growth import devices
 from jaxprop.bench.growth.fit import exponent
 from jaxprop.bench.growth.rows import DEVICES, ROWS, Growing
 from jaxprop.bench.measure import Spread, temp_bytes
-from jaxprop.bench.report import BenchError
+from jaxprop.bench.terminal import BenchError, progress, table_of, wide_console
 
 QUICK, ROUNDS = 3, 15
+HEADINGS = ("sizes", "time", "", "memory", "", "ms", "MB")
 EXPLANATION = """\
 time, memory: the exponents k of size^k, by least squares of logarithms [95 % interval]; of memory
 for temporaries as XLA allocates it, of time medians of rounds through all sizes. ms, MB: at the
@@ -45,10 +42,8 @@ def bench_growth(only: str | None = None, quick: bool = False) -> dict[str, Any]
         raise BenchError(f"--only {only}: no such row; there are {', '.join(ROWS)}, {DEVICES}")
     device = str(jax.devices()[0].device_kind)
     figures: dict[str, Any] = {"device": device, "jax": jax.__version__, "rows": {}}
-    table = _table()
-    with Progress(
-        console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    table = table_of(HEADINGS, gap=1)
+    with progress() as bar:
         for name in bar.track(names, description="measuring"):
             if name == DEVICES:
                 row = figures_of("devices", devices.COUNTS, None, devices.memory())
@@ -56,9 +51,7 @@ def bench_growth(only: str | None = None, quick: bool = False) -> dict[str, Any]
                 row = measured(ROWS[name], QUICK if quick else ROUNDS)
             figures["rows"][name] = row
             table.add_row(name, *_cells(row))
-    console = Console(highlight=False)
-    width = max(100, console.width) if not console.is_terminal else min(100, console.width)
-    console = Console(highlight=False, width=width)
+    console = wide_console()
     console.print(f"{device}, jax {jax.__version__}")
     console.print(table)
     console.print(EXPLANATION, markup=False)
@@ -109,14 +102,6 @@ def figures_of(
         "time_exponent": exponent(sizes, medians)._asdict() if spreads else None,
         "memory_exponent": exponent(sizes, bytes_)._asdict() if all(bytes_) else None,
     }
-
-
-def _table() -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("row", no_wrap=True)
-    for heading in ("sizes", "time", "", "memory", "", "ms", "MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import sys
 import warnings
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from jaxprop.bench.measure import Spread, in_turn
 from jaxprop.bench.peers.ours import FULL
 from jaxprop.bench.peers.pair import OF_MAXIMA, TOLERANCE, Absent, Differ, Pair, check
 from jaxprop.bench.peers.rows import ROWS
-from jaxprop.bench.report import BenchError
+from jaxprop.bench.terminal import BenchError, progress, table_of, wide_console
 
 QUICK, SECONDS = 0.8, 10.0  # to run each row
 PACKAGES = ("flax", "equinox", "torch", "opacus", "backpack-for-pytorch", "jax-privacy")
+HEADINGS = ("ours ms", "theirs ms", "run", "", "ours MB", "theirs MB")
 EXPLANATION = """\
 ours: jaxprop; theirs: the network and the params in the library after the slash, on as many
 threads. Before a row is measured both are found to compute the same numbers. A row is the value and
@@ -61,10 +58,8 @@ def bench_peers(only: str | None = None, quick: bool = False) -> dict[str, Any]:
         "rows": {},
         "absent": {},
     }
-    wrong, table = [], _table()
-    with Progress(
-        console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    wrong, table = [], table_of(HEADINGS)
+    with progress() as bar:
         for name in bar.track(there, description="measuring"):
             try:
                 row = _measured(name, QUICK if quick else SECONDS)
@@ -75,9 +70,7 @@ def bench_peers(only: str | None = None, quick: bool = False) -> dict[str, Any]:
             else:
                 figures["rows"][name] = row
                 table.add_row(name, *_cells(row))
-    console = Console(highlight=False)
-    width = max(100, console.width) if not console.is_terminal else min(100, console.width)
-    console = Console(highlight=False, width=width)
+    console = wide_console()
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     console.print(f"{figures['device']}, {versions}")
     console.print(table)
@@ -137,14 +130,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _table() -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("row", no_wrap=True)
-    for heading in ("ours ms", "theirs ms", "run", "", "ours MB", "theirs MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -17,8 +17,8 @@ from jax.sharding import SingleDeviceSharding
 from jax.stages import Compiled
 
 from jaxprop.bench.case import Case
-from jaxprop.bench.hlo import Cost, cost
 from jaxprop.bench.measure import Make
+from jaxprop.bench.target.hlo import Cost, cost
 from jaxprop.core.types import PyTree
 
 TPU = {  # for libtpu, which else looks for the machine that it runs on
@@ -80,7 +80,9 @@ def target_devices(name: str, count: int = 1) -> list[Any]:
             raise ValueError(
                 f"target h100 has up to {GPUS} devices or nodes of {GPUS}, not {count}"
             )
-        described = importlib.resources.files("jaxprop.bench").joinpath("h100.txtpb").read_text()
+        described = (
+            importlib.resources.files("jaxprop.bench.target").joinpath("h100.txtpb").read_text()
+        )
         return topologies.get_topology_desc(
             platform="cuda",
             topology_name="h100",

@@ -6,15 +6,9 @@ from typing import Any
 
 import jax
 
-from jaxprop.bench.report import (
-    BenchError,
-    chosen,
-    print_footnotes,
-    progress,
-    table_of,
-    wide_console,
-)
-from jaxprop.bench.target import Build, built, target_devices
+from jaxprop.bench.report import chosen, print_footnotes
+from jaxprop.bench.target.compiled import Build, built, target_devices
+from jaxprop.bench.terminal import BenchError, progress, table_of, wide_console
 
 HEADINGS = (
     "hand kcycles",

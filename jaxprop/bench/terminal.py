@@ -1,0 +1,41 @@
+"""What the reports of ``jaxprop bench`` have in common: mistakes, a console, a bar, a table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+
+class BenchError(Exception):
+    """A mistake on the command line, in one line."""
+
+
+def wide_console() -> Console:
+    """Return a console of 100 columns, less on a narrower terminal and more on a wider pipe."""
+    console = Console(highlight=False)
+    width = max(100, console.width) if not console.is_terminal else min(100, console.width)
+    return Console(highlight=False, width=width)
+
+
+def progress() -> Progress:
+    """Return a bar on a terminal's stderr, which is removed at the end."""
+    console = Console(file=sys.stderr)
+    return Progress(console=console, transient=True, disable=not sys.stderr.isatty())
+
+
+def table_of(headings: Sequence[str], gap: int = 2) -> Table:
+    """Return a table of rows with a name each, and a column of figures under each heading.
+
+    Args:
+        headings: the headings.
+        gap: how many blanks are between two columns.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
+    table.add_column("row", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
