@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -38,7 +40,7 @@ class Take(Layer):
 
     index: int
     axis: int = 1
-    takes = Mask
+    takes: ClassVar[type[Mask]] = Mask
 
     def __post_init__(self) -> None:
         if not is_whole(self.index):

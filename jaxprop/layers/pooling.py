@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ class GlobalAvgPool(Layer):
         ValueError: for x without positions or channels, and for a mask that is not (N, T).
     """
 
-    takes = Mask
+    takes: ClassVar[type[Mask]] = Mask
 
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_x(self, x, "N, ..., C")

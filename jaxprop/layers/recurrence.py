@@ -89,7 +89,7 @@ class Recurrence(Layer):
     output: Literal["sequence", "last", "both"] = "sequence"
     gates: ClassVar[int]
     states: ClassVar[int] = 1
-    takes = Mask
+    takes: ClassVar[type[Mask]] = Mask
 
     def __post_init__(self) -> None:
         check_counts(self, "features")
