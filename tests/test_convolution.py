@@ -1,5 +1,7 @@
 """The factored form of a convolution's weights, its errors, and PyTorch as an oracle."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -109,6 +111,13 @@ def test_both_platforms_rules_agree():
     form = jp.Patches(normal(4, 6, 5, 3), normal(4, *windows.outputs((6, 5)), 2, seed=1), windows)
     assert relative_error(form._convolved(), form._block_by_block()) <= 1e-12
     assert relative_error(form._in_one(), form._convolved()) <= 1e-12
+    for channels in (3, 32):  # one convolution for all taps, and a product for each
+        form = dataclasses.replace(form, x=normal(4, 6, 5, channels))
+        squares = jnp.sum(form.per_example() ** 2, axis=(1, 2, 3, 4))
+        each = [jnp.sum(tap.per_example() ** 2, axis=(1, 2)) for tap in form._by_taps()]
+        assert len(each) == (1 if channels == 3 else 6)
+        assert relative_error(sum(each), squares) <= 1e-12
+        assert relative_error(form.sq_norms(), squares) <= 1e-12
 
 
 def test_kronecker_factors_of_one_position_are_the_ggn_block():

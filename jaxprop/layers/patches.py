@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import known, sum_over, weighted, wide
+from jaxprop.core.arrays import added, known, sum_over, weighted, wide
 from jaxprop.core.forms import (
     Factored,
     OfX,
@@ -25,11 +25,14 @@ from jaxprop.core.forms import (
     Transposed,
     count_of,
     gram,
+    norms,
     norms_of_all,
     of_real,
     pairs_are_cheaper,
+    sq_norms,
     through,
 )
+from jaxprop.core.forms.outer import DEARER
 from jaxprop.core.mesh import by_xla, is_explicit
 from jaxprop.core.serialization import serializable
 from jaxprop.layers.windows import Windows
@@ -85,10 +88,18 @@ class Patches(Factored):
         return Patches(wide(self.x), ct, self.windows, self.groups)
 
     def sq_norms(self) -> Float[Array, " n"]:
-        return self._for_each(Outer.sq_norms, lambda groups: groups.sum(axis=0))
+        return self._by_platform(
+            lambda form: form._for_each(Outer.sq_norms, lambda groups: groups.sum(axis=0)),
+            lambda form: added(*(sq_norms(tap.per_example()) for tap in form._by_taps())),
+        )
 
     def norms(self) -> Float[Array, " n"]:
-        return self._for_each(Outer.norms, norms_of_all)
+        return self._by_platform(
+            lambda form: form._for_each(Outer.norms, norms_of_all),
+            lambda form: norms_of_all(
+                jnp.stack([norms(tap.per_example()) for tap in form._by_taps()])
+            ),
+        )
 
     def inner_products(self) -> Float[Array, "n n"]:
         return self._outers(Outer.inner_products, self.x, self.ct).sum(axis=0)
@@ -269,6 +280,36 @@ class Patches(Factored):
             batch_group_count=self.groups,
             preferred_element_type=wide(self.ct).dtype,
         )
+
+    def _by_platform(
+        self, by_blocks: Callable[[Patches], Array], by_taps: Callable[[Patches], Array]
+    ) -> Float[Array, " n"]:
+        """Return norms by blocks of patches, or on a TPU of ``_by_taps``, where g_n is formed.
+
+        There the square of g_n is taken where its matmul ends, and to move patches costs the most.
+        """
+        t, (i, o) = math.prod(self.ct.shape[1:-1]), self.sizes
+        grams = known(lambda: DEARER * t * (i + o) < i * o)
+        if is_explicit(self.x) or self.groups > 1 or grams:
+            return by_blocks(self)
+        return jax.lax.platform_dependent(self, tpu=by_taps, default=by_blocks)
+
+    def _by_taps(self) -> list[Outer]:
+        """Return a form for each tap; of few channels one for all, its patches by a convolution."""
+        x, ct = wide(self.x), wide(self.ct)
+        if x.shape[-1] >= WIDE:
+            return [Outer(tap, ct) for tap in self.windows.shifted(x)]
+        axes = "HWD"[: x.ndim - 2]
+        patches = jax.lax.conv_general_dilated_patches(
+            x,
+            self.windows.window,
+            self.windows.strides,
+            self.windows.padding,
+            lhs_dilation=self.windows.spread,
+            rhs_dilation=self.windows.dilation,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+        )
+        return [Outer(patches, ct)]
 
     def _for_each(
         self,
