@@ -43,7 +43,7 @@ def on_the_site(text: str, folder: str) -> str:
         if page:
             return f"[{shown}]({page})"
         if path.startswith(".github/docs/") and (ROOT / path).exists():
-            return match.group()
+            return f"[{shown}](/{path.removeprefix('.github/docs/')})"
         if not (ROOT / path).exists():
             raise FileNotFoundError(f"a link to {path}, which is not in the repository")
         if "GITHUB_REPOSITORY" in os.environ:
