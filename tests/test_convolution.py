@@ -120,6 +120,18 @@ def test_both_platforms_rules_agree():
         assert relative_error(form.sq_norms(), squares) <= 1e-12
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID", 1])
+def test_both_ways_back_through_max_pooling_agree(padding):
+    """The first of equal entries is taken by each; small integers have many equals."""
+    pool = jp.MaxPool((3, 2), strides=2, padding=padding)
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 7, 6, 3)).astype(float))
+    y, residuals = pool.forward((), x)
+    ct = normal(*y.shape, seed=1)
+    by_taps = pool._tap_by_tap(*residuals, ct)
+    assert relative_error(pool._scattered(*residuals, ct), by_taps) <= 1e-14
+    assert relative_error(pool.backward((), residuals, ct)[1], by_taps) <= 1e-14
+
+
 def test_kronecker_factors_of_one_position_are_the_ggn_block():
     """A window over the whole image is a dense layer of its pixels."""
     net, loss = jp.chain(jp.Conv(3, (2, 3), padding="VALID"), jp.Flatten()), jp.CrossEntropy()

@@ -36,8 +36,8 @@ class MaxPool(Layer):
 
     The residual is the number of the tap k*. For one tap after the other, backward takes ct where
     k* is that tap, and adds it where the tap read x. This vectorizes, whereas XLA's
-    select-and-scatter searches one window after the other. A TPU has select-and-scatter in its
-    hardware's terms, at a fifth of the cycles, and is given x for it.
+    select-and-scatter searches one window after the other. On a TPU, where
+    the compiler gives it a fifth of the cycles, backward is select-and-scatter, with x as residual.
 
     x is (N, *spatial, C), floating, with as many spatial axes as ``window`` has, and y is
     (N, *outputs, C).
@@ -87,17 +87,20 @@ class MaxPool(Layer):
         self, params: tuple[()], residuals: tuple[Array, Array], ct: Y
     ) -> tuple[tuple[()], X]:
         first, x = residuals
+        return (), jax.lax.platform_dependent(
+            first, x, ct, tpu=self._scattered, default=self._tap_by_tap
+        )
+
+    def _tap_by_tap(self, first: Array, x: X, ct: Y) -> X:
         windows = _windows(self, x.shape[1:-1])
+        parts = [jnp.where(first == tap, ct, 0) for tap in range(windows.taps)]
+        return windows.put_back(parts, x.shape[1:-1])
 
-        def by_taps(first: Array, x: X, ct: Y) -> X:
-            parts = [jnp.where(first == tap, ct, 0) for tap in range(windows.taps)]
-            return windows.put_back(parts, x.shape[1:-1])
-
-        def scattered(first: Array, x: X, ct: Y) -> X:
-            _, pull = jax.vjp(lambda x: _reduced(x, -jnp.inf, jax.lax.max, windows), x)
-            return pull(ct)[0]
-
-        return (), jax.lax.platform_dependent(first, x, ct, tpu=scattered, default=by_taps)
+    def _scattered(self, first: Array, x: X, ct: Y) -> X:
+        """Return d_x by select-and-scatter, which JAX has for the transpose of the maximum."""
+        windows = _windows(self, x.shape[1:-1])
+        _, pull = jax.vjp(lambda x: _reduced(x, -jnp.inf, jax.lax.max, windows), x)
+        return pull(ct)[0]
 
 
 class AvgPool(Layer):

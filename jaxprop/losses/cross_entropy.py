@@ -97,7 +97,7 @@ class CrossEntropy(Loss):
         soft, valid, chosen = self._read(logits, target)
         top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         own = jax.lax.platform_dependent(logits, chosen, cpu=_gathered, default=_picked)
-        own = jnp.where((own == top) & jnp.isinf(own), 0, own - top)
+        own = jnp.where((chosen < 0) | ((own == top) & jnp.isinf(own)), 0, own - top)
         # Not exp(y - max y), which XLA would keep for backward instead of the narrower y.
         others = jnp.exp(jnp.where(_is(chosen, logits), -jnp.inf, logits - top))
         others = others.sum(axis=-1, keepdims=True)
@@ -239,7 +239,7 @@ def _less_one(p: Logits, at: Array) -> Logits:
 
 
 def _gathered(logits: Logits, chosen: Int[Array, "n ... 1"]) -> One:
-    """Return the chosen logit, NaN for a class of C or more."""
+    """Return the chosen logit, NaN for a class of C or more; of padding what is not read."""
     return jnp.take_along_axis(logits, chosen, axis=-1)
 
 
@@ -255,7 +255,7 @@ def _picked(logits: Logits, chosen: Int[Array, "n ... 1"]) -> One:
 def _is_padding(chosen: Int[Array, "n ... 1"], y: Logits) -> Array:
     """Return where the class is negative, in the shape of y.
 
-    Of each entry, not of each position, which a TPU would compute in a program of its own.
+    It is found for each entry: a TPU would find it for each position in a program of its own.
     """
     classes = jax.lax.broadcasted_iota(chosen.dtype, y.shape, y.ndim - 1)
     return (chosen | classes) < 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -165,12 +166,12 @@ class Seen(NamedTuple):
         return cls(value, norm, finite)
 
 
-class LossOfStep(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossOfStep:
     """The loss of a step's batch, as a function of the arrays that the optimizer holds.
 
-    An optimizer that searches along a line calls it; one that needs the batch finds it here, for
-    what goes by another name would reach all that is chained, and optax refuses names that it does
-    not know.
+    An optimizer that searches along a line calls it. One that needs the batch finds it here: an
+    argument of another name would reach all that is chained, and optax's search refuses it.
 
     Attributes:
         loss: ``loss(params, x, target, **given)``.

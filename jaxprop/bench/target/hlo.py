@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
 OPCODE = re.compile(r" ([a-z][a-z\-]*)\(")
 CALLED = re.compile(
     r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
@@ -30,12 +30,10 @@ class Instruction(NamedTuple):
     """One instruction.
 
     Attributes:
-        name: its name.
         opcode: such as fusion, while, dot.
         text: what stands after the name.
     """
 
-    name: str
     opcode: str
     text: str
 
@@ -134,9 +132,9 @@ def _parsed(text: str) -> tuple[dict[str, list[Instruction]], str]:
             entry = head[2] if head[1] else entry
             continue
         found = INSTRUCTION.match(line)
-        opcode = found and OPCODE.search(f" {found[2]}")
+        opcode = found and OPCODE.search(f" {found[1]}")
         if found and opcode:
-            inside.append(Instruction(found[1], opcode[1], found[2]))
+            inside.append(Instruction(opcode[1], found[1]))
     return computations, entry
 
 
