@@ -10,6 +10,7 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Params, PyTree
 from jaxprop.layers import Conv, Dense, Flatten, Lstm, MaxPool, Relu
+from jaxprop.layers.attention import Save
 from jaxprop.losses import CrossEntropy
 from jaxprop.models import Gpt2Config, gpt2, images
 
@@ -36,10 +37,16 @@ def gpt(*, scan: bool, recomputing: bool = False, batch: int = 8, vocab: int = 1
     return net, CrossEntropy(), (net.init(keys[1], x), x, target)
 
 
-def gpt2_small(*, batch: int) -> Network:
-    """Return GPT-2 with 124 M params, its blocks in one scan, on 512 tokens."""
-    config = Gpt2Config(vocab=50257, length=512, features=768, heads=12, layers=12)
-    net, keys = gpt2(config, scan=True), jax.random.split(jax.random.key(0))
+def gpt2_small(*, batch: int, length: int = 512, save: Save = "weights") -> Network:
+    """Return GPT-2 with 124 M params, its blocks in one scan.
+
+    Args:
+        batch: the number of examples.
+        length: the number of tokens of each.
+        save: what attention saves for backward.
+    """
+    config = Gpt2Config(vocab=50257, length=length, features=768, heads=12, layers=12)
+    net, keys = gpt2(config, scan=True, save=save), jax.random.split(jax.random.key(0))
     tokens = jax.random.randint(keys[0], (batch, config.length + 1), 0, config.vocab, jnp.int32)
     x, target = tokens[:, :-1], tokens[:, 1:]
     return net, CrossEntropy(), (net.init(keys[1], x), x, target)

@@ -101,6 +101,13 @@ def trained(network: Network) -> Case:
     return Case(lambda: value_and_grad(net, loss), lambda: autodiff(net, loss), args)
 
 
+def saving_logsumexp(*, batch: int, length: int) -> Case:
+    """Return the case of GPT-2 that saves scores as their logsumexp, beside one that saves all."""
+    net, loss, args = gpt2_small(batch=batch, length=length, save="logsumexp")
+    other, _, _ = gpt2_small(batch=batch, length=length)
+    return Case(lambda: value_and_grad(net, loss), lambda: value_and_grad(other, loss), args)
+
+
 def norms(network: Network) -> Case:
     """Return the case of the network's per-example squared norms, beside its gradient by hand."""
     net, loss, args = network
@@ -305,6 +312,8 @@ LARGE: dict[str, Callable[[], Case]] = {
     "gpt2-small-clipped/vmap": lambda: clipped(
         gpt2_small(batch=8), functools.partial(vmap_clipped, max_norm=1.0)
     ),
+    "gpt2-small-logsumexp/weights": lambda: saving_logsumexp(batch=8, length=512),
+    "gpt2-small-2048-logsumexp/weights": lambda: saving_logsumexp(batch=2, length=2048),
 }
 """Rows for an accelerator."""
 

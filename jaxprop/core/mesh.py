@@ -86,6 +86,20 @@ def _varying(x: Array) -> frozenset[str]:
     return of_x.manual_axis_type.varying if hasattr(of_x, "manual_axis_type") else of_x.vma
 
 
+def struct_beside(
+    arrays: Sequence[Array], shape: Sequence[int], dtype: DTypeLike
+) -> jax.ShapeDtypeStruct:
+    """Return the struct of a result of arrays, in ``jax.shard_map`` of a type like theirs."""
+    if not shard_map_axes():
+        return jax.ShapeDtypeStruct(shape, dtype)
+    varying = frozenset[str]().union(*map(_varying, arrays))
+    if hasattr(jax.sharding, "ManualAxisType"):
+        of_axes: Any = {"manual_axis_type": jax.sharding.ManualAxisType(varying=varying)}
+    else:
+        of_axes = {"vma": varying}
+    return jax.ShapeDtypeStruct(shape, dtype, **of_axes)
+
+
 def is_bound(axis: str) -> bool:
     """Return whether an axis of this name is there, of a ``jax.shard_map`` or a ``jax.vmap``."""
     try:

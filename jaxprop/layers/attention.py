@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -17,18 +15,17 @@ from jaxprop.core.checks import check_count, check_counts, check_flags
 from jaxprop.core.layer import Layer
 from jaxprop.core.tree import Mask, SideInput
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
+from jaxprop.layers import by_parts
 from jaxprop.layers.heads import (
     Inputs,
     beside,
     check_inputs,
     joined,
     mask_of_scores,
-    positions,
     scale,
     selected,
-    split,
 )
-from jaxprop.layers.scores import Keys, Queries, Seen, attend, pull
+from jaxprop.layers.scores import Seen, Sight
 
 Save = Literal["weights", "logsumexp"]
 
@@ -58,7 +55,8 @@ class Attention(Layer):
     - ``"logsumexp"``: log sum exp s, (N, heads, T). backward computes p = exp(s - logsumexp) again,
       at the price of one more product, for ``block`` queries at a time. Memory is linear in T (Rabe
       and Staats 2021, https://arxiv.org/abs/2112.05682; Dao et al. 2022,
-      https://arxiv.org/abs/2205.14135), but for a bias and a full mask, which are not.
+      https://arxiv.org/abs/2205.14135), but for a bias and a full mask, which are not. GPUs and
+      TPUs have kernels for it (``layers/flash.py``), whose scores never leave the chip.
 
     x is (N, T, D + 2 kv_heads d), floating, with d = D / heads features a head: the D features of
     q, then those of k, then of v, each with its heads one after the other; (N, T, 3D) where
@@ -90,6 +88,11 @@ class Attention(Layer):
             many from its own on; None for all.
         masked: whether the layer takes the step's mask. False is for one that does not attend to
             what the mask is of, as a decoder's own attention where the memory is padded.
+        kernels: whether "logsumexp" takes kernels where there are any: on GPUs of compute
+            capability 8.0 and later, and on TPUs in a program for one device and in
+            ``jax.shard_map``; in float32, bfloat16, and on GPUs float16; without a bias and a full
+            mask. ``jax.export`` holds a GPU's only if its check of custom calls is disabled. JAX's
+            own derivatives of the layer are of what XLA computes without them.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -105,10 +108,11 @@ class Attention(Layer):
     kv_heads: int | None = None
     window: int | None = None
     masked: bool = True
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         check_counts(self, "heads", "block")
-        check_flags(self, "causal", "masked")
+        check_flags(self, "causal", "masked", "kernels")
         if self.save not in ("weights", "logsumexp"):
             raise ValueError(f"Attention: save is 'weights' or 'logsumexp', not {self.save!r}")
         for name in ("kv_heads", "window"):
@@ -128,6 +132,12 @@ class Attention(Layer):
         """How many heads of q share one of k and v."""
         return self.heads // (self.kv_heads or self.heads)
 
+    @property
+    def sight(self) -> Sight:
+        """How far a query sees."""
+        far = None if self.window is None else self.window - 1
+        return Sight(far, 0 if self.causal else far)
+
     def init(self, key: Array, x: PyTree) -> tuple[()]:
         check_inputs(self, x)
         return ()
@@ -136,13 +146,8 @@ class Attention(Layer):
         given = Inputs.of(x)
         mask = mask_of_scores(self, params, given)
         given = selected(self, given, mask)
-        parts = [
-            self._run(functools.partial(attend, self, keys), (), (queries,))[0]
-            for _, queries, keys in self._parts(given, mask)
-        ]
-        ys, kept = zip(*parts, strict=True)
-        y = beside(jnp.concatenate(ys, 2).swapaxes(1, 2))
-        y = y.astype(given.x.dtype)
+        y, kept = self._half("attend", given, mask)
+        y = beside(y.swapaxes(1, 2))
         return y, (x if mask is None else given.like(x), y, kept)
 
     def backward(
@@ -150,87 +155,27 @@ class Attention(Layer):
     ) -> tuple[tuple[()], Cotangent]:
         x, y, kept = residuals
         given = Inputs.of(x)
-        n, t, s = given.sizes
-        d = y.shape[-1] // self.heads
+        n, t, _ = given.sizes
         if ct.shape != y.shape:
             raise ValueError(f"{self}: ct has shape {ct.shape}, but y has {y.shape}")
         mask = mask_of_scores(self, params, given)
-        ct, y = (z.reshape(n, t, self.heads, d).swapaxes(1, 2) for z in (ct, y))
+        ct, y = (z.reshape(n, t, self.heads, -1).swapaxes(1, 2) for z in (ct, y))
         mean = jnp.sum(wide(ct) * wide(y), -1, keepdims=True)
-        d_q, d_k, d_v, d_bias = [], [], [], []
-        for (rows, queries, keys), saved in zip(self._parts(given, mask), kept, strict=True):
-            zeros = (jnp.zeros_like(keys.k, mean.dtype),) * 2
-            block = queries, ct[:, :, rows], mean[:, :, rows], saved
-            back = functools.partial(pull, self, keys)
-            (of_q, of_bias), of_keys = self._run(back, zeros, block)
-            d_q.append(of_q)
-            for d, here in zip((d_k, d_v), of_keys, strict=True):
-                d.append(_placed(here, keys.start, s))
-            if of_bias is not None:
-                d_bias.append(_placed(of_bias, keys.start, s, axis=3))
-        d_k, d_v = (sum(d[1:], start=d[0]) for d in (d_k, d_v))
-        d_x = joined(self, given, jnp.concatenate(d_q, 2) * scale(d_q[0]), d_k, d_v)
-        if d_bias:
-            d_x = d_x._replace(bias=jnp.concatenate(d_bias, 2))
+        d_q, d_k, d_v, d_bias = self._half("pull", given, mask, ct, mean, kept)
+        d_x = joined(self, given, d_q * scale(d_q), d_k, d_v)._replace(bias=d_bias)
         return (), selected(self, d_x, mask).like(x)
 
-    def _parts(self, x: Inputs, mask: Seen | None) -> list[tuple[slice, Queries, Keys]]:
-        """Return parts of the queries, each with the keys that they may see.
+    def _half(
+        self, half: Literal["attend", "pull"], x: Inputs, mask: Seen | None, *args: PyTree
+    ) -> PyTree:
+        """Return the half that looks at the scores: by XLA, or by kernels where there are any."""
+        by_xla = functools.partial(getattr(by_parts, half), self)
+        if self.save == "weights" or not self.kernels:
+            return by_xla(x, mask, *args)
+        from jaxprop.layers import flash, on_chip  # imports Pallas, which takes time
 
-        There are up to 8 parts of at least 64 queries, or one part if all keys are seen.
-        """
-        q, k, v = split(self, x)
-        if self.groups > 1:
-            k, v = (jnp.repeat(z, self.groups, 1) for z in (k, v))
-        parts = []
-        for rows, keys in self._slices(q.shape[2], k.shape[2]):
-            seen, real = (mask, None) if mask is None or mask.shape[2] > 1 else (None, mask)
-            beside = (z if z is None else z[:, :, rows, keys] for z in (seen, x.bias))
-            queries = Queries(q[:, :, rows], positions(rows.start, rows.stop), *beside)
-            real = None if real is None else real[..., keys]
-            parts.append((rows, queries, Keys(k[:, :, keys], v[:, :, keys], keys.start, real)))
-        return parts
-
-    def _slices(self, t: int, s: int) -> list[tuple[slice, slice]]:
-        """Return slices of queries and of the keys that they may see."""
-        apart = self.window is not None or (self.causal and self.save == "weights")
-        parts = min(8, max(1, t // 64)) if apart else 1
-        ends = [t * i // parts for i in range(parts + 1)]
-        reach = s if self.window is None else self.window - 1
-        after = 0 if self.causal else reach
-        return [
-            (slice(a, b), slice(max(0, a - reach), min(s, b + after)))
-            for a, b in itertools.pairwise(ends)
-        ]
-
-    def _run(
-        self, f: Callable[..., tuple[PyTree, PyTree]], zeros: PyTree, block: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        """Return f(*block), a pair of values of the queries (axis 2) and of sums over them."""
-        if self.save == "weights":
-            return f(*block)
-        t = block[0].q.shape[2]
-        blocks = -(-t // self.block)
-        size = -(-t // blocks)
-
-        def split(z: Array) -> Array:
-            z = _placed(z, 0, blocks * size)
-            return jnp.moveaxis(z.reshape(*z.shape[:2], blocks, size, *z.shape[3:]), 2, 0)
-
-        def join(z: Array) -> Array:
-            z = jnp.moveaxis(z, 0, 2)
-            return z.reshape(*z.shape[:2], blocks * size, *z.shape[4:])[:, :, :t]
-
-        def step(sums: PyTree, block: PyTree) -> tuple[PyTree, PyTree]:
-            out, more = f(*block)
-            return jax.tree.map(jnp.add, sums, more), out
-
-        sums, out = jax.lax.scan(step, zeros, jax.tree.map(split, block))
-        return jax.tree.map(join, out), sums
-
-
-def _placed(z: Array, start: int, size: int, axis: int = 2) -> Array:
-    """Return z from a start on along an axis of this size, with zeros around it."""
-    around = [(0, 0)] * z.ndim
-    around[axis] = start, size - start - z.shape[axis]
-    return jnp.pad(z, around)
+        kernels: dict[on_chip.Platform, Callable[..., PyTree]] = {
+            platform: functools.partial(getattr(flash, half), self, platform)
+            for platform in flash.platforms(self, x, mask)
+        }
+        return on_chip.instead(by_xla, kernels, x, mask, *args)

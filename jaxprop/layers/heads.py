@@ -13,7 +13,7 @@ from jaxprop.core.arrays import wide
 from jaxprop.core.describe import shapes
 from jaxprop.core.tree import Mask
 from jaxprop.core.types import Cotangent, Params, PyTree
-from jaxprop.layers.scores import Heads, Seen, band
+from jaxprop.layers.scores import Heads, Seen
 
 if TYPE_CHECKING:
     from jaxprop.layers.attention import Attention
@@ -127,7 +127,7 @@ def selected(layer: Attention, x: Inputs, mask: Seen | None) -> Inputs:
             bias = None if x.bias is None else _zeroed(keys[:, None], x.bias)
             return x._replace(x=_zeroed(keys, x.x), bias=bias)
         return x._replace(memory=_zeroed(keys, x.memory))
-    near = band(layer, positions(0, t), s)
+    near = layer.sight.sees(positions(0, t) - positions(0, s).mT)
     seen = mask if near is None else mask & near
     queries, keys = seen.any((1, 3)), seen.any((1, 2))
     if x.memory is not None:

@@ -20,6 +20,26 @@ Heads = Float[Array, "n h t d"]
 Seen = Bool[Array, "n h t s"]
 
 
+class Sight(NamedTuple):
+    """How far a position sees.
+
+    Attributes:
+        before: how many positions before its own, None for all.
+        after: how many after its own, None for all.
+    """
+
+    before: int | None = None
+    after: int | None = None
+
+    def sees(self, behind: Array) -> Array | None:
+        """Return where a position sees one that is so far behind it; None for everywhere."""
+        seen = None if self.before is None else behind <= self.before
+        if self.after is None:
+            return seen
+        ahead = behind >= -self.after
+        return ahead if seen is None else seen & ahead
+
+
 class Queries(NamedTuple):
     """A block of queries.
 
@@ -97,29 +117,13 @@ def pull(
     return (d_q, d_bias), (_product("nhqk,nhqd->nhkd", d_s, q), d_v)
 
 
-def band(layer: Attention, at: Array, keys: int, start: int = 0) -> Seen | None:
-    """Return which keys come near enough before a query, (1, 1, T, K); None for all of them.
-
-    Args:
-        at: the positions of queries, (1, 1, T, 1).
-        keys: K.
-        start: the position of the first key.
-    """
-    if not layer.causal and layer.window is None:
-        return None
-    there = jnp.arange(start, start + keys).reshape(1, 1, 1, -1)
-    if layer.window is None:
-        return at >= there
-    behind = at - there
-    return (behind < layer.window) & (behind >= 0 if layer.causal else behind > -layer.window)
-
-
 def _scores(layer: Attention, queries: Queries, keys: Keys) -> tuple[Heads, Seen | None]:
     """Return s, and where a query sees a key (None if everywhere); elsewhere s is minimal."""
     s = _product("nhqd,nhkd->nhqk", queries.q, keys.k)
     if queries.bias is not None:
         s = s + queries.bias.astype(s.dtype)
-    masks = band(layer, queries.at, keys.k.shape[2], keys.start), keys.real, queries.seen
+    at = jnp.arange(keys.start, keys.start + keys.k.shape[2]).reshape(1, 1, 1, -1)
+    masks = layer.sight.sees(queries.at - at), keys.real, queries.seen
     masks = [mask for mask in masks if mask is not None]
     if not masks:
         return s, None

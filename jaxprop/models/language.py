@@ -12,6 +12,7 @@ from jaxprop.combinators.tied import tied
 from jaxprop.core.checks import check_count, check_flag, check_share, require
 from jaxprop.core.layer import Layer
 from jaxprop.layers import Attention, Dense, Dropout, Embedding, Gelu, LayerNorm, Positions
+from jaxprop.layers.attention import Save
 
 
 class Gpt2Config(NamedTuple):
@@ -34,7 +35,9 @@ class Gpt2Config(NamedTuple):
     dropout: float = 0.0
 
 
-def gpt2(config: Gpt2Config, *, scan: bool = True, recomputing: bool = False) -> Layer:
+def gpt2(
+    config: Gpt2Config, *, scan: bool = True, recomputing: bool = False, save: Save = "weights"
+) -> Layer:
     """Return GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners").
 
     It has learned positions, pre-norm blocks of causal attention and of a dense layer four times as
@@ -49,6 +52,7 @@ def gpt2(config: Gpt2Config, *, scan: bool = True, recomputing: bool = False) ->
             each.
         recomputing: whether a block saves only its input, and the walk back recomputes the rest
             (remat).
+        save: what attention saves for backward, "weights" or "logsumexp", as ``Attention`` has it.
 
     Returns:
         A net from token ids (N, T), integers, to logits (N, T, vocab), with T at most
@@ -56,7 +60,8 @@ def gpt2(config: Gpt2Config, *, scan: bool = True, recomputing: bool = False) ->
 
     Raises:
         TypeError: for what is not a ``Gpt2Config``, and for an entry of the wrong type.
-        ValueError: for an entry out of range, and for heads that do not divide the features.
+        ValueError: for an entry out of range, heads that do not divide the features, and another
+            ``save``.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -76,7 +81,7 @@ def gpt2(config: Gpt2Config, *, scan: bool = True, recomputing: bool = False) ->
         raise ValueError(f"gpt2: heads divides the {d} features, but is {heads}")
     drop = (Dropout(config.dropout),) if config.dropout else ()
     block = chain(
-        skip(chain(LayerNorm(), Dense(3 * d), Attention(heads), Dense(d), *drop)),
+        skip(chain(LayerNorm(), Dense(3 * d), Attention(heads, save=save), Dense(d), *drop)),
         skip(chain(LayerNorm(), Dense(4 * d), Gelu(), Dense(d), *drop)),
     )
     block = recompute(block) if recomputing else block

@@ -1,0 +1,293 @@
+"""Kernels in Pallas, for TPUs and GPUs, that go over positions in blocks.
+
+A program of such a kernel has a block of positions of its own, and meets those others that they see
+a block at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import custom_vmap
+from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.pallas import tpu, triton
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxprop.core.mesh import is_explicit, shard_map_axes, struct_beside
+from jaxprop.core.types import PyTree
+from jaxprop.layers.scores import Sight
+
+Platform = Literal["cuda", "tpu"]
+Carry = TypeVar("Carry")
+Near = Callable[[Array], Array]
+Step = Callable[[Any, Near, Carry], Carry]
+Over = Callable[[Step[Carry], Carry], Carry]
+
+VMEM = 64 * 2**20  # bytes of a TPU's memory on the chip that a program may take
+LANES = 128
+
+
+class Blocks(NamedTuple):
+    """How a kernel goes through positions.
+
+    Attributes:
+        own: how many are a program's own.
+        met: how many of the others it meets at a time.
+        warps: how many warps of a GPU work on them.
+        stages: how many blocks a GPU has under way from its memory.
+    """
+
+    own: int
+    met: int
+    warps: int = 4
+    stages: int = 2
+
+
+def platforms(x: Array, t: int, d: int) -> list[Platform]:
+    """Return the platforms on which kernels can meet all of t positions of d numbers.
+
+    XLA splits a kernel over GPUs (``spread``) and not over TPUs, where kernels are in programs for
+    one device and in ``jax.shard_map``. A TPU has all positions that a program meets on the chip; a
+    GPU has some, and before compute capability 8.0 no kernels.
+
+    Args:
+        x: an array that is given to the kernel.
+        t: how many positions.
+        d: how many numbers each has.
+    """
+    axes, manual = jax.sharding.get_abstract_mesh().axis_names, shard_map_axes()
+    if is_explicit(x) or (manual and len(manual) < len(axes)):
+        return []
+    device = jax.devices()[0]
+    alone = bool(manual) or (device.platform == "tpu" and jax.device_count() == 1)
+    old = getattr(device, "compute_capability", "").split(".")[0] in ("5", "6", "7")
+    row = d * x.dtype.itemsize
+    in_lanes = -(-d // LANES) * LANES * x.dtype.itemsize
+    has: dict[Platform, bool] = {
+        "cuda": x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) and row <= 1024 and not old,
+        # of the two arrays that are met, two blocks each: one at work, one under way
+        "tpu": x.dtype in (jnp.float32, jnp.bfloat16) and alone and 4 * t * in_lanes < VMEM * 3 / 4,
+    }
+    return [platform for platform, is_there in has.items() if is_there]
+
+
+def instead(
+    plain: Callable[..., PyTree], kernels: Mapping[Platform, Callable[..., PyTree]], *args: PyTree
+) -> PyTree:
+    """Return plain(*args), or what a platform's kernel makes of them; JAX derives plain itself."""
+
+    @jax.custom_jvp
+    def chosen(*args: PyTree) -> PyTree:
+        return jax.lax.platform_dependent(*args, default=plain, **kernels)
+
+    @chosen.defjvp
+    def _(primals: PyTree, tangents: PyTree) -> PyTree:
+        return jax.jvp(plain, primals, tangents)
+
+    return chosen(*args) if kernels else plain(*args)
+
+
+def spread(platform: Platform, f: Callable[..., list[Array]], *args: Array | None) -> list[Array]:
+    """Return f(*args), where ``jax.vmap`` adds examples, and devices have examples and heads each.
+
+    Args:
+        platform: what the kernels in f are for.
+        f: a function of arrays whose first axes are examples and heads, as are those of its
+            results.
+        args: its arguments; the first has all heads.
+    """
+
+    @custom_vmap
+    def run(*args: Array | None) -> list[Array]:
+        whole = platform == "tpu" or shard_map_axes()
+        return f(*args) if whole else _partitioned(f, *args)
+
+    @run.def_vmap
+    def _(size: int, batched: Sequence[Any], *args: Array | None) -> tuple[list[Array], list[bool]]:
+        def folded(z: Array, is_batched: bool) -> Array:
+            z = z if is_batched else jnp.broadcast_to(z, (size, *z.shape))
+            return z.reshape(-1, *z.shape[2:])
+
+        ys = run(*jax.tree.map(folded, args, tuple(batched)))
+        return [y.reshape(size, -1, *y.shape[1:]) for y in ys], [True] * len(ys)
+
+    return run(*args)
+
+
+def _partitioned(f: Callable[..., list[Array]], *args: Any) -> list[Array]:
+    """Return f(*args), where XLA may give each device examples and heads of its own."""
+    heads = args[0].shape[1]
+    whole: list[str] = []
+
+    def alone() -> str:
+        whole.append(f"x{len(whole)}")
+        return whole[-1]
+
+    def names(z: Any) -> str:
+        of_heads = "h" if z.shape[1] == heads else alone()
+        return " ".join(["n", of_heads, *(alone() for _ in z.shape[2:])])
+
+    def partition(mesh: Any, given: Any, results: Any) -> Any:
+        of_examples, of_heads, *_ = given[0].sharding.spec
+
+        def placed(z: Any) -> NamedSharding:
+            split = of_heads if z.shape[1] == given[0].shape[1] else None
+            return NamedSharding(mesh, PartitionSpec(of_examples, split))
+
+        return mesh, f, jax.tree.map(placed, results), jax.tree.map(placed, given)
+
+    rule = [", ".join(map(names, jax.tree.leaves(z))) for z in (args, jax.eval_shape(f, *args))]
+    by_device = custom_partitioning(f)
+    by_device.def_partition(
+        partition, sharding_rule=" -> ".join(rule), need_replication_factors=tuple(whole)
+    )
+    return by_device(*args)
+
+
+def launch(
+    platform: Platform,
+    interpret: bool,
+    kernel: Callable[..., None],
+    blocks: Blocks,
+    sight: Sight,
+    own: Sequence[Any],
+    met: Sequence[Any],
+    outs: Sequence[DTypeLike | None],
+) -> list[Array]:
+    """Return what a kernel makes of all positions, with a program for each block of them.
+
+    Args:
+        platform: what the kernel is for.
+        interpret: whether to run on a CPU, an equation after the other.
+        kernel: a function of ``over`` and of references to own, met and its results.
+        blocks: how it goes through positions.
+        sight: which others an own position sees.
+        own: arrays of the positions that programs have for their own, (N, heads, positions, d) or
+            (N, heads, positions); the first has the former shape. An array of booleans, of what is
+            real, or None for all, gets to the kernel as what hides a score: 0 or -inf, or None.
+        met: arrays of the others.
+        outs: the dtypes of results that have d numbers for each own position; None for one number,
+            in float32.
+    """
+    (n, h, length, d), (_, g, there, _) = own[0].shape, met[0].shape
+    heads, least = max(h, g), LANES if platform == "tpu" else 16  # what a matmul takes at least
+    block, step = _fitting(least, blocks.own, length), _fitting(least, blocks.met, there)
+    width = d if platform == "tpu" else max(least, pl.next_power_of_2(d))
+    own, met = _padded(own, block, width), _padded(met, step, width)
+    padded, there = own[0].shape[2], met[0].shape[2]
+
+    def spec(z: Any, size: int, of: Callable[[Any], Any]) -> pl.BlockSpec | None:
+        """Return which positions of z a program is given: size of them, from of(program) on."""
+        if z is None:
+            return None
+        row, (examples, group) = z.shape[2] == 1, (n // z.shape[0], heads // z.shape[1])
+
+        def at(m: Any, head: Any, i: Any) -> tuple[Any, ...]:
+            here = (0, of(i)) if row else (of(i), 0)
+            return _quotient(m, examples), _quotient(head, group), *here
+
+        return pl.BlockSpec((None, None, *((1, size) if row else (size, z.shape[3]))), at)
+
+    struct = functools.partial(struct_beside, [z for z in (*own, *met) if z is not None])
+    results = [
+        struct((n, heads, 1, padded), jnp.float32)
+        if out is None
+        else struct((n, heads, padded, width), out)
+        for out in outs
+    ]
+    results = pl.pallas_call(
+        functools.partial(kernel, functools.partial(_over, sight, block, step, there // step)),
+        grid=(n, heads, padded // block),
+        in_specs=[
+            *(spec(z, block, lambda i: i) for z in own),
+            *(spec(z, there, lambda _: 0) for z in met),
+        ],
+        out_specs=[spec(z, block, lambda i: i) for z in results],
+        out_shape=results,
+        compiler_params=(
+            triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
+            if platform == "cuda"
+            else tpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM)
+        ),
+        interpret=interpret,
+    )(*own, *met)
+    return [
+        z[:, :, 0, :length] if out is None else z[:, :, :length, :d]
+        for z, out in zip(results, outs, strict=True)
+    ]
+
+
+def _over(sight: Sight, own: int, met: int, count: int, step: Step[Carry], carry: Carry) -> Carry:
+    """Return what ``step(positions, near, carry)`` makes of a carry, over what own positions see.
+
+    ``near`` takes scores and makes those -inf that are not seen: some in the blocks at both ends,
+    and none between.
+    """
+    start = pl.program_id(2) * own
+    clear, last, end = 0, count, count
+    if sight.after is not None:
+        end = jnp.minimum(_quotient(start + own - 1 + sight.after, met) + 1, count)
+        last = jnp.minimum(_quotient(start + 1 + sight.after, met), count)
+    if sight.before is not None:
+        clear = _quotient(jnp.maximum(start + own - 1 - sight.before, 0) + met - 1, met)
+        clear = jnp.minimum(clear, end)
+        last = jnp.maximum(last, clear)
+
+    def in_part(block: Any, s: Array) -> Array:
+        own_at, met_at = (jax.lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
+        seen: Any = sight.sees(start + own_at - (block * met + met_at))
+        return jnp.where(seen, s, -jnp.inf)
+
+    def whole(block: Any, s: Array) -> Array:
+        return s
+
+    def run(near: Callable[[Any, Array], Array], low: Any, high: Any, carry: Carry) -> Carry:
+        def body(block: Any, carry: Carry) -> Carry:
+            at = pl.ds(pl.multiple_of(block * met, met), met)
+            return step(at, functools.partial(near, block), carry)
+
+        return jax.lax.fori_loop(low, high, body, carry)
+
+    if sight.before is not None:
+        first = _quotient(jnp.maximum(start - sight.before, 0), met)
+        carry = run(in_part, first, clear, carry)
+    carry = run(whole, clear, last, carry)
+    if sight.after is not None:
+        carry = run(in_part, last, end, carry)
+    return carry
+
+
+def _quotient(a: Any, b: int) -> Array:
+    """Return a // b, of a that is not negative."""
+    return jax.lax.div(a, jnp.int32(b))
+
+
+def _fitting(least: int, size: int, length: int) -> int:
+    """Return a block of at most this size for a length, smaller where it were half padding."""
+    size = min(size, max(least, pl.next_power_of_2(length)))
+    while size > LANES and -length % size >= size // 2:
+        size //= 2
+    return size
+
+
+def _padded(arrays: Sequence[Any], block: int, width: int) -> list[Any]:
+    """Return the arrays with whole blocks of positions, and rows as (N, heads, 1, positions)."""
+    length = arrays[0].shape[2]
+    more = -length % block
+
+    def padded(z: Array | None) -> Array | None:
+        if z is None:
+            return padded(jnp.ones((1, 1, length), bool)) if more else None
+        if z.ndim == 4:
+            return jnp.pad(z, [(0, 0), (0, 0), (0, more), (0, width - z.shape[3])])
+        z = jnp.pad(z, [(0, 0), (0, 0), (0, more)])[:, :, None]
+        return jnp.where(z, 0.0, -jnp.inf).astype(jnp.float32) if z.dtype == bool else z
+
+    return [padded(z) for z in arrays]
