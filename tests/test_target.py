@@ -200,6 +200,68 @@ def test_on_tpus_fully_sharded_gradients_are_scattered():
     assert collectives["all-gather"] >= 2
 
 
+def attended(layer, target, n, t, d, dtype, count):
+    """The program of both halves, its examples over devices, padded ones among them."""
+    devices = jp.bench.target_devices(target, count)
+    mesh = jax.make_mesh((count,), ("n",), axis_types=(AxisType.Auto,), devices=devices)
+    spec = PartitionSpec("n")
+
+    def both(x, ct, mask):
+        y, residuals = layer.forward(layer.bind((), mask=mask), x)
+        return y, layer.backward(layer.bind((), mask=mask), residuals, ct)[1]
+
+    if target != "h100":  # XLA does not split kernels over TPUs
+        both = jax.shard_map(both, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    kv_heads = layer.kv_heads or layer.heads
+    shapes = (n, t, (layer.heads + 2 * kv_heads) * d), (n, t, layer.heads * d), (n, t)
+    structs = (
+        jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
+        for shape, kind in zip(shapes, (dtype, dtype, bool), strict=True)
+    )
+    return jax.jit(both).lower(*structs).compile()
+
+
+TARGETS = [
+    pytest.param("v5e", "tpu_custom_call", marks=needs_tpu),
+    pytest.param("h100", "__gpu$xla.gpu.triton", marks=needs_h100),
+]
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize(("name", "call"), TARGETS)
+def test_attention_is_three_kernels_whose_memory_is_linear_in_t(name, call):
+    layer = jp.Attention(2, save="logsumexp")
+    live = {}
+    for t in (2048, 8192):
+        program = attended(layer, name, 2, t, 128, jnp.bfloat16, count=1)
+        assert program.as_text().count(f'custom_call_target="{call}"') == 3
+        live[t] = target.build_of(program).live_bytes
+    assert live[8192] <= 4.5 * live[2048]
+    weights = attended(jp.Attention(2), name, 2, 2048, 128, jnp.bfloat16, count=1)
+    assert 2 * live[2048] < target.build_of(weights).live_bytes
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize(("name", "call"), TARGETS)
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize(
+    ("layer", "t", "d", "dtype"),
+    [
+        (jp.Attention(2, save="logsumexp"), 300, 40, "float32"),
+        (jp.Attention(4, save="logsumexp", kv_heads=2, window=100), 1024, 64, "bfloat16"),
+        (jp.Attention(2, causal=False, save="logsumexp", window=7), 37, 8, "bfloat16"),
+        (jp.Attention(1, causal=False, save="logsumexp"), 1, 256, "float32"),
+    ],
+    ids=["odd", "groups", "short", "one position"],
+)
+def test_attentions_kernels_compile(name, call, count, layer, t, d, dtype):
+    text = attended(layer, name, 8, t, d, jnp.dtype(dtype), count).as_text()
+    assert text.count(f'custom_call_target="{call}"') == 3
+    assert not any(f" {moved}(" in text for moved in ("all-gather", "all-reduce", "all-to-all"))
+
+
 @needs_h100
 @pytest.mark.full
 @pytest.mark.usefixtures("float32")
