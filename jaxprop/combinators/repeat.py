@@ -89,9 +89,9 @@ class Repeat(Combinator):
     ) -> tuple[PyTree, Cotangent]:
         """Replace the place of each layer in the memory of the stacks.
 
-        A scan whose step reads a layer and writes the same one is compiled into a copy of the whole
-        stack a step. So the new place of layer i + 1 is written one step late, just before layer i
-        is read: no read then follows the write that it would have to come before.
+        A scan whose step reads a layer of a stack and writes the same one may be compiled into a
+        copy of the whole stack a step. So each step is given its layer and, after it has written
+        the new one, reads that of the next step: no read has to come before a write.
         """
 
         def read(stack: PyTree, index: Any) -> PyTree:
@@ -109,19 +109,18 @@ class Repeat(Combinator):
         kept, first = residuals
 
         def back(carry: Any, step: tuple[Array, Distinct]) -> tuple[Any, None]:
-            (stack, late, ct), (index, here) = carry, step
-            stack = write(stack, late, jnp.minimum(index + 1, self.times - 1))
-            layer = read(stack, index)
+            (stack, layer, ct), (index, here) = carry, step
             saved = here.tree(_leaves(layer, visit), kept.before(index, first))
-            late, d_x = self.layer.walk(layer, saved, ct, visit)
+            new, d_x = self.layer.walk(layer, saved, ct, visit)
             self._check_d_x(ct, d_x)
-            return (stack, late, d_x), None
+            stack = write(stack, new, index)
+            return (stack, read(stack, jnp.maximum(index - 1, 0)), d_x), None
 
         carry = places, read(places, self.times - 1), ct
         steps = jnp.arange(self.times), kept
         with in_layer(0, self.layer):
-            (stack, late, d_x), _ = jax.lax.scan(back, carry, steps, reverse=True)
-        return write(stack, late, 0), d_x
+            (stack, _, d_x), _ = jax.lax.scan(back, carry, steps, reverse=True)
+        return stack, d_x
 
     def _check_output(self, x: PyTree, y: PyTree) -> None:
         if shapes(y) != shapes(x):
