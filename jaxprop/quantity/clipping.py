@@ -56,11 +56,11 @@ class Measured(NamedTuple):
 
     Attributes:
         forms: like a layer's params.
-        norms: (N,), |g_n| over these params.
+        norms: (N,), |g_n| of each param; of all together where the layer has a bound of its own.
     """
 
     forms: PyTree
-    norms: Float[Array, " n"]
+    norms: PyTree
 
 
 class Clipped(Quantity):
@@ -147,7 +147,8 @@ class Clipped(Quantity):
         forms = map_forms(lambda form: form.compact(), forms)
         if self.per_layer and not self._by_tree:
             return self._bounded(params, forms, _norms(forms), examples)
-        return Measured(forms, _norms(forms))
+        norms = map_forms(lambda form: form.norms(), forms)
+        return Measured(forms, norms_of_all(norms) if self._by_tree else norms)
 
     def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
         if self._by_tree:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import known, selected, sum_over, weighted, wide
+from jaxprop.core.arrays import added, known, selected, sum_over, weighted, wide
 from jaxprop.core.forms.moves import Place
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
@@ -390,9 +391,8 @@ def norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
     """Return the norm of each example's part of x, also where its square would overflow."""
     axes = tuple(range(1, x.ndim))
     x = wide(x)
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return jnp.sqrt(jnp.sum((x / unit) ** 2, axis=axes)) * unit.reshape(-1)
+    unit = jax.lax.reduce(jnp.abs(x), _tiny(x), jax.lax.max, axes)
+    return _in_unit(jnp.sum((x / jnp.expand_dims(unit, axes)) ** 2, axis=axes), unit)
 
 
 def norm_of_all(norms: PyTree) -> Float[Array, ""]:
@@ -404,5 +404,16 @@ def norm_of_all(norms: PyTree) -> Float[Array, ""]:
 def norms_of_all(norms_of_parts: PyTree) -> Float[Array, " n"]:
     """Return the norm of each example's whole, of which the leaves (..., N) are norms of parts."""
     leaves = jax.tree.leaves(norms_of_parts)
-    rows = [part.reshape(math.prod(part.shape[:-1]), part.shape[-1]) for part in leaves]
-    return norms(jnp.concatenate(rows).T)
+    rows = [leaf.reshape(math.prod(leaf.shape[:-1]), leaf.shape[-1]) for leaf in leaves]
+    parts = [row[0] if row.shape[0] == 1 else norms(row.T) for row in rows]
+    unit = functools.reduce(jnp.maximum, parts, jnp.full_like(parts[0], _tiny(parts[0])))
+    return _in_unit(added(*((part / unit) ** 2 for part in parts)), unit)
+
+
+def _in_unit(squares: Float[Array, " n"], unit: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Return norms from sums of squares, in units of the largest number of each."""
+    return jnp.where(jnp.isinf(unit), unit, jnp.sqrt(squares) * unit)
+
+
+def _tiny(x: Array) -> Array:
+    return jnp.asarray(jnp.finfo(x.dtype).tiny, x.dtype)
