@@ -103,7 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         "chain against jax.value_and_grad of the same loss, in one process and in turn, on the "
         "device that JAX finds.",
     )
-    measure.add_argument("--only", metavar="NAME", help="the rows whose name contains NAME")
+    measure.add_argument(
+        "--only",
+        action="extend",
+        nargs="+",
+        metavar="NAME",
+        help="the rows whose name contains NAME, or one of several",
+    )
     measure.add_argument("--quick", action="store_true", help="fewer samples")
     measure.add_argument(
         "--large", action="store_true", help="rows for an accelerator too, such as gpt2-small"

@@ -12,7 +12,7 @@ from table import relative_error
 
 import jaxprop as jp
 from jaxprop.bench import linen, measure, networks, regressions, rows
-from jaxprop.bench.report import EXPLANATION
+from jaxprop.bench.report import EXPLANATION, chosen
 from jaxprop.cli import main
 
 
@@ -157,7 +157,7 @@ def test_rows_that_need_flax_are_skipped_with_a_word(capsys, monkeypatch, small)
     assert "linen-x" not in out
     assert out.splitlines()[-1].startswith("1 of the rows need Flax and were skipped")
     assert main(["bench", "--only", "linen"]) == 2
-    assert "--only linen: 1 of the rows need Flax" in capsys.readouterr().err
+    assert "--only: 1 of the rows need Flax" in capsys.readouterr().err
 
 
 def test_table_and_figures(capsys, tmp_path, small):
@@ -175,6 +175,24 @@ def test_table_and_figures(capsys, tmp_path, small):
         assert low <= row["ratio"]["run"] <= high
     main(["bench", "--quick", "--only", "worked", "--baseline", str(path)])
     assert "mlp-small" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["--only", "gpt-rec"], ["gpt-recompute"]),
+        (["--only", "fused-adam", "gram"], ["gram", "fused-adam"]),
+        (["--only", "gram", "--only", "fused-adam"], ["gram", "fused-adam"]),
+        (["--only", "fused", "fused-adam", "--quick"], ["fused-sgd", "fused-adam"]),
+    ],
+)
+def test_only_takes_one_name_or_several(monkeypatch, argv, names):
+    def measured(only, quick, large):
+        assert list(chosen(only, large)[0]) == names
+        return {"rows": {}}
+
+    monkeypatch.setattr("jaxprop.cli.bench", measured)
+    assert main(["bench", *argv]) == 0
 
 
 @pytest.mark.full
@@ -204,6 +222,7 @@ def test_wrong_arguments_exit_2_before_measuring(capsys, tmp_path):
     (tmp_path / "odd.json").write_text('{"rows": {"mlp-2x256": 3}}')
     for argv, message in (
         (["--only", "vgg"], "--only vgg: no such row; there are mlp-2x256"),
+        (["--only", "mlp", "vgg"], "--only vgg: no such row; there are mlp-2x256"),
         (["--baseline", str(tmp_path / "none.json")], "none.json: no such file or directory"),
         (["--baseline", str(tmp_path / "text.json")], "not JSON"),
         (["--baseline", str(tmp_path / "empty.json")], "not written by jaxprop bench --json"),

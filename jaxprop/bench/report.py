@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from rich.console import Console
 from jaxprop.bench.case import Case
 from jaxprop.bench.measure import Comparison, compare, matmul_rate
 from jaxprop.bench.rows import LARGE, ROWS, needs_flax
-from jaxprop.bench.terminal import BenchError, progress, table_of, wide_console
+from jaxprop.bench.terminal import BenchError, matching, progress, table_of, wide_console
 
 WORSE = 1.1  # a ratio above this many times the baseline's is a regression
 QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds to run each row, and how often to compile it
@@ -31,11 +31,13 @@ row /own the norms of the same network in our own layers."""
 NO_FLAX = "of the rows need Flax and were skipped: pip install 'jaxprop-vjp[flax]'"
 
 
-def bench(only: str | None = None, quick: bool = False, large: bool = False) -> dict[str, Any]:
+def bench(
+    only: str | Sequence[str] | None = None, quick: bool = False, large: bool = False
+) -> dict[str, Any]:
     """Measure the rows, print a table, and return the figures.
 
     Args:
-        only: measure only the rows whose name contains this.
+        only: measure only the rows whose name contains this, or one of these.
         quick: whether to take fewer samples.
         large: whether to measure the rows for an accelerator too.
 
@@ -43,8 +45,8 @@ def bench(only: str | None = None, quick: bool = False, large: bool = False) -> 
         The figures, ready for JSON: the device, the version of JAX, and the costs of each row.
 
     Raises:
-        BenchError: if no row's name contains ``only``, or only rows that need Flax do and it is not
-            installed.
+        BenchError: if no row's name contains what ``only`` names, or only rows that need Flax do
+            and it is not installed.
     """
     rows, skipped = chosen(only, large)
     console = wide_console()
@@ -79,21 +81,21 @@ def bench(only: str | None = None, quick: bool = False, large: bool = False) -> 
     return figures
 
 
-def chosen(only: str | None, large: bool) -> tuple[dict[str, Callable[[], Case]], int]:
-    """Return the rows whose name contains ``only``, and how many more would need Flax.
+def chosen(
+    only: str | Sequence[str] | None, large: bool
+) -> tuple[dict[str, Callable[[], Case]], int]:
+    """Return the rows that ``only`` names, and how many more would need Flax.
 
     Raises:
-        BenchError: if there is none, or only some that need Flax.
+        BenchError: if there is none of a name, or only some that need Flax.
     """
     every = ROWS | LARGE if large else ROWS
-    named = {name: make for name, make in every.items() if only is None or only in name}
-    if not named:
-        raise BenchError(f"--only {only}: no such row; there are {', '.join(every)}")
+    named = {name: every[name] for name in matching(only, every)}
     if importlib.util.find_spec("flax"):
         return named, 0
     rows = {name: make for name, make in named.items() if not needs_flax(name)}
     if not rows:
-        raise BenchError(f"--only {only}: {len(named)} {NO_FLAX}")
+        raise BenchError(f"--only: {len(named)} {NO_FLAX}")
     return rows, len(named) - len(rows)
 
 

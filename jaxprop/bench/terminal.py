@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.progress import Progress
@@ -12,6 +12,22 @@ from rich.table import Table
 
 class BenchError(Exception):
     """A mistake on the command line, in one line."""
+
+
+def matching(only: str | Sequence[str] | None, rows: Iterable[str]) -> list[str]:
+    """Return the names of rows that contain one of ``only``, or all of them for None.
+
+    Raises:
+        BenchError: for one that no row's name contains.
+    """
+    rows = list(rows)
+    if only is None:
+        return rows
+    parts = [only] if isinstance(only, str) else only
+    for part in parts:
+        if not any(part in row for row in rows):
+            raise BenchError(f"--only {part}: no such row; there are {', '.join(rows)}")
+    return [row for row in rows if any(part in row for part in parts)]
 
 
 def wide_console() -> Console:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxprop.bench.growth import devices
 from jaxprop.bench.growth.fit import exponent
 from jaxprop.bench.growth.rows import DEVICES, ROWS, Growing
 from jaxprop.bench.measure import Spread, temp_bytes
-from jaxprop.bench.terminal import BenchError, progress, table_of, wide_console
+from jaxprop.bench.terminal import matching, progress, table_of, wide_console
 
 QUICK, ROUNDS = 3, 15
 HEADINGS = ("sizes", "time", "", "memory", "", "ms", "MB")
@@ -23,11 +24,11 @@ memory in proportion, where it is not too small for that. Of devices, which shar
 the memory of each is known: the batch is split over them."""
 
 
-def bench_growth(only: str | None = None, quick: bool = False) -> dict[str, Any]:
+def bench_growth(only: str | Sequence[str] | None = None, quick: bool = False) -> dict[str, Any]:
     """Measure the rows at all sizes, print a table, and return the figures.
 
     Args:
-        only: measure only the rows whose name contains this.
+        only: measure only the rows whose name contains this, or one of these.
         quick: whether to run each size fewer times.
 
     Returns:
@@ -35,11 +36,9 @@ def bench_growth(only: str | None = None, quick: bool = False) -> dict[str, Any]
         times, the memory, and the exponents.
 
     Raises:
-        BenchError: if no row's name contains ``only``.
+        BenchError: if no row's name contains what ``only`` names.
     """
-    names = [name for name in (*ROWS, DEVICES) if only is None or only in name]
-    if not names:
-        raise BenchError(f"--only {only}: no such row; there are {', '.join(ROWS)}, {DEVICES}")
+    names = matching(only, [*ROWS, DEVICES])
     device = str(jax.devices()[0].device_kind)
     figures: dict[str, Any] = {"device": device, "jax": jax.__version__, "rows": {}}
     table = table_of(HEADINGS, gap=1)

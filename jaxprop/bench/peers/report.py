@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxprop.bench.measure import Spread, in_turn
 from jaxprop.bench.peers.ours import FULL
 from jaxprop.bench.peers.pair import OF_MAXIMA, TOLERANCE, Absent, Differ, Pair, check
 from jaxprop.bench.peers.rows import ROWS
-from jaxprop.bench.terminal import BenchError, progress, table_of, wide_console
+from jaxprop.bench.terminal import BenchError, matching, progress, table_of, wide_console
 
 QUICK, SECONDS = 0.8, 10.0  # to run each row
 PACKAGES = ("flax", "equinox", "torch", "opacus", "backpack-for-pytorch", "jax-privacy")
@@ -29,11 +30,11 @@ kfac-jax 0.0.8 needs jax 0.9.1, and stands beside jp.kfac in examples/peers."""
 GET = "pip install 'jaxprop-vjp[peers]'"
 
 
-def bench_peers(only: str | None = None, quick: bool = False) -> dict[str, Any]:
+def bench_peers(only: str | Sequence[str] | None = None, quick: bool = False) -> dict[str, Any]:
     """Measure the rows, print a table, and return the figures.
 
     Args:
-        only: measure only the rows whose name contains this.
+        only: measure only the rows whose name contains this, or one of these.
         quick: whether to take fewer samples.
 
     Returns:
@@ -41,12 +42,10 @@ def bench_peers(only: str | None = None, quick: bool = False) -> dict[str, Any]:
         sides of each row, and why there are none of a row.
 
     Raises:
-        BenchError: if no row's name contains ``only``, if none of them has its peer installed, and
-            after the table for each row whose sides do not compute the same numbers.
+        BenchError: if no row's name contains what ``only`` names, if none of them has its peer
+            installed, and after the table for each row whose sides do not compute the same numbers.
     """
-    names = [name for name in ROWS if only is None or only in name]
-    if not names:
-        raise BenchError(f"--only {only}: no such row; there are {', '.join(ROWS)}")
+    names = matching(only, ROWS)
     absent = {name: ROWS[name].missing() for name in names}
     there = [name for name in names if not absent[name]]
     lacking = sorted({module for modules in absent.values() for module in modules})

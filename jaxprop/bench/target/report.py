@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,19 +32,22 @@ once."""
 NO_CYCLES = " (none of a GPU)"
 
 
-def bench_target(target: str, only: str | None = None, large: bool = False) -> dict[str, Any]:
+def bench_target(
+    target: str, only: str | Sequence[str] | None = None, large: bool = False
+) -> dict[str, Any]:
     """Compile the rows for a target, print a table, and return the figures.
 
     Args:
         target: a name that ``target_devices`` knows.
-        only: compile only the rows whose name contains this.
+        only: compile only the rows whose name contains this, or one of these.
         large: whether to compile the rows for an accelerator too.
 
     Returns:
         The figures, ready for JSON: the device, the version of JAX, and what each row costs.
 
     Raises:
-        BenchError: if no row's name contains ``only``, and without the target's compiler.
+        BenchError: if no row's name contains what ``only`` names, and without the target's
+            compiler.
     """
     rows, skipped = chosen(only, large)
     try:
