@@ -84,7 +84,7 @@ class DiagGGN(AddedUp):
             if self.per_example:
                 each = form.each_of_squares(squares)
                 return PerExample(each, axis=-each.ndim)
-            return examples.over(form.of_squares(squares))
+            return form.of_squares(examples.over(squares))
 
         return jax.tree.map(diagonal, forms, parts, is_leaf=is_factored)
 
@@ -183,7 +183,7 @@ class KroneckerFactors(AddedUp):
                 of_x = pair.gram_of_x(examples.real, examples.weights)
                 gram, rows, b = map(examples.over, (*of_x, part))
                 return _Means(gram, rows, b, pair.place)
-            return examples.over(form.of_squares(part)) if self.others == "diagonal" else ()
+            return form.of_squares(examples.over(part)) if self.others == "diagonal" else ()
 
         each = map(factors, leaves, structure.flatten_up_to(parts))
         return jax.tree.unflatten(structure, each)

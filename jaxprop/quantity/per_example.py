@@ -278,7 +278,8 @@ def _mean(form: Factored, examples: Examples) -> Array:
 
 
 def _mean_of_squares(form: Factored, examples: Examples) -> Array:
-    return examples.over(rooted(form, examples).second_moment())
+    form = rooted(form, examples)
+    return form.of_squares(examples.over(form.squares()))
 
 
 def rooted(form: Factored, examples: Examples) -> Factored:

@@ -237,7 +237,10 @@ class Factored(abc.ABC):
         return jnp.sum(wide(self.per_example()) ** 2, axis=0)
 
     def of_squares(self, squares: Array) -> Array:
-        """Return the second moment from the sum of squares, without a look at the form's own ct."""
+        """Return the second moment from the sum of squares, without a look at the form's own ct.
+
+        It is linear in squares, so that these, which may be fewer, are divided for a mean.
+        """
         return squares
 
     def squares_of_each(self) -> Array:
