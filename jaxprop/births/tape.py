@@ -36,7 +36,8 @@ class Tape:
     """
 
     def __init__(self, program: Program, args: Sequence[Any]) -> None:
-        self.program, self.equations = program, program.jaxpr.eqns
+        self.program: Program = program
+        self.equations: Sequence[JaxprEqn] = program.jaxpr.eqns
         self.values: dict[Any, Any] = dict(
             zip(program.jaxpr.constvars, program.consts, strict=True)
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
-from jax.tree_util import KeyPath, keystr
+from jax.tree_util import keystr
 
 from jaxprop.checking.points import wide
 from jaxprop.core.types import Cotangent, PyTree
@@ -61,7 +63,7 @@ def compare(
         )
 
 
-def d_name(path: KeyPath) -> str:
+def d_name(path: tuple[Any, ...]) -> str:
     """Return the name of a cotangent, such as ``d_params.w``."""
     return f"d_{path[0].key}{keystr(path[1:])}"
 

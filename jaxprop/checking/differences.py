@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.tree_util import KeyPath
 
 from jaxprop.checking.compare import d_name
 from jaxprop.checking.oracles import JIT, Answer, Drawn, Expected
@@ -74,7 +73,7 @@ def check_differences(
     output: Callable[[Answer], PyTree],
     point: Answer,
     directions: Answer,
-    cotangents: dict[KeyPath, PyTree],
+    cotangents: dict[tuple[Any, ...], PyTree],
     ct: Cotangent,
     precision: Precision = DOUBLE,
     kinks: bool = False,
@@ -110,8 +109,8 @@ def check_differences(
     for path, d_leaf in cotangents.items():
         v = wide(drawn[path]) * size_of(leaves[path])
 
-        def along(h: float, path: KeyPath = path, v: np.ndarray = v) -> list[np.ndarray]:
-            def moved(at: KeyPath, leaf: PyTree) -> PyTree:
+        def along(h: float, path: tuple[Any, ...] = path, v: np.ndarray = v) -> list[np.ndarray]:
+            def moved(at: tuple[Any, ...], leaf: PyTree) -> PyTree:
                 if at != path or not is_floating(leaf):
                     return leaf
                 return jax.device_put((wide(leaf) + h * v).astype(leaf.dtype))

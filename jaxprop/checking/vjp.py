@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ DIRECTIONS = 3
 GIVER = "the rule"
 EACH = ("the first of three", "the second of three", "the third of three")
 Fn = Callable[..., PyTree]
-Rule = jax.custom_vjp | jax.custom_jvp
+Rule: TypeAlias = "jax.custom_vjp[Any] | jax.custom_jvp[Any]"
 Outputs = list[Array]
 
 
@@ -309,7 +309,7 @@ def name_of(f: Fn) -> str:
 def _rule_of(f: Fn) -> Rule | None:
     """Return what ``jax.custom_vjp`` or ``jax.custom_jvp`` made: f, or what ``jax.jit`` is of."""
     for each in (f, getattr(f, "__wrapped__", None)):
-        if isinstance(each, Rule):
+        if isinstance(each, jax.custom_vjp | jax.custom_jvp):
             return each
     return None
 

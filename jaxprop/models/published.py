@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -180,7 +181,7 @@ def load_gpt2(path: str | PathLike[str], *, heads: int | None = None) -> tuple[L
     return gpt2(Gpt2Config(vocab, length, features, each, layers)), params
 
 
-COMPUTED = {
+COMPUTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),

@@ -16,11 +16,11 @@ from jaxprop.core.tree import is_not_learned
 from jaxprop.core.types import Params
 from jaxprop.traced.equations import Convolution
 from jaxprop.traced.example import Example
-from jaxprop.traced.taps import LookUp, Product, Use
+from jaxprop.traced.taps import LookUp, Meeting, Product, Use
 
 WIDTH = 80
 LARGE = 2**26  # bytes of own shares, for all examples, that are warned of
-FORMS = {Product: "Outer", Convolution: "Patches", LookUp: "Rows"}
+FORMS: dict[type[Meeting], str] = {Product: "Outer", Convolution: "Patches", LookUp: "Rows"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,9 @@ class Program(NamedTuple):
             return cls(jaxpr.jaxpr, jaxpr.consts)
         return cls(jaxpr, ())
 
-    def run(self, args: Sequence[Any], step: Callable[[JaxprEqn, list[Any]], list[Any]]) -> list:
+    def run(
+        self, args: Sequence[Any], step: Callable[[JaxprEqn, list[Any]], list[Any]]
+    ) -> list[Any]:
         """Return the outputs, with each equation's own from ``step(equation, inputs)``."""
         values: dict[Any, Any] = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
         values |= zip(self.jaxpr.invars, args, strict=True)

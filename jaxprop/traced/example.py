@@ -15,7 +15,7 @@ from jaxprop.core.tree import arrays, is_not_learned, map_modules, numbered
 from jaxprop.core.types import Params, PyTree
 from jaxprop.traced.equations import Program, for_tracing
 from jaxprop.traced.piece import Piece
-from jaxprop.traced.stages import Straight, stages_of
+from jaxprop.traced.stages import Layers, Straight, stages_of
 
 
 class Example:
@@ -39,15 +39,17 @@ class Example:
         structure: Any,
         watching: bool,
     ) -> None:
-        self.params, self.learned, self.structure = params, learned, structure
+        self.params: list[Any] = params
+        self.learned: frozenset[int] = learned
+        self.structure: Any = structure
         self._watching = watching
         self._views = {index: params[index] for index in sorted(learned)}
         self._fixed = [leaf for index, leaf in enumerate(params) if index not in learned]
         stages = functools.partial(stages_of, program, learned, len(params))
-        self.stages = stages(None if watching else modules)
+        self.stages: tuple[Straight | Layers, ...] = stages(None if watching else modules)
         (whole,) = self.stages if len(self.stages) == 1 else stages(None)
         assert isinstance(whole, Straight)
-        self.whole = self.piece(whole.program, [alone[slot] for slot in whole.ins])
+        self.whole: Piece = self.piece(whole.program, [alone[slot] for slot in whole.ins])
 
     def piece(self, program: Program, data: Sequence[Any]) -> Piece:
         """Return a piece of it that takes all params, and data."""

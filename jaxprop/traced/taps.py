@@ -116,8 +116,9 @@ class Taps:
         self.uses: list[Use] = []
         self.xs: list[Any] = []
         self.zeros: list[Any] = []
-        self.within = tuple(within)
-        self.watching, self.met = watching, dict[tuple[int, tuple[bool, ...]], None]()
+        self.within: tuple[Place, ...] = tuple(within)
+        self.watching: bool = watching
+        self.met: dict[tuple[int, tuple[bool, ...]], None] = {}
         self.equal: Equal | None = None
         self._given, self._scans, self._again = zeros, scans, again
 
