@@ -6,13 +6,13 @@ less time than a program for each.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.tree_util import KeyPath, keystr
+from jax.tree_util import keystr
 
 from jaxprop.checking.compare import d_name
 from jaxprop.checking.points import is_floating
@@ -136,7 +136,7 @@ def fitted(who: object, primals: Answer, cotangents: Answer) -> Answer:
         AssertionError: unless they have the structure, shapes and dtypes of their primals.
     """
 
-    def fit(path: KeyPath, leaf: Array, d_leaf: PyTree) -> PyTree:
+    def fit(path: tuple[Any, ...], leaf: Array, d_leaf: PyTree) -> PyTree:
         if not is_floating(leaf):
             return None
         if not isinstance(d_leaf, Array | np.ndarray) or shapes(d_leaf) != shapes(leaf):

@@ -6,11 +6,12 @@ All is drawn and computed by NumPy, so that nothing has to be compiled for it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import KeyPath, keystr
+from jax.tree_util import keystr
 
 from jaxprop.core.describe import shapes
 from jaxprop.core.tree import is_not_learned
@@ -36,7 +37,7 @@ def float64(name: str, tree: PyTree) -> PyTree:
             that is neither a float nor marked as not learned.
     """
 
-    def widen(path: KeyPath, leaf: PyTree) -> PyTree:
+    def widen(path: tuple[Any, ...], leaf: PyTree) -> PyTree:
         if is_not_learned(leaf):
             return jax.tree.map(_widened, leaf)
         if not hasattr(leaf, "dtype"):

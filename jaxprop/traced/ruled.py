@@ -186,7 +186,9 @@ class _Ruling:
             return self.run(program, ins, of_x, scope)
         return evaluate(equation, ins)
 
-    def _run(self, program: Program, of_x: Sequence[bool], scope: Names) -> Callable[..., list]:
+    def _run(
+        self, program: Program, of_x: Sequence[bool], scope: Names
+    ) -> Callable[..., list[Any]]:
         return lambda *args: self.run(program, args, of_x, scope)
 
     def _scan(
