@@ -20,6 +20,7 @@ from jaxprop.traced.equations import (
     line_of,
     name_of,
     place_of,
+    primitive_of,
     reduced_axes_of,
     rule_of,
     ruled,
@@ -139,7 +140,7 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
     line, scope, steps = _place(born)
     ruled_by = [each.equation for each in born.within if ruled(each.equation) is not None]
     seen = Seen(
-        equation.primitive.name,
+        primitive_of(equation),
         given,
         float(np.real(result[index])),
         np.asarray(born.results[born.position]).dtype,

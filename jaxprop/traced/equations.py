@@ -24,6 +24,11 @@ from jaxprop.core.mesh import shard_map_axes
 INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
 REMATERIALIZED = frozenset(("checkpoint", "remat", "remat2"))
 RULED = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"))
+COMING = {  # with jax_remat3, jax_custom_jvp3 and jax_custom_vjp3, objects within one primitive
+    "RematTraced": "checkpoint",
+    "CustomJVPTraced": "custom_jvp_call",
+    "CustomVJPTraced": "custom_vjp_call",
+}
 LINEAR = frozenset(
     ("slice", "split", "reshape", "squeeze", "transpose", "rev", "neg", "convert_element_type")
 )
@@ -183,6 +188,12 @@ def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*wanted.values())
 
 
+def primitive_of(equation: JaxprEqn) -> str:
+    """Return the name of the equation's primitive: one name, whichever of JAX's ways it is made."""
+    within = type(equation.params.get("_prim")).__name__
+    return COMING.get(within, equation.primitive.name)
+
+
 def inlined(equation: JaxprEqn) -> Program | None:
     """Return the program that the equation calls, if that is all it does."""
     if equation.primitive.name not in INLINED:
@@ -192,8 +203,10 @@ def inlined(equation: JaxprEqn) -> Program | None:
 
 def ruled(equation: JaxprEqn) -> Program | None:
     """Return the program of a function with a derivative rule of its own; None for another."""
-    if equation.primitive.name not in RULED:
+    if primitive_of(equation) not in RULED:
         return None
+    if "_prim" in equation.params:
+        return Program.of(equation.params["_prim"].traced.jaxpr)
     return Program.of(_first(equation, "call_jaxpr", "fun_jaxpr"))
 
 
@@ -247,10 +260,13 @@ def rematerialized(equation: JaxprEqn) -> tuple[Program, dict[str, Any]] | None:
 
     None for another equation.
     """
-    if equation.primitive.name not in REMATERIALIZED:
+    if primitive_of(equation) not in REMATERIALIZED:
         return None
-    options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
-    return Program.of(equation.params["jaxpr"]), options
+    params = equation.params
+    if "_prim" in params:
+        params = {"prevent_cse": True, **params["_prim"].params}
+    options = {name: params[name] for name in ("policy", "prevent_cse")}
+    return Program.of(params["jaxpr"]), options
 
 
 def dot_of(equation: JaxprEqn) -> Dot:
@@ -352,7 +368,7 @@ def joined_axis_of(equation: JaxprEqn) -> int:
 
 def name_of(equation: JaxprEqn) -> str:
     """Return the primitive's name, or that of the function that is called."""
-    name = equation.primitive.name
+    name = primitive_of(equation)
     return str(equation.params.get("name") or name) if name in INLINED else name
 
 

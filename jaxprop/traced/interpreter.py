@@ -27,6 +27,7 @@ from jaxprop.traced.equations import (
     inlined,
     looks_up_rows,
     place_of,
+    primitive_of,
     rematerialized,
     scan_of,
     struct,
@@ -72,7 +73,7 @@ def _watched(taps: Taps, equation: JaxprEqn, ins: list[Any], end: int | None) ->
 
 
 def _step(taps: Taps, equation: JaxprEqn, ins: list[Any]) -> list[Any]:
-    name = equation.primitive.name
+    name = primitive_of(equation)
     result = None
     if name in MOVING:
         result = MOVING[name](equation, ins)

@@ -22,6 +22,7 @@ from jaxprop.traced.equations import (
     evaluate,
     inlined,
     name_of,
+    primitive_of,
     rematerialized,
     rule_of,
     scan_of,
@@ -158,7 +159,7 @@ class _Ruling:
     def _key(self, number: int, equation: JaxprEqn, scope: Names) -> tuple[str | None, int | Names]:
         """Return the rule's key, with the whole scope that it is for, or else with the number."""
         around = (*scope, *_scopes(equation))
-        names = {equation.primitive.name, name_of(equation), rule_of(equation)} - {""}
+        names = {primitive_of(equation), name_of(equation), rule_of(equation)} - {""}
         self.seen |= names | set(around)
         for key in self._rules:
             *outer, last = key.split("/")
@@ -250,7 +251,7 @@ def _not_affine(program: Program, of_x: Sequence[bool]) -> set[str]:
     moving = moving_in(program, list(itertools.compress(program.jaxpr.invars, of_x)))
     found: set[str] = set()
     for equation in program.jaxpr.eqns:
-        name = equation.primitive.name
+        name = primitive_of(equation)
         moves = [not isinstance(atom, Literal) and atom in moving for atom in equation.invars]
         if (inner := inlined(equation)) is not None:
             found |= _not_affine(inner, moves)

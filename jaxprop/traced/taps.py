@@ -18,7 +18,7 @@ from jax import Array
 from jax.extend.core import JaxprEqn
 
 from jaxprop.traced.equal import Equal
-from jaxprop.traced.equations import Axes, Convolution, Dot, Place, struct
+from jaxprop.traced.equations import Axes, Convolution, Dot, Place, primitive_of, struct
 from jaxprop.traced.views import Part
 
 
@@ -180,7 +180,7 @@ class Taps:
 
     def watch(self, equation: JaxprEqn, y: Array) -> Array:
         """Return the result of a scope with the zero of this place."""
-        meeting, name = Watched(tuple(self.met)), equation.primitive.name
+        meeting, name = Watched(tuple(self.met)), primitive_of(equation)
         self.met.clear()
         use = Use(meeting, (), None, (), self._scans, name, self.line, self.scope)
         return self.add(use, y, y)
