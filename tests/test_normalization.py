@@ -91,6 +91,17 @@ def test_large_offsets_in_float32(layer):
     assert relative_error(by_hand(layer, params, x, ct), by_hand(layer, *wide)) <= 4e-3
 
 
+@pytest.mark.parametrize("layer", LAYERS[:1] + LAYERS[2:], ids=repr)
+def test_the_cotangent_of_x_has_no_mean_however_large_an_offset(layer):
+    """It is the gradient of a bias before the layer, which an optimizer may scale up."""
+    x = jnp.asarray(100 + normal(8, 16, 32), jnp.float32)
+    params = layer.init(jax.random.key(1), x)
+    _, d_x = jax.jit(functools.partial(by_hand, layer))(params, x, ct_for(layer, params, x))
+    axes = AXES[type(layer).__name__]
+    sums = in_groups(layer, d_x).sum(axes)
+    assert jnp.abs(sums).max() <= 1e-7 * jnp.sqrt(jnp.sum(d_x**2))
+
+
 @layers
 def test_bfloat16_sums_many_rows_in_float32(layer):
     params, x = at(Row(layer, 1 + normal(512, 64, 4)), jnp.bfloat16)

@@ -132,7 +132,8 @@ class BatchNorm(Layer):
             return d_params, (slope * wide_ct).astype(x.dtype)
         d_scale, d_bias = (jnp.sum(d, _all_but_last(x)) for d in (wide_ct * n, wide_ct))
         mean_bias, mean_scale = (aligned(self._over_devices(d), x) for d in (d_bias, d_scale))
-        along = mean_bias + n * mean_scale
+        off_mean = n - self._mean(n)  # n but for what was rounded, so that d_x sums to 0
+        along = mean_bias + off_mean * mean_scale
         d_x = slope * (wide_ct - along / (x.size // x.shape[-1]))
         return BatchNormParams(d_scale, d_bias, (), ()), d_x.astype(x.dtype)
 

@@ -80,7 +80,8 @@ class GroupNorm(Layer):
         positions = math.prod(x.shape[1:-1])
         along_ones = self._mean_of_groups(scale * b) / positions
         along_n = self._mean_of_groups(scale * a) / positions
-        d_x = rstd * (ct * scale - along_ones - n * along_n)
+        mean_n = self._mean_of_groups(_over_positions(jnp.mean, n))  # 0 but for what was rounded
+        d_x = rstd * (ct * scale - along_ones - (n - mean_n) * along_n)
         return NormParams(Sum(a), Sum(b)), d_x.astype(x.dtype)
 
     def _mean_of_groups(self, each: Array) -> Array:
