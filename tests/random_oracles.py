@@ -56,6 +56,10 @@ def answers(case: Case, net: jp.Layer, names: tuple[str, ...], dropped: int | No
             "variance": lambda: jax.tree.map(lambda m, g: 2 * m - g**2, moment, grads),
             "noise": lambda: bounded(oracles.noise_scale.of(each, weights)),
             "clipped": lambda: of_mean(oracles.clipped.of(copies, BOUND)),
+            "automatic": lambda: of_mean(automatic(copies)),
+            "projected": lambda: oracles.per_example_sq_norms.of(own),
+            "hvp": lambda: of_mean(hvp(case, net, params, batch, times)),
+            "ggn": lambda: of_mean(ggn_product(case, net, params, batch, times)),
             "clipped by layer": lambda: of_mean(clipped_by_layer(case, net, params, batch, copies)),
             "diagonal": lambda: of_mean(
                 oracles.diagonal(params, jax.tree.map(lambda b: b[times], blocks()))
@@ -93,8 +97,38 @@ def losses_of(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any]) -> 
     return of_each(case, net, params, batch, lambda *of: case.loss.forward(*of)[0])
 
 
+def hvp(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any], times: Any) -> Any:
+    """Return the Hessian of the mean loss, with each example so often, times the params."""
+
+    def mean(arrays: Any) -> Any:
+        bound = net.bind(params, mask=batch.get("mask"), key=batch.get("key"))
+        y = net.forward(merged(bound, arrays), batch["x"])[0]
+        return wide(case.loss.forward(y, batch["target"])[0])[times].mean()
+
+    arrays = learned(params)
+    return jax.jvp(jax.grad(mean), (arrays,), (arrays,))[1]
+
+
+def ggn_product(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any], times: Any) -> Any:
+    """Return the mean of J^T H J, with each example so often, times the params."""
+    jacobian, hessian = curvatures(case, net, params, batch)
+    along = jax.tree.map(lambda j, p: j @ jnp.ravel(wide(p)), jacobian, learned(params))
+    ends = jnp.einsum("nop,np->no", hessian, sum(jax.tree.leaves(along)))
+
+    def product(j: Any, p: Any) -> Any:
+        return jnp.einsum("noi,no->ni", j, ends)[times].mean(0).reshape(p.shape)
+
+    return jax.tree.map(product, jacobian, learned(params))
+
+
 def ggn_blocks(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any]) -> Any:
     """Return J^T H J of each example and param, (N, P, P)."""
+    jacobian, hessian = curvatures(case, net, params, batch)
+    return jax.tree.map(lambda j: jnp.einsum("noi,nop,npj->nij", j, hessian, j), jacobian)
+
+
+def curvatures(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any]) -> Any:
+    """Return J of each example and param, (N, O, P), and H of each example's loss, (N, O, O)."""
 
     def own(y: Any, target: Any) -> Any:
         return case.loss.forward(y[None], jax.tree.map(lambda t: t[None], target))[0][0]
@@ -102,12 +136,13 @@ def ggn_blocks(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any]) ->
     y, jacobian = of_each(case, net, params, batch, lambda y, _: y)
     size = y[0].size
     hessian = jax.vmap(jax.hessian(own))(y, wide(batch["target"])).reshape(len(y), size, size)
+    return jax.tree.map(lambda j: j.reshape(len(y), size, -1), jacobian), hessian
 
-    def block(j: Any) -> Any:
-        j = j.reshape(len(y), size, -1)
-        return jnp.einsum("noi,nop,npj->nij", j, hessian, j)
 
-    return jax.tree.map(block, jacobian)
+def automatic(each: Any) -> Any:
+    """Return the mean of each, with every gradient weighed by the bound over its norm and 0.01."""
+    weights = BOUND / (jnp.sqrt(oracles.per_example_sq_norms.of(each)) + 0.01)
+    return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1) / len(weights), each)
 
 
 def clipped_by_layer(case: Case, net: jp.Layer, params: Any, batch: Any, each: Any) -> Any:
@@ -141,6 +176,10 @@ def comparable(result: dict[str, Any]) -> dict[str, Any]:
     result = dict(result)
     if "root" in result:
         result["root"] = jax.tree.map(block, learned(result["root"]))
+    if "projected" in result:
+        rows = jax.tree.leaves(wide(result["projected"]))
+        squares = [jnp.sum(row**2, range(1, row.ndim)) for row in rows]
+        result["projected"] = sum(squares)
     if "variance" in result:
         result["variance"] = jax.tree.map(jnp.add, result["moment"], result["variance"])
     if "noise" in result:

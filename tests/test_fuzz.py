@@ -1,7 +1,7 @@
 """Random networks, dtypes, quantities, updates and transformations, against autodiff in float64.
 
 A case is a number, which draws all of it. To see one again: ``pytest tests/test_fuzz.py -n0 -s
---full --fuzz-case 17 --fuzz-seconds 0``.
+--full -k test_random --fuzz-case 17 --fuzz-seconds 0``.
 """
 
 import time
@@ -21,6 +21,7 @@ import jaxprop as jp
 from jaxprop.core.side_inputs import takes_side_input
 from jaxprop.core.tree import learned, merged
 
+LARGEST = 2**10  # sides that are no larger are left as they are
 QUANTITIES = {
     "grads": jp.Gradient(),
     "each": jp.PerExampleGrads(),
@@ -31,23 +32,37 @@ QUANTITIES = {
     "noise": jp.NoiseScale(),
     "clipped": jp.Clipped(BOUND),
     "in two passes": jp.Clipped(BOUND, two_pass=True),
+    "automatic": jp.Clipped(BOUND, weight=jp.quantity.automatic),
     "clipped by layer": jp.Clipped(BOUND, per_layer=True),
     "diagonal": jp.DiagGGN(),
     "root": jp.GGNRoot(),
+    "projected": jp.quantity.Projected(LARGEST, jax.random.key(0)),
     "kronecker": jp.KroneckerFactors(),
     "empirical": jp.KroneckerFactors(empirical=True),
 }
+PRODUCTS = {"hvp": jp.hvp, "ggn": jp.ggn_vp}  # with the params
 BY_ITSELF = {"kronecker", "empirical"}  # held against the library's own, under jax.jit
-LIKE_PARAMS = {"grads", "clipped", "in two passes", "clipped by layer", "finite"}
+CLIPPED = {"clipped", "in two passes", "clipped by layer", "automatic"}
+LIKE_PARAMS = {"grads", "finite", *CLIPPED, *PRODUCTS}
 OPTIMIZERS = (
     optax.sgd(0.5, momentum=0.9),
     optax.adam(0.05, eps=1e-2),
     optax.adamw(0.05, eps=1e-2, weight_decay=0.1),
 )
 EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec("d")
-OF_EXAMPLES = {"each": SPLIT, "norms": SPLIT, "root": PartitionSpec(None, "d")}
+OF_EXAMPLES = dict.fromkeys(["each", "norms", "projected"], SPLIT) | {
+    "root": PartitionSpec(None, "d")
+}
 SUMMED = {"value", "moment", "diagonal"}  # over devices; gradients by params of all of them are
 NOT_ON_DEVICES = {"gram", "variance", "noise", *BY_ITSELF}
+SEEDS = {  # the cases under each transformation, which go around the dtypes
+    "jit": range(18),
+    "vmap": range(18, 36),
+    "scan": range(36, 54),
+    # of batches that can be divided
+    "shard_map": (3, 14, 19, 24, 28, 33, 38, 42, 49, 54, 59, 63, 68, 73, 81, 85, 87, 89),
+    "micro_batches": (4, 15, 20, 29, 34, 50, 55, 64, 69, 74, 82, 86, 88, 91, 93, 94, 95, 96),
+}
 REFUSALS = (
     "has no Kronecker factors",
     "one that is cast takes x.astype(dtype)",
@@ -55,17 +70,24 @@ REFUSALS = (
 )
 
 
-def check(number: int) -> str | None:
-    """Return what is wrong with a case, or None."""
+def check(number: int, dtype: str | None = None, how: str | None = None) -> str | None:
+    """Return what is wrong with a case, or None.
+
+    Args:
+        number: the case.
+        dtype: of ``DTYPES``; it is drawn if it is not given.
+        how: the transformation, likewise; if it is given, no optimizer is.
+    """
     rng = np.random.default_rng(number)
-    dtype = str(rng.choice(list(DTYPES)))
+    drawn = str(rng.choice(list(DTYPES)))
+    dtype = dtype or drawn
     case = draw_case(rng, dtype)
     print(f"\ncase {number}: {case.net}\n{case.loss} on {case.x.shape}, {dtype}, {case.given}")
-    updating = rng.random() < 0.25
+    updating = rng.random() < 0.25 and how is None
     sentences = [*REFUSALS, *["couples the examples of a batch"] * case.net.batch_coupled]
     try:
         with jax.numpy_dtype_promotion("standard" if updating else "strict"):
-            (check_update if updating else check_quantities)(case, rng)
+            check_update(case, rng) if updating else check_quantities(case, rng, how)
     except Exception as wrong:
         if any(sentence in str(wrong) for sentence in sentences):
             print("refused")
@@ -79,6 +101,15 @@ def check(number: int) -> str | None:
 def test_a_few_random_networks(number: int) -> None:
     wrong = check(number)
     assert wrong is None, wrong
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", SEEDS)
+def test_each_dtype_under_each_transformation(how: str, dtype: str) -> None:
+    for number in SEEDS[how][list(DTYPES).index(dtype) :: len(DTYPES)]:
+        wrong = check(number, dtype, how)
+        assert wrong is None, f"case {number}, {dtype} under {how}: {wrong}"
 
 
 @pytest.mark.full
@@ -97,10 +128,13 @@ def test_random_networks(request: pytest.FixtureRequest) -> None:
     assert not found, "\n".join(found)
 
 
-def check_quantities(case: Case, rng: np.random.Generator) -> None:
+def check_quantities(case: Case, rng: np.random.Generator, how: str | None = None) -> None:
     """Hold some quantities under a transformation against the oracle."""
-    how = str(rng.choice(hows(case)))
+    drawn = str(rng.choice(hows(case)))
+    how = how or drawn
+    assert how in hows(case), f"{how} is not for this case"
     names = draw_names(case, how, rng)
+    devices = draw_devices(case, rng) if how == "shard_map" else 1
     options, dropped = draw_micro_batches(case, how, rng), None
     healthy = runs = batches(case, how)
     if "weights" in case.given:
@@ -108,19 +142,20 @@ def check_quantities(case: Case, rng: np.random.Generator) -> None:
     if "finite" in names and jnp.issubdtype(case.x.dtype, jnp.floating):
         dropped = int(rng.integers(len(case.x)))
         runs = spoilt(runs, np.arange(len(case.x)) == dropped)
-    f = made(case, names, options, rng)
+    traced = how != "eager" and is_one_function(case, names) and rng.random() < 0.3
+    f = made(in_one_function(case) if traced else case, names, options, rng)
 
     def of_batch(params: Any, batch: dict[str, Any]) -> dict[str, Any]:
         given = dict(batch)
         return f(params, given.pop("x"), given.pop("target"), **given)
 
-    print(f"{', '.join(names)} under {how} {options or ''}")
+    print(f"{', '.join(names)} under {how} {options or ''}{' as one function' * traced}")
     exact, same = (
         answers(case, net, tuple(name for name in names if name not in BY_ITSELF), dropped)
         for net in (case.exact, case.net)
     )
     judge = Judge(case.narrowest, exact, same)
-    got = transformed(how, of_batch, runs, names)
+    got = transformed(how, of_batch, runs, names, devices)
     for result, args, right in zip(got, runs, healthy, strict=False):
         for name in LIKE_PARAMS & result.keys():
             assert dtypes(result[name]) == dtypes(case.params), name
@@ -137,6 +172,14 @@ def made(case: Case, names: tuple[str, ...], options: dict[str, Any], rng: Any) 
     elif names == ("value", "finite"):
         options = options | {"drop_nonfinite": True, "two_pass": bool(rng.integers(2))}
         pair = jp.clipped_grad(case.net, case.loss, BOUND, **options)
+    elif names[-1] in PRODUCTS:
+        (name,) = names
+        product = PRODUCTS[name](case.net, case.loss)
+
+        def with_params(params: Any, x: Any, target: Any, **given: Any) -> dict[str, Any]:
+            return {name: product(params, x, target, learned(params), **given)}
+
+        return with_params
     else:
         asked = {name: QUANTITIES[name] for name in names if name != "value"}
         return jp.quantities(case.net, case.loss, **asked, **options)
@@ -149,12 +192,29 @@ def made(case: Case, names: tuple[str, ...], options: dict[str, Any], rng: Any) 
 
 def hows(case: Case) -> list[str]:
     """Return the transformations that leave this case's results as they are."""
-    apart = not case.net.batch_coupled and "key" not in case.given and len(case.x) % 2 == 0
+    apart = not case.net.batch_coupled and "key" not in case.given and len(case.x) > 1
     return ["jit", "jit", "eager", "vmap", "scan", *["shard_map", "micro_batches"] * (2 * apart)]
 
 
+def is_one_function(case: Case, names: tuple[str, ...]) -> bool:
+    """Return whether the net may be taken for a function of params, all of them learned, and x."""
+    if case.net.batch_coupled or {"key", "mask"} & case.given.keys():
+        return False
+    all_learned = len(dtypes(case.params)) == len(jax.tree.leaves(case.params))
+    return all_learned and not {"clipped by layer", *BY_ITSELF} & set(names)
+
+
+def in_one_function(case: Case) -> Case:
+    """Return the case with the net as a traced function."""
+    net = case.net
+    return case._replace(net=jp.function(lambda params, x: net.forward(params, x)[0]))
+
+
 def draw_names(case: Case, how: str, rng: np.random.Generator) -> tuple[str, ...]:
-    """Return the value, and the names of some quantities that there are."""
+    """Return the value, and the names of some quantities that there are, or of a product alone."""
+    whole = how not in ("shard_map", "micro_batches") and "divisor" not in case.given
+    if whole and rng.random() < 0.12:
+        return (str(rng.choice(["hvp"] if case.net.batch_coupled else list(PRODUCTS))),)
     if case.net.batch_coupled:
         return ("value", "grads")
     if not {"mask", "key"} & case.given.keys() and rng.random() < 0.1:  # these may hide a NaN
@@ -180,6 +240,11 @@ def draw_micro_batches(case: Case, how: str, rng: np.random.Generator) -> dict[s
     if how != "micro_batches":
         return {}
     return {"micro_batches": int(rng.choice([n for n in (2, 3) if len(case.x) % n == 0]))}
+
+
+def draw_devices(case: Case, rng: np.random.Generator) -> int:
+    """Return over how many devices the examples go, in equal parts."""
+    return int(rng.choice([n for n in (2, 3, 4, 6) if len(case.x) % n == 0]))
 
 
 def batches(case: Case, how: str) -> list[Any]:
@@ -208,7 +273,9 @@ def spoilt(runs: list[Any], wrong: np.ndarray) -> list[Any]:
     return [(params, batch | {"x": of(batch["x"])}) for params, batch in runs]
 
 
-def transformed(how: str, f: Any, runs: list[Any], names: tuple[str, ...]) -> list[Any]:
+def transformed(
+    how: str, f: Any, runs: list[Any], names: tuple[str, ...], devices: int
+) -> list[Any]:
     """Return f(params, batch) of each of the runs, or of the first alone."""
     first, stacked = runs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
     if how == "eager":
@@ -220,7 +287,7 @@ def transformed(how: str, f: Any, runs: list[Any], names: tuple[str, ...]) -> li
             return result | jax.lax.psum({n: result[n] for n in SUMMED & result.keys()}, "d")
 
         ends = {name: OF_EXAMPLES.get(name, EVERYWHERE) for name in names}
-        return [on_devices(share, (EVERYWHERE, split(first[1])), ends)(*first)]
+        return [on_devices(devices, share, (EVERYWHERE, split(first[1])), ends)(*first)]
     if how == "vmap":
         ends = jax.jit(jax.vmap(f))(*stacked)
     elif how == "scan":
@@ -230,8 +297,8 @@ def transformed(how: str, f: Any, runs: list[Any], names: tuple[str, ...]) -> li
     return [jax.tree.map(lambda leaf, i=i: leaf[i], ends) for i in range(len(runs))]
 
 
-def on_devices(f: Any, given: Any, ends: Any) -> Any:
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+def on_devices(devices: int, f: Any, given: Any, ends: Any) -> Any:
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
     return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=given, out_specs=ends))
 
 
@@ -273,7 +340,9 @@ def check_update(case: Case, rng: np.random.Generator) -> None:
         carry, values = jax.jit(lambda *of: jax.lax.scan(step, *of))(carry, stacked)
     else:
         if how == "shard_map":
-            step = on_devices(step, (EVERYWHERE, split(seen[0])), EVERYWHERE)
+            step = on_devices(
+                draw_devices(case, rng), step, (EVERYWHERE, split(seen[0])), EVERYWHERE
+            )
         for batch in seen:
             carry, value = step(carry, batch)
             values.append(value)
