@@ -143,6 +143,20 @@ def test_a_key_that_no_query_sees_and_a_query_that_sees_none_do_not_matter(heads
 
 
 @saves
+def test_a_key_that_mask_and_causality_hide_together_does_not_matter(save):
+    """The mask shows the first query the last key alone, and the last key to no other query."""
+    mask, x = np.ones((1, 3, 3), bool), normal(1, 3, 3 * FEATURES)
+    mask[:, 0, :2], mask[:, 1:, 2] = False, False
+    spoiled = x.copy()
+    spoiled[:, 0, :FEATURES], spoiled[:, 2, FEATURES:] = np.nan, np.nan
+    layer, ct = jp.Attention(1, save=save), jnp.asarray(normal(1, 3, FEATURES))
+    expected, got = (
+        both_ways(layer, jp.Mask(jnp.asarray(mask)), jnp.asarray(z), ct) for z in (x, spoiled)
+    )
+    assert relative_error(got, expected) == 0
+
+
+@saves
 @pytest.mark.parametrize("heads", [1, HEADS])
 def test_the_bias_at_padding_does_not_matter(heads, save):
     real = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 0, 1]], bool)

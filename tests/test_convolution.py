@@ -80,6 +80,32 @@ def test_every_question_is_answered_as_by_the_generic_rule(form):
     assert relative_error(got, expected) <= 1e-10
 
 
+def test_what_is_asked_of_the_patches_of_groups():
+    """Beside what quantities ask; the patches are the gradients of a ct of ones."""
+    windows = Windows.over((4, 3), (3, 2), (1, 1), "SAME", (1, 1))
+    form = jp.Patches(normal(3, 4, 3, 4), normal(3, 4, 3, 6, seed=1), windows, 2)
+    other = jp.Patches(normal(2, 4, 3, 4, seed=2), normal(2, 4, 3, 6, seed=3), windows, 2)
+    weights, real = jnp.array([0.5, 2.0, 1.0]), jnp.array([True, False, True])
+    sides = jp.quantity.Sides(normal(12, 2), normal(6, 5))
+
+    def asked(form, other):
+        pair = form.for_products(other), other.for_products(form)
+        return [form.per_example(), form.projected(sides), pair[0].products_with(pair[1])]
+
+    @jax.jit
+    def both(form, other):
+        patches = by_vjp(dataclasses.replace(form, ct=jnp.ones((3, 4, 3, 2)))).per_example()
+        patches, ct = patches.reshape(3, 12, 2), form.ct.sum((1, 2)).reshape(3, 2, 3)
+        sums = jnp.einsum("n,nig->gi", jnp.where(real, weights, 0), patches)
+        means = jnp.einsum("nig,ngo->nigo", patches / 12, ct).reshape(3, 3, 2, 2, 6)
+        got = form.sum_of_x(real, weights), form.in_one_position().per_example()
+        return (asked(form, other), got), (asked(by_vjp(form), by_vjp(other)), (sums, means))
+
+    got, expected = both(form, other)
+    assert relative_error(got, expected) <= 1e-12
+    assert form.sizes == (12, 6)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("channels", [2, patches.WIDE])
 def test_block_by_block_is_all_at_once(channels, monkeypatch):
@@ -203,6 +229,14 @@ def test_pad_is_that_of_numpy(mode, widths):
     np.testing.assert_array_equal(layer.forward((), x)[0], y)
     ct = normal(*y.shape, seed=1)
     np.testing.assert_allclose(by_hand(layer, (), x, ct)[1], pull(ct)[0], rtol=1e-14)
+
+
+def test_a_constant_is_added_more_often_than_x_has_entries():
+    layer, x = jp.Pad(((3, 1),), 0.5), jnp.array([[[1.0, 2.0]]])
+    y, residuals = layer.forward((), x)
+    np.testing.assert_array_equal(y, [[*[[0.5, 0.5]] * 3, [1.0, 2.0], [0.5, 0.5]]])
+    _, d_x = layer.backward((), residuals, jnp.arange(10.0).reshape(1, 5, 2))
+    np.testing.assert_array_equal(d_x, [[[6.0, 7.0]]])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -363,8 +397,9 @@ def test_integers_are_refused(layer):
         layer.init(jax.random.key(0), jax.ShapeDtypeStruct((2, 4, 4, 1), jnp.int32))
 
 
-def test_a_wrong_cotangent_is_named():
-    layer, x = jp.Conv(3), jnp.ones((2, 4, 4, 1))
+@pytest.mark.parametrize("layer", [jp.Conv(3), jp.ConvTranspose(3)], ids=str)
+def test_a_wrong_cotangent_is_named(layer):
+    x = jnp.ones((2, 4, 4, 1))
     params = layer.init(jax.random.key(0), x)
     with pytest.raises(ValueError, match=r"ct has shape \(2, 3, 3, 3\), but x has \(2, 4, 4, 1\)"):
         layer.backward(params, x, jnp.ones((2, 3, 3, 3)))

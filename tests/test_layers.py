@@ -137,6 +137,12 @@ def test_chains_of_any_shape(batch, positions, widths, bias, activation):
     assert relative_error(by_hand(net, params, x, ct), by_vjp(net, params, x, ct)) <= 1e-12
 
 
+@pytest.mark.parametrize("layer", [jp.Dense, jp.Conv, jp.ConvTranspose])
+def test_without_a_bias_there_is_no_param_for_it(layer):
+    x = jax.ShapeDtypeStruct((2, 4, 4, 1), jnp.float64)
+    assert jax.eval_shape(layer(3, bias=False).init, jax.random.key(0), x).b is None
+
+
 def test_other_params_are_feedback_alignment():
     """backward takes params as an argument: with other ones the error comes back through those."""
     layer = jp.Dense(3)

@@ -14,6 +14,7 @@ from test_layers import by_hand, ct_for
 
 import jaxprop as jp
 from jaxprop.core.tree import learned
+from jaxprop.layers.normalization import rstd_of
 
 LAYERS = [jp.LayerNorm(), jp.RMSNorm(), jp.GroupNorm(2), jp.BatchNorm()]
 layers = pytest.mark.parametrize("layer", LAYERS, ids=repr)
@@ -433,6 +434,13 @@ def test_numbers_whose_squares_overflow(layer, size):
     assert relative_error((d_params, d_x * size), (expected[0], expected[1] * size)) <= 1e-4
     (_, of_x) = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, large)[1](ct)
     assert relative_error(of_x * size, expected[1] * size) <= 1e-4
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30, 1e36])
+def test_what_divides_a_number_whose_square_overflows(size):
+    x = jnp.full((1, 4), size, jnp.float32)
+    rstd = rstd_of(x, lambda squares: squares.mean(-1, keepdims=True), 1e-5)
+    np.testing.assert_allclose(rstd * x, 1, rtol=1e-6)
 
 
 def in_parts(f, axes=("d",), **options):

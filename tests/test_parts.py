@@ -93,6 +93,15 @@ def test_as_a_function_of_ordinary_jax(net, x):
     assert all(relative_error(got, want) <= 1e-12 for got, want, real in pairs if real)
 
 
+def test_the_cotangent_of_a_part_that_is_not_taken_is_zero():
+    layer, x = jp.Item(1), (jnp.ones((2, 3)), jnp.ones((2, 4)), jnp.ones((2, 5), int))
+    y, residuals = layer.forward((), x)
+    zeros, ct, of_ids = layer.backward((), residuals, 2 * y)[1]
+    np.testing.assert_array_equal(zeros, np.zeros((2, 3)))
+    np.testing.assert_array_equal(ct, 2 * x[1])
+    assert of_ids is None
+
+
 def test_gradients_and_updates():
     params = HEADS.init(jax.random.key(0), X)
     args = params, X, TARGET
