@@ -1,14 +1,18 @@
 """Forms that are asked for more than one thing: g_n itself, where there is room for it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxprop as jp
-from jaxprop.core.forms import Rearranged, Repeated, Stacked, Sum, Transposed
+from jaxprop.core.forms import Rearranged, Repeated, Sides, Stacked, Sum, Transposed, joint
+from jaxprop.core.forms.biased import with_bias
 from jaxprop.layers.embedding import Rows
 from jaxprop.layers.patches import Patches
+from jaxprop.layers.positions import Leading
 from jaxprop.layers.windows import Windows
 
 N = 6
@@ -69,6 +73,41 @@ def test_a_narrow_form_is_formed_in_float32():
     np.testing.assert_array_equal(compact.weighted_sum(jnp.ones(N)).dtype, jnp.float32)
     exact = jnp.einsum("nti,nto->nio", *(a.astype(jnp.float32) for a in (form.x, form.ct)))
     np.testing.assert_allclose(compact.g, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Leading(normal(N, 3, 4), 5), Rows(jnp.arange(3 * N).reshape(N, 3) % 5, normal(N, 3, 4), 5)],
+    ids=["positions", "a table"],
+)
+def test_the_product_with_another_form_of_the_same_param(form):
+    """So it is of one that is used in two ways; and seen from both sides."""
+    other, sides = Stacked(normal(2, 5, 4)), Sides(normal(5, 2), normal(4, 3))
+    got = form.for_products(other).products_with(other.for_products(form))
+    g = form.per_example()
+    np.testing.assert_allclose(got, jnp.einsum("nio,mio->nm", g, other.g), rtol=1e-12)
+    seen = jnp.einsum("nio,ik,ol->nkl", g, *sides)
+    np.testing.assert_allclose(form.projected(sides), seen, rtol=1e-12)
+    assert form.sizes == (5, 4)
+
+
+def test_a_bias_joins_its_matrix_alone():
+    x, ct = normal(2, N, 5), normal(2, N, 4)
+    both = with_bias(Repeated(jp.Outer(x, ct)), Repeated(Sum(ct)))
+    np.testing.assert_array_equal(both.form.x, np.concatenate([x, np.ones((2, N, 1))], axis=-1))
+    assert with_bias(Leading(ct, 7), Sum(ct)) is None  # of what multiplies no x
+
+
+def test_two_uses_of_a_table_are_no_product_over_more_positions():
+    rows = Rows(jnp.arange(3 * N).reshape(N, 3) % 5, normal(N, 3, 4), 5)
+    more = Rows(jnp.ones((N, 2), int), normal(N, 2, 4), 5)
+    expected = rows.per_example() + more.per_example()
+    np.testing.assert_allclose(joint((rows, more)).per_example(), expected, rtol=1e-15)
+
+
+def test_a_form_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Sum(normal(N, 4)).ct = None
 
 
 def test_a_bias_is_added_up_over_positions():
