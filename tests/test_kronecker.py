@@ -329,7 +329,26 @@ def test_one_example_s_block_is_the_product_with_its_bias():
     assert factors[0].w.a.shape == (5, 5)
 
 
+def test_empirical_factors_are_those_of_the_gradient():
+    net, target = jp.Dense(3), 1 - normal(4, 3)
+    params, x = at(Row(net, normal(4, 5)))
+    empirical = jp.KroneckerFactors(empirical=True)
+    found = jp.quantities(net, jp.HalfSquaredError(), it=empirical)(params, x, target)["it"].w
+    ct = net(params, x) - target
+    np.testing.assert_allclose(found.a, x.T @ x / 4, rtol=1e-12)
+    np.testing.assert_allclose(found.b, ct.T @ ct / 4, rtol=1e-12)
+
+
+def test_a_param_without_factors_is_left_out_where_it_is_asked_for():
+    net = jp.tied(jp.Embedding(7, 4), jp.Tanh())  # the table is an input's and a matrix
+    params, ids = at(Row(net, IDS))
+    skipped = jp.kronecker_factors(net, LOSS, others="skip")
+    assert jax.tree.leaves(jax.eval_shape(skipped, params, ids, IDS)) == []
+
+
 def test_mistakes_in_what_is_sampled():
+    with pytest.raises(ValueError, match="samples is at least 1"):
+        jp.quantity.HessianRoot(samples=0)
     net, params, x, target = problem("dense")
     with pytest.raises(TypeError, match="to sample takes a key"):
         jp.curvature.ekfac_factors(net, LOSS, samples=3)(params, x, target)

@@ -48,6 +48,13 @@ def is_parts(node):
     return isinstance(node, NoiseParts)
 
 
+def test_the_scale_does_not_depend_on_what_sums_are_divided_by():
+    args = problem(jp.Dense(3))
+    f = jax.jit(jp.noise_scale(*args[:2]))
+    got, want = (f(*args[2:], divisor=given) for given in (20.0, 8.0))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("where", "chosen"),

@@ -100,6 +100,13 @@ def test_the_tangent_kernel_of_more_outputs_than_are_walked_from_at_a_time():
     assert relative_error(jp.ntk(net)(params, x), trace) <= 1e-10
 
 
+def test_the_tangent_kernel_of_the_mean_over_positions():
+    """It is x_n . x_m + 1 with the means of x, for more outputs than are walked from at a time."""
+    net, x = jp.chain(jp.Dense(20), jp.GlobalAvgPool()), jnp.asarray(normal(2, 1, 3, 8))
+    params, mean = net.init(jax.random.key(0), x), x.mean(axis=(1, 2))
+    np.testing.assert_allclose(jp.ntk(net)(params, x), mean @ mean.T + 1, rtol=1e-12)
+
+
 @pytest.mark.full
 def test_the_tangent_kernel_between_sequences_of_other_lengths():
     net = jp.chain(jp.Dense(4), BLOCK, jp.GlobalAvgPool())
@@ -193,6 +200,16 @@ def test_no_side_is_wider_than_it_is_long():
     rows = jp.projected_grads(net, LOSS, 100, key=jax.random.key(0))(params, x, x[:, :2])
     each = jp.per_example_grads(net, LOSS)(params, x, x[:, :2])
     assert relative_error(flat(rows), flat(each)) <= 1e-12
+
+
+def test_random_sides_keep_norms():
+    """Each multiplies them by a root of chi^2 / 50, of 50 degrees of freedom: 1 within a tenth."""
+    net, target = jp.Dense(60, bias=False), 1 - normal(3, 60)
+    params, x = at(Row(net, normal(3, 60)))
+    rows = jp.projected_grads(net, LOSS, 50, key=jax.random.key(0))(params, x, target)
+    each = jp.per_example_grads(net, LOSS)(params, x, target)
+    norms, expected = (jnp.linalg.norm(flat(tree), axis=1) for tree in (rows, each))
+    np.testing.assert_allclose(norms, expected, rtol=0.4)
 
 
 def test_functions_and_their_scans():
