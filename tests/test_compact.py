@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import jaxprop as jp
-from jaxprop.core.forms import Rearranged, Repeated, Sides, Stacked, Sum, Transposed, joint
+from jaxprop.core.forms import (
+    Factored,
+    Rearranged,
+    Repeated,
+    Sides,
+    Stacked,
+    Sum,
+    Transposed,
+    joint,
+)
 from jaxprop.core.forms.biased import with_bias
 from jaxprop.layers.embedding import Rows
 from jaxprop.layers.patches import Patches
@@ -77,8 +86,12 @@ def test_a_narrow_form_is_formed_in_float32():
 
 @pytest.mark.parametrize(
     "form",
-    [Leading(normal(N, 3, 4), 5), Rows(jnp.arange(3 * N).reshape(N, 3) % 5, normal(N, 3, 4), 5)],
-    ids=["positions", "a table"],
+    [
+        outer((3,), 5, 4),
+        Leading(normal(N, 3, 4), 5),
+        Rows(jnp.arange(3 * N).reshape(N, 3) % 5, normal(N, 3, 4), 5),
+    ],
+    ids=["a matrix", "positions", "a table"],
 )
 def test_the_product_with_another_form_of_the_same_param(form):
     """So it is of one that is used in two ways; and seen from both sides."""
@@ -88,6 +101,7 @@ def test_the_product_with_another_form_of_the_same_param(form):
     np.testing.assert_allclose(got, jnp.einsum("nio,mio->nm", g, other.g), rtol=1e-12)
     seen = jnp.einsum("nio,ik,ol->nkl", g, *sides)
     np.testing.assert_allclose(form.projected(sides), seen, rtol=1e-12)
+    np.testing.assert_allclose(Factored.projected(form, sides), seen, rtol=1e-12)
     assert form.sizes == (5, 4)
 
 

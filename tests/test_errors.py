@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxprop as jp
+from jaxprop.core.arrays import check_fit
 from jaxprop.layers import AffineParams
 
 NET = jp.chain(jp.Dense(4), jp.Relu(), jp.Dense(3))
@@ -326,6 +327,13 @@ def test_donated_params_are_named():
     update(old, optimizer.init(old), X, TARGET)
     with pytest.raises(RuntimeError, match="go on with the params and the state that it returned"):
         update(old, optimizer.init(params()), X, TARGET)
+
+
+def test_numbers_that_numpy_has_in_64_bits_fit_where_x64_is_off():
+    with jax.enable_x64(False):
+        check_fit({"x": np.array([1e300]), "small": np.array([3]), "none": np.zeros(0, int)})
+        with pytest.raises(ValueError, match=f"ids of int64 holds {2**31}, which does not fit"):
+            check_fit({"ids": np.array([2**31])})
 
 
 @pytest.mark.full

@@ -255,6 +255,10 @@ NETS = mistakes(
         lambda: NET.init(jax.random.split(KEY), X),
         "Chain.init: key is one key, not an array of them, key<fry>[2]",
     ),
+    init_by_several_old_keys=(
+        lambda: NET.init(jax.random.split(jax.random.PRNGKey(0)), X),
+        "Chain.init: key is one key, not an array of them, uint32[2,2]",
+    ),
     init_of_one_example=(lambda: NET.init(KEY, X[0]), "for one example write x[None]"),
     init_of_a_scalar=(lambda: NET.init(KEY, X[0, 0]), "axis 0 the example, not ()"),
     an_image_without_a_batch=(lambda: jp.Conv(4).init(KEY, IMAGE[0]), "shape (N, H, W, C), axis 0"),
