@@ -105,6 +105,13 @@ def test_the_product_with_another_form_of_the_same_param(form):
     assert form.sizes == (5, 4)
 
 
+def test_the_product_of_a_rearranged_form_with_another():
+    form, other = Rearranged(outer((3,), 4, 5), (Transposed((1, 0)),)), Stacked(normal(2, 5, 4))
+    got = form.for_products(other).products_with(other.for_products(form))
+    expected = jnp.einsum("nio,mio->nm", form.per_example(), other.g)
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
 def test_a_bias_joins_its_matrix_alone():
     x, ct = normal(2, N, 5), normal(2, N, 4)
     both = with_bias(Repeated(jp.Outer(x, ct)), Repeated(Sum(ct)))
