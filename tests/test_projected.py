@@ -107,6 +107,14 @@ def test_the_tangent_kernel_of_the_mean_over_positions():
     np.testing.assert_allclose(jp.ntk(net)(params, x), mean @ mean.T + 1, rtol=1e-12)
 
 
+def test_the_tangent_kernel_of_a_param_that_no_output_depends_on():
+    net, x = jp.function(lambda w, x: x @ w["used"]), jnp.asarray(normal(4, 2))
+    params = {"used": jnp.ones((2, 3)), "unused": jnp.ones(5)}
+    expected = jnp.einsum("ni,mi,cd->nmcd", x, x[:2], jnp.eye(3))
+    got = jp.ntk(net, full=True)(params, x, x[:2])
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
 @pytest.mark.full
 def test_the_tangent_kernel_between_sequences_of_other_lengths():
     net = jp.chain(jp.Dense(4), BLOCK, jp.GlobalAvgPool())
