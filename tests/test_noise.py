@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from table import Row, at, normal, relative_error
 
 import jaxprop as jp
+from jaxprop.core.where import of_layers
 from jaxprop.quantity import NoiseAverage, NoiseParts
 
 BLOCK = jp.chain(
@@ -46,6 +47,13 @@ def of_norms(grads):
 
 def is_parts(node):
     return isinstance(node, NoiseParts)
+
+
+def test_the_params_of_chosen_layers_keep_their_places():
+    net = jp.chain(jp.Dense(4), jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(4))))
+    params, _ = at(Row(net, normal(2, 3)))
+    first, (norm, last) = of_layers(jp.Dense, net, params)
+    assert (first, norm, last) == (params[0], jp.NormParams((), ()), params[1][1])
 
 
 def test_the_scale_does_not_depend_on_what_sums_are_divided_by():
