@@ -333,6 +333,13 @@ def test_what_an_example_refuses(script, argv, message, monkeypatch, capsys):
 
 
 @pytest.mark.full
+def test_attention_is_held_to_what_jax_has():
+    """On a CPU there are no kernels, and no cuDNN."""
+    lines = run("peers/attention.py", "--quick").splitlines()
+    assert [len(line.split("(")) for line in lines[2:]] == [5, 5]
+
+
+@pytest.mark.full
 def test_kfac_takes_fewer_steps_than_tuned_adam(tmp_path):
     given = "--steps", 80, "--adam-steps", 600, "--threshold", 0.26, "--plot", tmp_path / "kfac.png"
     out = run("kfac.py", *given)

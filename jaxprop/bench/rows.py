@@ -312,8 +312,8 @@ LARGE: dict[str, Callable[[], Case]] = {
     "gpt2-small-clipped/vmap": lambda: clipped(
         gpt2_small(batch=8), functools.partial(vmap_clipped, max_norm=1.0)
     ),
-    "gpt2-small-logsumexp/weights": lambda: saving_logsumexp(batch=8, length=512),
-    "gpt2-small-2048-logsumexp/weights": lambda: saving_logsumexp(batch=2, length=2048),
+    "gpt2-small-lse/weights": lambda: saving_logsumexp(batch=8, length=512),
+    "gpt2-small-2048-lse/weights": lambda: saving_logsumexp(batch=2, length=2048),
 }
 """Rows for an accelerator."""
 
