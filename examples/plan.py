@@ -4,6 +4,7 @@
     python examples/plan.py --devices 512 --batch 4
     python examples/plan.py --layers 12 --features 768 --heads 12 --devices 1
     python examples/plan.py --target h100  # pip install 'jaxprop-vjp[h100]'
+    python examples/plan.py --target h100 --save logsumexp
 
 The default model is GPT-2 XL, with 1.5 B params. The step of ``jp.make_update`` with Adam is
 compiled from shapes alone, for a mesh of simulated CPU devices. Params, optimizer state and batch
@@ -82,7 +83,7 @@ def compiled(args: argparse.Namespace, way: Way, devices: int) -> Need:
             shardings,
         )
 
-    net = jp.models.gpt2(config(args), recomputing=way.recompute)
+    net = jp.models.gpt2(config(args), recomputing=way.recompute, save=args.save)
     ids = jax.ShapeDtypeStruct((devices * args.batch, args.length), jnp.int32)
     params = jax.eval_shape(net.init, jax.random.key(0), ids)
     optimizer = optax.adam(1e-4)
@@ -122,7 +123,8 @@ def residuals(args: argparse.Namespace, way: Way) -> tuple[float, float]:
     # The x of the two skips, the x of the four dense layers, q, k and v, and the input of gelu.
     rows = t * d * (2 + (1 + 1 + 1 + 4) + 3 + 4)
     weights = args.heads * t**2 * 9 / 16  # in 8 parts, each with the keys up to its last query
-    return width * (rows + weights), (4 + 4) * t * args.vocab  # softmax and its ct, in float32
+    kept = width * weights if args.save == "weights" else 4 * args.heads * t
+    return width * rows + kept, (4 + 4) * t * args.vocab  # softmax and its ct, in float32
 
 
 def arithmetic(args: argparse.Namespace, way: Way, devices: int) -> Need:
@@ -198,6 +200,12 @@ def main() -> None:
         ("vocab", positive, 50257, "number of tokens in the vocabulary"),
         ("length", positive, 1024, "tokens per example"),
         ("batch", positive, 8, "examples per device"),
+    )
+    parser.add_argument(
+        "--save",
+        choices=["weights", "logsumexp"],
+        default="weights",
+        help="what attention saves for backward (default: weights)",
     )
     parser.add_argument(
         "--target",

@@ -16,6 +16,7 @@ from table import LOSSES, TABLE, Row, at, first_of_their_kind, relative_error, r
 import jaxprop as jp
 from jaxprop.core.arrays import aligned
 from jaxprop.core.describe import structs
+from jaxprop.core.forms.form import norms, norms_of_all
 from jaxprop.core.tree import learned
 
 
@@ -617,6 +618,15 @@ def both_ways(form, weights):
         )
         for form in (form, jp.Stacked(form.per_example()))
     ]
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 1, 1), (3, 4), (3, 0)])
+def test_the_norm_of_zeros_is_0(shape):
+    """The unit of a norm is never 0, also where XLA has nothing to take a maximum over."""
+    zeros, one = jnp.zeros(shape), jnp.ones(shape).at[1:].set(0)
+    np.testing.assert_array_equal(norms(zeros), jnp.zeros(3))
+    np.testing.assert_allclose(norms_of_all([norms(zeros), norms(one)]), norms(one))
+    assert jnp.all(jnp.isinf(norms(jnp.full(shape, jnp.inf)))) or 0 in shape
 
 
 @given(**SHAPES)

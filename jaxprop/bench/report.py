@@ -19,12 +19,12 @@ QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds to run each row, and how often to c
 HEADINGS = ("hand ms", "auto ms", "run", "", "trace", "compile", "temp MB", "temp", "share")
 EXPLANATION = """\
 hand: jaxprop; auto: jax.value_and_grad of the same loss, in a row /vmap the same quantity by
-jax.vmap, in a row /weights the net whose attention saves all its scores, for hvp jax.jvp of
-jax.grad, for projected, a network's norms, influence, laplace and
-noise-norms jaxprop's own value_and_grad, in a row fused- jax.value_and_grad and the same optimizer,
-for kfac-step ten steps of Adam beside ten of K-FAC. influence, self-influence and laplace are given
-the curvature. run, trace, compile, temp: ratios hand/auto, medians of neighbouring pairs
-[quartiles]. share: hand's FLOP/s as a part of a large matmul's (- where a loop hides them)."""
+jax.vmap, in a row /weights the same net that saves attention's weights, for hvp jax.jvp of
+jax.grad, for projected, a network's norms, influence, laplace and noise-norms jaxprop's own
+value_and_grad, in a row fused- jax.value_and_grad and the same optimizer, for kfac-step ten steps
+of Adam beside ten of K-FAC. influence, self-influence and laplace are given the curvature. run,
+trace, compile, temp: ratios hand/auto, medians of neighbouring pairs [quartiles]. share: hand's
+FLOP/s as a part of a large matmul's (- where a loop hides them)."""
 FLAX = """\
 linen: a network of Flax Linen as a jp.function, beside jax.value_and_grad of the same network, in a
 row /own the norms of the same network in our own layers."""

@@ -394,7 +394,9 @@ def norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
     """Return the norm of each example's part of x, also where its square would overflow."""
     axes = tuple(range(1, x.ndim))
     x = wide(x)
-    unit = jax.lax.reduce(jnp.abs(x), _tiny(x), jax.lax.max, axes)
+    if 0 in x.shape[1:]:
+        return jnp.zeros_like(x, shape=x.shape[:1])
+    unit = jnp.max(jnp.maximum(jnp.abs(x), _tiny(x)), axes)
     return _in_unit(jnp.sum((x / jnp.expand_dims(unit, axes)) ** 2, axis=axes), unit)
 
 
