@@ -91,8 +91,9 @@ class Attention(Layer):
         kernels: whether "logsumexp" takes kernels where there are any: on GPUs of compute
             capability 8.0 and later, and on TPUs in a program for one device and in
             ``jax.shard_map``; in float32, bfloat16, and on GPUs float16; without a bias and a full
-            mask. ``jax.export`` holds a GPU's only if its check of custom calls is disabled. JAX's
-            own derivatives of the layer are of what XLA computes without them.
+            mask. ``jax.export`` takes a GPU's for one device and this platform alone, if its check
+            of custom calls is disabled; else write False. JAX's own derivatives of the layer are of
+            what XLA computes without them.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
