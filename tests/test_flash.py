@@ -145,10 +145,10 @@ def test_over_devices_and_under_vmap(check_vma, small_blocks):
     )
 
 
-def test_xla_splits_examples_and_heads_over_gpus(small_blocks):
-    layer = saving(4)
+@pytest.mark.parametrize("layer", [saving(4), saving(8, kv_heads=2)], ids=["heads", "groups"])
+def test_xla_splits_examples_and_heads_over_gpus(layer, small_blocks):
     x, _, ct = cast(problem(layer, n=4, t=20), jnp.float32)
-    mesh = jax.make_mesh((2, 2), ("n", "h"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("n", "h"), axis_types=(AxisType.Auto,) * 2)
     where = NamedSharding(mesh, PartitionSpec("n", "h"))
 
     @functools.partial(jax.jit, in_shardings=(NamedSharding(mesh, PartitionSpec("n")), where))
@@ -159,6 +159,28 @@ def test_xla_splits_examples_and_heads_over_gpus(small_blocks):
     assert relative_error(got, by_xla(layer, x, None, ct)) <= 2e-6
     for z in (y, d_q):
         assert z.sharding.is_equivalent_to(where, z.ndim)
+
+
+@pytest.mark.parametrize("spec", ["none", "positions", "features", "a part of an axis", "unknown"])
+def test_gpus_may_hold_other_parts(spec, small_blocks):
+    """Such as positions, more parts of the features than heads, or nothing on a mesh yet."""
+    layer = saving(4)
+    (x, *_), _, ct = cast(problem(layer, n=4, t=20), jnp.float32)
+    run = jax.jit(lambda x, ct: by_kernels(layer, "cuda", Inputs(x), None, ct))
+    want = by_xla(layer, Inputs(x), None, ct)
+    mesh = jax.make_mesh((2, 4), ("n", "h"), axis_types=(AxisType.Auto,) * 2)
+    if spec == "unknown":
+        with jax.set_mesh(mesh):
+            assert relative_error(run(x, ct), want) <= 2e-6
+        return
+    specs = {
+        "none": PartitionSpec(),
+        "positions": PartitionSpec("n", "h"),
+        "features": PartitionSpec(None, None, "h"),
+        "a part of an axis": PartitionSpec(None, None, ("n", "h")),
+    }
+    x = jax.device_put(x, NamedSharding(mesh, specs[spec]))
+    assert relative_error(run(x, ct), want) <= 2e-6
 
 
 def test_derivatives_of_both_halves_are_those_of_the_plain_ones():

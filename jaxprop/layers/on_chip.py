@@ -7,11 +7,14 @@ a block at a time.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
@@ -122,8 +125,13 @@ def spread(platform: Platform, f: Callable[..., list[Array]], *args: Array | Non
 
 
 def _partitioned(f: Callable[..., list[Array]], *args: Any) -> list[Array]:
-    """Return f(*args), where XLA may give each device examples and heads of its own."""
-    heads = args[0].shape[1]
+    """Return f(*args), where XLA may give each device examples and heads of its own.
+
+    What has fewer heads, each for a group of the first argument's, is whole on every device, which
+    takes those of its own groups from it.
+    """
+    n, heads = args[0].shape[:2]
+    groups = jax.tree.map(lambda z: heads // z.shape[1], args)
     whole: list[str] = []
 
     def alone() -> str:
@@ -134,21 +142,48 @@ def _partitioned(f: Callable[..., list[Array]], *args: Any) -> list[Array]:
         of_heads = "h" if z.shape[1] == heads else alone()
         return " ".join(["n", of_heads, *(alone() for _ in z.shape[2:])])
 
+    def of_own(at: Array, *args: Any) -> list[Array]:
+        def own(z: Array, group: int) -> Array:
+            return z[:, at[0] // group] if 1 < group < heads and at.shape[1] < heads else z
+
+        return f(*jax.tree.map(own, args, groups))
+
     def partition(mesh: Any, given: Any, results: Any) -> Any:
-        of_examples, of_heads, *_ = given[0].sharding.spec
+        of_examples, of_heads = (_splits(mesh, given[1], axis) for axis in (0, 1))
 
         def placed(z: Any) -> NamedSharding:
-            split = of_heads if z.shape[1] == given[0].shape[1] else None
+            split = of_heads if z.shape[1] == heads else None
             return NamedSharding(mesh, PartitionSpec(of_examples, split))
 
-        return mesh, f, jax.tree.map(placed, results), jax.tree.map(placed, given)
+        return mesh, of_own, *jax.tree.map(placed, (results, given))
 
-    rule = [", ".join(map(names, jax.tree.leaves(z))) for z in (args, jax.eval_shape(f, *args))]
-    by_device = custom_partitioning(f)
+    def results_of(*args: Any) -> Any:
+        return partition(*args)[2]
+
+    at = jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int32), (n, heads))
+    given = at, *args
+    rule = [", ".join(map(names, jax.tree.leaves(z))) for z in (given, jax.eval_shape(f, *args))]
+    by_device = custom_partitioning(of_own)
     by_device.def_partition(
-        partition, sharding_rule=" -> ".join(rule), need_replication_factors=tuple(whole)
+        partition,
+        results_of,
+        decode_shardings=False,  # JAX cannot decode them all, and has no mesh for some
+        sharding_rule=" -> ".join(rule),
+        need_replication_factors=tuple(whole),
     )
-    return by_device(*args)
+    return by_device(*given)
+
+
+def _splits(mesh: Any, x: Any, axis: int) -> tuple[str, ...]:
+    """Return the mesh axes that split an axis of x, or none where they split it in part."""
+    if mesh.empty:
+        return ()
+    start = {at: z[axis].start or 0 for at, z in x.sharding.devices_indices_map(x.shape).items()}
+    starts = np.vectorize(start.get, [int])(mesh.devices)
+    along = [np.ptp(starts, i).any() for i in range(starts.ndim)]
+    names = tuple(itertools.compress(mesh.axis_names, along))
+    parts = math.prod(mesh.shape[name] for name in names)
+    return names if parts == x.shape[axis] // x.sharding.shard_shape(x.shape)[axis] else ()
 
 
 def launch(
