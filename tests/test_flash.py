@@ -183,6 +183,25 @@ def test_gpus_may_hold_other_parts(spec, small_blocks):
     assert relative_error(run(x, ct), want) <= 2e-6
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain"])
+def test_a_memory_may_be_the_same_on_all_devices(kernels):
+    layer = saving(2, causal=False, kernels=kernels)
+    (x, memory, _), _, ct = problem(layer, n=4, t=20, memory=7, dtype=jnp.float32)
+    memory, ct = memory[:2], ct.swapaxes(1, 2).reshape(4, 20, 12)
+
+    def both(x, memory, ct):
+        y, residuals = layer.forward((), (x, memory))
+        return y, layer.backward((), residuals, ct)[1]
+
+    spec = PartitionSpec("n")
+    mesh = jax.make_mesh((2,), ("n",), axis_types=(AxisType.Auto,))
+    shared = jax.shard_map(
+        both, mesh=mesh, in_specs=(spec, PartitionSpec(), spec), out_specs=spec, check_vma=True
+    )
+    want = both(x, jnp.concatenate([memory, memory]), ct)
+    assert relative_error(jax.jit(shared)(x, memory, ct), want) <= 2e-6
+
+
 def test_derivatives_of_both_halves_are_those_of_the_plain_ones():
     """Forward over reverse, and reverse over forward, on a CPU: no kernel in sight."""
     kept, plain = saving(2), jp.Attention(2)

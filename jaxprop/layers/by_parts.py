@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.mesh import zero_beside
 from jaxprop.core.types import PyTree, Residuals
 from jaxprop.layers import scores
 from jaxprop.layers.heads import Inputs, positions, split
@@ -43,10 +44,10 @@ def pull(
         mean: <ct, y>, (N, heads, T, 1) in at least float32.
         kept: that of ``attend``.
     """
-    s = x.sizes[2]
+    s, zero = x.sizes[2], zero_beside(jax.tree.leaves((x, mask, ct)), mean.dtype)
     d_q, d_k, d_v, d_bias = [], [], [], []
     for (rows, queries, keys), saved in zip(_parts(layer, x, mask), kept, strict=True):
-        zeros = (jnp.zeros_like(keys.k, mean.dtype),) * 2
+        zeros = (jnp.zeros_like(keys.k, mean.dtype) + zero,) * 2
         block = queries, ct[:, :, rows], mean[:, :, rows], saved
         back = functools.partial(scores.pull, layer, keys)
         (of_q, of_bias), of_keys = _run(layer, back, zeros, block)
