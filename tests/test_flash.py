@@ -109,6 +109,14 @@ def test_narrow_floats_are_no_worse_than_by_xla(platform, dtype, small_blocks):
         assert error <= 1.5 * usual + 1e-6
 
 
+@platforms
+def test_large_scores_leave_finite_cotangents(platform, small_blocks):
+    """Rounded otherwise in backward than in forward, by much more than exp can take."""
+    x, _, ct = cast(problem(saving(2), t=40), jnp.float32)
+    (y, _), (d_q, d_k, *_) = by_kernels(saving(2), platform, Inputs(1e8 * x.x), None, ct)
+    assert all(jnp.isfinite(z).all() for z in (y, d_q, d_k))
+
+
 def test_blocks_of_each_platform_are_right_too():
     layer = saving(1)
     args = problem(layer, n=1, t=300, d=4)

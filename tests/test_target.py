@@ -262,6 +262,15 @@ def test_attentions_kernels_compile(name, call, count, layer, t, d, dtype):
     assert not any(f" {moved}(" in text for moved in ("all-gather", "all-reduce", "all-to-all"))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "call"), TARGETS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_attentions_kernels_compile_with_x64(name, call, causal):
+    layer = jp.Attention(4, causal, "logsumexp", kv_heads=2, window=20 if causal else None)
+    text = attended(layer, name, 2, 300, 40, jnp.float32, count=1).as_text()
+    assert text.count(f'custom_call_target="{call}"') == 3
+
+
 @needs_h100
 @pytest.mark.full
 @pytest.mark.usefixtures("float32")

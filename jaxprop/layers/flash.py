@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Bool, Float
@@ -122,7 +123,7 @@ def _attend(over: Over[Any], *refs: Ref) -> None:
 
     column = jnp.zeros((own.shape[0], 1), jnp.float32)
     sums, top, total = over(step, (jnp.zeros(own.shape, jnp.float32), column + EMPTY, column))
-    total = jnp.where(total > 0, total, 1)
+    total = jnp.where(total > 0, total, np.float32(1))
     y[...] = (sums / total).astype(y.dtype)
     logsumexp[...] = (top + jnp.log(total)).reshape(1, -1)
 
@@ -171,7 +172,7 @@ def _pull_to_queries(over: Over[Any], *refs: Ref) -> None:
         s = near(_product(own, k[keys].T))
         if hidden is not None:
             s += hidden[:, keys]
-        d_s = jnp.exp(s - logsumexp) * (_product(ct, v[keys].T) - mean)
+        d_s = _weights(s, logsumexp) * (_product(ct, v[keys].T) - mean)
         return d_q + _product(d_s.astype(own.dtype), k[keys])
 
     d_q[...] = over(step, jnp.zeros(own.shape, jnp.float32))
@@ -187,13 +188,18 @@ def _pull_to_keys(over: Over[Any], *refs: Ref) -> None:
         s = near(_product(own, q[queries].T))
         if hidden is not None:
             s += hidden
-        p = jnp.exp(s - logsumexp[:, queries])
+        p = _weights(s, logsumexp[:, queries])
         d_s = p * (_product(values, ct[queries].T) - mean[:, queries])
         d_k += _product(d_s.astype(own.dtype), q[queries])
         return d_k, d_v + _product(p.astype(own.dtype), ct[queries])
 
     zeros = jnp.zeros(own.shape, jnp.float32)
     d_k[...], d_v[...] = over(step, (zeros, zeros))
+
+
+def _weights(s: Array, logsumexp: Array) -> Array:
+    """Return p, at most 1 also where s, of another block, is rounded to more than it was before."""
+    return jnp.exp(jnp.minimum(s - logsumexp, np.float32(0)))
 
 
 def _product(a: Array, b: Array) -> Array:

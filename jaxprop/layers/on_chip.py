@@ -1,7 +1,8 @@
 """Kernels in Pallas, for TPUs and GPUs, that go over positions in blocks.
 
 A program of such a kernel has a block of positions of its own, and meets those others that they see
-a block at a time.
+a block at a time. Numbers in kernels have a dtype of their own: with x64 others are of 64 bits, and
+a TPU has none.
 """
 
 from __future__ import annotations
@@ -218,6 +219,8 @@ def launch(
     own, met = _padded(own, block, width), _padded(met, step, width)
     padded, there = own[0].shape[2], met[0].shape[2]
 
+    zero = np.int32(0)
+
     def spec(z: Any, size: int, of: Callable[[Any], Any]) -> pl.BlockSpec | None:
         """Return which positions of z a program is given: size of them, from of(program) on."""
         if z is None:
@@ -225,7 +228,7 @@ def launch(
         row, (examples, group) = z.shape[2] == 1, (n // z.shape[0], heads // z.shape[1])
 
         def at(m: Any, head: Any, i: Any) -> tuple[Any, ...]:
-            here = (0, of(i)) if row else (of(i), 0)
+            here = (zero, of(i)) if row else (of(i), zero)
             return _quotient(m, examples), _quotient(head, group), *here
 
         return pl.BlockSpec((None, None, *((1, size) if row else (size, z.shape[3]))), at)
@@ -242,7 +245,7 @@ def launch(
         grid=(n, heads, padded // block),
         in_specs=[
             *(spec(z, block, lambda i: i) for z in own),
-            *(spec(z, there, lambda _: 0) for z in met),
+            *(spec(z, there, lambda _: zero) for z in met),
         ],
         out_specs=[spec(z, block, lambda i: i) for z in results],
         out_shape=results,
@@ -266,7 +269,7 @@ def _over(sight: Sight, own: int, met: int, count: int, step: Step[Carry], carry
     and none between.
     """
     start = pl.program_id(2) * own
-    clear, last, end = 0, count, count
+    clear, last, end = map(jnp.int32, (0, count, count))
     if sight.after is not None:
         end = jnp.minimum(_quotient(start + own - 1 + sight.after, met) + 1, count)
         last = jnp.minimum(_quotient(start + 1 + sight.after, met), count)
@@ -278,7 +281,7 @@ def _over(sight: Sight, own: int, met: int, count: int, step: Step[Carry], carry
     def in_part(block: Any, s: Array) -> Array:
         own_at, met_at = (jax.lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
         seen: Any = sight.sees(start + own_at - (block * met + met_at))
-        return jnp.where(seen, s, -jnp.inf)
+        return jnp.where(seen, s, np.float32(-np.inf))
 
     def whole(block: Any, s: Array) -> Array:
         return s
