@@ -780,6 +780,15 @@ def test_clipping_bounds_where_gram_matrices_cancel():
     assert np.all(form.sq_norms() >= 0)
 
 
+def test_norms_of_what_is_next_to_overflowing():
+    """The reciprocal of a number above 8.5e37 is less than all normal ones, and XLA's is 0."""
+    x = jnp.asarray([[3e38, 0], [2e38, 2e38], [0, 0], [jnp.inf, 1], [jnp.nan, 1]], jnp.float32)
+    want = [3e38, 2e38 * 2**0.5, 0, jnp.inf, jnp.nan]
+    parts = {"a": jnp.abs(x[:, 0]), "b": jnp.abs(x[:, 1])}
+    for got in (norms(x), norms_of_all(parts)):
+        np.testing.assert_allclose(got, want, 1e-6)
+
+
 @pytest.mark.parametrize("under", ["jit", "vmap", "repeat"])
 def test_norms_and_inner_products_where_positions_cancel(under):
     """Rows of x that are equal to 1e-4, and cotangents of alternating signs: in float32 the terms

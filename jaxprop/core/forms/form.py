@@ -396,8 +396,8 @@ def norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
     x = wide(x)
     if 0 in x.shape[1:]:
         return jnp.zeros_like(x, shape=x.shape[:1])
-    unit = jnp.max(jnp.maximum(jnp.abs(x), _tiny(x)), axes)
-    return _in_unit(jnp.sum((x / jnp.expand_dims(unit, axes)) ** 2, axis=axes), unit)
+    unit = _at_most_huge(jnp.max(jnp.maximum(jnp.abs(x), _tiny(x)), axes))
+    return jnp.sqrt(jnp.sum((x / jnp.expand_dims(unit, axes)) ** 2, axis=axes)) * unit
 
 
 def norm_of_all(norms: PyTree) -> Float[Array, ""]:
@@ -411,13 +411,14 @@ def norms_of_all(norms_of_parts: PyTree) -> Float[Array, " n"]:
     leaves = jax.tree.leaves(norms_of_parts)
     rows = [leaf.reshape(math.prod(leaf.shape[:-1]), leaf.shape[-1]) for leaf in leaves]
     parts = [row[0] if row.shape[0] == 1 else norms(row.T) for row in rows]
-    unit = functools.reduce(jnp.maximum, parts, jnp.full_like(parts[0], _tiny(parts[0])))
-    return _in_unit(added(*((part / unit) ** 2 for part in parts)), unit)
+    largest = functools.reduce(jnp.maximum, parts, jnp.full_like(parts[0], _tiny(parts[0])))
+    unit = _at_most_huge(largest)
+    return jnp.sqrt(added(*((part / unit) ** 2 for part in parts))) * unit
 
 
-def _in_unit(squares: Float[Array, " n"], unit: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Return norms from sums of squares, in units of the largest number of each."""
-    return jnp.where(jnp.isinf(unit), unit, jnp.sqrt(squares) * unit)
+def _at_most_huge(largest: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Return units whose reciprocals are not flushed to 0: XLA may multiply by them instead."""
+    return jnp.minimum(largest, 1 / _tiny(largest))
 
 
 def _tiny(x: Array) -> Array:
