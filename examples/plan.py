@@ -83,7 +83,8 @@ def compiled(args: argparse.Namespace, way: Way, devices: int) -> Need:
             shardings,
         )
 
-    net = jp.models.gpt2(config(args), recomputing=way.recompute, save=args.save)
+    options = {"save": args.save, "kernels": bool(args.target)}
+    net = jp.models.gpt2(config(args), recomputing=way.recompute, **options)
     ids = jax.ShapeDtypeStruct((devices * args.batch, args.length), jnp.int32)
     params = jax.eval_shape(net.init, jax.random.key(0), ids)
     optimizer = optax.adam(1e-4)

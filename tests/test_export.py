@@ -162,7 +162,6 @@ def test_micro_batches_of_a_batch_that_is_a_multiple():
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-KERNELS = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")  # attention's
 
 
 @pytest.mark.few(8)
@@ -173,6 +172,5 @@ def test_everything_lowers_for_every_platform(row, dtype):
     f = everything(row, jax.tree.leaves(learned(params)))
     y, _ = jax.eval_shape(row.layer.forward, params, x)
     target = jax.ShapeDtypeStruct(y.shape, y.dtype)
-    exporting = export.export(jax.jit(f), platforms=PLATFORMS, disabled_checks=[KERNELS])
-    program = exporting(params, x, target)
+    program = export.export(jax.jit(f), platforms=PLATFORMS)(params, x, target)
     assert program.platforms == PLATFORMS

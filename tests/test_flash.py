@@ -15,7 +15,7 @@ from jaxprop.layers import by_parts, flash, on_chip
 from jaxprop.layers.heads import Inputs
 from jaxprop.layers.on_chip import Blocks
 
-saving = functools.partial(jp.Attention, save="logsumexp", block=16)
+saving = functools.partial(jp.Attention, save="logsumexp", block=16, kernels=True)
 platforms = pytest.mark.parametrize("platform", ["cuda", "tpu"])
 
 
@@ -241,6 +241,7 @@ def exported(layer, platform, x, *mask, wrap=lambda f: f):
 CALL = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_a_gpu_has_kernels_where_they_fit():
     x = jnp.ones((2, 20, 24), jnp.float32)
     has = lambda layer, *args: CALL["cuda"] in exported(layer, "cuda", *args)  # noqa: E731
@@ -254,6 +255,7 @@ def test_a_gpu_has_kernels_where_they_fit():
     assert not has(saving(2), (x, jnp.ones((2, 2, 20, 20), jnp.float32)))
     assert not has(saving(1), jnp.ones((1, 2, 3 * 512), jnp.float32))
     assert not has(saving(2, kernels=False), x)
+    assert not has(saving(2, kernels=None), x)  # JAX's default device is a CPU here
     rows = jax.export.symbolic_shape("n, 20, 24")
     assert not has(saving(2), jax.ShapeDtypeStruct(rows, jnp.float32))
     assert CALL["cuda"] not in exported(saving(2), "cpu", x)

@@ -200,6 +200,9 @@ def test_on_tpus_fully_sharded_gradients_are_scattered():
     assert collectives["all-gather"] >= 2
 
 
+saving = functools.partial(jp.Attention, save="logsumexp", kernels=True)
+
+
 def attended(layer, target, n, t, d, dtype, count):
     """The program of both halves, its examples over devices, padded ones among them."""
     devices = jp.bench.target_devices(target, count)
@@ -231,7 +234,7 @@ TARGETS = [
 @pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize(("name", "call"), TARGETS)
 def test_attention_is_three_kernels_whose_memory_is_linear_in_t(name, call):
-    layer = jp.Attention(2, save="logsumexp")
+    layer = saving(2)
     live = {}
     for t in (2048, 8192):
         program = attended(layer, name, 2, t, 128, jnp.bfloat16, count=1)
@@ -249,10 +252,20 @@ def test_attention_is_three_kernels_whose_memory_is_linear_in_t(name, call):
 @pytest.mark.parametrize(
     ("layer", "t", "d", "dtype"),
     [
-        (jp.Attention(2, save="logsumexp"), 300, 40, "float32"),
-        (jp.Attention(4, save="logsumexp", kv_heads=2, window=100), 1024, 64, "bfloat16"),
-        (jp.Attention(2, causal=False, save="logsumexp", window=7), 37, 8, "bfloat16"),
-        (jp.Attention(1, causal=False, save="logsumexp"), 1, 256, "float32"),
+        (saving(2), 300, 40, "float32"),
+        (
+            jp.Attention(4, kv_heads=2, window=100),
+            1024,
+            64,
+            "bfloat16",
+        ),
+        (
+            jp.Attention(2, causal=False, window=7),
+            37,
+            8,
+            "bfloat16",
+        ),
+        (saving(1, causal=False), 1, 256, "float32"),
     ],
     ids=["odd", "groups", "short", "one position"],
 )

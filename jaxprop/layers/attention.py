@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -91,9 +92,10 @@ class Attention(Layer):
         kernels: whether "logsumexp" takes kernels where there are any: on GPUs of compute
             capability 8.0 and later, and on TPUs in a program for one device and in
             ``jax.shard_map``; in float32, bfloat16, and on GPUs float16; without a bias and a full
-            mask. ``jax.export`` takes a GPU's for one device and this platform alone, if its check
-            of custom calls is disabled; else write False. JAX's own derivatives of the layer are of
-            what XLA computes without them.
+            mask. None is for where JAX's default device is none of the CPU's; True for what is
+            compiled for another than that; and False for ``jax.export``, which takes a GPU's for
+            one device and that platform alone, if its check of custom calls is disabled. JAX's own
+            derivatives of the layer are of what XLA computes without them.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -109,11 +111,11 @@ class Attention(Layer):
     kv_heads: int | None = None
     window: int | None = None
     masked: bool = True
-    kernels: bool = True
+    kernels: bool | None = None
 
     def __post_init__(self) -> None:
         check_counts(self, "heads", "block")
-        check_flags(self, "causal", "masked", "kernels")
+        check_flags(self, "causal", "masked", *(["kernels"] if self.kernels is not None else ()))
         if self.save not in ("weights", "logsumexp"):
             raise ValueError(f"Attention: save is 'weights' or 'logsumexp', not {self.save!r}")
         for name in ("kv_heads", "window"):
@@ -160,7 +162,8 @@ class Attention(Layer):
         if ct.shape != y.shape:
             raise ValueError(f"{self}: ct has shape {ct.shape}, but y has {y.shape}")
         mask = mask_of_scores(self, params, given)
-        ct, y = (z.reshape(n, t, self.heads, -1).swapaxes(1, 2) for z in (ct, y))
+        d = y.shape[-1] // self.heads
+        ct, y = (z.reshape(n, t, self.heads, d).swapaxes(1, 2) for z in (ct, y))
         mean = jnp.sum(wide(ct) * wide(y), -1, keepdims=True)
         d_q, d_k, d_v, d_bias = self._half("pull", given, mask, ct, mean, kept)
         d_x = joined(self, given, d_q * scale(d_q), d_k, d_v)._replace(bias=d_bias)
@@ -171,7 +174,8 @@ class Attention(Layer):
     ) -> PyTree:
         """Return the half that looks at the scores: by XLA, or by kernels where there are any."""
         by_xla = functools.partial(getattr(by_parts, half), self)
-        if self.save == "weights" or not self.kernels:
+        wanted = jax.default_backend() != "cpu" if self.kernels is None else self.kernels
+        if self.save == "weights" or not wanted:
             return by_xla(x, mask, *args)
         from jaxprop.layers import flash, on_chip  # imports Pallas, which takes time
 

@@ -34,7 +34,8 @@ from jaxtyping import Bool, Float
 from jaxprop.layers import on_chip
 from jaxprop.layers.by_parts import slices
 from jaxprop.layers.heads import Inputs, split
-from jaxprop.layers.on_chip import Blocks, Near, Over, Platform, launch, spread
+from jaxprop.layers.on_chip import Blocks, Near, Over, Platform, launch
+from jaxprop.layers.over_devices import spread
 from jaxprop.layers.scores import Heads, Seen, Sight
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def attend(
         return run(layer.sight, [q], [k, v, real], [q.dtype, None])
 
     real = mask if mask is None else mask[:, 0]
-    y, logsumexp = spread(platform, both, *split(layer, x), real)
+    y, logsumexp = spread(both, *split(layer, x), real, by_xla=platform == "cuda")
     rows = [rows for rows, _ in slices(layer, *x.sizes[1:])]
     return y, tuple(logsumexp[:, :, at, None] for at in rows)
 
@@ -159,7 +160,8 @@ def pull(
 
     real = mask if mask is None else mask[:, 0]
     rows = [z[..., 0] for z in (mean, jnp.concatenate(kept, 2))]
-    d_q, d_k, d_v = spread(platform, all_three, *split(layer, x), real, ct, *rows)
+    given = *split(layer, x), real, ct, *rows
+    d_q, d_k, d_v = spread(all_three, *given, by_xla=platform == "cuda")
     return d_q, d_k, d_v, None
 
 

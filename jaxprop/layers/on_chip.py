@@ -8,8 +8,6 @@ a TPU has none.
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -17,16 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.experimental.pallas import tpu, triton
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental.pallas import tpu
 from jax.typing import DTypeLike
 
 from jaxprop.core.mesh import is_explicit, shard_map_axes, struct_beside
 from jaxprop.core.types import PyTree
 from jaxprop.layers.scores import Sight
+
+try:  # which JAX is to drop
+    from jax.experimental.pallas import triton
+except ImportError:
+    triton = None
 
 Platform = Literal["cuda", "tpu"]
 Carry = TypeVar("Carry")
@@ -75,7 +75,8 @@ def platforms(x: Array, t: int, d: int) -> list[Platform]:
     row = d * x.dtype.itemsize
     in_lanes = -(-d // LANES) * LANES * x.dtype.itemsize
     has: dict[Platform, bool] = {
-        "cuda": x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) and row <= 1024 and not old,
+        "cuda": x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+        and (triton is not None and row <= 1024 and not old),
         # of the two arrays that are met, two blocks each: one at work, one under way
         "tpu": x.dtype in (jnp.float32, jnp.bfloat16) and alone and 4 * t * in_lanes < VMEM * 3 / 4,
     }
@@ -96,95 +97,6 @@ def instead(
         return jax.jvp(plain, primals, tangents)
 
     return chosen(*args) if kernels else plain(*args)
-
-
-def spread(platform: Platform, f: Callable[..., list[Array]], *args: Array | None) -> list[Array]:
-    """Return f(*args), where ``jax.vmap`` adds examples, and devices have examples and heads each.
-
-    Args:
-        platform: what the kernels in f are for.
-        f: a function of arrays whose first axes are examples and heads, as are those of its
-            results.
-        args: its arguments; the first has all heads.
-    """
-
-    @custom_vmap
-    def run(*args: Array | None) -> list[Array]:
-        whole = platform == "tpu" or shard_map_axes()
-        return f(*args) if whole else _partitioned(f, *args)
-
-    @run.def_vmap
-    def _(size: int, batched: Sequence[Any], *args: Array | None) -> tuple[list[Array], list[bool]]:
-        def folded(z: Array, is_batched: bool) -> Array:
-            z = z if is_batched else jnp.broadcast_to(z, (size, *z.shape))
-            return z.reshape(-1, *z.shape[2:])
-
-        ys = run(*jax.tree.map(folded, args, tuple(batched)))
-        return [y.reshape(size, -1, *y.shape[1:]) for y in ys], [True] * len(ys)
-
-    return run(*args)
-
-
-def _partitioned(f: Callable[..., list[Array]], *args: Any) -> list[Array]:
-    """Return f(*args), where XLA may give each device examples and heads of its own.
-
-    What has fewer heads, each for a group of the first argument's, is whole on every device, which
-    takes those of its own groups from it.
-    """
-    n, heads = args[0].shape[:2]
-    groups = jax.tree.map(lambda z: heads // z.shape[1], args)
-    whole: list[str] = []
-
-    def alone() -> str:
-        whole.append(f"x{len(whole)}")
-        return whole[-1]
-
-    def names(z: Any) -> str:
-        of_heads = "h" if z.shape[1] == heads else alone()
-        return " ".join(["n", of_heads, *(alone() for _ in z.shape[2:])])
-
-    def of_own(at: Array, *args: Any) -> list[Array]:
-        def own(z: Array, group: int) -> Array:
-            return z[:, at[0] // group] if 1 < group < heads and at.shape[1] < heads else z
-
-        return f(*jax.tree.map(own, args, groups))
-
-    def partition(mesh: Any, given: Any, results: Any) -> Any:
-        of_examples, of_heads = (_splits(mesh, given[1], axis) for axis in (0, 1))
-
-        def placed(z: Any) -> NamedSharding:
-            split = of_heads if z.shape[1] == heads else None
-            return NamedSharding(mesh, PartitionSpec(of_examples, split))
-
-        return mesh, of_own, *jax.tree.map(placed, (results, given))
-
-    def results_of(*args: Any) -> Any:
-        return partition(*args)[2]
-
-    at = jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int32), (n, heads))
-    given = at, *args
-    rule = [", ".join(map(names, jax.tree.leaves(z))) for z in (given, jax.eval_shape(f, *args))]
-    by_device = custom_partitioning(of_own)
-    by_device.def_partition(
-        partition,
-        results_of,
-        decode_shardings=False,  # JAX cannot decode them all, and has no mesh for some
-        sharding_rule=" -> ".join(rule),
-        need_replication_factors=tuple(whole),
-    )
-    return by_device(*given)
-
-
-def _splits(mesh: Any, x: Any, axis: int) -> tuple[str, ...]:
-    """Return the mesh axes that split an axis of x, or none where they split it in part."""
-    if mesh.empty:
-        return ()
-    start = {at: z[axis].start or 0 for at, z in x.sharding.devices_indices_map(x.shape).items()}
-    starts = np.vectorize(start.get, [int])(mesh.devices)
-    along = [np.ptp(starts, i).any() for i in range(starts.ndim)]
-    names = tuple(itertools.compress(mesh.axis_names, along))
-    parts = math.prod(mesh.shape[name] for name in names)
-    return names if parts == x.shape[axis] // x.sharding.shard_shape(x.shape)[axis] else ()
 
 
 def launch(
@@ -212,48 +124,43 @@ def launch(
         outs: the dtypes of results that have d numbers for each own position; None for one number,
             in float32.
     """
-    (n, h, length, d), (_, g, there, _) = own[0].shape, met[0].shape
+    (n, h, length, d), (_, g, others, _) = own[0].shape, met[0].shape
     heads, least = max(h, g), LANES if platform == "tpu" else 16  # what a matmul takes at least
-    block, step = _fitting(least, blocks.own, length), _fitting(least, blocks.met, there)
+    block, step = _fitting(least, blocks.own, length), _fitting(least, blocks.met, others)
     width = d if platform == "tpu" else max(least, pl.next_power_of_2(d))
+    sight = Sight(*(far if far is not None and far < length + others else None for far in sight))
     own, met = _padded(own, block, width), _padded(met, step, width)
-    padded, there = own[0].shape[2], met[0].shape[2]
+    padded, all_met, zero = own[0].shape[2], met[0].shape[2], np.int32(0)
 
-    zero = np.int32(0)
-
-    def spec(z: Any, size: int, of: Callable[[Any], Any]) -> pl.BlockSpec | None:
-        """Return which positions of z a program is given: size of them, from of(program) on."""
+    def spec(z: Any, size: int, number: Callable[[Any], Any]) -> pl.BlockSpec | None:
+        """Return what part of z a program has: of an example and a head, a block of this size."""
         if z is None:
             return None
         row, (examples, group) = z.shape[2] == 1, (n // z.shape[0], heads // z.shape[1])
 
-        def at(m: Any, head: Any, i: Any) -> tuple[Any, ...]:
-            here = (zero, of(i)) if row else (of(i), zero)
-            return _quotient(m, examples), _quotient(head, group), *here
+        def at(example: Any, head: Any, program: Any) -> tuple[Any, ...]:
+            here = (zero, number(program)) if row else (number(program), zero)
+            return _quotient(example, examples), _quotient(head, group), *here
 
         return pl.BlockSpec((None, None, *((1, size) if row else (size, z.shape[3]))), at)
 
     struct = functools.partial(struct_beside, [z for z in (*own, *met) if z is not None])
-    results = [
+    structs = [
         struct((n, heads, 1, padded), jnp.float32)
         if out is None
         else struct((n, heads, padded, width), out)
         for out in outs
     ]
     results = pl.pallas_call(
-        functools.partial(kernel, functools.partial(_over, sight, block, step, there // step)),
+        functools.partial(kernel, functools.partial(_over, sight, block, step, all_met // step)),
         grid=(n, heads, padded // block),
         in_specs=[
-            *(spec(z, block, lambda i: i) for z in own),
-            *(spec(z, there, lambda _: zero) for z in met),
+            *(spec(z, block, lambda program: program) for z in own),
+            *(spec(z, all_met, lambda _: zero) for z in met),
         ],
-        out_specs=[spec(z, block, lambda i: i) for z in results],
-        out_shape=results,
-        compiler_params=(
-            triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
-            if platform == "cuda"
-            else tpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM)
-        ),
+        out_specs=[spec(z, block, lambda program: program) for z in structs],
+        out_shape=structs,
+        compiler_params=_params(platform, blocks),
         interpret=interpret,
     )(*own, *met)
     return [
@@ -262,11 +169,18 @@ def launch(
     ]
 
 
+def _params(platform: Platform, blocks: Blocks) -> Any:
+    if platform == "tpu":
+        return tpu.CompilerParams(dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM)
+    assert triton is not None
+    return triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
+
+
 def _over(sight: Sight, own: int, met: int, count: int, step: Step[Carry], carry: Carry) -> Carry:
     """Return what ``step(positions, near, carry)`` makes of a carry, over what own positions see.
 
-    ``near`` takes scores and makes those -inf that are not seen: some in the blocks at both ends,
-    and none between.
+    ``near`` takes scores and makes those -inf that are not seen. Blocks from ``clear`` to ``last``
+    are seen by all own positions, and need none of it; others from ``first`` to ``end`` by some.
     """
     start = pl.program_id(2) * own
     clear, last, end = map(jnp.int32, (0, count, count))
@@ -303,7 +217,7 @@ def _over(sight: Sight, own: int, met: int, count: int, step: Step[Carry], carry
 
 
 def _quotient(a: Any, b: int) -> Array:
-    """Return a // b, of a that is not negative."""
+    """Return a // b, of an a that is not negative: one division, in 32 bits with x64 too."""
     return jax.lax.div(a, jnp.int32(b))
 
 

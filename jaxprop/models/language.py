@@ -36,7 +36,12 @@ class Gpt2Config(NamedTuple):
 
 
 def gpt2(
-    config: Gpt2Config, *, scan: bool = True, recomputing: bool = False, save: Save = "weights"
+    config: Gpt2Config,
+    *,
+    scan: bool = True,
+    recomputing: bool = False,
+    save: Save = "weights",
+    kernels: bool | None = None,
 ) -> Layer:
     """Return GPT-2 (Radford et al. 2019, "Language models are unsupervised multitask learners").
 
@@ -52,7 +57,8 @@ def gpt2(
             each.
         recomputing: whether a block saves only its input, and the walk back recomputes the rest
             (remat).
-        save: what attention saves for backward, "weights" or "logsumexp", as ``Attention`` has it.
+        save: what attention saves for backward, "weights" or "logsumexp".
+        kernels: whether attention that saves "logsumexp" takes kernels, as ``Attention`` has it.
 
     Returns:
         A net from token ids (N, T), integers, to logits (N, T, vocab), with T at most
@@ -79,9 +85,10 @@ def gpt2(
     d, heads = config.features, config.heads
     if d % heads:
         raise ValueError(f"gpt2: heads divides the {d} features, but is {heads}")
+    attention = Attention(heads, save=save, kernels=kernels)
     drop = (Dropout(config.dropout),) if config.dropout else ()
     block = chain(
-        skip(chain(LayerNorm(), Dense(3 * d), Attention(heads, save=save), Dense(d), *drop)),
+        skip(chain(LayerNorm(), Dense(3 * d), attention, Dense(d), *drop)),
         skip(chain(LayerNorm(), Dense(4 * d), Gelu(), Dense(d), *drop)),
     )
     block = recompute(block) if recomputing else block
