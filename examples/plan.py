@@ -206,7 +206,8 @@ def main() -> None:
         "--save",
         choices=["weights", "logsumexp"],
         default="weights",
-        help="what attention saves for backward (default: weights)",
+        metavar="WHAT",
+        help="what attention saves, weights or logsumexp (default: weights)",
     )
     parser.add_argument(
         "--target",

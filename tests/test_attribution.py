@@ -129,7 +129,7 @@ CONSERVING = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", CONSERVING)
 @pytest.mark.parametrize("images", [False, True])
 def test_relevance_is_conserved(name, images):
@@ -342,7 +342,7 @@ def test_narrow_relevance_is_finite_at_black_pixels(dtype):
     np.testing.assert_allclose(got.astype(float), want, atol=0.05 * scale)
 
 
-@pytest.mark.few(2)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("rule", [rules.lrp_flat, rules.lrp_alpha_beta, rules.lrp_z_box])
 def test_large_scores_are_shared_out_in_narrow_numbers(rule, dtype):

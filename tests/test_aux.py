@@ -25,7 +25,7 @@ def test_the_output_comes_along_with_the_gradient(name, micro_batches, make):
     assert relative_error((value, grads), make(net, loss)(params, x, target)) <= CLOSE
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "how", [{}, {"two_pass": True}, {"per_layer": True}, {"micro_batches": 2}], ids=str
 )

@@ -372,6 +372,7 @@ def test_ids_masks_and_targets_have_one_padding():
         assert relative_error(got[name], expected[name]) <= 1e-12, name
 
 
+@pytest.mark.full
 def test_small_and_large_integers_as_ids():
     layer = jp.Embedding(300, 2)
     table = jnp.asarray(normal(300, 2))

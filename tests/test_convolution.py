@@ -170,6 +170,7 @@ def test_kronecker_factors_of_one_position_are_the_ggn_block():
     assert relative_error(got, expected) <= 1e-12
 
 
+@pytest.mark.full
 def test_each_group_has_kronecker_factors():
     """A group of a window over the whole image is a dense layer of its channels."""
     net = jp.chain(jp.Conv(4, (2, 3), padding="VALID", groups=2), jp.Flatten())
@@ -456,7 +457,7 @@ def test_pytorch_agrees():
     assert relative_error(got, expected) <= 1e-12
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("layer", "size"),

@@ -49,7 +49,7 @@ def mean(tree):
     return jax.tree.map(lambda leaf: leaf.mean(0), tree)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("row", [*OWN, *OF_TABLE], ids=row_id)
 def test_diagonals_of_each_example_and_their_means(row):
     net, loss, *args = problem(row)
@@ -94,7 +94,7 @@ def test_diagonals_of_a_function():
     assert relative_error(mean(ggn), jp.diag_ggn(net, loss)(*args)) <= 1e-10
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("per_example", [False, True])
 @pytest.mark.parametrize("of", [jp.diag_ggn, jp.curvature.diag_hessian])
 def test_weights_padding_and_micro_batches(of, per_example):

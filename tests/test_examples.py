@@ -106,6 +106,7 @@ def test_two_layer():
     assert "E 0.02397190 -> 0.02323634" in out
 
 
+@pytest.mark.full
 def test_core_is_the_library_s_numbers_in_a_hundred_lines():
     assert "equal; the norms are" in run("core.py")  # asserted by the script itself
     assert len((EXAMPLES / "core.py").read_text().splitlines()) <= 100

@@ -95,7 +95,7 @@ def test_kernels_are_what_xla_computes(platform, case, small_blocks):
         assert relative_error(part, expected) <= 2e-6
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 @platforms
 def test_narrow_floats_are_no_worse_than_by_xla(platform, dtype, small_blocks):
@@ -117,6 +117,7 @@ def test_large_scores_leave_finite_cotangents(platform, small_blocks):
     assert all(jnp.isfinite(z).all() for z in (y, d_q, d_k))
 
 
+@pytest.mark.full
 def test_blocks_of_each_platform_are_right_too():
     layer = saving(1)
     args = problem(layer, n=1, t=300, d=4)

@@ -902,7 +902,7 @@ def test_weights_of_examples_and_padding():
     hold_leaves(got["clipped"], oracles.clipped.of(each, 0.4))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("fused", [True, False])
 def test_an_update_is_optax_on_jax_grad(fused, standard_promotion):
     optimizer = optax.adamw(1e-2)

@@ -143,7 +143,7 @@ GPTS = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", GPTS)
 def test_a_linen_gpt(name):
     model, (ids, target) = GPTS[name], tokens()

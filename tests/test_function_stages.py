@@ -332,6 +332,7 @@ def test_the_memory_of_a_scan_is_that_of_the_gradient(quantity, most):
         assert memory(each, quantity) <= most * memory(each, None), each
 
 
+@pytest.mark.full
 def test_in_shard_map():
     params = jax.tree.map(lambda w: w.astype(jnp.float32), BLOCKS)
     x = X.astype(jnp.float32)

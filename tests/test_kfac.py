@@ -146,7 +146,7 @@ def test_the_model_is_minimised_and_the_damping_follows():
     assert relative_error(after.damping, jnp.asarray(0.3 * factor)) <= 1e-12
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["dense", "tokens"])
 def test_each_device_decomposes_its_share(name):
     mesh = jax.make_mesh((4, 2), ("d", "m"))

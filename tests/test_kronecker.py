@@ -186,7 +186,7 @@ def inverse(curvature, params, damping):
     return [jnp.linalg.inv(m + damping * jnp.eye(len(m))) for m in matrices]
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("kind", ["kronecker", "ekfac", "diagonal", "none"])
 def test_influence_is_an_inner_product_in_the_inverse_curvature(name, kind):
@@ -268,7 +268,7 @@ def whole(curvature, params):
     return jax.vmap(lambda e: flat(jp.curvature.times(curvature, back(e))))(unit).T
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("positions", ["expand", "reduce"])
 @pytest.mark.parametrize("name", ["dense", "sequence", "convolution", "repeat", "tokens", "lstm"])
 def test_a_joint_bias_is_a_row_of_its_matrix(name, positions):

@@ -35,7 +35,7 @@ def covariances(posterior):
         yield jnp.linalg.inv(precision)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("structure", ["kronecker", "diagonal"])
 @pytest.mark.parametrize("name", [name for name in NETS if name != "heads"])
 def test_outputs_have_the_covariance_of_the_linear_net(name, structure):

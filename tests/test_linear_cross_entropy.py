@@ -12,7 +12,7 @@ IDS = np.array([[0, 6, -1, 3], [-1, -1, -1, -1], [5, 4, 2, 1]])
 BODY = jp.chain(jp.Embedding(7, 4), jp.repeat(jp.skip(jp.chain(jp.Dense(4), jp.Tanh())), 2))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7, 100])
 @pytest.mark.parametrize(
     ("shape", "target"),

@@ -187,6 +187,7 @@ def test_updates_are_those_of_the_whole_batch(options, max_norm):
     assert relative_error(trained(3), trained(1)) <= 1e-10
 
 
+@pytest.mark.full
 def test_a_fused_update_has_keys_and_masks_in_micro_batches():
     block = jp.chain(jp.Dense(6), jp.Attention(1, causal=False), jp.Dense(2), jp.Dropout(0.5))
     net = jp.chain(jp.repeat(jp.skip(block), 2), jp.Dense(3))

@@ -63,7 +63,7 @@ def test_the_scale_does_not_depend_on_what_sums_are_divided_by():
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("where", "chosen"),
     [
@@ -157,7 +157,7 @@ def mesh_of(kind, devices=8):
     return jax.make_mesh((devices,), ("data",), axis_types=(kind,))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["no weights", "weights"])
 def test_of_a_sharded_batch_it_is_that_of_the_whole(kind, weights):
@@ -181,7 +181,7 @@ def test_of_a_sharded_batch_it_is_that_of_the_whole(kind, weights):
     assert relative_error(got, want) <= 1e-10
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize(
     "given",

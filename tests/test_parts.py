@@ -127,6 +127,7 @@ def test_a_walk_and_what_it_collects():
     assert d_x.shape == X.shape
 
 
+@pytest.mark.full
 def test_computing_in_bfloat16():
     x = X.astype(jnp.float32)
     target = TARGET | {"angle": jnp.asarray(TARGET["angle"], jnp.float32)}

@@ -123,6 +123,7 @@ def fakes(monkeypatch):
     monkeypatch.setattr(report, "QUICK", 0.05)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("fakes")
 def test_the_table_of_peers(capsys, tmp_path):
     path = tmp_path / "figures.json"

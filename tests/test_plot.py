@@ -36,6 +36,7 @@ def test_scales(tmp_path):
     figure.savefig(tmp_path / "scales.png")
 
 
+@pytest.mark.full
 def test_scales_of_many_layers(tmp_path):
     x = normal(3, 4)
     net = jp.chain(*[layer for _ in range(7) for layer in (jp.Dense(4), jp.Tanh())])

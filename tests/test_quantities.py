@@ -1062,7 +1062,7 @@ STEADY = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.full
 @pytest.mark.parametrize("name", STEADY)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_small_deviations_from_a_large_mean_are_not_lost(name, parts):

@@ -254,13 +254,13 @@ def test_attention_is_three_kernels_whose_memory_is_linear_in_t(name, call):
     [
         (saving(2), 300, 40, "float32"),
         (
-            jp.Attention(4, kv_heads=2, window=100),
+            saving(4, kv_heads=2, window=100),
             1024,
             64,
             "bfloat16",
         ),
         (
-            jp.Attention(2, causal=False, window=7),
+            saving(2, causal=False, window=7),
             37,
             8,
             "bfloat16",
@@ -279,7 +279,7 @@ def test_attentions_kernels_compile(name, call, count, layer, t, d, dtype):
 @pytest.mark.parametrize(("name", "call"), TARGETS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_attentions_kernels_compile_with_x64(name, call, causal):
-    layer = jp.Attention(4, causal, "logsumexp", kv_heads=2, window=20 if causal else None)
+    layer = saving(4, causal, kv_heads=2, window=20 if causal else None)
     text = attended(layer, name, 2, 300, 40, jnp.float32, count=1).as_text()
     assert text.count(f'custom_call_target="{call}"') == 3
 

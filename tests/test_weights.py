@@ -187,7 +187,7 @@ def test_of_an_empty_batch_every_mean_is_zero(name):
     assert not any(leaf.any() for leaf in jax.tree.leaves(by_jax))
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["dense", "table"])
 def test_in_micro_batches_and_on_devices_weights_are_those_of_the_whole_batch(name):
     net, loss, params, x, target = problem(name)
@@ -295,6 +295,7 @@ def test_the_noise_scale_of_weights_is_of_two_estimates_without_bias():
     assert relative_error(got, traces[5] / squares[5]) <= CLOSE
 
 
+@pytest.mark.full
 def test_what_is_of_an_example_alone_is_its_own_and_0_for_padding():
     net, loss, params, x, target = problem("dense")
     weights = jnp.array([True, False, True, True])
@@ -423,6 +424,7 @@ def test_what_cannot_weigh_is_refused(given, error, words):
             make(net, loss)(params, x, target, **given)
 
 
+@pytest.mark.full
 def test_a_sum_over_a_divisor_has_no_variance():
     net, loss, params, x, target = problem("dense")
     for micro_batches in (1, 2):
