@@ -207,7 +207,7 @@ def main() -> None:
         choices=["weights", "logsumexp"],
         default="weights",
         metavar="WHAT",
-        help="what attention saves, weights or logsumexp (default: weights)",
+        help="weights or logsumexp, for backward (default: weights)",
     )
     parser.add_argument(
         "--target",
