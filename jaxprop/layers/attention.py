@@ -115,7 +115,9 @@ class Attention(Layer):
 
     def __post_init__(self) -> None:
         check_counts(self, "heads", "block")
-        check_flags(self, "causal", "masked", *(["kernels"] if self.kernels is not None else ()))
+        check_flags(self, "causal", "masked")
+        if self.kernels is not None:
+            check_flags(self, "kernels")
         if self.save not in ("weights", "logsumexp"):
             raise ValueError(f"Attention: save is 'weights' or 'logsumexp', not {self.save!r}")
         for name in ("kv_heads", "window"):

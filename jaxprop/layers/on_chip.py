@@ -70,15 +70,15 @@ def platforms(x: Array, t: int, d: int) -> list[Platform]:
     if is_explicit(x) or (manual and len(manual) < len(axes)):
         return []
     device = jax.devices()[0]
-    alone = bool(manual) or (device.platform == "tpu" and jax.device_count() == 1)
     old = getattr(device, "compute_capability", "").split(".")[0] in ("5", "6", "7")
-    row = d * x.dtype.itemsize
-    in_lanes = -(-d // LANES) * LANES * x.dtype.itemsize
+    alone = bool(manual) or (device.platform == "tpu" and jax.device_count() == 1)
+    # of the two arrays that are met, two blocks each: one at work, one under way
+    on_chip = 4 * t * -(-d // LANES) * LANES * x.dtype.itemsize
+    both_have = x.dtype in (jnp.float32, jnp.bfloat16)
+    cuda = triton is not None and not old and d * x.dtype.itemsize <= 1024
     has: dict[Platform, bool] = {
-        "cuda": x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-        and (triton is not None and row <= 1024 and not old),
-        # of the two arrays that are met, two blocks each: one at work, one under way
-        "tpu": x.dtype in (jnp.float32, jnp.bfloat16) and alone and 4 * t * in_lanes < VMEM * 3 / 4,
+        "cuda": cuda and (both_have or x.dtype == jnp.float16),
+        "tpu": alone and both_have and on_chip < VMEM * 3 / 4,
     }
     return [platform for platform, is_there in has.items() if is_there]
 
