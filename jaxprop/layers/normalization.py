@@ -59,8 +59,8 @@ class LayerNorm(Layer):
 
     For eps = 0 this removes dn's components along (1, ..., 1) and along n, because shifting or
     stretching x does not change y (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450).
-    The first is removed last: the mean of a rounded n is not 0, the less so the further the x_i are
-    from 0, and dE/dx is to sum to 0, as the gradient of a bias before this layer.
+    The mean of a rounded n is not 0, the less so the further the x_i are from 0. It is taken off:
+    dE/dx is to sum to 0, as the gradient of a bias before this layer.
 
     x is (N, ..., D), floating, and y is like x. scale is (D,) and starts as ones, bias is (D,) and
     starts as zeros. The residuals are x, which costs nothing where another layer keeps it too, and
@@ -95,8 +95,9 @@ class LayerNorm(Layer):
     ) -> tuple[NormParams, X]:
         x, mean, rstd = residuals
         n, wide_ct, scale = (as_rounded(x) - mean) * rstd, wide(ct), wide(params.scale)
-        off_n = wide_ct * aligned(scale, n) - n * _mean_along(wide_ct * n, scale)
-        d_x = rstd * (off_n - _mean_along(off_n))
+        mean_dn, mean_dn_n = _mean_along(wide_ct, scale), _mean_along(wide_ct * n, scale)
+        off_mean = n - _mean_along(n)
+        d_x = rstd * (wide_ct * aligned(scale, n) - mean_dn - off_mean * mean_dn_n)
         return NormParams(Sum(wide_ct * n), Sum(ct)), d_x.astype(x.dtype)
 
 
