@@ -50,7 +50,13 @@ EMPTY = float(jnp.finfo(jnp.float32).min)
 
 
 class Plan(NamedTuple):
-    """How each kernel goes through positions."""
+    """How each kernel goes through positions.
+
+    Attributes:
+        attend: forward.
+        to_queries: backward, to the queries.
+        to_keys: backward, to the keys and values.
+    """
 
     attend: Blocks
     to_queries: Blocks
