@@ -121,6 +121,19 @@ def test_a_gradient_of_zero_is_left_so_by_every_weight():
         assert relative_error(got, want) <= 1e-11
 
 
+def test_derivatives_of_clipped_gradients_know_no_padding():
+    clipped = jp.clipped_grad(jp.chain(*NET.layers[:2], jp.Dense(2)), LOSS, 0.3)
+    params, weights = (*PARAMS[:2], PARAMS[3]), jnp.float64(jnp.arange(6) < 4)
+
+    def of_clipped(params, x, target, weights=None):
+        grads = clipped(params, x, target, weights=weights)[1]
+        return sum((g**3).sum() for g in jax.tree.leaves(grads))
+
+    padded = jax.jit(jax.grad(lambda params: of_clipped(params, X, TARGET, weights)))(params)
+    alone = jax.jit(jax.grad(lambda params: of_clipped(params, X[:4], TARGET[:4])))(params)
+    assert relative_error(padded, alone) < 1e-12
+
+
 def test_the_bound_goes_to_its_quantile():
     norms = jnp.asarray(np.random.default_rng(0).lognormal(size=400))
     bound = 0.01

@@ -123,6 +123,12 @@ def weighted(x: Array, weights: Array) -> Array:
     return x * jnp.expand_dims(weights.astype(x.dtype), range(1, x.ndim))
 
 
+def root(squares: Array) -> Array:
+    """Return the square root, with 0 for its derivative at 0, where 0 times infinity is NaN."""
+    zero = squares == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
+
+
 def selected(kept: Array, tree: PyTree) -> PyTree:
     """Return the tree with zeros in its floating arrays for the examples that are not kept."""
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import added, known, selected, sum_over, weighted, wide
+from jaxprop.core.arrays import added, known, root, selected, sum_over, weighted, wide
 from jaxprop.core.forms.moves import Place
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
@@ -397,7 +397,7 @@ def norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
     if 0 in x.shape[1:]:
         return jnp.zeros_like(x, shape=x.shape[:1])
     unit = _at_most_huge(jnp.max(jnp.maximum(jnp.abs(x), _tiny(x)), axes))
-    return jnp.sqrt(jnp.sum((x / jnp.expand_dims(unit, axes)) ** 2, axis=axes)) * unit
+    return root(jnp.sum((x / jnp.expand_dims(unit, axes)) ** 2, axis=axes)) * unit
 
 
 def norm_of_all(norms: PyTree) -> Float[Array, ""]:
@@ -413,12 +413,15 @@ def norms_of_all(norms_of_parts: PyTree) -> Float[Array, " n"]:
     parts = [row[0] if row.shape[0] == 1 else norms(row.T) for row in rows]
     largest = functools.reduce(jnp.maximum, parts, jnp.full_like(parts[0], _tiny(parts[0])))
     unit = _at_most_huge(largest)
-    return jnp.sqrt(added(*((part / unit) ** 2 for part in parts))) * unit
+    return root(added(*((part / unit) ** 2 for part in parts))) * unit
 
 
 def _at_most_huge(largest: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Return units whose reciprocals are not flushed to 0: XLA may multiply by them instead."""
-    return jnp.minimum(largest, 1 / _tiny(largest))
+    """Return units whose reciprocals are not flushed to 0: XLA may multiply by them instead.
+
+    A norm does not depend on its unit, and neither does its derivative.
+    """
+    return jax.lax.stop_gradient(jnp.minimum(largest, 1 / _tiny(largest)))
 
 
 def _tiny(x: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import known, sum_over, weighted, wide
+from jaxprop.core.arrays import known, root, sum_over, weighted, wide
 from jaxprop.core.forms.form import Factored, OfX, Sides, Stacked, norms, sq_norms, through
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.serialization import serializable
@@ -108,7 +108,7 @@ class Outer(Factored):
         products = jnp.matmul(x, x.T, out_sharding=whole) * jnp.matmul(ct, ct.T, out_sharding=whole)
         total = products.sum()
         holds = _holds(total, jnp.abs(products).sum()) & (total > 0) & jnp.isfinite(total)
-        return jax.lax.cond(holds, lambda: jnp.sqrt(total), super().norm_of_sum)
+        return jax.lax.cond(holds, lambda: root(total), super().norm_of_sum)
 
     def scaled(self, weights: Float[Array, " n"]) -> Outer:
         return Outer(wide(self.x), weighted(wide(self.ct), weights))
@@ -145,7 +145,7 @@ class Outer(Factored):
         x, ct = map(wide, self._sequences())
         (_, t, i), o = x.shape, ct.shape[-1]
         if t == 1:
-            return jnp.sqrt(sq_norms(x)) * jnp.sqrt(sq_norms(ct))
+            return root(sq_norms(x)) * root(sq_norms(ct))
         if known(lambda: DEARER * t * (i + o) < i * o):
             return _roots_of_products(x, ct)
         if known(lambda: t * (i + o) < i * o):
@@ -276,7 +276,7 @@ def _roots_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
     least = jnp.finfo(total.dtype).tiny / jnp.finfo(total.dtype).eps
     some = jnp.any(ct != 0, axis=(1, 2))  # else it is 0 indeed
     sound = (total >= 1e-2 * size) & jnp.isfinite(total) & ((total >= least) | ~some)
-    return jax.lax.cond(jnp.all(sound), lambda: jnp.sqrt(total), lambda: _norms_of_products(x, ct))
+    return jax.lax.cond(jnp.all(sound), lambda: root(total), lambda: _norms_of_products(x, ct))
 
 
 def _each(x: Sequences, ct: Sequences) -> Float[Array, "n i o"]:
