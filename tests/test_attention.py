@@ -40,7 +40,12 @@ def by_definition(layer, mask, x):
 
 
 def problem(n, t, c, dtype=jnp.float64):
-    return jnp.asarray(normal(n, t, c), dtype), jnp.asarray(normal(n, t, c // 3)[::-1], dtype)
+    x, ct = normal(n, t, c), normal(n, t, c // 3)[::-1]
+    return jax.device_put(x.astype(dtype)), jax.device_put(ct.astype(dtype))
+
+
+def cast(dtype, *arrays):
+    return [np.asarray(z).astype(dtype) for z in arrays]
 
 
 @pytest.mark.few(1)
@@ -50,12 +55,15 @@ def problem(n, t, c, dtype=jnp.float64):
 def test_against_the_definition(t, save, causal):
     layer = jp.Attention(2, causal, save, block=48)
     x, ct = problem(2, t, 12)
-    for mask in (np.ones((2, t), bool), np.random.default_rng(t).uniform(size=(2, t)) < 0.5):
+
+    @jax.jit
+    def by_autodiff(mask, x, ct):
         y, pull = jax.vjp(functools.partial(by_definition, layer, mask), x)
-        expected = y, pull(ct)[0]
-        assert (
-            relative_error(both_ways(layer, jp.Mask(jnp.asarray(mask)), x, ct), expected) <= 1e-11
-        )
+        return y, pull(ct)[0]
+
+    for mask in (np.ones((2, t), bool), np.random.default_rng(t).uniform(size=(2, t)) < 0.5):
+        expected = by_autodiff(mask, x, ct)
+        assert relative_error(both_ways(layer, jp.Mask(mask), x, ct), expected) <= 1e-11
         if mask.all():
             assert relative_error(both_ways(layer, (), x, ct), expected) <= 1e-11
 
@@ -68,9 +76,9 @@ def test_padding_changes_nothing(save, causal):
     x, ct = problem(2, 6, 12)
     y, d_x = both_ways(layer, (), x, ct)
     padding = ((0, 0), (0, 3), (0, 0))
-    mask = jnp.pad(jnp.ones((2, 6), bool), padding[:2])
-    longer = jnp.pad(x, padding, constant_values=7.0), jnp.pad(ct, padding)
-    longer_y, longer_d_x = both_ways(layer, jp.Mask(mask), *longer)
+    mask = np.pad(np.ones((2, 6), bool), padding[:2])
+    longer = np.pad(x, padding, constant_values=7.0), np.pad(ct, padding)
+    longer_y, longer_d_x = map(np.asarray, both_ways(layer, jp.Mask(mask), *longer))
     assert relative_error((longer_y[:, :6], longer_d_x[:, :6]), (y, d_x)) <= 1e-12
     assert np.all(longer_d_x[:, 6:] == 0)
 
@@ -82,10 +90,10 @@ def test_padding_changes_nothing(save, causal):
 def test_rows_without_a_key_are_zero(dtype, save, causal):
     layer = jp.Attention(2, causal, save, block=2)
     x, ct = problem(3, 5, 12, dtype)
-    mask = jnp.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], bool)
-    y, d_x = both_ways(layer, jp.Mask(jnp.asarray(mask)), x, ct)
-    assert np.all(np.isfinite(y.astype(float)))
-    assert np.all(np.isfinite(d_x.astype(float)))
+    mask = np.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], bool)
+    y, d_x = cast(float, *both_ways(layer, jp.Mask(mask), x, ct))
+    assert np.all(np.isfinite(y))
+    assert np.all(np.isfinite(d_x))
     assert np.all(y[1] == 0)
     assert np.all(d_x[1] == 0)
     assert np.all(d_x[0, :2, 4:] == 0)
@@ -103,11 +111,10 @@ def test_large_logits(save, causal, dtype):
     x = x * 1000
     got = both_ways(layer, (), x, ct)
     assert all(leaf.dtype == dtype for leaf in got)
-    wide = both_ways(layer, (), x.astype(jnp.float64), ct.astype(jnp.float64))
+    wide = both_ways(layer, (), *cast(np.float64, x, ct))
     assert relative_error(got[0], wide[0]) <= 0.01
-    assert np.all(np.isfinite(got[1].astype(float)))
     finite = both_ways(layer, (), x * 1e15, ct) if dtype == jnp.bfloat16 else got
-    assert all(np.all(np.isfinite(leaf.astype(float))) for leaf in finite)
+    assert all(np.all(np.isfinite(leaf)) for leaf in cast(float, got[1], *finite))
 
 
 @causals
@@ -115,7 +122,7 @@ def test_large_logits(save, causal, dtype):
 def test_bfloat16(save, causal):
     layer = jp.Attention(4, causal, save, block=32)
     x, ct = problem(2, 96, 96, jnp.bfloat16)
-    wide = both_ways(layer, (), x.astype(jnp.float64), ct.astype(jnp.float64))
+    wide = both_ways(layer, (), *cast(np.float64, x, ct))
     assert relative_error(both_ways(layer, (), x, ct), wide) <= 0.02
 
 
@@ -198,8 +205,8 @@ def test_errors():
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_turns_pairs_of_features_by_complex_numbers(interleaved):
-    x = jnp.asarray(normal(2, 9, 24))
-    y, _ = jp.Rotary(2, base=100.0, interleaved=interleaved).forward((), x)
+    x = normal(2, 9, 24)
+    y, _ = jax.jit(jp.Rotary(2, base=100.0, interleaved=interleaved).forward)((), x)
     heads, turned = (np.asarray(z).reshape(2, 9, 3, 2, 2, 2) for z in (x, y))
     if interleaved:  # (pair, which of the two), to (which, pair)
         heads, turned = heads.swapaxes(-1, -2), turned.swapaxes(-1, -2)
@@ -211,47 +218,50 @@ def test_rotary_turns_pairs_of_features_by_complex_numbers(interleaved):
 
 
 def test_rotary_of_fewer_heads_is_that_of_each_head():
-    x = jnp.asarray(normal(2, 9, 8 * 4))
-    q, k, v = jnp.split(x, [16, 24], -1)
-    y, _ = jp.Rotary(4, kv_heads=2).forward((), x)
-    of_q, _ = jp.Rotary(4).forward((), jnp.concatenate([q, q, q], -1))
-    of_k, _ = jp.Rotary(2).forward((), jnp.concatenate([k, k, k], -1))
-    expected = jnp.concatenate([of_q[..., :16], of_k[..., :8], v], -1)
+    x = normal(2, 9, 8 * 4)
+    q, k, v = np.split(x, [16, 24], -1)
+    y, _ = jax.jit(jp.Rotary(4, kv_heads=2).forward)((), x)
+    of_q, _ = jax.jit(jp.Rotary(4).forward)((), np.concatenate([q, q, q], -1))
+    of_k, _ = jax.jit(jp.Rotary(2).forward)((), np.concatenate([k, k, k], -1))
+    expected = np.concatenate([np.asarray(of_q)[..., :16], np.asarray(of_k)[..., :8], v], -1)
     assert relative_error(y, expected) <= 1e-15
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_scores_depend_on_the_distance_only(interleaved):
     """The same q and k everywhere: <q_t, k_s> is one number for each t - s."""
-    x = jnp.broadcast_to(jnp.asarray(normal(1, 1, 24)), (1, 6, 24))
-    y, _ = jp.Rotary(1, interleaved=interleaved).forward((), x)
-    scores = np.asarray(y[0, :, :8] @ y[0, :, 8:16].T)
+    x = np.broadcast_to(normal(1, 1, 24), (1, 6, 24))
+    y = np.asarray(jax.jit(jp.Rotary(1, interleaved=interleaved).forward)((), x)[0])
+    scores = y[0, :, :8] @ y[0, :, 8:16].T
     np.testing.assert_allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-13)
     assert np.ptp(scores[0]) > 0.01
 
 
 def test_sinusoidal_positions_are_vaswani_s():
-    y, _ = jp.SinusoidalPositions().forward((), jnp.zeros((1, 3, 4)))
+    y, _ = jax.jit(jp.SinusoidalPositions().forward)((), np.zeros((1, 3, 4)))
     expected = [[f(t / w) for w in (1, 100) for f in (np.sin, np.cos)] for t in range(3)]
     np.testing.assert_allclose(y[0], expected, atol=1e-15)
 
 
 def test_positions_shares():
     """Rows from T on have no part in any example's gradient."""
-    layer, x = jp.Positions(5), jnp.asarray(normal(3, 2, 4))
-    params = layer.init(jax.random.key(0), x)
-    form, _ = layer.backward(params, (), x)
-    dense = jp.Stacked(jnp.pad(x, ((0, 0), (0, 3), (0, 0))))
-    weights = jnp.arange(3.0)
-    for ask in (
-        lambda form: form.per_example(),
-        lambda form: form.sum(),
-        lambda form: form.weighted_sum(weights),
-        lambda form: form.sq_norms(),
-        lambda form: form.inner_products(),
-        lambda form: form.second_moment(),
-    ):
-        assert relative_error(ask(form), ask(dense)) <= 1e-14
+    layer, x = jp.Positions(5), normal(3, 2, 4)
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+    form, _ = jax.jit(layer.backward)(params, (), x)
+    dense = jp.Stacked(np.pad(x, ((0, 0), (0, 3), (0, 0))))
+
+    @jax.jit
+    def asked(form):
+        return [
+            form.per_example(),
+            form.sum(),
+            form.weighted_sum(jnp.arange(3.0)),
+            form.sq_norms(),
+            form.inner_products(),
+            form.second_moment(),
+        ]
+
+    assert relative_error(asked(form), asked(dense)) <= 1e-14
 
 
 def test_errors_of_positions():
@@ -276,9 +286,10 @@ def test_errors_of_positions():
 def test_what_stands_at_a_padded_position_does_not_matter(save, bad):
     layer = jp.Attention(2, causal=False, save=save)
     x, ct = problem(1, 5, 12)
-    mask = jp.Mask(jnp.array([[1, 1, 1, 0, 0]], bool))
-    got = both_ways(layer, mask, x.at[0, 3].set(bad), ct)
+    mask, spoiled = jp.Mask(np.array([[1, 1, 1, 0, 0]], bool)), np.array(x)
+    spoiled[0, 3] = bad
+    got = both_ways(layer, mask, spoiled, ct)
     expected = both_ways(layer, mask, x, ct)
     assert relative_error(got, expected) == 0
     real = both_ways(layer, (), x[:, :3], ct[:, :3])
-    assert relative_error(got[0][:, :3], real[0]) <= 1e-12
+    assert relative_error(np.asarray(got[0])[:, :3], real[0]) <= 1e-12

@@ -12,7 +12,7 @@ from jaxprop import rules
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed + sum(shape)).normal(size=shape))
+    return jax.device_put(np.random.default_rng(seed + sum(shape)).normal(size=shape))
 
 
 def close(got, want, rtol=1e-11, atol=1e-13):
@@ -22,10 +22,10 @@ def close(got, want, rtol=1e-11, atol=1e-13):
 def pixels(*shape, seed=0):
     """Between 0 and 1, with some that are exactly 0, as a black pixel is."""
     x = np.random.default_rng(seed).uniform(size=shape)
-    return jnp.asarray(np.where(x < 0.2, 0.0, x))
+    return jax.device_put(np.where(x < 0.2, 0.0, x))
 
 
-X, TARGET = pixels(6, 5), jnp.array([0, 1, 2, 2, 1, 0])
+X, TARGET = pixels(6, 5), jax.device_put(np.array([0, 1, 2, 2, 1, 0]))
 IMAGES = pixels(4, 8, 8, 2)
 MLP = jp.chain(jp.Dense(9), jp.Relu(), jp.Dense(8), jp.Relu(), jp.Dense(3))
 UNBIASED = jp.chain(
@@ -39,12 +39,14 @@ CNN = jp.chain(
 )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(net, x=X):
     params = net.init(jax.random.key(1), x)
     noise = normal(10_000, seed=3)
     return jax.tree.map(lambda w: w + 0.1 * noise[: w.size].reshape(w.shape), params)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def output(net, params, x, target):
     return net(params, x)[jnp.arange(len(x)), target]
 
@@ -103,15 +105,21 @@ EQUATIONS = {
 def test_relevance_is_its_equation_layer_by_layer(first, rest):
     params = init(MLP)
     net = rules.lrp(MLP, {(0,): first, jp.Dense: rest})
-    hs = [X]
-    for w, b in (params[0], params[2]):
-        hs.append(jax.nn.relu(hs[-1] @ w + b[None]))
-    r = jax.nn.one_hot(TARGET, 3) * MLP(params, X)
-    for (w, b), h, rule in zip(
-        (params[4], params[2], params[0]), reversed(hs), (rest, rest, first), strict=True
-    ):
-        r = EQUATIONS[rule](w, b[None], h, r)
-    close(rules.relevance(net)(params, X, TARGET), r, rtol=1e-9, atol=1e-11)
+
+    @jax.jit
+    def by_equations(params, x, target):
+        hs = [x]
+        for w, b in (params[0], params[2]):
+            hs.append(jax.nn.relu(hs[-1] @ w + b[None]))
+        r = jax.nn.one_hot(target, 3) * MLP(params, x)
+        for (w, b), h, rule in zip(
+            (params[4], params[2], params[0]), reversed(hs), (rest, rest, first), strict=True
+        ):
+            r = EQUATIONS[rule](w, b[None], h, r)
+        return r
+
+    got, want = (f(params, X, TARGET) for f in (jax.jit(rules.relevance(net)), by_equations))
+    close(got, want, rtol=1e-9, atol=1e-11)
 
 
 @pytest.fixture
@@ -229,24 +237,25 @@ def test_halves_of_attention(layer, x):
     """Half of the relevance of y is v's; what the scores are given is a half of the rest."""
     net = rules.lrp(layer)
     jp.check_layer(net, x)
-    y, saved = net.forward((), x)
+    y, saved = jax.jit(net.forward)((), x)
     ct = normal(*y.shape, seed=5)
-    _, plain = layer.backward((), saved, ct)
-    _, halved = net.backward((), saved, ct)
-    parts = halved if isinstance(x, tuple) else (halved,)
-    whole = plain if isinstance(x, tuple) else (plain,)
+    _, plain = jax.jit(layer.backward)((), saved, ct)
+    _, halved = jax.jit(net.backward)((), saved, ct)
+    parts, whole = (
+        jax.tree.map(np.asarray, z if isinstance(x, tuple) else (z,)) for z in (halved, plain)
+    )
     d, v = y.shape[-1], {"grouped": 4}.get("", 4)
     if isinstance(x, tuple) and x[1].ndim == 3:
         close(parts[0], whole[0] / 4)
-        close(parts[1], whole[1] * jnp.repeat(jnp.array([0.25, 0.5]), v)[None, None])
+        close(parts[1], whole[1] * np.repeat([0.25, 0.5], v))
     else:
-        scale = jnp.concatenate(
+        scale = np.concatenate(
             [
-                jnp.full(parts[0].shape[-1] - (parts[0].shape[-1] - d) // 2, 0.25),
-                jnp.full((parts[0].shape[-1] - d) // 2, 0.5),
+                np.full(parts[0].shape[-1] - (parts[0].shape[-1] - d) // 2, 0.25),
+                np.full((parts[0].shape[-1] - d) // 2, 0.5),
             ]
         )
-        close(parts[0], whole[0] * scale[None, None])
+        close(parts[0], whole[0] * scale)
     if isinstance(x, tuple) and x[-1].ndim == 4:
         close(parts[-1], whole[-1] / 2)
 
@@ -275,57 +284,63 @@ def test_all_but_the_derivative_is_checked(name):
 
 def test_guided_backprop_and_deconvolution_are_their_equations():
     params = init(MLP)
-    (w1, b1), _, (w2, b2), _, (w3, _) = params
-    a1 = X @ w1 + b1[None]
-    a2 = jax.nn.relu(a1) @ w2 + b2[None]
-    ct = w3.T[TARGET]
+    (w1, b1), _, (w2, b2), _, (w3, _) = jax.tree.map(np.asarray, params)
+    a1 = np.asarray(X) @ w1 + b1
+    a2 = np.maximum(a1, 0) @ w2 + b2
+    ct = w3.T[np.asarray(TARGET)]
     for rule, factor in (
         (rules.guided_backprop, lambda a: a > 0),
-        (rules.deconvolution, jnp.ones_like),
+        (rules.deconvolution, np.ones_like),
     ):
-        d = jnp.maximum(ct, 0) * factor(a2).astype(ct.dtype)
-        d = jnp.maximum(d @ w2.T, 0) * factor(a1).astype(ct.dtype)
-        close(rules.saliency(rule(MLP))(params, X, TARGET), d @ w1.T)
+        d = np.maximum(ct, 0) * factor(a2)
+        d = np.maximum(d @ w2.T, 0) * factor(a1)
+        close(jax.jit(rules.saliency(rule(MLP)))(params, X, TARGET), d @ w1.T)
 
 
 def test_saliency_and_gradient_times_input_are_those_of_autodiff():
-    params = init(MLP)
-    d_x = jax.grad(lambda x: output(MLP, params, x, TARGET).sum())(X)
-    close(rules.saliency(MLP)(params, X, TARGET), d_x)
-    close(rules.gradient_times_input(MLP)(params, X, TARGET), X * d_x)
-    weights = normal(6, 3)
-    d_x = jax.grad(lambda x: (MLP(params, x) * weights).sum())(X)
-    close(rules.saliency(MLP)(params, X, weights), d_x)
-    close(rules.saliency(MLP)(params, X), jax.grad(lambda x: MLP(params, x).sum())(X))
+    params, weights = init(MLP), normal(6, 3)
+    saliency, products = (jax.jit(f(MLP)) for f in (rules.saliency, rules.gradient_times_input))
+
+    def grad(f):
+        return jax.jit(jax.grad(f))(X)
+
+    d_x = grad(lambda x: output(MLP, params, x, TARGET).sum())
+    close(saliency(params, X, TARGET), d_x)
+    close(products(params, X, TARGET), np.asarray(X) * d_x)
+    close(saliency(params, X, weights), grad(lambda x: (MLP(params, x) * weights).sum()))
+    close(saliency(params, X), grad(lambda x: MLP(params, x).sum()))
 
 
 def test_integrated_gradients_add_up_to_the_difference():
     net = jp.chain(jp.Dense(8), jp.Tanh(), jp.Dense(3))
     params = init(net)
-    for baseline in (0.0, 0.5, X[::-1], jnp.full((1, 5), 0.3)):
-        start = jnp.broadcast_to(jnp.asarray(baseline), X.shape)
+    x = np.asarray(X)
+    for baseline in (0.0, 0.5, x[::-1], jnp.full((1, 5), 0.3)):
+        start = np.broadcast_to(baseline, x.shape)
         each = rules.integrated_gradients(net, baseline=baseline, steps=300)(params, X, TARGET)
-        apart = output(net, params, X, TARGET) - output(net, params, start, TARGET)
-        close(each.sum(1), apart, rtol=1e-4, atol=1e-5)
-    points = [start + (X - start) * (k + 0.5) / 3 for k in range(3)]
-    d_x = sum(rules.saliency(net)(params, p, TARGET) for p in points) / 3
+        end, begin = (np.asarray(output(net, params, z, TARGET)) for z in (x, start))
+        close(np.asarray(each).sum(1), end - begin, rtol=1e-4, atol=1e-5)
+    points = [start + (x - start) * (k + 0.5) / 3 for k in range(3)]
+    saliency = jax.jit(rules.saliency(net))
+    d_x = sum(np.asarray(saliency(params, p, TARGET)) for p in points) / 3
     got = rules.integrated_gradients(net, baseline=0.3, steps=3)(params, X, TARGET)
-    close(got, (X - start) * d_x)
+    close(got, (x - start) * d_x)
 
 
 def test_smooth_grad_is_the_mean_where_noise_is_added():
     params, key = init(MLP), jax.random.key(4)
     got = rules.smooth_grad(MLP, deviation=0.2, samples=3)(params, X, TARGET, key=key)
-    each = [
-        rules.saliency(MLP)(
-            params, X + 0.2 * jax.random.normal(jax.random.split(k, 1)[0], X.shape), TARGET
-        )
-        for k in jax.random.split(key, 3)
-    ]
+
+    @jax.jit
+    def at_noise(deviation, key):
+        noise = jax.random.normal(jax.random.split(key, 1)[0], X.shape)
+        return rules.saliency(MLP)(params, X + deviation * noise, TARGET)
+
+    each = [np.asarray(at_noise(0.2, k)) for k in jax.random.split(key, 3)]
     close(got, sum(each) / 3)
-    assert not jnp.allclose(got, each[0])
+    assert not np.allclose(got, each[0])
     exact = rules.smooth_grad(MLP, deviation=0.0, samples=2)(params, X, TARGET, key=key)
-    close(exact, rules.saliency(MLP)(params, X, TARGET))
+    close(exact, at_noise(0.0, key))
 
 
 @pytest.mark.full
@@ -363,8 +378,8 @@ def test_rules_reach_what_is_shared():
     ((w, _), last) = params[1], params[2]
     flat = (params[0], w, (), w, (), last)
     for rule in (rules.guided_backprop, rules.deconvolution, rules.sign_symmetric, rules.lrp):
-        got = rules.saliency(rule(net))(params, X, TARGET)
-        close(got, rules.saliency(rule(unrolled))(flat, X, TARGET))
+        got, want = (jax.jit(rules.saliency(rule(each))) for each in (net, unrolled))
+        close(got(params, X, TARGET), want(flat, X, TARGET))
 
 
 @pytest.mark.full

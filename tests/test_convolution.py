@@ -17,7 +17,7 @@ from jaxprop.layers.windows import Windows
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape))
 
 
 @st.composite
@@ -135,27 +135,35 @@ def test_block_by_block_is_all_at_once(channels, monkeypatch):
 def test_both_platforms_rules_agree():
     windows = Windows.over((6, 5), (3, 2), (2, 1), "SAME", (1, 2))
     form = jp.Patches(normal(4, 6, 5, 3), normal(4, *windows.outputs((6, 5)), 2, seed=1), windows)
-    assert relative_error(form._convolved(), form._block_by_block()) <= 1e-12
-    assert relative_error(form._in_one(), form._convolved()) <= 1e-12
-    for channels in (3, 32):  # one convolution for all taps, and a product for each
-        form = dataclasses.replace(form, x=normal(4, 6, 5, channels))
+    convolved, blocks, in_one = jax.jit(
+        lambda form: (form._convolved(), form._block_by_block(), form._in_one())
+    )(form)
+    assert relative_error(convolved, blocks) <= 1e-12
+    assert relative_error(in_one, convolved) <= 1e-12
+
+    @jax.jit
+    def norms(form):
         squares = jnp.sum(form.per_example() ** 2, axis=(1, 2, 3, 4))
         each = [jnp.sum(tap.per_example() ** 2, axis=(1, 2)) for tap in form._by_taps()]
+        return squares, each, form.sq_norms()
+
+    for channels in (3, 32):  # one convolution for all taps, and a product for each
+        squares, each, got = norms(dataclasses.replace(form, x=normal(4, 6, 5, channels)))
         assert len(each) == (1 if channels == 3 else 6)
-        assert relative_error(sum(each), squares) <= 1e-12
-        assert relative_error(form.sq_norms(), squares) <= 1e-12
+        assert relative_error(sum(map(np.asarray, each)), squares) <= 1e-12
+        assert relative_error(got, squares) <= 1e-12
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", 1])
 def test_both_ways_back_through_max_pooling_agree(padding):
     """The first of equal entries is taken by each; small integers have many equals."""
     pool = jp.MaxPool((3, 2), strides=2, padding=padding)
-    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 7, 6, 3)).astype(float))
-    y, residuals = pool.forward((), x)
+    x = np.random.default_rng(0).integers(0, 3, (2, 7, 6, 3)).astype(float)
+    y, residuals = jax.jit(pool.forward)((), x)
     ct = normal(*y.shape, seed=1)
-    by_taps = pool._tap_by_tap(*residuals, ct)
-    assert relative_error(pool._scattered(*residuals, ct), by_taps) <= 1e-14
-    assert relative_error(pool.backward((), residuals, ct)[1], by_taps) <= 1e-14
+    by_taps = jax.jit(pool._tap_by_tap)(*residuals, ct)
+    assert relative_error(jax.jit(pool._scattered)(*residuals, ct), by_taps) <= 1e-14
+    assert relative_error(jax.jit(pool.backward)((), residuals, ct)[1], by_taps) <= 1e-14
 
 
 def test_kronecker_factors_of_one_position_are_the_ggn_block():
@@ -163,8 +171,8 @@ def test_kronecker_factors_of_one_position_are_the_ggn_block():
     net, loss = jp.chain(jp.Conv(3, (2, 3), padding="VALID"), jp.Flatten()), jp.CrossEntropy()
     dense = jp.chain(jp.Flatten(), jp.Dense(3))
     params, x = at(Row(net, np.asarray(normal(1, 2, 3, 2))))
-    flat = ((), jp.AffineParams(params[0].w.reshape(12, 3), params[0].b))
-    target = jnp.array([1])
+    flat = ((), jp.AffineParams(np.asarray(params[0].w).reshape(12, 3), params[0].b))
+    target = np.array([1])
     got = jax.jit(jp.kronecker_factors(net, loss))(params, x, target)[0]
     expected = jax.jit(jp.kronecker_factors(dense, loss))(flat, x, target)[1]
     assert relative_error(got, expected) <= 1e-12
@@ -204,19 +212,24 @@ def test_padding_is_that_of_numpy(layer, shape, widths, mode):
     params, x = at(Row(layer, np.asarray(normal(*shape))))
     widths = ((0, 0), *widths, (0, 0))
 
-    def by_numpy(params, x):
-        return valid.forward(params, jnp.pad(x, widths, mode))[0]
+    @jax.jit
+    def by_numpy(params, x, ct):
+        f = lambda params, x: valid.forward(params, jnp.pad(x, widths, mode))[0]  # noqa: E731
+        y, pull = jax.vjp(f, params, x)
+        return y, pull(ct)
 
-    assert relative_error(layer.forward(params, x)[0], by_numpy(params, x)) <= 1e-14
     ct = ct_for(layer, params, x)
-    got = by_hand(layer, params, x, ct)
-    assert relative_error(got, jax.vjp(by_numpy, params, x)[1](ct)) <= 1e-12
+    y, cotangents = by_numpy(params, x, ct)
+    assert relative_error(jax.jit(layer.forward)(params, x)[0], y) <= 1e-14
+    assert relative_error(by_hand(layer, params, x, ct), cotangents) <= 1e-12
 
 
 def test_causal_reads_nothing_that_comes_after():
     layer, x = jp.Conv(2, (3,), padding="CAUSAL", dilation=2), normal(1, 9, 2)
-    params = layer.init(jax.random.key(0), x)
-    y, other = (layer.forward(params, x)[0] for x in (x, x.at[0, 5].add(1.0)))
+    params, changed = jax.jit(layer.init)(jax.random.key(0), x), np.array(x)
+    changed[0, 5] += 1.0
+    forward = jax.jit(layer.forward)
+    y, other = (np.asarray(forward(params, x)[0]) for x in (x, changed))
     assert y.shape == (1, 9, 2)
     np.testing.assert_array_equal(y[0, :5], other[0, :5])
     assert (np.flatnonzero((y != other).any((0, 2))) == [5, 7]).all()
@@ -226,25 +239,32 @@ def test_causal_reads_nothing_that_comes_after():
 @pytest.mark.parametrize("widths", [((2, 0), (1, 3)), ((0, 0), (4, 4)), ((1, 1), (0, 0))], ids=str)
 def test_pad_is_that_of_numpy(mode, widths):
     layer, x = jp.Pad(widths, mode=mode), normal(2, 3, 5, 2)
-    y, pull = jax.vjp(lambda x: jnp.pad(x, ((0, 0), *widths, (0, 0)), mode), x)
-    np.testing.assert_array_equal(layer.forward((), x)[0], y)
-    ct = normal(*y.shape, seed=1)
-    np.testing.assert_allclose(by_hand(layer, (), x, ct)[1], pull(ct)[0], rtol=1e-14)
+
+    @jax.jit
+    def by_numpy(x, ct):
+        y, pull = jax.vjp(lambda x: jnp.pad(x, ((0, 0), *widths, (0, 0)), mode), x)
+        return y, *pull(ct)
+
+    ct = ct_for(layer, (), x, seed=1)
+    y, d_x = by_numpy(x, ct)
+    np.testing.assert_array_equal(jax.jit(layer.forward)((), x)[0], y)
+    np.testing.assert_allclose(by_hand(layer, (), x, ct)[1], d_x, rtol=1e-14)
 
 
 def test_a_constant_is_added_more_often_than_x_has_entries():
-    layer, x = jp.Pad(((3, 1),), 0.5), jnp.array([[[1.0, 2.0]]])
-    y, residuals = layer.forward((), x)
+    layer, x = jp.Pad(((3, 1),), 0.5), np.array([[[1.0, 2.0]]])
+    y, residuals = jax.jit(layer.forward)((), x)
     np.testing.assert_array_equal(y, [[*[[0.5, 0.5]] * 3, [1.0, 2.0], [0.5, 0.5]]])
-    _, d_x = layer.backward((), residuals, jnp.arange(10.0).reshape(1, 5, 2))
+    _, d_x = jax.jit(layer.backward)((), residuals, np.arange(10.0).reshape(1, 5, 2))
     np.testing.assert_array_equal(d_x, [[[6.0, 7.0]]])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_repeated_entries_add_up_in_float32(dtype):
-    layer, x = jp.Pad(((300, 300),), mode="edge"), jnp.ones((1, 1, 1), dtype)
-    _, d_x = layer.backward((), layer.forward((), x)[1], jnp.ones((1, 601, 1), dtype))
-    np.testing.assert_array_equal(d_x, jnp.full_like(d_x, 601))
+    layer, x = jp.Pad(((300, 300),), mode="edge"), np.ones((1, 1, 1), jnp.dtype(dtype))
+    _, residuals = jax.jit(layer.forward)((), x)
+    _, d_x = jax.jit(layer.backward)((), residuals, np.ones((1, 601, 1), x.dtype))
+    np.testing.assert_array_equal(d_x, np.full_like(d_x, 601))
 
 
 @pytest.mark.parametrize("count_include_pad", [True, False])
@@ -258,7 +278,7 @@ def test_a_mean_counts_its_padding_or_not(padding, count_include_pad):
     fill = 0 if count_include_pad else np.nan
     around = np.pad(x, ((0, 0), (a, b), (c, d), (0, 0)), constant_values=fill)
     windows = np.lib.stride_tricks.sliding_window_view(around, (3, 2), (1, 2))[:, ::2]
-    got, _ = layer.forward((), x)
+    got, _ = jax.jit(layer.forward)((), x)
     np.testing.assert_allclose(got, np.nanmean(windows, axis=(-2, -1)), rtol=1e-13)
 
 
@@ -269,28 +289,26 @@ def test_transpose_is_that_of_jax(padding, dilation):
     rates = (1, 1) if dilation == 1 else dilation
     for window, strides in (((3, 2), (2, 3)), ((2, 4), (3, 1)), ((1, 3), (2, 2))):
         layer = jp.ConvTranspose(2, window, strides, padding, bias=False, dilation=dilation)
-        x = normal(2, 9, 8, 3)
-        params = layer.init(jax.random.key(0), x)
+        params, x = at(Row(layer, np.asarray(normal(2, 9, 8, 3))))
         expected = jax.lax.conv_transpose(x, params.w, strides, pairs, rates)
-        assert relative_error(layer.forward(params, x)[0], expected) <= 1e-12
+        assert relative_error(jax.jit(layer.forward)(params, x)[0], expected) <= 1e-12
 
 
 def test_groups_of_a_transpose_are_transposes_side_by_side():
     layer = jp.ConvTranspose(6, (3, 2), (2, 1), groups=2, dilation=(1, 2))
     params, x = at(Row(layer, np.asarray(normal(2, 3, 4, 4))))
     alone = jp.ConvTranspose(3, (3, 2), (2, 1), dilation=(1, 2))
-    halves = zip(
-        jnp.split(x, 2, -1), jnp.split(params.w, 2, -1), jnp.split(params.b, 2), strict=True
-    )
-    ys = [alone.forward(jp.AffineParams(w, b), part)[0] for part, w, b in halves]
-    assert relative_error(layer.forward(params, x)[0], jnp.concatenate(ys, -1)) <= 1e-13
+    halves = zip(*(np.split(leaf, 2, -1) for leaf in (x, *params)), strict=True)
+    forward = jax.jit(alone.forward)
+    ys = [forward(jp.AffineParams(w, b), part)[0] for part, w, b in halves]
+    assert relative_error(jax.jit(layer.forward)(params, x)[0], np.concatenate(ys, -1)) <= 1e-13
 
 
 def test_first_of_equals_wins():
     """All elements of a window are equal, and the first of them has the whole cotangent."""
-    layer, x = jp.MaxPool((2, 2)), jnp.ones((1, 2, 2, 1))
-    _, residuals = layer.forward((), x)
-    _, d_x = layer.backward((), residuals, jnp.full((1, 1, 1, 1), 3.0))
+    layer, x = jp.MaxPool((2, 2)), np.ones((1, 2, 2, 1))
+    _, residuals = jax.jit(layer.forward)((), x)
+    _, d_x = jax.jit(layer.backward)((), residuals, np.full((1, 1, 1, 1), 3.0))
     np.testing.assert_array_equal(d_x[0, :, :, 0], [[3, 0], [0, 0]])
 
 
@@ -300,7 +318,7 @@ def test_quantities_under_explicit_sharding(padding):
     conv, loss = jp.Conv(4, (3, 3), 2, padding), jp.CrossEntropy()
     net = jp.chain(conv, jp.Relu(), jp.GlobalAvgPool())
     params, x = at(Row(net, np.asarray(normal(4, 5, 5, 2))))
-    target = jnp.array([0, 1, 2, 3])
+    target = np.array([0, 1, 2, 3])
     _, expected = jax.jit(jp.value_and_grad(net, loss))(params, x, target)
     with jax.set_mesh(mesh):
         spread = jax.sharding.PartitionSpec("d")
@@ -312,7 +330,7 @@ def test_quantities_under_explicit_sharding(padding):
 def test_under_shard_map():
     net, loss = jp.chain(jp.Conv(3), jp.MaxPool((2, 2)), jp.GlobalAvgPool()), jp.CrossEntropy()
     params, x = at(Row(net, np.asarray(normal(8, 4, 4, 2))))
-    target = jnp.arange(8) % 3
+    target = np.arange(8) % 3
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     P = jax.sharding.PartitionSpec
     for f in (jp.value_and_grad(net, loss), jp.clipped_grad(net, loss, 1e6)):
@@ -322,7 +340,7 @@ def test_under_shard_map():
             in_specs=(P(), P("d"), P("d")),
             out_specs=P(),
         )
-        got = jax.tree.map(lambda g: g / 2, jax.jit(sharded)(params, x, target))
+        got = jax.tree.map(lambda g: np.asarray(g) / 2, jax.jit(sharded)(params, x, target))
         assert relative_error(got, jax.jit(f)(params, x, target)[1]) <= 1e-12
 
 
@@ -400,10 +418,10 @@ def test_integers_are_refused(layer):
 
 @pytest.mark.parametrize("layer", [jp.Conv(3), jp.ConvTranspose(3)], ids=str)
 def test_a_wrong_cotangent_is_named(layer):
-    x = jnp.ones((2, 4, 4, 1))
-    params = layer.init(jax.random.key(0), x)
+    x = np.ones((2, 4, 4, 1))
+    params = jax.jit(layer.init)(jax.random.key(0), x)
     with pytest.raises(ValueError, match=r"ct has shape \(2, 3, 3, 3\), but x has \(2, 4, 4, 1\)"):
-        layer.backward(params, x, jnp.ones((2, 3, 3, 3)))
+        layer.backward(params, x, np.ones((2, 3, 3, 3)))
 
 
 def test_pytorch_agrees():

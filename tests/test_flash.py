@@ -33,9 +33,12 @@ def problem(layer, n=2, t=50, d=6, memory=None, masked=False, dtype=jnp.float64,
     s = memory or t
     x = rng.normal(size=(n, t, layer.heads * d + (0 if memory else kv)))
     parts = (x, rng.normal(size=(n, s, kv))) if memory else (x,)
-    mask = jnp.asarray(rng.uniform(size=(n, 1, 1, s)) < 0.7).at[0].set(False) if masked else None
-    given = Inputs(*(jnp.asarray(part, dtype) for part in parts))
-    return given, mask, jnp.asarray(rng.normal(size=(n, layer.heads, t, d)), dtype)
+    mask = None
+    if masked:
+        mask = rng.uniform(size=(n, 1, 1, s)) < 0.7
+        mask[0] = False
+    ct = rng.normal(size=(n, layer.heads, t, d))
+    return cast(jax.device_put((Inputs(*parts), mask, ct)), dtype)
 
 
 def halves(attend, pull, x, mask, ct):
@@ -44,6 +47,7 @@ def halves(attend, pull, x, mask, ct):
     return (y, kept), pull(x, mask, ct, mean, kept)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def by_xla(layer, *args):
     return halves(
         functools.partial(by_parts.attend, layer), functools.partial(by_parts.pull, layer), *args
@@ -60,7 +64,8 @@ def by_kernels(layer, platform, *args):
 
 def cast(tree, dtype):
     floating = lambda z: jnp.issubdtype(z.dtype, jnp.floating)  # noqa: E731
-    return jax.tree.map(lambda z: z.astype(dtype) if floating(z) else z, tree)
+    by_numpy = lambda z: jax.device_put(np.asarray(z).astype(dtype))  # noqa: E731
+    return jax.tree.map(lambda z: by_numpy(z) if floating(z) else z, tree)
 
 
 CASES = {
@@ -86,12 +91,12 @@ def test_kernels_are_what_xla_computes(platform, case, small_blocks):
     layer, sizes = CASES[case]
     args = problem(layer, **sizes)
     got = jax.jit(functools.partial(by_kernels, layer, platform))(*cast(args, jnp.float32))
-    want = jax.jit(functools.partial(by_xla, layer))(*args)
+    want = by_xla(layer, *args)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, want)
     for part, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # the logsumexp of no keys is the dtype's minimum
-        part, expected = (jnp.maximum(z.astype(jnp.float64), -1e9) for z in (part, expected))
+        part, expected = (np.maximum(np.asarray(z, np.float64), -1e9) for z in (part, expected))
         assert relative_error(part, expected) <= 2e-6
 
 
@@ -102,7 +107,8 @@ def test_narrow_floats_are_no_worse_than_by_xla(platform, dtype, small_blocks):
     layer = saving(2)
     args = problem(layer, t=100, dtype=dtype)
     want = by_xla(layer, *cast(args, jnp.float64))
-    got, plain = by_kernels(layer, platform, *args), by_xla(layer, *args)
+    got = jax.jit(functools.partial(by_kernels, layer, platform))(*args)
+    plain = by_xla(layer, *args)
     assert [z.dtype for z in jax.tree.leaves(got)] == [z.dtype for z in jax.tree.leaves(plain)]
     for ours, theirs, exact in zip(*map(jax.tree.leaves, (got, plain, want)), strict=True):
         error, usual = (relative_error(z.astype(jnp.float64), exact) for z in (ours, theirs))
@@ -113,8 +119,9 @@ def test_narrow_floats_are_no_worse_than_by_xla(platform, dtype, small_blocks):
 def test_large_scores_leave_finite_cotangents(platform, small_blocks):
     """Rounded otherwise in backward than in forward, by much more than exp can take."""
     x, _, ct = cast(problem(saving(2), t=40), jnp.float32)
-    (y, _), (d_q, d_k, *_) = by_kernels(saving(2), platform, Inputs(1e8 * x.x), None, ct)
-    assert all(jnp.isfinite(z).all() for z in (y, d_q, d_k))
+    run = jax.jit(functools.partial(by_kernels, saving(2), platform))
+    (y, _), (d_q, d_k, *_) = run(Inputs(1e8 * x.x), None, ct)
+    assert all(np.isfinite(z).all() for z in (y, d_q, d_k))
 
 
 @pytest.mark.full
@@ -123,7 +130,8 @@ def test_blocks_of_each_platform_are_right_too():
     args = problem(layer, n=1, t=300, d=4)
     want = by_xla(layer, *args)
     for platform in ("cuda", "tpu"):
-        got = by_kernels(layer, platform, *cast(args, jnp.float32))
+        run = jax.jit(functools.partial(by_kernels, layer, platform))
+        got = run(*cast(args, jnp.float32))
         assert relative_error(cast(got, jnp.float64), want) <= 2e-6
 
 
@@ -143,12 +151,13 @@ def test_over_devices_and_under_vmap(check_vma, small_blocks):
         run, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=check_vma
     )
     assert relative_error(jax.jit(shared)(x.x, ct), want) <= 2e-6
-    mapped = jax.vmap(lambda x, ct: run(x[None], ct[None]))(x.x, ct)
-    assert relative_error(jax.tree.map(lambda z: z[:, 0], mapped), want) <= 2e-6
-    of_one = jax.vmap(run, (None, 0))(x.x, jnp.stack([ct, 2 * ct]))
+    mapped = jax.jit(jax.vmap(lambda x, ct: run(x[None], ct[None])))(x.x, ct)
+    assert relative_error(jax.tree.map(lambda z: np.asarray(z)[:, 0], mapped), want) <= 2e-6
+    of_one = jax.jit(jax.vmap(run, (None, 0)))(x.x, np.stack([ct, 2 * ct]))
     assert (
         relative_error(
-            jax.tree.map(lambda z: z[1], of_one[1]), jax.tree.map(lambda z: 2 * z, want[1])
+            jax.tree.map(lambda z: np.asarray(z)[1], of_one[1]),
+            jax.tree.map(lambda z: 2 * np.asarray(z), want[1]),
         )
         <= 2e-6
     )
@@ -196,7 +205,7 @@ def test_gpus_may_hold_other_parts(spec, small_blocks):
 def test_a_memory_may_be_the_same_on_all_devices(kernels):
     layer = saving(2, causal=False, kernels=kernels)
     (x, memory, _), _, ct = problem(layer, n=4, t=20, memory=7, dtype=jnp.float32)
-    memory, ct = memory[:2], ct.swapaxes(1, 2).reshape(4, 20, 12)
+    memory, ct = memory[:2], np.asarray(ct).swapaxes(1, 2).reshape(4, 20, 12)
 
     def both(x, memory, ct):
         y, residuals = layer.forward((), (x, memory))
@@ -207,7 +216,7 @@ def test_a_memory_may_be_the_same_on_all_devices(kernels):
     shared = jax.shard_map(
         both, mesh=mesh, in_specs=(spec, PartitionSpec(), spec), out_specs=spec, check_vma=True
     )
-    want = both(x, jnp.concatenate([memory, memory]), ct)
+    want = jax.jit(both)(x, np.concatenate([memory, memory]), ct)
     assert relative_error(jax.jit(shared)(x, memory, ct), want) <= 2e-6
 
 
@@ -220,11 +229,12 @@ def test_derivatives_of_both_halves_are_those_of_the_plain_ones():
         y, residuals = layer.forward((), x)
         return layer.backward((), residuals, y)[1]
 
-    got, want = (jax.jvp(functools.partial(f, layer), (x,), (x,)) for layer in (kept, plain))
-    assert relative_error(got, want) <= 1e-5
-    got, want = (
-        jax.grad(lambda x, layer=layer: (f(layer, x) ** 2).sum())(x) for layer in (kept, plain)
-    )
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(layer, x):
+        forward = jax.jvp(functools.partial(f, layer), (x,), (x,))
+        return forward, jax.grad(lambda x: (f(layer, x) ** 2).sum())(x)
+
+    got, want = (derivatives(layer, x) for layer in (kept, plain))
     assert relative_error(got, want) <= 1e-5
 
 

@@ -27,7 +27,8 @@ WEIGHTS = np.array([1.0, 0, 3, 2, 0.5, 1, 0, 0])
 
 def problem(net=NET, examples=8):
     params, x = at(Row(net, normal(examples, 3, 2)))
-    return net, LOSS, params, x, jnp.asarray(np.random.default_rng(2).integers(0, 3, (examples, 3)))
+    target = np.random.default_rng(2).integers(0, 3, (examples, 3))
+    return net, LOSS, params, x, jax.device_put(target)
 
 
 def parts_of(grads, weights=None):
@@ -330,11 +331,11 @@ def test_mistakes_are_said():
             jp.NoiseScale(where=where)
     for where in (jp.Conv, (7, 7), "kernel", jp.Gelu):
         with pytest.raises(ValueError, match="is no layer of the net with params that are learned"):
-            jp.noise_scale(net, loss, where=where)(*args)
+            jax.jit(jp.noise_scale(net, loss, where=where))(*args)
     with pytest.raises(TypeError, match="axis_name is a name, or several, not 3"):
         jp.noise_scale(net, loss, axis_name=3)
     with pytest.raises(NameError, match="data"):
-        jp.noise_scale(net, loss, axis_name="data")(*args)
+        jax.jit(jp.noise_scale(net, loss, axis_name="data"))(*args)
 
 
 def test_an_average_says_what_it_takes():

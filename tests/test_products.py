@@ -32,12 +32,12 @@ LOSS = jp.CrossEntropy()
 def problem(name):
     net, x = NETS[name]
     if name == "function":
-        params, x = jax.tree.map(jnp.asarray, ((normal(4, 6), normal(6, 3)), x))
+        params, x = jax.device_put(((normal(4, 6), normal(6, 3)), x))
     else:
         params, x = at(Row(net, x))
-    target = jnp.arange(len(x)) % 3
+    target = jax.device_put(np.arange(len(x)) % 3)
     rng = np.random.default_rng(1)
-    v = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+    v = jax.tree.map(lambda leaf: jax.device_put(rng.normal(size=leaf.shape)), params)
     return net, params, x, target, v
 
 
@@ -56,25 +56,25 @@ def test_the_gauss_newton_product_is_that_of_its_root(name):
     net, params, x, target, v = problem(name)
     root = jax.jit(jp.ggn_root(net, LOSS))(params, x, target)
     dots = sum(
-        jnp.tensordot(r, w, axes=w.ndim)
+        np.tensordot(r, w, axes=w.ndim)
         for r, w in zip(*map(jax.tree.leaves, (root, v)), strict=True)
     )
-    want = jax.tree.map(lambda r: jnp.tensordot(dots, r, axes=2) / len(x), root)
+    want = jax.tree.map(lambda r: np.tensordot(dots, r, axes=2) / len(x), root)
     for of in (jp.ggn_vp, jp.fisher_vp):
         assert relative_error(jax.jit(of(net, LOSS))(params, x, target, v), want) <= 1e-10
 
 
 def test_the_empirical_and_the_sampled_fisher_matrix():
     net, params, x, target, v = problem("dense")
-    each = jp.per_example_grads(net, LOSS)(params, x, target)
+    each = jax.jit(jp.per_example_grads(net, LOSS))(params, x, target)
     dots = sum(
-        jnp.tensordot(g, w, axes=w.ndim)
+        np.tensordot(g, w, axes=w.ndim)
         for g, w in zip(*map(jax.tree.leaves, (each, v)), strict=True)
     )
-    want = jax.tree.map(lambda g: jnp.tensordot(dots, g, axes=1) / len(x), each)
-    got = jp.fisher_vp(net, LOSS, empirical=True)(params, x, target, v)
+    want = jax.tree.map(lambda g: np.tensordot(dots, g, axes=1) / len(x), each)
+    got = jax.jit(jp.fisher_vp(net, LOSS, empirical=True))(params, x, target, v)
     assert relative_error(got, want) <= 1e-11
-    exact = jp.ggn_vp(net, LOSS)(params, x, target, v)
+    exact = jax.jit(jp.ggn_vp(net, LOSS))(params, x, target, v)
     sampled = jax.jit(jp.fisher_vp(net, LOSS, samples=4000))
     got = sampled(params, x, target, v, key=jax.random.key(0))
     assert relative_error(got, exact) < 0.1
@@ -129,25 +129,31 @@ def test_conjugate_gradients_and_power_iterations():
 
 def test_a_linear_operator_of_lineax():
     lineax = pytest.importorskip("lineax")
-    net, params, x, target, _ = problem("dense")
-    grads = jp.value_and_grad(net, LOSS)(params, x, target)[1]
-    like = jax.eval_shape(lambda: params)
-    product = jp.ggn_vp(net, LOSS)(params, x, target)
-    tag = lineax.positive_semidefinite_tag
-    operator = lineax.FunctionLinearOperator(product, like, tag)
-    damped = operator + 0.1 * lineax.IdentityLinearOperator(like)
-    solver = lineax.CG(rtol=1e-10, atol=1e-12)
+    net, *args, _ = problem("dense")
+
+    @jax.jit
+    def solved(params, x, target):
+        grads = jp.value_and_grad(net, LOSS)(params, x, target)[1]
+        like = jax.eval_shape(lambda: params)
+        product = jp.ggn_vp(net, LOSS)(params, x, target)
+        tag = lineax.positive_semidefinite_tag
+        operator = lineax.FunctionLinearOperator(product, like, tag)
+        damped = lineax.TaggedLinearOperator(
+            operator + 0.1 * lineax.IdentityLinearOperator(like), tag
+        )
+        step = lineax.linear_solve(damped, grads, lineax.CG(rtol=1e-10, atol=1e-12)).value
+        return grads, jax.tree.map(lambda a, b: a + 0.1 * b, product(step), step)
+
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        step = lineax.linear_solve(lineax.TaggedLinearOperator(damped, tag), grads, solver).value
-    back = jax.tree.map(lambda a, b: a + 0.1 * b, product(step), step)
+        grads, back = solved(*args)
     assert relative_error(back, grads) <= 1e-8
 
 
 def test_mistakes_are_said():
     net, params, x, target, v = problem("dense")
     with pytest.raises(ValueError, match="hvp: v is"):
-        jp.hvp(net, LOSS)(params, x, target, v[:1])
+        jax.jit(jp.hvp(net, LOSS))(params, x, target, v[:1])
     with pytest.raises(ValueError, match="there is nothing to sample"):
         jp.fisher_vp(net, LOSS, samples=2, empirical=True)
     with pytest.raises(TypeError, match="key"):
-        jp.fisher_vp(net, LOSS, samples=2)(params, x, target, v)
+        jax.jit(jp.fisher_vp(net, LOSS, samples=2))(params, x, target, v)

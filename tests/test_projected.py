@@ -1,5 +1,7 @@
 """Projected per-example gradients, inner products between batches, and the tangent kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,17 +47,17 @@ def problem(name):
     net, x = NETS[name]
     if name == "function":
         params = {"a": normal(4, 6), "b": normal(6), "c": normal(3, 6)}
-        params, x = jax.tree.map(jnp.asarray, (params, x))
+        params, x = jax.device_put((params, x))
     else:
         params, x = at(Row(net, x))
     y = jax.eval_shape(net, params, x)
-    target = jnp.asarray(np.random.default_rng(1).normal(size=y.shape))
+    target = jax.device_put(np.random.default_rng(1).normal(size=y.shape))
     return net, params, x, target
 
 
 def flat(tree):
-    leaves = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(tree)]
-    return jnp.concatenate(leaves, axis=1)
+    leaves = [np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves, axis=1)
 
 
 @pytest.mark.few(1)
@@ -65,11 +67,12 @@ def test_inner_products_are_those_of_per_example_gradients(name):
     x2, target2 = x[:2] if name in ("tokens", "tied") else x[:2] + 0.3, target[:2] - 0.5
     of = jax.jit(jp.inner_products(net, LOSS))
     got = of(params, (x, target), (x2, target2))
-    each = jp.per_example_grads(net, LOSS)
+    each = jax.jit(jp.per_example_grads(net, LOSS))
     want = flat(each(params, x, target)) @ flat(each(params, x2, target2)).T
     assert relative_error(got, want) <= 1e-10
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def kernel_of_jacobians(net, params, x, x2):
     def jacobian(x):
         of_one = jax.jacrev(lambda p, x: net(p, x[None])[0].ravel())
@@ -86,10 +89,11 @@ def kernel_of_jacobians(net, params, x, x2):
 @pytest.mark.parametrize("name", NETS)
 def test_the_tangent_kernel_is_that_of_jacobians(name):
     net, params, x, _ = problem(name)
+    full, mean = jax.jit(jp.ntk(net, full=True)), jax.jit(jp.ntk(net))
     for batches in ((x,), (x, x[:2])):
         want, trace = kernel_of_jacobians(net, params, x, batches[-1])
-        assert relative_error(jax.jit(jp.ntk(net, full=True))(params, *batches), want) <= 1e-10
-        assert relative_error(jax.jit(jp.ntk(net))(params, *batches), trace) <= 1e-10
+        assert relative_error(full(params, *batches), want) <= 1e-10
+        assert relative_error(mean(params, *batches), trace) <= 1e-10
 
 
 @pytest.mark.full
@@ -102,16 +106,16 @@ def test_the_tangent_kernel_of_more_outputs_than_are_walked_from_at_a_time():
 
 def test_the_tangent_kernel_of_the_mean_over_positions():
     """It is x_n . x_m + 1 with the means of x, for more outputs than are walked from at a time."""
-    net, x = jp.chain(jp.Dense(20), jp.GlobalAvgPool()), jnp.asarray(normal(2, 1, 3, 8))
-    params, mean = net.init(jax.random.key(0), x), x.mean(axis=(1, 2))
-    np.testing.assert_allclose(jp.ntk(net)(params, x), mean @ mean.T + 1, rtol=1e-12)
+    net, x = jp.chain(jp.Dense(20), jp.GlobalAvgPool()), normal(2, 1, 3, 8)
+    params, mean = jax.jit(net.init)(jax.random.key(0), x), x.mean(axis=(1, 2))
+    np.testing.assert_allclose(jax.jit(jp.ntk(net))(params, x), mean @ mean.T + 1, rtol=1e-12)
 
 
 def test_the_tangent_kernel_of_a_param_that_no_output_depends_on():
-    net, x = jp.function(lambda w, x: x @ w["used"]), jnp.asarray(normal(4, 2))
-    params = {"used": jnp.ones((2, 3)), "unused": jnp.ones(5)}
-    expected = jnp.einsum("ni,mi,cd->nmcd", x, x[:2], jnp.eye(3))
-    got = jp.ntk(net, full=True)(params, x, x[:2])
+    net, x = jp.function(lambda w, x: x @ w["used"]), normal(4, 2)
+    params = {"used": np.ones((2, 3)), "unused": np.ones(5)}
+    expected = np.einsum("ni,mi,cd->nmcd", x, x[:2], np.eye(3))
+    got = jax.jit(jp.ntk(net, full=True))(params, x, x[:2])
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
@@ -149,7 +153,7 @@ def sides_of(params, rank, name):
         size = (int(np.prod(shape[:-1])), shape[-1])
         left = rng.normal(size=(*layers, size[0], rank)) if size[0] > 1 else None
         right = rng.normal(size=(*layers, size[1], rank))
-        return jp.quantity.Sides(left if left is None else jnp.asarray(left), jnp.asarray(right))
+        return jp.quantity.Sides(*jax.device_put((left, right)))
 
     return jax.tree.map_with_path(of, params)
 
@@ -160,23 +164,23 @@ def test_projected_gradients_are_those_of_per_example_gradients(name):
     net, params, x, target = problem(name)
     sides = sides_of(params, 2, name)
     got = jax.jit(jp.projected_grads(net, LOSS, sides=sides))(params, x, target)
-    each = jp.per_example_grads(net, LOSS)(params, x, target)
+    each = jax.jit(jp.per_example_grads(net, LOSS))(params, x, target)
 
     def project(g, side):
         layers = side.right.ndim - 2
-        g = g.reshape(*g.shape[: 1 + layers], -1, g.shape[-1])
-        right = jnp.einsum("nlio,lok->nlik" if layers else "nio,ok->nik", g, side.right)
+        g = np.asarray(g).reshape(*g.shape[: 1 + layers], -1, g.shape[-1])
+        right = np.einsum("nlio,lok->nlik" if layers else "nio,ok->nik", g, side.right)
         if side.left is not None:
             spec = "nlio,lik->nlko" if layers else "nio,ik->nko"
-            right = jnp.einsum(spec, right, side.left)
+            right = np.einsum(spec, right, side.left)
         return right.reshape(*right.shape[:-2], -1)
 
     want = jax.tree.map(project, each, sides)
     assert jax.tree.structure(got) == jax.tree.structure(params)
     assert relative_error(got, want) <= 1e-10
     parts = 1 if len(x) % 2 else 2
-    again = jp.projected_grads(net, LOSS, sides=sides, micro_batches=parts)(params, x, target)
-    assert relative_error(again, want) <= 1e-10
+    again = jax.jit(jp.projected_grads(net, LOSS, sides=sides, micro_batches=parts))
+    assert relative_error(again(params, x, target), want) <= 1e-10
 
 
 @pytest.mark.full
@@ -186,27 +190,28 @@ def test_random_sides_preserve_inner_products_at_the_rate():
     params, x = at(Row(net, normal(4, 50)))
     target = jnp.asarray(np.random.default_rng(1).normal(size=(4, 30)))
     exact = jp.gram(net, LOSS)(params, x, target)
-    scale = jnp.sqrt(jnp.outer(jnp.diag(exact), jnp.diag(exact)))
+    scale = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
 
     def errors(rank, keys=24):
         @jax.jit
         def of(key):
-            rows = flat(jp.projected_grads(net, LOSS, rank, key=key)(params, x, target))
-            return (rows @ rows.T - exact) / scale
+            return jp.projected_grads(net, LOSS, rank, key=key)(params, x, target)
 
-        return jnp.stack([of(key) for key in jax.random.split(jax.random.key(0), keys)])
+        rows = [flat(of(key)) for key in jax.random.split(jax.random.key(0), keys)]
+        return np.stack([(each @ each.T - exact) / scale for each in rows])
 
     few, many = errors(4), errors(16)
-    root = [float(jnp.sqrt(jnp.mean(each**2))) for each in (few, many)]
-    assert float(jnp.abs(many.mean(0)).max()) < 5 * root[1] / np.sqrt(24)
+    root = [np.sqrt(np.mean(each**2)) for each in (few, many)]
+    assert np.abs(many.mean(0)).max() < 5 * root[1] / np.sqrt(24)
     assert 2 < root[0] / root[1] < 8  # sqrt(2 / rank) on either side, and their product
 
 
 def test_no_side_is_wider_than_it_is_long():
     net = jp.chain(jp.Dense(3), jp.Dense(2))
     params, x = at(Row(net, normal(4, 5)))
-    rows = jp.projected_grads(net, LOSS, 100, key=jax.random.key(0))(params, x, x[:, :2])
-    each = jp.per_example_grads(net, LOSS)(params, x, x[:, :2])
+    batch = params, x, x[:, :2]
+    rows = jax.jit(jp.projected_grads(net, LOSS, 100, key=jax.random.key(0)))(*batch)
+    each = jax.jit(jp.per_example_grads(net, LOSS))(*batch)
     assert relative_error(flat(rows), flat(each)) <= 1e-12
 
 
@@ -214,9 +219,9 @@ def test_random_sides_keep_norms():
     """Each multiplies them by a root of chi^2 / 50, of 50 degrees of freedom: 1 within a tenth."""
     net, target = jp.Dense(60, bias=False), 1 - normal(3, 60)
     params, x = at(Row(net, normal(3, 60)))
-    rows = jp.projected_grads(net, LOSS, 50, key=jax.random.key(0))(params, x, target)
-    each = jp.per_example_grads(net, LOSS)(params, x, target)
-    norms, expected = (jnp.linalg.norm(flat(tree), axis=1) for tree in (rows, each))
+    rows = jax.jit(jp.projected_grads(net, LOSS, 50, key=jax.random.key(0)))(params, x, target)
+    each = jax.jit(jp.per_example_grads(net, LOSS))(params, x, target)
+    norms, expected = (np.linalg.norm(flat(tree), axis=1) for tree in (rows, each))
     np.testing.assert_allclose(norms, expected, rtol=0.4)
 
 
@@ -225,13 +230,13 @@ def test_functions_and_their_scans():
         h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w["stack"])
         return h @ w["out"]
 
-    params = {"stack": jnp.asarray(normal(3, 4, 4)), "out": jnp.asarray(normal(4, 2))}
-    net, x = jp.function(scanned), jnp.asarray(normal(5, 4))
+    params = jax.device_put({"stack": normal(3, 4, 4), "out": normal(4, 2)})
+    net, x = jp.function(scanned), jax.device_put(normal(5, 4))
     key = jax.random.key(0)
     rows = jax.jit(jp.projected_grads(net, LOSS, 2, key=key))(params, x, x[:, :2])
     assert jax.tree.map(jnp.shape, rows) == {"out": (5, 4), "stack": (5, 3, 4)}
-    exact = jp.projected_grads(net, LOSS, 4, key=key)(params, x, x[:, :2])
-    each = jp.per_example_grads(net, LOSS)(params, x, x[:, :2])
+    exact = jax.jit(jp.projected_grads(net, LOSS, 4, key=key))(params, x, x[:, :2])
+    each = jax.jit(jp.per_example_grads(net, LOSS))(params, x, x[:, :2])
     assert relative_error(flat(exact), flat(each)) <= 1e-11
 
 
@@ -265,8 +270,8 @@ def test_sides_of_a_net_with_what_is_not_learned():
     net = jp.chain(jp.frozen(jp.Dense(4)), jp.Dense(3))
     params, x = at(Row(net, normal(5, 4)))
     sides = jax.tree.map(lambda _: jp.quantity.Sides(None, None), params)
-    rows = jp.projected_grads(net, LOSS, sides=sides)(params, x, x[:, :3])
-    each = jp.per_example_grads(net, LOSS)(params, x, x[:, :3])
+    rows = jax.jit(jp.projected_grads(net, LOSS, sides=sides))(params, x, x[:, :3])
+    each = jax.jit(jp.per_example_grads(net, LOSS))(params, x, x[:, :3])
     assert relative_error(rows[1].w, each[1].w.reshape(5, -1)) <= 1e-12
 
 
@@ -274,8 +279,8 @@ def test_as_a_quantity_beside_others():
     net, params, x, target = problem("dense")
     key = jax.random.key(3)
     f = jp.quantities(net, LOSS, seen=jp.quantity.Projected(2, key), norms=jp.SqNorms())
-    got = f(params, x, target)
-    want = jp.projected_grads(net, LOSS, 2, key=key)(params, x, target)
+    got = jax.jit(f)(params, x, target)
+    want = jax.jit(jp.projected_grads(net, LOSS, 2, key=key))(params, x, target)
     assert relative_error(got["seen"], want) <= 1e-12
 
 
@@ -297,7 +302,7 @@ def test_mistakes_are_said():
     with pytest.raises(TypeError, match="takes two batches"):
         jp.inner_products(net, LOSS)(params, x, target)
     coupled = jp.chain(jp.Dense(4), jp.BatchNorm())
-    params, batch = coupled.init(jax.random.key(0), x), (x, x)
+    params, batch = jax.jit(coupled.init)(jax.random.key(0), x), (x, x)
     with pytest.raises(ValueError, match="couples"):
         jp.inner_products(coupled, LOSS)(params, batch, batch)
 
@@ -319,8 +324,8 @@ def test_factors_that_are_kept_answer_later(name, micro_batches):
 
 
 def test_factors_are_smaller_than_gradients():
-    net, x = jp.chain(jp.Dense(64), jp.Tanh(), jp.Dense(64)), jnp.asarray(normal(3, 2, 64))
-    params = net.init(jax.random.key(0), x)
+    net, x = jp.chain(jp.Dense(64), jp.Tanh(), jp.Dense(64)), normal(3, 2, 64)
+    params = jax.eval_shape(net.init, jax.random.key(0), x)
     f = jp.quantities(net, LOSS, kept=jp.quantity.Factors())
     kept = jax.eval_shape(f, params, x, x)["kept"]
     size = sum(leaf.size for leaf in jax.tree.leaves(kept))

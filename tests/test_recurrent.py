@@ -1,5 +1,7 @@
 """Recurrent layers against loops over the steps, autodiff over long sequences, and PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,13 +45,14 @@ STEPS = dict(zip(LAYERS, (rnn_step, lstm_step, gru_step), strict=True))
 
 def by_loop(layer, mask, params, x, state):
     """y and the last state, example by example, by a loop over its real steps alone."""
+    step = jax.jit(STEPS[type(layer)])
     ys, lasts = [], []
     for n, real in enumerate(mask):
         y = jnp.zeros((x.shape[1], layer.features))
         last = tuple(leaf[n] for leaf in state)
         steps = np.flatnonzero(real)
         for t in steps[::-1] if layer.reverse else steps:
-            last = STEPS[type(layer)](params, x[n, t], last)
+            last = step(params, x[n, t], last)
             y = y.at[t].set(last[0])
         ys.append(y)
         lasts.append(last)
@@ -73,23 +76,25 @@ def test_masks_and_states_are_those_of_a_loop_over_the_real_steps(kind, reverse)
     """Every output, and every gradient: by params, by x and by the state at the start."""
     layer = kind(3, reverse, "both")
     params, x = at(Row(kind(3), normal(5, 5, 2)))
-    state = tuple(jnp.asarray(normal(5 + i, 5, 3)[0]) for i in range(layer.states))
-    (y, last), pull = jax.vjp(lambda *args: by_loop(layer, MASKS, *args), params, x, state)
-    masked = layer.bind(params, mask=jnp.asarray(MASKS))
-    dirty = jnp.where(MASKS[..., None], x, np.nan)
+    state = tuple(normal(5 + i, 5, 3)[0] for i in range(layer.states))
+    loop = functools.partial(by_loop, layer, MASKS)
+    y, last = jax.jit(loop)(params, x, state)
+    pull = jax.jit(lambda cts: jax.vjp(loop, params, x, state)[1](cts))
+    masked = layer.bind(params, mask=jax.device_put(MASKS))
+    dirty = np.where(MASKS[..., None], x, np.nan)
 
     for output, expected in (("both", (y, public(last))), ("sequence", y), ("last", last[0])):
         here = kind(3, reverse, output)
-        got, residuals = here.forward(masked, (dirty, public(state)))
+        got, residuals = jax.jit(here.forward)(masked, (dirty, public(state)))
         assert relative_error(got, expected) <= 1e-13
-        ct = jax.tree.map(lambda leaf: jnp.asarray(normal(3, *leaf.shape)[0]), expected)
-        zeros = jnp.zeros_like(y), tuple(map(jnp.zeros_like, last))
+        ct = jax.tree.map(lambda leaf: normal(3, *leaf.shape)[0], expected)
+        zeros = np.zeros_like(y), tuple(map(np.zeros_like, last))
         ct_y = {"both": ct[0], "sequence": ct}.get(output, zeros[0])
         ct_last = {"both": ct[1], "last": (ct, *zeros[1][1:])}.get(output, zeros[1])
         d_params, d_x, d_state = pull((ct_y, ct_last if isinstance(ct_last, tuple) else (ct_last,)))
         if output == "sequence":
-            ct = jnp.where(MASKS[..., None], ct, np.nan)
-        got = here.walk(masked, residuals, ct, gradient)
+            ct = np.where(MASKS[..., None], ct, np.nan)
+        got = jax.jit(lambda *args, here=here: here.walk(*args, gradient))(masked, residuals, ct)
         assert relative_error(got, (d_params, (d_x, public(d_state)))) <= 1e-12
 
 
@@ -107,10 +112,11 @@ def test_check_layer_from_a_state(kind, output):
 def test_a_sequence_in_parts_is_the_whole(kind):
     whole, layer = kind(3), kind(3, output="both")
     params, x = at(Row(whole, normal(2, 7, 2)))
-    (first, state), _ = layer.forward(params, x[:, :3])
-    (second, _), _ = layer.forward(params, (x[:, 3:], state))
-    y, _ = whole.forward(params, x)
-    np.testing.assert_allclose(jnp.concatenate([first, second], 1), y, rtol=1e-13)
+    forward = jax.jit(layer.forward)
+    (first, state), _ = forward(params, x[:, :3])
+    (second, _), _ = forward(params, (x[:, 3:], state))
+    y, _ = jax.jit(whole.forward)(params, x)
+    np.testing.assert_allclose(np.concatenate([first, second], 1), y, rtol=1e-13)
 
 
 def lengths(*each):
@@ -176,7 +182,7 @@ def test_a_mask_goes_wherever_a_layer_stands():
 @kinds
 def test_params_without_a_mask_are_as_they_were(kind):
     """Those of a pickle of old, which has no place for a mask, too."""
-    params = kind(2).init(jax.random.key(0), jnp.ones((1, 3, 4)))
+    params, _ = at(Row(kind(2), normal(1, 3, 4)))
     assert len(jax.tree.leaves(params)) == (4 if kind is jp.Gru else 3)
     assert jp.RecurrentParams(*params[:4]) == params
     assert kind(2).bind(params) is params
@@ -185,12 +191,14 @@ def test_params_without_a_mask_are_as_they_were(kind):
 def test_both_directions_are_two_layers_side_by_side():
     layer = jp.bidirectional(jp.Gru(3))
     params, x = at(Row(layer, normal(2, 5, 2)))
-    y, _ = layer.forward(params, x)
-    there, _ = jp.Gru(3).forward(params[0], x)
-    back, _ = jp.Gru(3).forward(params[1], x[:, ::-1])
-    np.testing.assert_allclose(y, jnp.concatenate([there, back[:, ::-1]], -1), rtol=1e-13)
-    last, _ = jp.bidirectional(jp.Gru(3, output="last")).forward(params, x)
-    np.testing.assert_allclose(last, jnp.concatenate([there[:, -1], back[:, -1]], -1), rtol=1e-13)
+    y, _ = jax.jit(layer.forward)(params, x)
+    there, back = (
+        np.asarray(jax.jit(jp.Gru(3).forward)(own, np.asarray(x)[:, ::step])[0])
+        for own, step in zip(params, (1, -1), strict=True)
+    )
+    np.testing.assert_allclose(y, np.concatenate([there, back[:, ::-1]], -1), rtol=1e-13)
+    last, _ = jax.jit(jp.bidirectional(jp.Gru(3, output="last")).forward)(params, x)
+    np.testing.assert_allclose(last, np.concatenate([there[:, -1], back[:, -1]], -1), rtol=1e-13)
     with pytest.raises(TypeError, match="takes a layer with a field reverse, not Tanh"):
         jp.bidirectional(jp.Tanh())
     with pytest.raises(ValueError, match='output of "sequence" or "last"'):
@@ -202,9 +210,10 @@ def test_both_directions_are_two_layers_side_by_side():
 @pytest.mark.parametrize("shape", [(3, 1, 2), (1, 1, 1), (2, 9, 5)], ids=str)
 def test_forward_is_the_step_repeated(kind, shape):
     params, x = at(Row(kind(4), normal(*shape)))
-    state = (jnp.zeros((shape[0], 4)),) * kind.states
-    expected, _ = by_loop(kind(4), np.ones(shape[:2], bool), params, x, state)
-    y, _ = kind(4).forward(params, x)
+    state = (np.zeros((shape[0], 4)),) * kind.states
+    loop = functools.partial(by_loop, kind(4), np.ones(shape[:2], bool))
+    expected, _ = jax.jit(loop)(params, x, state)
+    y, _ = jax.jit(kind(4).forward)(params, x)
     np.testing.assert_allclose(y, expected, rtol=1e-13, atol=1e-14)
 
 
@@ -227,9 +236,10 @@ def test_saturated_gates_give_zero_not_nan(kind):
 @kinds
 def test_initial_params(kind):
     layer = kind(6)
-    params = layer.init(jax.random.key(0), jnp.ones((1, 2, 3), jnp.bfloat16))
+    init = jax.jit(layer.init)
+    params = init(jax.random.key(0), np.ones((1, 2, 3), jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    params = layer.init(jax.random.key(0), jnp.ones((1, 2, 3)))
+    params = init(jax.random.key(0), np.ones((1, 2, 3)))
     for block in np.split(np.asarray(params.u), layer.gates, axis=1):
         np.testing.assert_allclose(block @ block.T, np.eye(6), atol=1e-12)
     forget = np.repeat([0.0, 1.0, 0.0, 0.0], 6)
@@ -262,11 +272,10 @@ def test_what_does_not_fit_is_said(kind):
         kind(2).init(key, jnp.ones((3, 0, 4)))
     with pytest.raises(TypeError, match=rf"{name}\(2\) takes floating x, not int32"):
         kind(2).init(key, jnp.ones((1, 3, 4), jnp.int32))
-    x = jnp.ones((1, 3, 4))
-    params = kind(2).init(key, x)
-    _, residuals = kind(2).forward(params, x)
+    params, x = at(Row(kind(2), normal(1, 3, 4)))
+    _, residuals = jax.jit(kind(2).forward)(params, x)
     with pytest.raises(ValueError, match=r"ct has shape \(1, 3, 3\), but y has \(1, 3, 2\)"):
-        kind(2).backward(params, residuals, jnp.ones((1, 3, 3)))
+        kind(2).backward(params, residuals, np.ones((1, 3, 3)))
 
 
 @pytest.mark.few(6)
@@ -275,9 +284,8 @@ def test_what_does_not_fit_is_said(kind):
 @pytest.mark.parametrize("masked", [False, True])
 def test_sharded_over_the_batch(kind, masked, how):
     net, loss, P = jp.chain(kind(3)), jp.HalfSquaredError(), PartitionSpec
-    x, target = jnp.asarray(normal(8, 5, 2)), jnp.asarray(normal(8, 5, 3))
-    params = net.init(jax.random.key(0), x)
-    mask = jnp.asarray(normal(8, 5) < 0.5) if masked else None
+    (params, x), target = at(Row(net, normal(8, 5, 2))), normal(8, 5, 3)
+    mask = jax.device_put(normal(8, 5) < 0.5) if masked else None
 
     def f(params, x, target, mask):
         return jp.value_and_grad(net, loss)(params, x, target, mask=mask)
@@ -324,6 +332,6 @@ def test_agrees_with_torch(kind):
     w, u, b, b_second = (leaf.grad.numpy() for leaf in peer.parameters())
     d_b_u = b_second[8:] if kind is jp.Gru else None
     expected = params._replace(w=w.T, u=u.T, b=b, b_u=d_b_u), x_there.grad.numpy()
-    y, _ = kind(4).forward(params, x)
+    y, _ = jax.jit(kind(4).forward)(params, x)
     assert relative_error(y, y_there.detach().numpy()) <= 1e-10
     assert relative_error(by_hand(kind(4), params, x, ct), expected) <= 1e-10

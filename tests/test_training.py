@@ -11,7 +11,7 @@ from table import LOSSES, MLP, Row, at, relative_error
 import jaxprop as jp
 
 LOSS = jp.CrossEntropy()
-TARGET = jnp.array([0, 2, 1, 2])
+TARGET = jax.device_put(np.array([0, 2, 1, 2]))
 
 
 def problem(dtype=jnp.float64):
@@ -28,7 +28,6 @@ def test_value_and_grad_is_that_of_autodiff(loss, y, target):
             jp.Dense(5), jp.skip(jp.chain(jp.Dense(5), jp.Silu())), jp.Dense(y.shape[-1])
         )
     params, x = at(Row(net, y))
-    target = jax.tree.map(jnp.asarray, target)
     hand = jax.jit(jp.value_and_grad(net, loss))(params, x, target)
     auto = jax.jit(jax.value_and_grad(jp.loss_fn(net, loss)))(params, x, target)
     assert relative_error(hand, auto) <= 1e-12
@@ -39,7 +38,7 @@ def test_value_and_grad_is_that_of_autodiff(loss, y, target):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_grads_have_the_dtypes_of_params(dtype):
     params, x, target = problem(dtype)
-    value, grads = jp.value_and_grad(MLP, LOSS)(params, x, target)
+    value, grads = jax.jit(jp.value_and_grad(MLP, LOSS))(params, x, target)
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
     assert value.dtype == jnp.float32
 
@@ -51,8 +50,8 @@ def test_mixed_dtypes_differentiate_as_autodiff_does():
     x = problem(jnp.bfloat16)[1]
     hand = jax.jit(jp.value_and_grad(MLP, LOSS))(params, x, target)
     auto = jax.jit(jax.value_and_grad(jp.loss_fn(MLP, LOSS)))(params, x, target)
-    _, residuals = MLP.forward(params, x)
-    _, d_x = MLP.backward(params, residuals, jnp.ones((4, 3), jnp.float32))
+    _, residuals = jax.jit(MLP.forward)(params, x)
+    _, d_x = jax.jit(MLP.backward)(params, residuals, np.ones((4, 3), np.float32))
     chex.assert_trees_all_equal_dtypes(hand, auto)
     assert d_x.dtype == x.dtype
     assert relative_error(hand, auto) <= 1e-5
@@ -66,7 +65,7 @@ def test_loss_fn_is_plain_jax():
     """grad, hessian, vmap and jit compose on it as on any function."""
     params, x, target = problem()
     f = jp.loss_fn(MLP, LOSS)
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, 2 * np.asarray(leaf)]), params)
     values = jax.jit(jax.vmap(f, (0, None, None)))(stacked, x, target)
     np.testing.assert_allclose(values[0], jax.jit(f)(params, x, target), rtol=1e-12)
 
@@ -87,9 +86,8 @@ AXES = {"auto": jax.sharding.AxisType.Auto, "explicit": jax.sharding.AxisType.Ex
 def test_sharded_equals_one_device(spec, axes):
     """Data parallel and tensor parallel under plain jit, on eight devices."""
     net = jp.chain(jp.Dense(16), jp.Gelu(), jp.skip(jp.Dense(16)), jp.Dense(8))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)))
-    target = jnp.arange(16) % 8
-    params = net.init(jax.random.key(0), x)
+    params, x = at(Row(net, np.random.default_rng(0).normal(size=(16, 8))))
+    target = np.arange(16) % 8
     f = jax.jit(jp.value_and_grad(net, LOSS))
     expected = f(params, x, target)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AXES[axes],))
@@ -116,7 +114,7 @@ def test_shard_map_sums_over_devices_as_autodiff_does():
     def by_custom_vjp(params, x, target):
         return LOSS.forward(custom(params, x), target)[0].mean()
 
-    expected = jp.value_and_grad(MLP, LOSS)(params, x, target)
+    expected = jax.jit(jp.value_and_grad(MLP, LOSS))(params, x, target)
     for f in (
         jp.value_and_grad(MLP, LOSS),
         autodiff(MLP, LOSS),

@@ -1,5 +1,7 @@
 """What each example counts in a mean: weights, padding, a divisor; and examples dropped."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ CLOSE = 1e-10
 
 
 def normal(*shape, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape))
 
 
 NETS = {
@@ -34,20 +36,24 @@ NETS = {
     ),
     "table": (
         jp.tied(jp.Embedding(7, 4), jp.chain(jp.Positions(5), jp.Dense(4), jp.LayerNorm())),
-        jnp.asarray(np.random.default_rng(3).integers(0, 7, (4, 5))),
+        jax.device_put(np.random.default_rng(3).integers(0, 7, (4, 5))),
     ),
     "plain": (jp.chain(Plain(4), Mixed(), jp.Dense(3)), normal(4, 2, 3)),
 }
 nets = pytest.mark.parametrize("name", NETS)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def init(net, x):
+    return jax.tree.map(lambda p: jnp.asarray(p, float), net.init(KEY, x))
+
+
 def problem(name):
     net, x = NETS[name]
-    params = net.init(KEY, x)
-    params = jax.tree.map(lambda p: jnp.asarray(p, float), params)
+    params = init(net, x)
     y = jax.eval_shape(net.forward, params, x)[0]
     target = np.random.default_rng(2).integers(0, y.shape[-1], y.shape[:-1])
-    return net, jp.CrossEntropy(), params, x, jnp.asarray(target)
+    return net, jp.CrossEntropy(), params, x, jax.device_put(target)
 
 
 def makers(net):
@@ -141,7 +147,7 @@ def test_in_a_traced_program_what_cannot_weigh_makes_nan():
     ):
         for make in (jp.value_and_grad, jp.autodiff):
             result = jax.jit(make(net, loss))(params, x, target, **given)
-            assert all(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(result))
+            assert all(np.isnan(leaf).any() for leaf in jax.tree.leaves(result))
 
 
 class Unit(jp.Layer):
@@ -230,8 +236,9 @@ def test_in_micro_batches_and_on_devices_weights_are_those_of_the_whole_batch(na
 def test_a_divisor_scales_every_mean(name):
     net, loss, params, x, target = problem(name)
     f = jp.quantities(net, loss, grads=jp.Gradient(), kept=jp.Clipped(0.3), diag=jp.DiagGGN())
-    mean, scaled = f(params, x, target), f(params, x, target, divisor=8)
-    twice = jax.tree.map(lambda leaf: 2 * leaf, scaled)
+    mean = jax.jit(f)(params, x, target)
+    scaled = jax.jit(functools.partial(f, divisor=8))(params, x, target)
+    twice = jax.tree.map(lambda leaf: 2 * np.asarray(leaf), scaled)
     assert relative_error(twice, mean) <= CLOSE
 
 
@@ -320,17 +327,17 @@ def test_what_is_of_an_example_alone_is_its_own_and_0_for_padding():
 def test_the_mean_over_all_real_tokens():
     """Of 5 real positions, where the mean of means would weigh the last one by 1/2."""
     net, x = jp.chain(jp.Dense(7)), normal(2, 4, 5)
-    params, target = net.init(KEY, x), jnp.array([[1, 2, 3, 4], [5, -1, -1, -1]])
+    params, target = init(net, x), np.array([[1, 2, 3, 4], [5, -1, -1, -1]])
     tokens = (target >= 0).sum(1)
 
     def over_tokens(params):
         y, _ = net.forward(params, x)
         each = -jax.nn.log_softmax(y)
-        each = jnp.take_along_axis(each, jnp.maximum(target, 0)[..., None], -1)[..., 0]
+        each = jnp.take_along_axis(each, np.maximum(target, 0)[..., None], -1)[..., 0]
         return jnp.where(target >= 0, each, 0).sum() / 5
 
-    want = jax.value_and_grad(over_tokens)(params)
-    got = jp.value_and_grad(net, jp.CrossEntropy())(params, x, target, weights=tokens)
+    want = jax.jit(jax.value_and_grad(over_tokens))(params)
+    got = jax.jit(jp.value_and_grad(net, jp.CrossEntropy()))(params, x, target, weights=tokens)
     assert relative_error(got, want) <= CLOSE
 
 
@@ -354,18 +361,19 @@ def test_of_an_empty_poisson_sample_the_noise_is_left():
 
 def test_noise_is_that_of_the_divisor():
     net, loss, params, x, target = problem("dense")
-    weights = jnp.array([1.0, 0, 1, 1])
+    weights = np.array([1.0, 0, 1, 1])
     noisy, still = (
-        jp.clipped_grad(net, loss, 0.5, noise)(
+        jax.jit(jp.clipped_grad(net, loss, 0.5, noise))(
             params, x, target, key=KEY, weights=weights, divisor=8
         )[1]
         for noise in (2.0, 0.0)
     )
-    draws = jnp.concatenate(
-        [(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (noisy, still)), strict=True)]
+    noisy, still = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (noisy, still)
     )
     deviation = 2.0 * 0.5 / 8
-    assert 0.75 * deviation < float(draws.std()) < 1.25 * deviation
+    assert 0.75 * deviation < (noisy - still).std() < 1.25 * deviation
 
 
 @pytest.mark.full
@@ -495,5 +503,5 @@ def test_an_example_that_is_not_finite_is_dropped_where_that_is_asked(how):
 def test_of_a_layer_whose_part_is_not_finite_that_part_is_dropped():
     net, loss, params, x, target = problem("dense")
     f = jp.clipped_grad(net, loss, 0.3, per_layer=True, drop_nonfinite=True)
-    value, grads = f(params, x.at[1].set(jnp.nan), target)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads)))
+    value, grads = jax.jit(f)(params, x.at[1].set(jnp.nan), target)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads)))
