@@ -402,11 +402,11 @@ def test_influence_of_a_net_that_draws_is_of_the_batch_s_own_draws():
 
 def test_what_is_no_curvature_and_no_tree_is_said():
     net, params, x, target = problem("dense")
-    factors = jp.kronecker_factors(net, LOSS)(params, x, target)
+    factors = jax.jit(jp.kronecker_factors(net, LOSS))(params, x, target)
     with pytest.raises(TypeError, match="eigh: 'a' is no block of a curvature"):
         jp.curvature.logdet("a")
     with pytest.raises(TypeError, match="times: the tree is of floating arrays"):
-        jp.curvature.times(factors, jax.tree.map(lambda p: p.astype(int), params))
+        jp.curvature.times(factors, jax.tree.map(lambda p: np.asarray(p, int), params))
     with pytest.raises((TypeError, ValueError), match="times: the"):
         jp.curvature.times(factors[0].w, 3.0)
 
