@@ -4,9 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
-from table import relative_error
+from table import Row, at, relative_error
 from test_weights import CLOSE, KEY, nets, problem
 
 import jaxprop as jp
@@ -20,9 +21,9 @@ def test_the_output_comes_along_with_the_gradient(name, micro_batches, make):
     net, loss, params, x, target = problem(name)
     f = jax.jit(make(net, loss, micro_batches=micro_batches, aux=True))
     (value, aux), grads = f(params, x, target)
-    assert relative_error(aux.y, net(params, x)) <= CLOSE
+    assert relative_error(aux.y, jax.jit(net)(params, x)) <= CLOSE
     assert aux[1:] == (None,) * 4
-    assert relative_error((value, grads), make(net, loss)(params, x, target)) <= CLOSE
+    assert relative_error((value, grads), jax.jit(make(net, loss))(params, x, target)) <= CLOSE
 
 
 @pytest.mark.full
@@ -33,27 +34,27 @@ def test_norms_and_the_clipped_share_come_along_with_clipped_gradients(how):
     for name in ("dense", "attention"):
         net, loss, params, x, target = problem(name)
         per_layer = how.get("per_layer", False)
-        squares = jp.per_example_sq_norms(net, loss, per_layer=per_layer)(params, x, target)
-        norms = jax.tree.map(jnp.sqrt, squares)
-        bound = float(jnp.median(jax.tree.leaves(norms)[0]))
+        squares = jax.jit(jp.per_example_sq_norms(net, loss, per_layer=per_layer))
+        norms = jax.tree.map(np.sqrt, jax.device_get(squares(params, x, target)))
+        bound = float(np.median(jax.tree.leaves(norms)[0]))
         f = jax.jit(jp.clipped_grad(net, loss, bound, aux=True, **how))
         (value, aux), grads = f(params, x, target)
         assert relative_error(aux.norms, norms) <= CLOSE
         over = jax.tree.map(lambda norms, bound=bound: (norms > bound).mean(-1), norms)
         assert relative_error(aux.clipped, over) <= CLOSE
-        assert relative_error(aux.y, net(params, x)) <= CLOSE
-        alone = jp.clipped_grad(net, loss, bound, **how)(params, x, target)
+        assert relative_error(aux.y, jax.jit(net)(params, x)) <= CLOSE
+        alone = jax.jit(jp.clipped_grad(net, loss, bound, **how))(params, x, target)
         assert relative_error((value, grads), alone) <= CLOSE
 
 
 def test_outputs_and_clipped_means_are_quantities():
     net, loss, params, x, target = problem("dense")
     f = jp.quantities(net, loss, y=jp.Output(), kept=jp.Clipped(0.3, norms=True))
-    result = f(params, x, target)
-    assert relative_error(result["y"], net(params, x)) <= CLOSE
-    norms = jnp.sqrt(jp.per_example_sq_norms(net, loss)(params, x, target))
-    assert relative_error(result["kept"].norms, norms) <= CLOSE
-    value, grads = jp.clipped_grad(net, loss, 0.3)(params, x, target)
+    result = jax.jit(f)(params, x, target)
+    assert relative_error(result["y"], jax.jit(net)(params, x)) <= CLOSE
+    squares = jax.jit(jp.per_example_sq_norms(net, loss))(params, x, target)
+    assert relative_error(result["kept"].norms, np.sqrt(squares)) <= CLOSE
+    value, grads = jax.jit(jp.clipped_grad(net, loss, 0.3))(params, x, target)
     assert relative_error((result["value"], result["kept"].grads), (value, grads)) <= CLOSE
 
 
@@ -65,9 +66,10 @@ def test_an_update_returns_them_too(fused, micro_batches):
     options = {"fused": fused, "micro_batches": micro_batches, "donate": False}
     update = jp.make_update(net, loss, optax.sgd(0.1), max_norm=0.1, aux=True, **options)
     new, _, (value, aux) = update(params, update.init(params), x, target)
-    assert relative_error(aux.y, net(params, x)) <= CLOSE
-    want, grads = jp.value_and_grad(net, loss)(params, x, target)
-    assert relative_error((value, aux.norm), (want, optax.tree.norm(grads))) <= CLOSE
+    assert relative_error(aux.y, jax.jit(net)(params, x)) <= CLOSE
+    want, grads = jax.jit(jp.value_and_grad(net, loss))(params, x, target)
+    norm = jax.jit(optax.tree.norm)(grads)
+    assert relative_error((value, aux.norm), (want, norm)) <= CLOSE
     plain = jp.make_update(net, loss, optax.sgd(0.1), max_norm=0.1, **options)
     assert relative_error(new, plain(params, plain.init(params), x, target)[0]) <= CLOSE
 
@@ -109,20 +111,20 @@ ALSO = {
 @nets
 def test_any_quantity_comes_along_with_the_gradient(name, scale, micro_batches):
     net, loss, params, x, target = problem(name)
-    given = {"weights": jnp.array([1.0, 2, 0.5, 0])}
+    given = {"weights": np.array([1.0, 2, 0.5, 0])}
     options = {"micro_batches": micro_batches, "aux": True, "loss_scale": scale}
     f = jax.jit(jp.value_and_grad(net, loss, also=ALSO, **options))
     (value, aux), grads = f(params, x, target, key=KEY, **given)
     asked = jp.quantities(net, loss, **{f"{name} too": asked for name, asked in ALSO.items()})
-    want = asked(params, x, target, key=KEY, **given)
+    want = jax.jit(asked)(params, x, target, key=KEY, **given)
     for name, got in aux.also.items():
         if micro_batches == 1 or name in ("noise", "norms"):  # each part draws anew
             assert relative_error(got, want[f"{name} too"]) <= CLOSE, name
-    plain = jp.value_and_grad(net, loss)(params, x, target, **given)
+    plain = jax.jit(jp.value_and_grad(net, loss))(params, x, target, **given)
     assert relative_error((value, grads), plain) <= CLOSE
     assert jax.tree.structure(grads) == jax.tree.structure(plain[1])
-    y = jp.value_and_grad(net, loss, aux=True)(params, x, target, **given)[0][1].y
-    assert relative_error(aux.y, y) <= CLOSE
+    (_, alone), _ = jax.jit(jp.value_and_grad(net, loss, aux=True))(params, x, target, **given)
+    assert relative_error(aux.y, alone.y) <= CLOSE
 
 
 def test_an_update_has_the_noise_scale_of_its_own_walk():
@@ -132,7 +134,7 @@ def test_an_update_has_the_noise_scale_of_its_own_walk():
         "plain": functools.partial(jp.value_and_grad, also=also),
         "private": functools.partial(jp.clipped_grad, max_norm=0.3, also=also),
     }
-    noise = jp.noise_scale(net, loss, parts=True)(params, x, target)
+    noise = jax.jit(jp.noise_scale(net, loss, parts=True))(params, x, target)
     for name, make in makers.items():
         update = jp.make_update(
             net, loss, optax.sgd(0.1), value_and_grad=make, aux=True, max_norm=0.1, donate=False
@@ -196,7 +198,7 @@ def test_what_cannot_come_along_is_said():
     coupled = jp.chain(jp.Dense(3), jp.BatchNorm())
     f = jp.value_and_grad(coupled, loss, also={"noise": jp.NoiseScale()}, aux=True)
     with pytest.raises(ValueError, match="couples the examples of a batch"):
-        f(coupled.init(KEY, x), x, target)
+        jax.jit(f)(coupled.init(KEY, x), x, target)
 
 
 def test_a_users_own_aux_is_handed_on():
@@ -215,12 +217,12 @@ def test_a_users_own_aux_is_handed_on():
 
 
 def test_a_net_is_called_for_a_prediction():
-    net, x = jp.chain(jp.Dense(8), jp.Dropout(0.5), jp.BatchNorm()), jnp.ones((4, 3))
-    params = net.init(KEY, x)
-    assert relative_error(net(params, x), net.forward(params, x)[0]) == 0
-    dropped = net(params, x, key=KEY)
-    assert relative_error(dropped, net.forward(net.bind(params, key=KEY), x)[0]) == 0
-    infer = jp.inference_mode(net)
+    net = jp.chain(jp.Dense(8), jp.Dropout(0.5), jp.BatchNorm())
+    params, x = at(Row(net, np.ones((4, 3))))
+    called, forward, bound = jax.jit(net), jax.jit(net.forward), net.bind(params, key=KEY)
+    assert relative_error(called(params, x), forward(params, x)[0]) == 0
+    assert relative_error(called(params, x, key=KEY), forward(bound, x)[0]) == 0
+    infer = jax.jit(jp.inference_mode(net))
     assert relative_error(infer(params, x, key=KEY), infer(params, x)) == 0
 
 
@@ -240,17 +242,16 @@ def test_an_update_without_a_key_where_a_layer_draws_is_refused():
             jp.inference_mode(net), loss, optax.sgd(0.1), donate=False, **options
         )
         value = asked(params, asked.init(params), x, target)[2]
-        assert float(value) == float(jp.loss_fn(net, loss)(params, x, target))
+        assert float(value) == float(jax.jit(jp.loss_fn(net, loss))(params, x, target))
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_update_moves_the_running_statistics_by_itself(fused):
     net = jp.chain(jp.Dense(4), jp.Dropout(0.3), jp.BatchNorm(), jp.Relu(), jp.Dense(3))
-    x = jax.random.normal(KEY, (6, 5), float)
-    params = net.init(KEY, x)
+    params, x = at(Row(net, np.random.default_rng(0).normal(size=(6, 5))))
     update = jp.make_update(net, jp.CrossEntropy(), optax.sgd(0.1), fused=fused, donate=False)
-    new, _, _ = update(params, update.init(params), x, jnp.zeros(6, int), KEY)
-    moved = jp.update_batch_stats(net, params, x, key=KEY)
+    new, _, _ = update(params, update.init(params), x, np.zeros(6, int), KEY)
+    moved = jax.jit(jp.update_batch_stats, static_argnums=0)(net, params, x, key=KEY)
     assert jax.tree.structure(moved) == jax.tree.structure(params)
     for name in ("mean", "var"):
         got, want = (getattr(tree[2], name).value for tree in (new, moved))
@@ -262,7 +263,7 @@ def test_an_update_moves_the_running_statistics_by_itself(fused):
     )
     ill = x.at[0, 0].set(jnp.inf)
     state = skipping.init(params)
-    kept, state, _ = skipping(params, state, ill, jnp.zeros(6, int), KEY)
+    kept, state, _ = skipping(params, state, ill, np.zeros(6, int), KEY)
     assert int(state.skipped) == 1
     assert relative_error(kept, params) == 0
 

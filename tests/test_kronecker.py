@@ -74,18 +74,19 @@ PARAMS = {
 def problem(name):
     net, x = NETS[name]
     if name in PARAMS:
-        params, x = jax.tree.map(jnp.asarray, (PARAMS[name], x))
+        params, x = jax.device_put((PARAMS[name], x))
     else:
         params, x = at(Row(net, x))
     y = jax.eval_shape(net, params, x)
     target = np.random.default_rng(1).integers(0, y.shape[-1], y.shape[:-1])
-    return net, params, x, jnp.asarray(target)
+    return net, params, x, jax.device_put(target)
 
 
 def learned(tree):
     return jax.tree.leaves(jp.core.tree.learned(tree))
 
 
+@jax.jit
 def dense(block, leaf):
     """The matrix of a block, on the param's entries as they lie in it."""
     unit = jnp.eye(leaf.size).reshape(leaf.size, *leaf.shape)
@@ -96,7 +97,8 @@ def of_leaves(curvature, params):
     params = jp.core.tree.learned(params)
     structure = jax.tree.structure(params)
     blocks = structure.flatten_up_to(jp.core.tree.learned(curvature))
-    return [dense(*pair) for pair in zip(blocks, jax.tree.leaves(params), strict=True)]
+    pairs = zip(blocks, jax.tree.leaves(params), strict=True)
+    return [np.asarray(dense(*pair)) for pair in pairs]
 
 
 def blocks_of_root(net, params, x, target):
@@ -111,21 +113,21 @@ def blocks_of_root(net, params, x, target):
 @pytest.mark.parametrize("name", NETS)
 def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
     net, params, x, target = problem(name)
-    factors = jp.kronecker_factors(net, LOSS, others="diagonal")(params, x, target)
-    tree = jax.tree.map(lambda p: jnp.asarray(normal(*p.shape)), params)
-    solve = jax.jit(jp.curvature.solve)
-    solved, white = solve(factors, tree, 0.1), jp.curvature.whiten(factors, tree, 0.1)
+    factors = jax.jit(jp.kronecker_factors(net, LOSS, others="diagonal"))(params, x, target)
+    tree = jax.tree.map(lambda p: normal(*p.shape), params)
+    solve, whiten = jax.jit(jp.curvature.solve), jax.jit(jp.curvature.whiten)
+    solved, white = (jax.device_get(f(factors, tree, 0.1)) for f in (solve, whiten))
     logdets = 0.0
     each = zip(of_leaves(factors, params), *map(learned, (tree, solved, white)), strict=True)
     for matrix, v, got, half in each:
         assert relative_error(matrix, matrix.T) <= 1e-12
-        damped = matrix + 0.1 * jnp.eye(len(matrix))
+        damped = matrix + 0.1 * np.eye(len(matrix))
         assert relative_error(damped @ got.ravel(), v.ravel()) <= 1e-10
         assert relative_error(half.ravel() @ half.ravel(), v.ravel() @ got.ravel()) <= 1e-10
-        logdets += jnp.linalg.slogdet(damped)[1]
+        logdets += np.linalg.slogdet(damped)[1]
     if name != "heads":  # where a part of a param is used, the block is of that part
-        assert relative_error(jp.curvature.logdet(factors, 0.1), logdets) <= 1e-10
-    again = solve(jp.curvature.eigh(factors), tree, 0.1)
+        assert relative_error(jax.jit(jp.curvature.logdet)(factors, 0.1), logdets) <= 1e-10
+    again = solve(jax.jit(jp.curvature.eigh)(factors), tree, 0.1)
     assert relative_error(again, solved) <= 1e-12
 
 
@@ -232,10 +234,10 @@ def test_influence_predicts_what_a_step_on_one_example_does():
 
 def test_a_curvature_of_other_params_is_refused():
     net, params, x, target = problem("dense")
-    factors = jp.kronecker_factors(net, LOSS)(params, x, target)
+    factors = jax.jit(jp.kronecker_factors(net, LOSS))(params, x, target)
     with pytest.raises(ValueError, match="the curvature is like params"):
         jp.curvature.solve(factors, params[:2], 0.1)
-    wide = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-1], p.shape[-1] + 1)), params)
+    wide = jax.tree.map(lambda p: np.zeros((*p.shape[:-1], p.shape[-1] + 1)), params)
     with pytest.raises(ValueError, match="is no block of"):
         jp.curvature.solve(factors, wide, 0.1)
     with pytest.raises(ValueError, match="solve: damping must not be negative"):
@@ -333,8 +335,9 @@ def test_empirical_factors_are_those_of_the_gradient():
     net, target = jp.Dense(3), 1 - normal(4, 3)
     params, x = at(Row(net, normal(4, 5)))
     empirical = jp.KroneckerFactors(empirical=True)
-    found = jp.quantities(net, jp.HalfSquaredError(), it=empirical)(params, x, target)["it"].w
-    ct = net(params, x) - target
+    f = jax.jit(jp.quantities(net, jp.HalfSquaredError(), it=empirical))
+    found, x = f(params, x, target)["it"].w, np.asarray(x)
+    ct = np.asarray(net(params, x)) - target
     np.testing.assert_allclose(found.a, x.T @ x / 4, rtol=1e-12)
     np.testing.assert_allclose(found.b, ct.T @ ct / 4, rtol=1e-12)
 
@@ -351,8 +354,9 @@ def test_mistakes_in_what_is_sampled():
         jp.quantity.HessianRoot(samples=0)
     net, params, x, target = problem("dense")
     with pytest.raises(TypeError, match="to sample takes a key"):
-        jp.curvature.ekfac_factors(net, LOSS, samples=3)(params, x, target)
-    basis = jp.curvature.eigh(jp.kronecker_factors(net, LOSS)(params, x, target))
+        jax.jit(jp.curvature.ekfac_factors(net, LOSS, samples=3))(params, x, target)
+    factors = jax.jit(jp.kronecker_factors(net, LOSS))(params, x, target)
+    basis = jax.jit(jp.curvature.eigh)(factors)
     with pytest.raises(ValueError, match="samples is at least 1"):
         jp.curvature.EigenvalueCorrection(basis, samples=0)
     with pytest.raises(ValueError, match="there is nothing to sample"):
@@ -398,11 +402,11 @@ def test_influence_of_a_net_that_draws_is_of_the_batch_s_own_draws():
 
 def test_what_is_no_curvature_and_no_tree_is_said():
     net, params, x, target = problem("dense")
-    factors = jp.kronecker_factors(net, LOSS)(params, x, target)
+    factors = jax.jit(jp.kronecker_factors(net, LOSS))(params, x, target)
     with pytest.raises(TypeError, match="eigh: 'a' is no block of a curvature"):
         jp.curvature.logdet("a")
     with pytest.raises(TypeError, match="times: the tree is of floating arrays"):
-        jp.curvature.times(factors, jax.tree.map(lambda p: p.astype(int), params))
+        jp.curvature.times(factors, jax.tree.map(lambda p: np.asarray(p, int), params))
     with pytest.raises((TypeError, ValueError), match="times: the"):
         jp.curvature.times(factors[0].w, 3.0)
 
