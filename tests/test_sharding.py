@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from table import TABLE, Row, at, first_of_their_kind, of_size, relative_error, row_id
+from table import TABLE, Row, at, first_of_their_kind, normal, of_size, relative_error, row_id
 from test_examples import run
 
 import jaxprop as jp
@@ -242,6 +242,54 @@ def test_fully_sharded_gathers_params_and_nothing_else():
     memory = program.memory_analysis()
     assert memory.argument_size_in_bytes == 8 * (size(params) + 2 * LONG.size) // 8
     assert memory.output_size_in_bytes - 8 * size(params) // 8 in range(8, 1024)  # and a table
+
+
+APART = [
+    Row(jp.chain(jp.Dense(9), jp.LayerNorm(), jp.Dense(7)), normal(2, 5, 3)),
+    Row(jp.chain(jp.Conv(3), jp.MaxPool(), jp.Conv(2)), normal(2, 6, 6, 2)),
+    Row(jp.chain(jp.Embedding(11, 4), jp.Positions(5), jp.Lstm(3)), IDS[:2]),
+]
+
+
+def has_shares(row):
+    params = jax.eval_shape(row.layer.init, jax.random.key(0), row.x)
+    return bool(jax.tree.leaves(learned(params))) and not row.layer.batch_coupled
+
+
+@pytest.mark.parametrize(
+    "row",
+    [*APART, *(pytest.param(row, marks=pytest.mark.full) for row in TABLE if has_shares(row))],
+    ids=row_id,
+)
+def test_examples_stay_on_their_devices(row):
+    """What loops over examples goes through those of each device, and has the same numbers."""
+    net, (params, x) = row.layer, at(row)
+    x, loss, key = of_size(16, x), jp.HalfSquaredError(), jax.random.key(2)
+    target = normal(*jax.eval_shape(net.forward, params, x)[0].shape)
+    asked = {
+        "grads": jp.Gradient(),
+        "each": jp.PerExampleGrads(),
+        "norms": jp.SqNorms(),
+        "clipped": jp.Clipped(0.3),
+        "squares": jp.SecondMoment(),
+        "variance": jp.Variance(),
+        "diagonal": jp.DiagGGN(samples=1),
+        "seen": jp.quantity.Projected(2, key),
+    }
+    batch = over("data", mesh=ONE_AXIS)
+    placed = jax.device_put(params, over(mesh=ONE_AXIS)), *jax.device_put((x, target), batch)
+
+    def gathers(f):
+        program = jax.jit(f).lower(*placed, key=key).compile()
+        others = {c.shapes for c in collectives(program) if c.kind != "all-reduce"}
+        return others, program(*placed, key=key)
+
+    found, got = gathers(jp.quantities(net, loss, **asked))
+    by_autodiff, _ = gathers(jax.value_and_grad(jp.loss_fn(net, loss)))
+    # XLA itself gathers for convolutions in groups, and so are those of several lanes at once.
+    assert found <= by_autodiff or net == jp.ConvTranspose(2, (3, 2), (2, 3))
+    expected = jax.jit(jp.quantities(net, loss, **asked))(params, x, target, key=key)
+    chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_tensor_parallel_dense_layers_talk_once_a_block_each_way():

@@ -1,4 +1,4 @@
-"""Arrays: their precision, their shapes, and sums that go through them one piece at a time."""
+"""Arrays: their precision and their shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from jax import Array, core, errors
 from jax.flatten_util import ravel_pytree
 
-from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.types import PyTree
 
 _OPEN = "InconclusiveDimensionOperation"  # in jax.errors, and in older JAX in jax.core
@@ -167,32 +166,6 @@ def empty_like(x: Array) -> Array:
     As a residual it carries a shape through a scan, where a Python number would not last.
     """
     return jax.lax.slice_in_dim(jnp.expand_dims(x, 1), 0, 0, axis=1)
-
-
-def sum_over(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
-    """Return the sum of f over the leading axis of xs, one term after the other in a scan.
-
-    Only one f(x) and the sum are in memory at once.
-
-    Args:
-        f: a function of one slice of xs; returns a pytree of arrays.
-        xs: a pytree of arrays with a common leading axis.
-    """
-
-    def first_slice(leaf: Array) -> Array:
-        if leaf.shape[0] == 0:
-            leaf = jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
-        return jax.lax.index_in_dim(leaf, 0, keepdims=False)
-
-    def first() -> PyTree:
-        return f(jax.tree.map(first_slice, xs))
-
-    def add(total: PyTree, x: Any) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, f(x)), None
-
-    # In jax.shard_map the type of an array says on which axes devices differ; a struct's does not.
-    terms = first() if shard_map_axes() else jax.eval_shape(first)
-    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, terms), xs)[0]
 
 
 def angle(a: PyTree, b: PyTree) -> Array:

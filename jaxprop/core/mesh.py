@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +21,13 @@ T = TypeVar("T")
 def is_explicit(x: Array) -> bool:
     """Return whether x lies on a mesh with Explicit axes, where each array's type says how."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def devices_by_xla(x: Array) -> int:
+    """Return over how many devices XLA may split x, those of its mesh's Auto axes."""
+    mesh = jax.typeof(x).sharding.mesh
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return math.prod(mesh.shape[name] for name, of_type in axes if of_type == AxisType.Auto)
 
 
 def laid_out(x: Array, *axes: str | tuple[str, ...] | None) -> NamedSharding | None:

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import added, sum_over, wide
+from jaxprop.core.arrays import added, wide
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_flag
 from jaxprop.core.cotangents import factored
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
+from jaxprop.core.loops import sum_over
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Layerwise, Step
 from jaxprop.core.tree import learned, like_params, merged

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import sum_over, weighted, wide
+from jaxprop.core.arrays import weighted, wide
 from jaxprop.core.batch import Batch, weighted_batch
 from jaxprop.core.checks import check_flag
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
+from jaxprop.core.loops import sum_over
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Layerwise
 from jaxprop.core.tree import learned, like_params, merged

@@ -17,6 +17,7 @@ from jaxprop.core.checks import check_counts
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, OfX, Outer, Sides, gram, norms, of_real, sq_norms, through
 from jaxprop.core.layer import Layer
+from jaxprop.core.loops import map_examples
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
@@ -87,7 +88,7 @@ class Rows(Factored):
             there = (in_order[found] == ids)[..., None]
             return jnp.sum(jnp.where(there, rows[found], 0) * ct, axis=(1, 2))
 
-        return jax.lax.map(with_all, self._sequences())
+        return map_examples(with_all, self._sequences())
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -96,7 +97,7 @@ class Rows(Factored):
     def projected(self, sides: Sides) -> Float[Array, "n k l"]:
         """Return the sum over positions of left[id] (outer) ct right."""
         if sides.left is None:
-            return jax.lax.map(
+            return map_examples(
                 lambda one: through(self._table(*one), sides.right), self._sequences()
             )
         ids, ct = self._sequences()

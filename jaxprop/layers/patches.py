@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import added, known, sum_over, weighted, wide
+from jaxprop.core.arrays import added, known, weighted, wide
 from jaxprop.core.forms import (
     Factored,
     OfX,
@@ -33,6 +33,7 @@ from jaxprop.core.forms import (
     through,
 )
 from jaxprop.core.forms.outer import DEARER
+from jaxprop.core.loops import lanes_of, map_examples, sum_examples, sum_over
 from jaxprop.core.mesh import by_xla, is_explicit
 from jaxprop.core.serialization import serializable
 from jaxprop.layers.windows import Windows
@@ -332,7 +333,7 @@ class Patches(Factored):
         return jax.lax.platform_dependent(*arrays, **each)
 
     def _block(self, platform: str) -> int:
-        """Return how many examples' patches are made at a time, a divisor of N."""
+        """Return how many examples' patches a device makes at a time, a divisor of its own N."""
         n, *positions, _ = self.ct.shape
         if is_explicit(self.x):
             return n
@@ -341,10 +342,10 @@ class Patches(Factored):
         row = self.windows.taps * self.x.shape[-1] * wide(self.x).dtype.itemsize
         for t in positions:
             row *= t
-        most = max(1, BLOCK_BYTES[platform] // max(row, 1))
+        most, own = max(1, BLOCK_BYTES[platform] // max(row, 1)), n // lanes_of(self.x)
         if platform == "cpu":
-            most = min(most, max(1, n // 2))  # a loop, before which XLA makes no patches
-        sizes = (size for size in range(1, n + 1) if n % size == 0 and size <= most)
+            most = min(most, max(1, own // 2))  # a loop, before which XLA makes no patches
+        sizes = (size for size in range(1, own + 1) if own % size == 0 and size <= most)
         return max(sizes, default=0)
 
 
@@ -360,19 +361,30 @@ def _in_groups(x: Float[Array, "n ... c"], groups: int) -> Float[Array, "n t g i
 
 def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     """Return the sum of f over blocks of size examples."""
-    if known(lambda: size >= arrays[0].shape[0]):
+    lanes = lanes_of(arrays)
+    if known(lambda: size * lanes >= arrays[0].shape[0]):
         return f(*arrays)
+    if lanes > 1:
+        return sum_examples(lambda block: f(*block), _blocks(size, arrays))
     starts = jnp.arange(0, arrays[0].shape[0], size)
     return sum_over(lambda start: f(*_block(start, size, arrays)), starts)
 
 
 def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     """Return f of each example, by blocks of size examples."""
-    if known(lambda: size == arrays[0].shape[0]):
+    lanes = lanes_of(arrays)
+    if known(lambda: size * lanes == arrays[0].shape[0]):
         return f(*arrays)
-    starts = jnp.arange(0, arrays[0].shape[0], size)
-    each = jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts)
+    if lanes > 1:
+        each = map_examples(lambda block: f(*block), _blocks(size, arrays))
+    else:
+        starts = jnp.arange(0, arrays[0].shape[0], size)
+        each = jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts)
     return each.reshape(-1, *each.shape[2:])
+
+
+def _blocks(size: int, arrays: tuple[Array, ...]) -> list[Array]:
+    return [array.reshape(len(array) // size, size, *array.shape[1:]) for array in arrays]
 
 
 def _block(start: Array, size: int, arrays: tuple[Array, ...]) -> list[Array]:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from jaxprop.core.arrays import empty_like, wide
 from jaxprop.core.checks import check_flags, check_x
 from jaxprop.core.layer import Layer
+from jaxprop.core.loops import map_examples
 from jaxprop.core.mesh import is_explicit
 from jaxprop.core.tree import Mask
 from jaxprop.core.types import Params, PyTree
@@ -71,7 +72,7 @@ class MaxPool(Layer):
         y = _reduced(x, -jnp.inf, jax.lax.max, windows)
 
         def in_loop(x: X, y: Y) -> Array:
-            return jax.lax.map(lambda xy: _first(xy[0], xy[1], windows), (x, y))
+            return map_examples(lambda xy: _first(xy[0], xy[1], windows), (x, y))
 
         def unread(x: X, y: Y) -> Array:
             return jnp.zeros_like(y, _of_taps(windows))

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import sum_over
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_flag, require
 from jaxprop.core.cotangents import factored
@@ -19,6 +18,7 @@ from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Outer, Rearranged, Stacked, is_factored
 from jaxprop.core.layer import Layer
+from jaxprop.core.loops import sum_over
 from jaxprop.core.loss import Loss
 from jaxprop.core.step import Layerwise, Visit
 from jaxprop.core.types import Params, PyTree

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import sum_over, wide
+from jaxprop.core.arrays import wide
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import check_count, check_number, check_values, require
 from jaxprop.core.combinator import Wrapper
 from jaxprop.core.describe import shapes
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
+from jaxprop.core.loops import sum_over
 from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Residuals
 from jaxprop.layers import Relu
 from jaxprop.rules.affine import nonzero

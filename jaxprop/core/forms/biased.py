@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import sum_over
 from jaxprop.core.forms.composed import Repeated
 from jaxprop.core.forms.form import Factored, OfX, Seen, Sides
 from jaxprop.core.forms.moves import Place
 from jaxprop.core.forms.outer import Outer, Sum
+from jaxprop.core.loops import map_examples, sum_examples
 from jaxprop.core.serialization import serializable
 
 
@@ -52,14 +51,14 @@ class Biased(Factored):
 
     def per_example(self) -> Float[Array, "n ..."]:
         each, alone = self.one_by_one()
-        return jax.lax.map(alone, each)
+        return map_examples(alone, each)
 
     def scaled(self, weights: Float[Array, " n"]) -> Biased:
         return Biased(self.w.scaled(weights), self.b.scaled(weights))
 
     def squares(self) -> Float[Array, "..."]:
         each, alone = self.one_by_one()
-        return sum_over(lambda one: alone(one) ** 2, each)
+        return sum_examples(lambda one: alone(one) ** 2, each)
 
     def seen(self, sides: Sides) -> Factored:
         return Seen(self, sides)

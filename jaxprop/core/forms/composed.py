@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import sum_over, wide
+from jaxprop.core.arrays import wide
 from jaxprop.core.forms.form import Factored, OfX, Sides, norms, norms_of_all, sq_norms
 from jaxprop.core.forms.moves import Place, Scanned
 from jaxprop.core.forms.outer import Outer, Sum
+from jaxprop.core.loops import map_examples, sum_examples
 from jaxprop.core.serialization import serializable
 
 
@@ -158,11 +159,11 @@ class Joint(Factored):
 
     def squares(self) -> Array:
         each, alone = self.one_by_one()
-        return sum_over(lambda one: alone(one) ** 2, each)
+        return sum_examples(lambda one: alone(one) ** 2, each)
 
     def _of_each(self, f: Callable[[Array], Array]) -> Float[Array, " n"]:
         each, alone = self.one_by_one()
-        return jax.lax.map(lambda one: f(alone(one)), each)
+        return map_examples(lambda one: f(alone(one)), each)
 
 
 def joint(forms: tuple[Factored, ...]) -> Factored:

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import added, known, root, selected, sum_over, weighted, wide
+from jaxprop.core.arrays import added, known, root, selected, weighted, wide
 from jaxprop.core.forms.moves import Place
+from jaxprop.core.loops import map_examples, sum_examples
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
 
@@ -170,7 +171,7 @@ class Factored(abc.ABC):
             weights = entries.astype(squares.dtype)
             return jnp.sum(weights.reshape(squares.shape if weights.ndim else ()) * squares)
 
-        return jax.lax.map(of_one, each)
+        return map_examples(of_one, each)
 
     def norms(self) -> Float[Array, " n"]:
         """Return |g_n| in a way that neither cancels nor overflows, as a bound must be."""
@@ -219,7 +220,7 @@ class Factored(abc.ABC):
         """Return left^T g_n right for each example, with g_n a matrix of ``sizes``."""
         each, alone = self.one_by_one()
         sizes = self.sizes
-        return jax.lax.map(lambda one: _between(sides, alone(one).reshape(sizes)), each)
+        return map_examples(lambda one: _between(sides, alone(one).reshape(sizes)), each)
 
     def seen(self, sides: Sides) -> Factored:
         """Return the form of left^T g_n right, of the matrices that its factors are of."""
@@ -276,7 +277,7 @@ class Factored(abc.ABC):
             apart = alone(one[0]) - mean
             return apart**2 * one[1].astype(apart.dtype)
 
-        return sum_over(of_one, (each, weights))
+        return sum_examples(of_one, (each, weights))
 
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
@@ -359,11 +360,11 @@ class Seen(Factored):
 
     def per_example(self) -> Float[Array, "n ... k l"]:
         each, alone = self.one_by_one()
-        return jax.lax.map(alone, each)
+        return map_examples(alone, each)
 
     def squares(self) -> Float[Array, "... k l"]:
         each, alone = self.one_by_one()
-        return sum_over(lambda one: alone(one) ** 2, each)
+        return sum_examples(lambda one: alone(one) ** 2, each)
 
     def one_by_one(self) -> tuple[list[Array], Callable[[list[Array]], Array]]:
         each, alone = self.form.one_by_one()

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import known, root, sum_over, weighted, wide
+from jaxprop.core.arrays import known, root, weighted, wide
 from jaxprop.core.forms.form import Factored, OfX, Sides, Stacked, norms, sq_norms, through
+from jaxprop.core.loops import map_examples, sum_examples
 from jaxprop.core.mesh import laid_out
 from jaxprop.core.serialization import serializable
 
@@ -202,7 +203,7 @@ class Outer(Factored):
         if x.shape[1] == 1:
             return ct[:, 0] ** 2
 
-        return sum_over(lambda example: (example[0].T @ example[1]) ** 2, (x, ct))
+        return sum_examples(lambda example: (example[0].T @ example[1]) ** 2, (x, ct))
 
     def of_squares(self, squares: Array) -> Float[Array, "i o"]:
         x, _ = self._sequences()
@@ -286,7 +287,7 @@ def _each(x: Sequences, ct: Sequences) -> Float[Array, "n i o"]:
 
 def _norms_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
     """Return |X^T C|, one example after the other."""
-    return jax.lax.map(lambda pair: norms((pair[0].T @ pair[1])[None])[0], (x, ct))
+    return map_examples(lambda pair: norms((pair[0].T @ pair[1])[None])[0], (x, ct))
 
 
 def _products(x: Sequences, ct: Sequences) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
@@ -297,7 +298,7 @@ def _products(x: Sequences, ct: Sequences) -> tuple[Float[Array, " n"], Float[Ar
 
 def _sums_of_squares(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
     """Return |X^T C|^2 as a sum of squares, one example after the other."""
-    return jax.lax.map(lambda pair: jnp.sum((pair[0].T @ pair[1]) ** 2), (x, ct))
+    return map_examples(lambda pair: jnp.sum((pair[0].T @ pair[1]) ** 2), (x, ct))
 
 
 @jax.jit
@@ -310,7 +311,7 @@ def _products_of_pairs(x: Sequences, ct: Sequences) -> Float[Array, "n n"]:
     def with_all(pair: tuple[Array, Array]) -> Float[Array, " n"]:
         return jnp.einsum("mti,io,mto->m", x, pair[0].T @ pair[1], ct)
 
-    return jax.lax.cond(holds, lambda: total, lambda: jax.lax.map(with_all, (x, ct)))
+    return jax.lax.cond(holds, lambda: total, lambda: map_examples(with_all, (x, ct)))
 
 
 def _holds(total: Array, size: Array) -> Array:

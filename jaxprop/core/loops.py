@@ -1,0 +1,80 @@
+"""Loops with one term or one example at a time in memory.
+
+A scan over an axis that devices split brings all of it to each of them. So on a mesh the examples
+of a batch are dealt into lanes, as many as there are devices, and each goes through its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxprop.core.mesh import devices_by_xla, shard_map_axes
+from jaxprop.core.types import PyTree
+
+
+def sum_over(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
+    """Return the sum of f over the leading axis of xs, one term after the other in a scan.
+
+    Only one f(x) and the sum are in memory at once.
+
+    Args:
+        f: a function of one slice of xs; returns a pytree of arrays.
+        xs: a pytree of arrays with a common leading axis.
+    """
+
+    def first_slice(leaf: Array) -> Array:
+        if leaf.shape[0] == 0:
+            leaf = jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
+        return jax.lax.index_in_dim(leaf, 0, keepdims=False)
+
+    def first() -> PyTree:
+        return f(jax.tree.map(first_slice, xs))
+
+    def add(total: PyTree, x: Any) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, f(x)), None
+
+    # In jax.shard_map the type of an array says on which axes devices differ; a struct's does not.
+    terms = first() if shard_map_axes() else jax.eval_shape(first)
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, terms), xs)[0]
+
+
+def sum_examples(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
+    """Return ``sum_over(f, xs)`` over examples on axis 0, on each device over its own."""
+    lanes = lanes_of(xs)
+    if lanes == 1:
+        return sum_over(f, xs)
+    sums = sum_over(jax.vmap(f), _dealt(xs, lanes))
+    return jax.tree.map(lambda leaf: leaf.sum(axis=0), sums)
+
+
+def map_examples(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
+    """Return ``jax.lax.map(f, xs)`` over examples on axis 0, on each device over its own."""
+    lanes = lanes_of(xs)
+    if lanes == 1:
+        return jax.lax.map(f, xs)
+    each = jax.lax.map(jax.vmap(f), _dealt(xs, lanes))
+    return jax.tree.map(lambda leaf: jax.lax.collapse(leaf.swapaxes(0, 1), 0, 2), each)
+
+
+def lanes_of(xs: PyTree) -> int:
+    """Return how many examples of xs, on axis 0, are at work at once in a loop over them."""
+    leaves = jax.tree.leaves(xs)
+    examples = leaves[0].shape[0]
+    if not isinstance(examples, int) or not examples:  # a symbol, in jax.export; or none
+        return 1
+    return math.gcd(max(map(devices_by_xla, leaves)), examples)
+
+
+def _dealt(xs: PyTree, lanes: int) -> PyTree:
+    """Return the examples as (N / lanes, lanes, ...), where each lane has neighbours."""
+
+    def one(leaf: Array) -> Array:
+        return leaf.reshape(lanes, len(leaf) // lanes, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(one, xs)
