@@ -19,6 +19,7 @@ from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Outer
 from jaxprop.core.functions import of_batch
 from jaxprop.core.layer import Layer
+from jaxprop.core.loops import map_examples
 from jaxprop.core.loss import Loss
 from jaxprop.core.tree import learned, merged, unbound
 from jaxprop.core.types import OfBatch, Params, PyTree
@@ -147,9 +148,9 @@ class Posterior(NamedTuple):
             return self.net.walk(bound, residuals, ct, factored)[0]
 
         visited = jax.vmap(forms)(jnp.eye(number, dtype=y.dtype))
-        damping, examples = self.prior / self.examples, y.shape[0]
+        damping = self.prior / self.examples
         pairs = forms_of_blocks("outputs", self.curvature, self.params, visited)
-        total = everything([_covariance(*pair, damping, examples) for pair in pairs])
+        total = everything([_covariance(*pair, damping) for pair in pairs])
         return y, total / scalar_of(self.examples, total)
 
     def probabilities(self, x: PyTree, *, mask: Array | None = None) -> Float[Array, "n c"]:
@@ -230,7 +231,7 @@ def laplace(
     return of_batch("laplace", doc, net, around)
 
 
-def _covariance(block: Any, form: Factored, damping: Array, examples: int) -> Float[Array, "n c c"]:
+def _covariance(block: Any, form: Factored, damping: Array) -> Float[Array, "n c c"]:
     """Return <g_nc, (F + damping)^-1 g_nd> of a form with an axis of outputs in front."""
     entries = inverse_values(block, damping)
     if isinstance(block, Eigen):
@@ -239,17 +240,15 @@ def _covariance(block: Any, form: Factored, damping: Array, examples: int) -> Fl
         x, ct = wide(form.x[0]) ** 2, wide(form.ct)
         return jnp.einsum("no,cno,dno->ncd", x @ entries.astype(x.dtype), ct, ct)
 
-    def of_example(n: Array) -> Float[Array, "c c"]:
+    each = jax.vmap(lambda form: form.one_by_one()[0])(form)
+    _, alone = jax.tree.map(lambda factor: factor[0], form).one_by_one()
+
+    def of_example(one: list[Array]) -> Float[Array, "c c"]:
         """Return the products of one example's, the only ones in memory."""
-
-        def of_output(form: Factored) -> Array:
-            each, alone = form.one_by_one()
-            return alone([jax.lax.dynamic_index_in_dim(a, n, keepdims=False) for a in each])
-
-        g = wide(jax.vmap(of_output)(form))
+        g = wide(jax.vmap(alone)(one))
         rows = g.reshape(g.shape[0], math.prod(g.shape[1:]))
         root = jnp.sqrt(entries).astype(g.dtype).ravel()
         rows *= jnp.broadcast_to(root[None], rows.shape)
         return rows @ rows.T
 
-    return jax.lax.map(of_example, jnp.arange(examples))
+    return map_examples(of_example, [jnp.moveaxis(factor, 1, 0) for factor in each])
