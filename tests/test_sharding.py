@@ -256,15 +256,16 @@ def has_shares(row):
     return bool(jax.tree.leaves(learned(params))) and not row.layer.batch_coupled
 
 
+@pytest.mark.parametrize("each", [1, 2])
 @pytest.mark.parametrize(
     "row",
     [*APART, *(pytest.param(row, marks=pytest.mark.full) for row in TABLE if has_shares(row))],
     ids=row_id,
 )
-def test_examples_stay_on_their_devices(row):
+def test_examples_stay_on_their_devices(row, each):
     """What loops over examples goes through those of each device, and has the same numbers."""
     net, (params, x) = row.layer, at(row)
-    x, loss, key = of_size(16, x), jp.HalfSquaredError(), jax.random.key(2)
+    x, loss, key = of_size(8 * each, x), jp.HalfSquaredError(), jax.random.key(2)
     target = normal(*jax.eval_shape(net.forward, params, x)[0].shape)
     asked = {
         "grads": jp.Gradient(),

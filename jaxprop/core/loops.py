@@ -1,7 +1,9 @@
 """Loops with one term or one example at a time in memory.
 
 A scan over an axis that devices split brings all of it to each of them. So on a mesh the examples
-of a batch are dealt into lanes, as many as there are devices, and each goes through its own.
+of a batch are dealt into lanes, as many as there are devices, and each goes through its own. Types
+do not tell which axes of a mesh split a batch: where not all of them do, a device has several
+lanes, and as many examples at once.
 """
 
 from __future__ import annotations

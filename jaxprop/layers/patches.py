@@ -361,10 +361,9 @@ def _in_groups(x: Float[Array, "n ... c"], groups: int) -> Float[Array, "n t g i
 
 def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     """Return the sum of f over blocks of size examples."""
-    lanes = lanes_of(arrays)
-    if known(lambda: size * lanes >= arrays[0].shape[0]):
+    if known(lambda: size >= arrays[0].shape[0]):
         return f(*arrays)
-    if lanes > 1:
+    if lanes_of(arrays) > 1:
         return sum_examples(lambda block: f(*block), _blocks(size, arrays))
     starts = jnp.arange(0, arrays[0].shape[0], size)
     return sum_over(lambda start: f(*_block(start, size, arrays)), starts)

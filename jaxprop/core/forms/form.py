@@ -397,7 +397,7 @@ def norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
     x = wide(x)
     if 0 in x.shape[1:]:
         return jnp.zeros_like(x, shape=x.shape[:1])
-    unit = _at_most_huge(jnp.max(jnp.maximum(jnp.abs(x), _tiny(x)), axes))
+    unit = _unit(jnp.max(jnp.abs(x), axes))
     return root(jnp.sum((x / jnp.expand_dims(unit, axes)) ** 2, axis=axes)) * unit
 
 
@@ -412,18 +412,16 @@ def norms_of_all(norms_of_parts: PyTree) -> Float[Array, " n"]:
     leaves = jax.tree.leaves(norms_of_parts)
     rows = [leaf.reshape(math.prod(leaf.shape[:-1]), leaf.shape[-1]) for leaf in leaves]
     parts = [row[0] if row.shape[0] == 1 else norms(row.T) for row in rows]
-    largest = functools.reduce(jnp.maximum, parts, jnp.full_like(parts[0], _tiny(parts[0])))
-    unit = _at_most_huge(largest)
+    unit = _unit(functools.reduce(jnp.maximum, parts))
     return root(added(*((part / unit) ** 2 for part in parts))) * unit
 
 
-def _at_most_huge(largest: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Return units whose reciprocals are not flushed to 0: XLA may multiply by them instead.
+def _unit(largest: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Return the unit in which to square numbers of which the largest is given; 1 where it is 0.
 
-    A norm does not depend on its unit, and neither does its derivative.
+    Neither it nor its reciprocal, by which XLA may multiply, is flushed to 0. A norm does not
+    depend on its unit, and neither do its derivatives.
     """
-    return jax.lax.stop_gradient(jnp.minimum(largest, 1 / _tiny(largest)))
-
-
-def _tiny(x: Array) -> Array:
-    return jnp.asarray(jnp.finfo(x.dtype).tiny, x.dtype)
+    tiny = jnp.asarray(jnp.finfo(largest.dtype).tiny, largest.dtype)
+    unit = jnp.where(largest == 0, 1, jnp.clip(largest, tiny, 1 / tiny))
+    return jax.lax.stop_gradient(unit)
