@@ -14,7 +14,6 @@ from jaxprop.core.cotangents import factored
 from jaxprop.core.coupling import check_uncoupled
 from jaxprop.core.forms import Factored, is_factored
 from jaxprop.core.layer import Layer
-from jaxprop.core.loops import map_examples
 from jaxprop.core.loss import Loss
 from jaxprop.core.tree import learned, merged
 from jaxprop.core.types import Params, PyTree
@@ -105,7 +104,7 @@ def influence(net: Layer, loss: Loss) -> Influence:
             solved = solve(blocks, structure.unflatten(each), damping)
             return along(jax.tree.map(lambda p, d: d.astype(p.dtype), learned(params), solved))
 
-        return map_examples(with_all, factors).T
+        return jax.lax.map(with_all, factors).T
 
     of_batches.__name__ = of_batches.__qualname__ = "influence"
     return of_batches

@@ -34,7 +34,7 @@ from jaxprop.core.forms import (
 )
 from jaxprop.core.forms.outer import DEARER
 from jaxprop.core.loops import lanes_of, map_examples, sum_examples, sum_over
-from jaxprop.core.mesh import by_xla, is_explicit
+from jaxprop.core.mesh import by_xla, devices_by_xla, is_explicit
 from jaxprop.core.serialization import serializable
 from jaxprop.layers.windows import Windows
 
@@ -78,6 +78,9 @@ class Patches(Factored):
             if as_convolution:
                 return by_xla(Patches._convolved, lambda g: PartitionSpec(), self)
             return self._in_one()
+        one = known(lambda: self.x.shape[0] == 1)  # as in a loop, whose lanes are groups to XLA
+        if (self.groups > 1 or one) and devices_by_xla(self.x) > 1:
+            return self._by_patches()
         if as_convolution:
             return self._convolved()
         return jax.lax.platform_dependent(
@@ -260,6 +263,19 @@ class Patches(Factored):
 
         rows = _added(total, self._block("cpu"), self.x, self.ct)
         return self._folded(rows[None, None])[0]
+
+    def _by_patches(self) -> Array:
+        """Return the sum by patches, for what XLA takes for a convolution in groups, on a mesh.
+
+        On a mesh of two axes it makes wrong numbers of those, up to JAX 0.12 at least: jax.grad of
+        a grouped convolution is multiplied by the devices that have the same examples.
+        """
+
+        def sums(x: Array, ct: Array) -> Array:
+            return self._outers(Outer.sum, wide(x), wide(ct))
+
+        total = self._in_blocks(functools.partial(_added, sums), self.x, self.ct)
+        return self._folded(total[:, None])[0]
 
     def _convolved(self) -> Array:
         """Return the sum as a convolution of x by ct, with taps as output, examples as channels."""
