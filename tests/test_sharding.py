@@ -292,6 +292,17 @@ def test_examples_stay_on_their_devices(row, each):
     chex.assert_trees_all_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_a_loop_over_devices_keeps_its_fallbacks_apart():
+    """Where a loop's body is mapped over lanes a conditional is both of its branches."""
+    net, loss, batch = jp.Conv(64), jp.HalfSquaredError(), over("data", mesh=ONE_AXIS)
+    params, x = at(Row(net, normal(32, 3, 3, 32)))
+    norms = jax.jit(jp.per_example_sq_norms(net, loss))
+    args = x, normal(32, 3, 3, 64)
+    placed = jax.device_put(params, over(mesh=ONE_AXIS)), *jax.device_put(args, batch)
+    assert " conditional(" in norms.lower(*placed).compile().as_text()
+    assert relative_error(norms(*placed), norms(params, *args)) <= 1e-12
+
+
 @pytest.mark.parametrize("axes", ["data", ("data", "model")], ids=str)
 @pytest.mark.parametrize(
     "net", [jp.Conv(4, groups=2), jp.ConvTranspose(2, (3, 2), (2, 3))], ids=str

@@ -51,7 +51,7 @@ def sum_examples(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
     lanes = lanes_of(xs)
     if lanes == 1:
         return sum_over(f, xs)
-    sums = sum_over(jax.vmap(f), _dealt(xs, lanes))
+    sums = sum_over(jax.vmap(f), _dealt(xs, lanes, 1))
     return jax.tree.map(lambda leaf: leaf.sum(axis=0), sums)
 
 
@@ -60,8 +60,25 @@ def map_examples(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
     lanes = lanes_of(xs)
     if lanes == 1:
         return jax.lax.map(f, xs)
-    each = jax.lax.map(jax.vmap(f), _dealt(xs, lanes))
-    return jax.tree.map(lambda leaf: jax.lax.collapse(leaf.swapaxes(0, 1), 0, 2), each)
+    return map_blocks(jax.vmap(f), 1, xs)
+
+
+def map_blocks(f: Callable[[Any], PyTree], size: int, xs: PyTree) -> PyTree:
+    """Return f of all examples, of a block of ``size`` on each device at a time.
+
+    Args:
+        f: a function of some examples, of all lanes at once; returns a pytree of arrays with the
+            example on axis 0 too.
+        size: how many of a lane's examples are in a block; it divides them.
+        xs: a pytree of arrays with the example on axis 0.
+    """
+    lanes = lanes_of(xs)
+
+    def whole(leaf: Array) -> Array:
+        leaf = leaf.reshape(len(leaf), lanes, size, *leaf.shape[2:])
+        return jax.lax.collapse(leaf.swapaxes(0, 1), 0, 3)
+
+    return jax.tree.map(whole, jax.lax.map(f, _dealt(xs, lanes, size)))
 
 
 def lanes_of(xs: PyTree) -> int:
@@ -73,10 +90,11 @@ def lanes_of(xs: PyTree) -> int:
     return math.gcd(max(map(devices_by_xla, leaves)), examples)
 
 
-def _dealt(xs: PyTree, lanes: int) -> PyTree:
-    """Return the examples as (N / lanes, lanes, ...), where each lane has neighbours."""
+def _dealt(xs: PyTree, lanes: int, size: int) -> PyTree:
+    """Return the examples as (steps, lanes * size, ...), where each lane has neighbours."""
 
     def one(leaf: Array) -> Array:
-        return leaf.reshape(lanes, len(leaf) // lanes, *leaf.shape[1:]).swapaxes(0, 1)
+        leaf = leaf.reshape(lanes, len(leaf) // (lanes * size), size, *leaf.shape[1:])
+        return jax.lax.collapse(leaf.swapaxes(0, 1), 1, 3)
 
     return jax.tree.map(one, xs)

@@ -33,7 +33,7 @@ from jaxprop.core.forms import (
     through,
 )
 from jaxprop.core.forms.outer import DEARER
-from jaxprop.core.loops import lanes_of, map_examples, sum_examples, sum_over
+from jaxprop.core.loops import lanes_of, map_blocks, sum_examples, sum_over
 from jaxprop.core.mesh import by_xla, devices_by_xla, is_explicit
 from jaxprop.core.serialization import serializable
 from jaxprop.layers.windows import Windows
@@ -380,7 +380,8 @@ def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     if known(lambda: size >= arrays[0].shape[0]):
         return f(*arrays)
     if lanes_of(arrays) > 1:
-        return sum_examples(lambda block: f(*block), _blocks(size, arrays))
+        blocks = [array.reshape(len(array) // size, size, *array.shape[1:]) for array in arrays]
+        return sum_examples(lambda block: f(*block), blocks)
     starts = jnp.arange(0, arrays[0].shape[0], size)
     return sum_over(lambda start: f(*_block(start, size, arrays)), starts)
 
@@ -391,15 +392,10 @@ def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
     if known(lambda: size * lanes == arrays[0].shape[0]):
         return f(*arrays)
     if lanes > 1:
-        each = map_examples(lambda block: f(*block), _blocks(size, arrays))
-    else:
-        starts = jnp.arange(0, arrays[0].shape[0], size)
-        each = jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts)
+        return map_blocks(lambda block: f(*block), size, arrays)
+    starts = jnp.arange(0, arrays[0].shape[0], size)
+    each = jax.lax.map(lambda start: f(*_block(start, size, arrays)), starts)
     return each.reshape(-1, *each.shape[2:])
-
-
-def _blocks(size: int, arrays: tuple[Array, ...]) -> list[Array]:
-    return [array.reshape(len(array) // size, size, *array.shape[1:]) for array in arrays]
 
 
 def _block(start: Array, size: int, arrays: tuple[Array, ...]) -> list[Array]:
