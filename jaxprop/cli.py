@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from jaxprop.bench import (
@@ -211,6 +212,7 @@ def _figures(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("--plot needs matplotlib: pip install 'jaxprop-vjp[plot]'")
     if of == "target":
+        jax.config.update("jax_platforms", "cpu")  # the compilers need no device, nor its driver
         figures = bench_target(args.target, only=args.only, large=args.large)
     elif of == "peers":
         figures = bench_peers(only=args.only, quick=args.quick)

@@ -2,6 +2,9 @@
 
 import functools
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -295,3 +298,15 @@ def test_on_an_h100_programs_have_a_memory_and_no_cycles(capsys, tmp_path):
     assert "none of a GPU" in printed
     assert max(map(len, printed.splitlines())) <= 100
     assert '"compiled_not_run": true' in path.read_text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name", [pytest.param("v5e", marks=needs_tpu), pytest.param("h100", marks=needs_h100)]
+)
+def test_the_command_needs_no_driver_and_no_setting(name):
+    argv = [sys.executable, "-m", "jaxprop", "bench", "--target", name, "--only", "mlp-2x256"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", *target.TPU)}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert (done.returncode, "Compiled for one" in done.stdout) == (0, True), done.stderr
+    assert "Traceback" not in done.stderr

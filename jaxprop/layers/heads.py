@@ -132,21 +132,16 @@ def selected(layer: Attention, x: Inputs, mask: Seen | None) -> Inputs:
     queries, keys = seen.any((1, 3)), seen.any((1, 2))
     if x.memory is not None:
         return x._replace(x=_zeroed(queries, x.x), memory=_zeroed(keys, x.memory))
-    q, kv = _apart(layer, x.x)
-    return x._replace(x=jnp.concatenate([_zeroed(queries, q), _zeroed(keys, kv)], -1))
+    q, k, v = _apart(layer, x)
+    parts = [_zeroed(queries, q), _zeroed(keys, k), _zeroed(keys, v)]
+    return x._replace(x=jnp.concatenate(parts, -1))
 
 
 def split(layer: Attention, x: Inputs) -> tuple[Heads, Heads, Heads]:
     """Return scale q, k and v, each (N, heads, positions, d) with kv_heads heads in k and v."""
-    n, t, s = x.sizes
-    if x.memory is None and layer.groups == 1:
-        d = x.x.shape[-1] // (3 * layer.heads)
-        q, k, v = x.x.reshape(n, t, 3, layer.heads, d).transpose(2, 0, 3, 1, 4)
-    else:
-        q, kv = (x.x, x.memory) if x.memory is not None else _apart(layer, x.x)
-        d = q.shape[-1] // layer.heads
-        q = q.reshape(n, t, layer.heads, d).swapaxes(1, 2)
-        k, v = kv.reshape(n, s, 2, layer.heads // layer.groups, d).transpose(2, 0, 3, 1, 4)
+    kv_heads = layer.heads // layer.groups
+    apart = zip(_apart(layer, x), (layer.heads, kv_heads, kv_heads), strict=True)
+    q, k, v = (z.reshape(*z.shape[:2], heads, -1).swapaxes(1, 2) for z, heads in apart)
     return (wide(q) * scale(q)).astype(q.dtype), k, v
 
 
@@ -155,18 +150,13 @@ def joined(layer: Attention, x: Inputs, d_q: Heads, d_k: Heads, d_v: Heads) -> I
 
     That of a key or a value is the sum over the query heads of its group.
     """
-    n = x.sizes[0]
-    if x.memory is None and layer.groups == 1:
-        d_x = jnp.stack([d_q, d_k, d_v], 2).transpose(0, 3, 2, 1, 4)
-        return Inputs(d_x.reshape(x.x.shape))
     if layer.groups > 1:
         kv_heads = layer.heads // layer.groups
-        d_k, d_v = (z.reshape(n, kv_heads, layer.groups, *z.shape[2:]).sum(2) for z in (d_k, d_v))
-    d_q = beside(d_q.swapaxes(1, 2))
-    d_kv = beside(jnp.stack([d_k, d_v], 2).transpose(0, 3, 2, 1, 4))
+        d_k, d_v = (z.reshape(len(z), kv_heads, -1, *z.shape[2:]).sum(2) for z in (d_k, d_v))
+    d_q, d_k, d_v = (beside(z.swapaxes(1, 2)) for z in (d_q, d_k, d_v))
     if x.memory is not None:
-        return Inputs(d_q, d_kv)
-    return Inputs(jnp.concatenate([d_q, d_kv], -1))
+        return Inputs(d_q, jnp.concatenate([d_k, d_v], -1))
+    return Inputs(jnp.concatenate([d_q, d_k, d_v], -1))
 
 
 def beside(parts: Float[Array, "n t ..."]) -> Float[Array, "n t d"]:
@@ -185,10 +175,12 @@ def positions(start: int, stop: int) -> Array:
     return jnp.arange(start, stop).reshape(1, 1, -1, 1)
 
 
-def _apart(layer: Attention, x: Float[Array, "n t c"]) -> list[Array]:
-    """Return q, and k and v, of a packed x."""
-    width = x.shape[-1] * layer.groups // (layer.groups + 2)
-    return jnp.split(x, [width], -1)
+def _apart(layer: Attention, x: Inputs) -> list[Array]:
+    """Return q, k and v, each with its heads side by side, (N, positions, heads d)."""
+    if x.memory is not None:
+        return [x.x, *jnp.split(x.memory, 2, -1)]
+    width = x.x.shape[-1] // (layer.groups + 2)  # of k, and of v
+    return jnp.split(x.x, [layer.groups * width, (layer.groups + 1) * width], -1)
 
 
 def _zeroed(real: Bool[Array, "... t"], x: Float[Array, "... t c"]) -> Float[Array, "... t c"]:

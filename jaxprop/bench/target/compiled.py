@@ -65,6 +65,7 @@ def target_devices(name: str, count: int = 1) -> list[Any]:
     Raises:
         ValueError: for another name or count.
         ImportError: without the extra.
+        RuntimeError: for "h100" where JAX looked for a GPU and found no driver.
     """
     from jax.experimental import topologies
 
@@ -83,12 +84,16 @@ def target_devices(name: str, count: int = 1) -> list[Any]:
         described = (
             importlib.resources.files("jaxprop.bench.target").joinpath("h100.txtpb").read_text()
         )
-        return topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="h100",
-            target_config=described,
-            topology=f"1x{nodes}x{GPUS}",
-        ).devices[:count]
+        try:
+            topology = topologies.get_topology_desc(
+                platform="cuda",
+                topology_name="h100",
+                target_config=described,
+                topology=f"1x{nodes}x{GPUS}",
+            )
+        except NotImplementedError as error:  # JAX looked for a driver, and left the plugin out
+            raise RuntimeError("without an NVIDIA driver, set JAX_PLATFORMS=cpu") from error
+        return topology.devices[:count]
     if count not in TOPOLOGIES[name]:
         counts = ", ".join(map(str, TOPOLOGIES[name]))
         raise ValueError(f"target {name} has {counts} devices, not {count}")
