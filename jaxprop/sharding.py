@@ -165,6 +165,10 @@ class Gathered(Wrapper):
     mesh: Mesh
     transparent: ClassVar[bool] = True
 
+    @property
+    def by_module(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.layer.by_module
+
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         return self.layer.forward(self._gathered(params), x)
 

@@ -172,6 +172,10 @@ def test_bounds_of_a_function_s_modules():
     for name, bound in (("a", 0.3), ("b", 0.5)):
         want = mean_of(each[name], np.minimum(1, bound / norms_of(each[name])))
         assert relative_error(got[name], want) <= 1e-11
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    for around in (jp.cast(net, jnp.float64), jp.sharding.gathered(net, mesh)):
+        f = jp.clipped_grad(around, LOSS, {"a": 0.3, "b": 0.5}, per_layer=True)
+        assert relative_error(jax.jit(f)(params, X, TARGET)[1], got) <= 1e-12
 
 
 def test_mistakes_are_said():
@@ -185,3 +189,5 @@ def test_mistakes_are_said():
         jp.clipped_grad(NET, LOSS, 0.5, weight=1.0)
     with pytest.raises(ValueError, match="quantile"):
         jp.quantity.next_max_norm(1.0, 0.5, quantile=-1)
+    with pytest.raises(ValueError, match="quantile is from 0 to 1, not 5"):
+        jp.quantity.next_max_norm(1.0, 0.5, quantile=5)

@@ -1,7 +1,10 @@
 """``jp.function`` of plain JAX: networks, and every way in which a param may meet data."""
 
+import gc
 import itertools
+import operator
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -672,6 +675,31 @@ CASES = {
         X,
         "",
     ),
+    "pairs, added up": (
+        lambda w, x: jnp.tanh((x @ w["a"])[:, :, None] + (x @ w["b"])[:, None]),
+        twos("a", "b"),
+        (4, 5, 3),
+    ),
+    "one for all of a row, added": (
+        lambda w, x: x @ w["a"] + x.mean(1, keepdims=True) @ w["b"],
+        twos("a", "b"),
+        SEQUENCE,
+    ),
+    "one of each, added": (
+        lambda w, x: x @ w["a"] + x @ w["b"],
+        {"a": struct(3, 4), "b": struct(3, 1)},
+        X,
+    ),
+    "rows of two tables, added": (
+        lambda w, x: w["a"][x][:, :, None] + w["b"][x][:, None],
+        twos("a", "b"),
+        3,
+    ),
+    "a vector as a row and as a column": (
+        lambda w, x: jnp.tanh(x @ w)[:, None] * jnp.einsum("n,d->nd", jnp.cos(x @ w), w),
+        struct(3),
+        X,
+    ),
     "fft": (
         lambda w, x: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(w)[None], n=3),
         struct(3),
@@ -791,6 +819,69 @@ def test_integers_and_complex_numbers_between_two_functions():
 
     _, _, each = oracle(whole, loss, params, x, target)
     hold_leaves((got["each"], got["norms"]), (each, oracles.per_example_sq_norms.of(each)))
+
+
+def loss_and_hits(params, batch):
+    x, target = batch
+    logits = mlp(params, x)
+    hits = logits.argmax(-1) == target
+    return example_losses(params, batch), {"hits": hits, "numbers": hits.astype(int)}
+
+
+def test_what_a_loss_function_returns_beside_its_value():
+    """Integers and bools among it have no cotangent."""
+    net, loss = jp.function(loss_and_hits), jp.loss(operator.itemgetter(0))
+    alone = jp.function(example_losses)
+    for of in (jp.value_and_grad, jp.per_example_sq_norms, jp.second_moment):
+        got = jax.jit(of(net, loss))(MLP, BATCH)
+        assert relative_error(got, jax.jit(of(alone, jp.Mean()))(MLP, BATCH)) <= 1e-12
+    got, want = (
+        jax.jit(jp.hvp(*pair))(MLP, BATCH, v=MLP) for pair in ((net, loss), (alone, jp.Mean()))
+    )
+    assert relative_error(got, want) <= 1e-12
+
+
+@pytest.mark.full
+def test_curvature_of_a_loss_of_one_part_of_y():
+    def both(params, x):
+        y = mlp(params, x)
+        return {"y": y, "best": y.argmax(-1)}
+
+    def norm(y, target):
+        return jnp.sum((y - target) ** 4)
+
+    target = normal(6, 3)
+    pairs = [
+        (jp.function(both), jp.loss(lambda y, target: norm(y["y"], target))),
+        (jp.function(mlp), jp.loss(norm)),
+    ]
+    for of in (jp.diag_ggn, jp.ggn_root):
+        got, want = (jax.jit(of(*pair))(MLP, BATCH[0], target) for pair in pairs)
+        assert relative_error(got, want) <= 1e-10
+    for of in (jp.ggn_vp, jp.fisher_vp):
+        got, want = (jax.jit(of(*pair))(MLP, BATCH[0], target, MLP) for pair in pairs)
+        assert relative_error(got, want) <= 1e-10
+
+
+@jax.custom_vjp
+def reverse(x):
+    return x
+
+
+reverse.defvjp(lambda x: (x, ()), lambda _, ct: (-ct,))
+
+
+def reversed_on_the_way(params, x):
+    return mlp(params["rest"], reverse(jnp.tanh(x @ params["first"])))
+
+
+def test_hessian_products_of_a_function_with_a_rule_of_its_own():
+    """Forward over reverse sees the rule, as jax.jvp of jax.grad does."""
+    params = {"first": normal(4, 4), "rest": MLP}
+    net = jp.function(reversed_on_the_way)
+    plain = jp.loss_fn(Untapped(reversed_on_the_way), LOSS)
+    want = jax.jvp(jax.grad(lambda params: plain(params, *BATCH)), (params,), (params,))[1]
+    assert relative_error(jax.jit(jp.hvp(net, LOSS))(params, *BATCH, v=params), want) <= 1e-12
 
 
 def test_complex_params_are_refused():
@@ -1355,6 +1446,34 @@ def test_a_function_that_couples_examples_is_refused(fn):
         jax.jit(jp.clipped_grad(net, loss, 1.0))(params, BATCH[0], target)
 
 
+def printing(w, x):
+    y = x @ w
+    jax.debug.print("the mean is {}", y.mean())
+    return y - y.mean(0, keepdims=True)
+
+
+def printing_in_a_scan(w, x):
+    def step(y, _):
+        jax.debug.print("the mean is {}", y.mean())
+        return jnp.tanh(y - y.mean(0, keepdims=True)), None
+
+    return lax.scan(step, x @ w, None, length=2)[0]
+
+
+def in_python(w, x):
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    y = jax.pure_callback(np.cos, like, lax.stop_gradient(x), vmap_method="expand_dims") @ w
+    return y - y.mean(0, keepdims=True)
+
+
+@pytest.mark.parametrize("fn", [printing, printing_in_a_scan, in_python])
+def test_a_function_that_calls_back_and_couples_examples_is_refused(fn):
+    gradient = jp.value_and_grad(jp.function(fn), jp.HalfSquaredError())
+    for f in (gradient, jax.jit(gradient)):
+        with pytest.raises(ValueError, match="another y in a batch than alone"):
+            f(drawn(struct(3, 2)), normal(5, 3), normal(5, 2))
+
+
 def test_one_key_for_all_examples_is_refused():
     """A mask of the batch's shape is another one for a batch of one."""
     params = {"w": drawn(struct(4, 3)), "key": jp.Unlearned(jax.random.key(0))}
@@ -1393,6 +1512,18 @@ def test_coupled_in_a_scan_is_refused():
     norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
     with pytest.raises(ValueError, match="another y in a batch than alone"):
         norms(drawn(struct(2, 4, 4)), BATCH[0], jnp.zeros((6, 4)))
+
+
+def test_a_function_is_let_go_with_what_it_closes_over():
+    def scaled(scale):
+        return jp.function(lambda w, x: x @ (scale * w)), weakref.ref(scale)
+
+    net, alive = scaled(np.full((3, 1), 2.0))
+    jp.per_example_sq_norms(net, LOSS)(drawn(struct(3, 2)), BATCH[0][:, :3], BATCH[1] % 2)
+    del net
+    jax.clear_caches()
+    gc.collect()
+    assert alive() is None
 
 
 def mean_of_labelled(params, batch):

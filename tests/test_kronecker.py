@@ -1,5 +1,7 @@
 """Linear algebra with Kronecker factors, eigenvalues put right, and influence."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -329,6 +331,36 @@ def test_one_example_s_block_is_the_product_with_its_bias():
     rows = jnp.concatenate([leaf.reshape(6, -1) for leaf in jax.tree.leaves(jacobian)], axis=1)
     assert relative_error(whole(factors, params), rows.T @ rows) <= 1e-12
     assert factors[0].w.a.shape == (5, 5)
+
+
+class OwnParams(NamedTuple):
+    w: Any
+    b: Any
+
+
+class Product(jp.Layer):
+    """y = (x w) b, whose b is no bias."""
+
+    features: int
+
+    def init(self, key, x):
+        return OwnParams(jax.random.normal(key, (x.shape[-1], self.features)), jnp.ones(3))
+
+    def forward(self, params, x):
+        return (x @ params.w) * params.b[None], x
+
+    def backward(self, params, x, ct):
+        d_b = jp.Sum(ct * (x @ params.w))
+        return OwnParams(jp.Outer(x, ct * params.b[None]), d_b), (ct * params.b[None]) @ params.w.T
+
+
+def test_params_of_one_s_own_that_are_called_w_and_b_have_no_joint_block():
+    x = jnp.asarray(normal(4, 5))
+    jp.check_layer(Product(3), x)
+    params = Product(3).init(jax.random.key(0), x)
+    factors = jp.kronecker_factors(Product(3), LOSS, joint_bias=True, others="diagonal")
+    found = factors(params, x, jnp.array([0, 1, 2, 0]))
+    assert (found.w.a.shape, found.w.b.shape, found.b.shape) == ((5, 5), (3, 3), (3,))
 
 
 def test_empirical_factors_are_those_of_the_gradient():

@@ -105,6 +105,8 @@ def test_weights_padding_and_what_is_not_learned():
         want = of(net, LOSS)(params, x[kept], target[kept], v)
         assert relative_error(got, want) <= 1e-11
         assert jax.tree.structure(got) == jax.tree.structure(params)
+        tenth = of(net, LOSS)(params, x, target, v, weights=weights, divisor=10)
+        assert relative_error(jax.tree.map(lambda leaf: 2 * leaf, tenth), got) <= 1e-11
 
 
 @pytest.mark.full

@@ -124,7 +124,7 @@ def look(
     for number in reversed(range(len(tape.equations))):
         equation = tape.equations[number]
         for position, var in enumerate(equation.outvars):
-            if var in todo and not_finite(tape.values[var]) is not None:
+            if var in todo and not_finite(tape.outs[number][position]) is not None:
                 inputs = _at(tape, number, position, found, within)
                 todo |= {equation.invars[index] for index in inputs}
     found.inputs = {index for index, var in enumerate(program.jaxpr.invars) if var in todo}
@@ -135,18 +135,18 @@ def _at(
     tape: Tape, number: int, position: int, found: Found, within: tuple[Within, ...]
 ) -> list[int]:
     """Note what an equation has to do with a result, and return the inputs to go on from."""
-    equation, ins = tape.equations[number], tape.ins(number)
+    equation, ins = tape.equations[number], tape.ins[number]
     part = inside(equation, ins)
     if part is not None:
         inner = look(part.program, ins[part.start :], [position], (*within, Within(tape, number)))
         found.take(number, inner)
         inputs = [part.start + index for index in inner.inputs]
     elif (loop := loop_of(equation, ins)) is not None:
-        inner = _in_loop(loop, tape.outs(number), position, Within(tape, number), within)
+        inner = _in_loop(loop, tape.outs[number], position, Within(tape, number), within)
         found.take(number, inner)
         inputs = list(inner.inputs)
     else:
-        born = Born(tape, number, position, tape.outs(number), within)
+        born = Born(tape, number, position, tape.outs[number], within)
         inputs, here = _culprits(equation, ins, born.results[position], position)
         if here is not None:
             found.births[number] = born._replace(where=here)
@@ -156,7 +156,7 @@ def _at(
     for index in inputs:
         var = equation.invars[index]
         if isinstance(var, Literal) or var in constants:
-            found.constants[number] = Born(tape, number, position, tape.outs(number), within)
+            found.constants[number] = Born(tape, number, position, tape.outs[number], within)
     return [index for index in inputs if not isinstance(equation.invars[index], Literal)]
 
 

@@ -11,16 +11,8 @@ from jax.extend.core import JaxprEqn, Literal
 
 from jaxprop.births.ahead import Born, Within
 from jaxprop.births.rules import look_in_rule
-from jaxprop.births.tape import (
-    Tape,
-    function_of,
-    inside,
-    is_moving,
-    loop_of,
-    not_finite,
-    numbers,
-    with_values,
-)
+from jaxprop.births.tape import Tape, function_of, inside, loop_of, not_finite, numbers, with_values
+from jaxprop.core.arrays import is_inexact
 from jaxprop.traced.equations import (
     Program,
     branches_of,
@@ -104,7 +96,7 @@ def _born(
     within: tuple[Within, ...],
 ) -> Born:
     """Return the birth at an equation, or inside of it."""
-    equation, ins = tape.equations[number], tape.ins(number)
+    equation, ins = tape.equations[number], tape.ins[number]
     here = Born(tape, number, index, pulled.ds, within, pulled.cts, True, summed)
     if summed:
         total = sum(d for d in pulled.ds if d is not None and d.shape == pulled.ds[index].shape)
@@ -151,7 +143,7 @@ def _walked(
         def f(*values: Any, equation: JaxprEqn = equation) -> Sequence[Any]:
             return evaluate(equation, values)
 
-        ds = pull(f, tape.ins(number), at, here)
+        ds = pull(f, tape.ins[number], at, here)
         pulls[number] = Pulled(here, ds)
         for var, d in zip(equation.invars, ds, strict=True):
             if d is not None:
@@ -254,7 +246,7 @@ def _spread(program: Program, moving: Sequence[bool], moves: set[Any]) -> None:
         flags = [not isinstance(var, Literal) and var in moves for var in equation.invars]
         if any(flags) and equation.primitive.name != "stop_gradient":
             outs = zip(equation.outvars, _moved_by(equation, flags), strict=True)
-            moves |= {var for var, flag in outs if flag and is_moving(var.aval)}
+            moves |= {var for var, flag in outs if flag and is_inexact(var.aval)}
 
 
 def _moved_by(equation: JaxprEqn, flags: list[bool]) -> list[bool]:

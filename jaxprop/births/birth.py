@@ -118,7 +118,7 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
     bad = not_finite(result) if born.where is None else born.where
     assert bad is not None
     index = _first(bad, examples, example)
-    ins = born.tape.ins(born.number)
+    ins = born.tape.ins[born.number]
     through = born.back and born.cts is not None
     here = reduced_axes_of(equation)
     if through:
@@ -135,7 +135,7 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
     )
     outs = None
     if through:
-        made = born.tape.outs(born.number)
+        made = born.tape.outs[born.number]
         outs = _seen_at(made[0], index, shape)
     line, scope, steps = _place(born)
     ruled_by = [each.equation for each in born.within if ruled(each.equation) is not None]

@@ -24,7 +24,7 @@ GROWING = frozenset(
 SUMS = frozenset(
     (
         *("reduce_sum", "cumsum", "dot_general", "conv_general_dilated", "reduce_window_sum"),
-        *("scatter_add", "scatter-add", "broadcast_in_dim", "gather", "cumlogsumexp"),
+        *("scatter-add", "broadcast_in_dim", "gather", "cumlogsumexp"),
     )
 )
 SOLVING = {

@@ -31,34 +31,26 @@ class Tape:
     Attributes:
         program: the program.
         equations: its equations.
-        values: the value of each variable.
+        ins: what each equation was given.
+        outs: what each equation gave.
         makers: for each variable that an equation makes, the equation's number.
     """
 
     def __init__(self, program: Program, args: Sequence[Any]) -> None:
         self.program: Program = program
         self.equations: Sequence[JaxprEqn] = program.jaxpr.eqns
-        self.values: dict[Any, Any] = dict(
-            zip(program.jaxpr.constvars, program.consts, strict=True)
-        )
-        self.values |= zip(program.jaxpr.invars, args, strict=True)
+        self.ins: list[list[Any]] = []
+        self.outs: list[list[Any]] = []
         self.makers: dict[Any, int] = {}
-        for number, equation in enumerate(self.equations):
-            outs = evaluate(equation, self.ins(number))
-            self.values |= zip(equation.outvars, outs, strict=True)
-            self.makers |= dict.fromkeys(equation.outvars, number)
 
-    def read(self, var: Any) -> Any:
-        """Return the value of a variable, or of a literal."""
-        return var.val if isinstance(var, Literal) else self.values[var]
+        def step(equation: JaxprEqn, ins: list[Any]) -> list[Any]:
+            outs = evaluate(equation, ins)
+            self.makers |= dict.fromkeys(equation.outvars, len(self.outs))
+            self.ins.append(ins)
+            self.outs.append(outs)
+            return outs
 
-    def ins(self, number: int) -> list[Any]:
-        """Return what an equation was given."""
-        return list(map(self.read, self.equations[number].invars))
-
-    def outs(self, number: int) -> list[Any]:
-        """Return what an equation gave."""
-        return [self.values[var] for var in self.equations[number].outvars]
+        program.run(args, step)
 
     def maker(self, number: int, position: int) -> JaxprEqn | None:
         """Return the equation that made one of the inputs of another, before it was rearranged.
@@ -101,7 +93,6 @@ class Loop(NamedTuple):
         carry: how many are carried.
         steps: what the body was given, in the order in which it ran.
         reverse: whether it went through xs from the end.
-        ys: how many results it stacks.
     """
 
     body: Program
@@ -110,7 +101,6 @@ class Loop(NamedTuple):
     carry: int
     steps: list[list[Any]]
     reverse: bool
-    ys: int
 
     def at(self, step: int) -> int:
         """Return the index in xs and ys of a step, or the step of an index."""
@@ -127,20 +117,12 @@ def loop_of(equation: JaxprEqn, ins: Sequence[Any]) -> Loop | None:
 
 
 def _scanned(scan: Scan, ins: Sequence[Any]) -> Loop:
-    number = len(scan.body.jaxpr.outvars) - scan.carry
-    loop = Loop(
-        scan.body,
-        range(scan.consts),
-        scan.consts,
-        scan.carry,
-        [],
-        scan.options["reverse"],
-        number,
-    )
-    run, behind = _compiled(scan.body), scan.consts + scan.carry
+    reverse, behind = scan.options["reverse"], scan.carried.stop
+    loop = Loop(scan.body, range(scan.consts), scan.consts, scan.carry, [], reverse)
+    run = _compiled(scan.body)
     consts, carried = list(ins[: scan.consts]), list(ins[scan.consts : behind])
     for step in range(scan.length):
-        at = scan.length - 1 - step if scan.options["reverse"] else step
+        at = scan.length - 1 - step if reverse else step
         given = [*consts, *carried, *(x[at] for x in ins[behind:])]
         loop.steps.append(given)
         carried = list(run(*given))[: scan.carry]
@@ -156,7 +138,7 @@ def _while(equation: JaxprEqn, ins: Sequence[Any]) -> Loop:
     while goes_on(*ins[:first], *carried)[0]:
         steps.append([*consts, *carried])
         carried = list(run(*consts, *carried))
-    return Loop(loop.body, range(first, start), start, len(ins) - start, steps, False, 0)
+    return Loop(loop.body, range(first, start), start, len(ins) - start, steps, False)
 
 
 def function_of(program: Program) -> Callable[..., list[Any]]:
@@ -167,11 +149,6 @@ def function_of(program: Program) -> Callable[..., list[Any]]:
 
 def _compiled(program: Program) -> Any:
     return jax.jit(function_of(program))
-
-
-def is_moving(value: Any) -> bool:
-    """Return whether a value has a derivative."""
-    return bool(jnp.issubdtype(jnp.result_type(value), jnp.inexact))
 
 
 def not_finite(value: Any) -> np.ndarray | None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import keystr
 
-from jaxprop.checking.points import is_floating
+from jaxprop.core.arrays import is_floating
 from jaxprop.core.describe import shapes
 from jaxprop.core.types import PyTree
 

@@ -23,8 +23,8 @@ from jaxprop.checking.oracles import (
     backward_of,
     by_oracles,
 )
-from jaxprop.checking.points import float64, is_floating, normal, with_noise
-from jaxprop.core.arrays import angle
+from jaxprop.checking.points import float64, normal, with_noise
+from jaxprop.core.arrays import angle, is_floating
 from jaxprop.core.checks import check_number, require
 from jaxprop.core.combinator import Combinator
 from jaxprop.core.coupling import coupled, couples

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxprop.checking.compare import d_name
 from jaxprop.checking.oracles import JIT, Answer, Drawn, Expected
-from jaxprop.checking.points import inner, is_floating, norm, normal, size_of, wide, with_noise
+from jaxprop.checking.points import inner, norm, normal, size_of, wide, with_noise
+from jaxprop.core.arrays import is_floating
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Cotangent, Params, PyTree
 

@@ -15,7 +15,7 @@ from jax import Array
 from jax.tree_util import keystr
 
 from jaxprop.checking.compare import d_name
-from jaxprop.checking.points import is_floating
+from jaxprop.core.arrays import is_floating
 from jaxprop.core.cotangents import summed
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import is_factored

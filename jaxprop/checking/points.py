@@ -5,7 +5,6 @@ All is drawn and computed by NumPy, so that nothing has to be compiled for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,16 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
+from jaxprop.core.arrays import is_floating
 from jaxprop.core.describe import shapes
 from jaxprop.core.tree import is_not_learned
 from jaxprop.core.types import PyTree
-
-Size = Callable[[np.ndarray], np.ndarray]
-
-
-def is_floating(leaf: object) -> bool:
-    """Return whether an array is of real floats."""
-    return jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating)
 
 
 def float64(name: str, tree: PyTree) -> PyTree:

@@ -16,7 +16,8 @@ from jaxprop.checking.arguments import Arguments, Point, widened
 from jaxprop.checking.compare import compare
 from jaxprop.checking.differences import DOUBLE, Precision, check_differences
 from jaxprop.checking.oracles import fitted
-from jaxprop.checking.points import is_floating, normal, wide, with_noise
+from jaxprop.checking.points import normal, wide, with_noise
+from jaxprop.core.arrays import is_floating
 from jaxprop.core.checks import check_number, given
 from jaxprop.core.describe import shapes
 from jaxprop.core.types import PyTree

@@ -30,6 +30,10 @@ class Cast(Wrapper):
     dtype: str
     transparent: ClassVar[bool] = True
 
+    @property
+    def by_module(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.layer.by_module
+
     def init(self, key: Array, x: PyTree) -> Params:
         """Return params of at least float32, whatever the layer before rounded x to."""
         return self.layer.init(key, jax.eval_shape(lambda x: jax.tree.map(wide, x), structs(x)))

@@ -122,6 +122,16 @@ def weighted(x: Array, weights: Array) -> Array:
     return x * jnp.expand_dims(weights.astype(x.dtype), range(1, x.ndim))
 
 
+def is_floating(leaf: object) -> bool:
+    """Return whether a leaf is an array of real floats."""
+    return bool(jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating))
+
+
+def is_inexact(leaf: object) -> bool:
+    """Return whether a leaf is an array that has a cotangent: of real floats or complex ones."""
+    return bool(jnp.issubdtype(getattr(leaf, "dtype", object), jnp.inexact))
+
+
 def root(squares: Array) -> Array:
     """Return the square root, with 0 for its derivative at 0, where 0 times infinity is NaN."""
     zero = squares == 0

@@ -138,7 +138,7 @@ def check_number(
 def check_share(name: str, value: object) -> None:
     """Raise unless value is a number from 0 to below 1, as ``check_number`` does."""
     check_number(name, value)
-    if not value < 1:  # pyright: ignore[reportOperatorIssue]
+    if not isinstance(value, Tracer) and not value < 1:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name} is below 1, not {value}")
 
 

@@ -115,7 +115,7 @@ def forward(net: Layer, loss: Loss, params: Params, batch: Batch) -> Forward:
     def back(ct: Cotangent, visit: Visit, places: PyTree = params) -> tuple[Visited, Cotangent]:
         check_cotangent(loss, ct, y)
         with jax.named_scope("backward"):
-            ct = jax.tree.map(lambda ct, y: ct.astype(y.dtype), ct, y)
+            ct = jax.tree.map(lambda y, ct: None if ct is None else ct.astype(y.dtype), y, ct)
             return net.walk(places, residuals, ct, visit)
 
     examples = examples._replace(real=_real(params, loss.real(loss_residuals)))

@@ -40,6 +40,22 @@ class Influence(Protocol):
     ) -> Float[Array, "n m"]: ...
 
 
+class SelfInfluence(Protocol):
+    """A function of a batch and a curvature, as ``self_influence(net, loss)`` returns."""
+
+    def __call__(
+        self,
+        params: Params,
+        x: PyTree,
+        target: PyTree,
+        curvature: PyTree,
+        damping: float | Array = 0.0,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> Float[Array, " n"]: ...
+
+
 def influence(net: Layer, loss: Loss) -> Influence:
     """Return ``f(params, batch, other, curvature, damping)``, <g_n, (F + damping)^-1 h_m>, (N, M).
 
@@ -110,7 +126,7 @@ def influence(net: Layer, loss: Loss) -> Influence:
     return of_batches
 
 
-def self_influence(net: Layer, loss: Loss) -> Any:
+def self_influence(net: Layer, loss: Loss) -> SelfInfluence:
     """Return ``f(params, x, target, curvature, damping)``, <g_n, (F + damping)^-1 g_n>, (N,).
 
     What an example did for itself: large for what is learned from itself alone, such as a wrong

@@ -41,6 +41,7 @@ class OfVector(Protocol):
         key: a key, as for any function of a batch.
         mask: likewise.
         weights: likewise.
+        divisor: likewise.
     """
 
     def __call__(
@@ -53,6 +54,7 @@ class OfVector(Protocol):
         key: Array | None = None,
         mask: Array | None = None,
         weights: Array | None = None,
+        divisor: float | Array | None = None,
     ) -> Any: ...
 
 
@@ -145,7 +147,7 @@ def fisher_vp(
 
             def of_column(c: Array) -> Cotangent:
                 s = columns.column(c)
-                dots = jnp.stack(jax.tree.leaves(jax.tree.map(_dots, s, u))).sum(axis=0)
+                dots = _inner(u, s)
                 return jax.tree.map(lambda s: weighted(wide(s), dots), s)
 
             return of.back(sum_over(of_column, jnp.arange(columns.number)))
@@ -210,15 +212,18 @@ def quadratic_form(
     products = [hessian(u) for u in along]
 
     def mean(u: PyTree, hu: PyTree) -> Array:
-        each = jax.tree.leaves(jax.tree.map(_dots, u, hu))
-        return of.ahead.examples.mean(jnp.stack(each).sum(axis=0))
+        return of.ahead.examples.mean(_inner(u, hu))
 
     return jnp.stack([jnp.stack([mean(u, hu) for hu in products]) for u in along])
 
 
-def _dots(a: Array, b: Array) -> Array:
-    """Return the inner product of each example's parts."""
-    return jnp.sum(wide(a) * wide(b), axis=tuple(range(1, a.ndim)))
+def _inner(u: PyTree, ct: Cotangent) -> Float[Array, " n"]:
+    """Return each example's inner product of what is like y with a cotangent of y."""
+
+    def of_leaf(u: Array, ct: Array | None) -> Array | None:
+        return None if ct is None else jnp.sum(wide(u) * wide(ct), axis=tuple(range(1, ct.ndim)))
+
+    return jnp.stack(jax.tree.leaves(jax.tree.map(of_leaf, u, ct))).sum(axis=0)
 
 
 def _of_vector(
@@ -235,9 +240,10 @@ def _of_vector(
         key: Array | None = None,
         mask: Array | None = None,
         weights: Array | None = None,
+        divisor: float | Array | None = None,
     ) -> Any:
         bound = net.bind(params, key=key, mask=mask)
-        times = product(bound, weighted_batch(net, bound, x, target, key, weights, None))
+        times = product(bound, weighted_batch(net, bound, x, target, key, weights, divisor))
 
         def of(v: Params) -> Params:
             _check_like(name, v, params)

@@ -14,9 +14,8 @@ from jax import Array
 from jaxprop.births.ahead import Born, look
 from jaxprop.births.back import look_back
 from jaxprop.births.birth import Birth, birth_of
-from jaxprop.births.tape import is_moving
 from jaxprop.combinators.cast import Cast
-from jaxprop.core.arrays import rounded
+from jaxprop.core.arrays import is_inexact, rounded
 from jaxprop.core.batch import Batch
 from jaxprop.core.combinator import Wrapper, map_layers
 from jaxprop.core.cotangents import gradient
@@ -173,7 +172,7 @@ def _of_function_loss(
     program = Program.of(jax.make_jaxpr(flat)(leaves))
     names = list(map(_name(sought), jax.tree.leaves_with_path(y)))
     ct = jnp.ones_like(flat(leaves))
-    flags = list(map(is_moving, leaves))
+    flags = list(map(is_inexact, leaves))
     born = look_back(program, leaves, flags, [ct], [names.index(sought.part)])
     return None if born is None else birth_of(born, None, sought.example)
 
@@ -197,7 +196,7 @@ def _of_function(layer: Function, stop: Stop, sought: Sought) -> Birth | None:
         outs = jax.vmap(lambda x: alone(params, [leaf[None] for leaf in x]))(x)
         return [out.reshape(out.shape[0], *out.shape[2:]) for out in outs]
 
-    flags = [learned for _, learned in of_params] + list(map(is_moving, jax.tree.leaves(stop.x)))
+    flags = [learned for _, learned in of_params] + list(map(is_inexact, jax.tree.leaves(stop.x)))
     if sought.array == "grads":
         wanted = [name for name, _ in of_params].index(sought.part)
     else:
@@ -244,9 +243,9 @@ def _first_example(
 
         def of_one(param: Array) -> list[Any]:
             outs = f([*params[:wanted], param, *params[wanted + 1 :]], xs)
-            return [out for out in outs if is_moving(out)]
+            return [out for out in outs if is_inexact(out)]
 
-        (d,) = jax.vjp(of_one, params[wanted])[1]([ct for ct in cts if is_moving(ct)])
+        (d,) = jax.vjp(of_one, params[wanted])[1]([ct for ct in cts if is_inexact(ct)])
         return jnp.isfinite(d).all()
 
     each = jax.lax.map(finite, (jax.tree.leaves(stop.x), jax.tree.leaves(stop.ct)))

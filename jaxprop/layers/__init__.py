@@ -1,5 +1,6 @@
 """The layers, a file for each family."""
 
+from jaxprop.core.affine import AffineParams
 from jaxprop.layers.activations import (
     Elementwise,
     Elu,
@@ -17,7 +18,7 @@ from jaxprop.layers.axes import Moveaxis, Take
 from jaxprop.layers.batch_norm import BatchNorm, BatchNormParams
 from jaxprop.layers.conv_transpose import ConvTranspose
 from jaxprop.layers.convolution import Conv
-from jaxprop.layers.dense import AffineParams, Dense
+from jaxprop.layers.dense import Dense
 from jaxprop.layers.dropout import Dropout
 from jaxprop.layers.embedding import Embedding, Rows
 from jaxprop.layers.group_norm import GroupNorm

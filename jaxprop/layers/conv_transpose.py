@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from jax import Array
 
+from jaxprop.core.affine import AffineParams
 from jaxprop.core.checks import check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
 from jaxprop.layers.convolving import X, Y, affine, check_ct, check_fields, init_affine, pulled_back
-from jaxprop.layers.dense import AffineParams
 from jaxprop.layers.padding import Sizes, Zeros, whole_pairs
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.windows import AXES, Windows, sizes

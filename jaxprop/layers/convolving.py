@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.affine import AffineParams
 from jaxprop.core.arrays import aligned
 from jaxprop.core.checks import check_counts, check_flags
 from jaxprop.core.types import PyTree
-from jaxprop.layers.dense import AffineParams
 from jaxprop.layers.padding import Sizes, check_padding
 from jaxprop.layers.windows import Windows, check_window, sizes
 

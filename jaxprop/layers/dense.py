@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jaxprop.core.affine import AffineParams
 from jaxprop.core.arrays import aligned
 from jaxprop.core.checks import check_counts, check_flags, check_x
 from jaxprop.core.forms import Outer, Sum
 from jaxprop.core.layer import Layer
-from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
-
-
-@serializable
-class AffineParams(NamedTuple):
-    """The params of an affine layer, or their cotangents.
-
-    Attributes:
-        w: the weights, (I, O); in a convolution (*window, C / groups, O).
-        b: the bias, (O,); None in a layer without one.
-    """
-
-    w: Any
-    b: Any = None
 
 
 class Dense(Layer):

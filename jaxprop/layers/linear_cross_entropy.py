@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from jaxprop.core.affine import AffineParams
 from jaxprop.core.arrays import of_indices, wide
 from jaxprop.core.checks import check_counts, check_flags, check_values, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.types import PyTree
-from jaxprop.layers.dense import AffineParams, Dense
+from jaxprop.layers.dense import Dense
 
 H = Float[Array, "n ... d"]
 Ids = Int[Array, "n ..."]

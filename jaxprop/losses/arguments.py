@@ -126,7 +126,7 @@ def times(weight: Y, value: Y) -> Y:
 
 def only(c: int | Array, root: Y) -> Y:
     """Return root with zeros for all of an example's outputs but the one numbered c."""
-    one = jnp.arange(outputs(root)) == c
+    one = jnp.arange(math.prod(root.shape[1:])) == c
     return jnp.where(one.reshape(1, *root.shape[1:]), root, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ class FunctionLoss(Loss):
     negative, by more than rounding, the example's root and sample are NaN.
 
     Attributes:
-        fn: a function of one example's y and target that returns a scalar.
+        fn: a function of one example's y and target that returns a scalar. Leaves of y that are no
+            floats have None for their cotangents.
     """
 
     fn: Callable[..., Array]
@@ -41,7 +43,7 @@ class FunctionLoss(Loss):
         return jax.vmap(self._value)(y, target), (y, target)
 
     def backward(self, residuals: Residuals) -> Cotangent:
-        return jax.vmap(jax.grad(self._value))(*residuals)
+        return jax.vmap(self._gradient)(*residuals)
 
     def hessian_root(self, residuals: Residuals) -> Cotangent:
         return jax.vmap(self._root, out_axes=1)(*residuals)
@@ -63,15 +65,44 @@ class FunctionLoss(Loss):
             )
         return value
 
+    def _gradient(self, y: PyTree, target: PyTree) -> Cotangent:
+        """Return the gradient of E of one example: like y, with None for integers."""
+        floats, like_y = _floats(y)
+        gradient = jax.grad(lambda floats: self._value(like_y(floats, y), target))(floats)
+        return like_y(gradient)
+
     def _root(self, y: PyTree, target: PyTree) -> Cotangent:
         """Return the root of one example's Hessian: like y, behind an axis of columns."""
-        flat, unflatten = ravel_pytree(y)
-        hessian = jax.hessian(lambda flat: self._value(unflatten(flat), target))(flat)
+        floats, like_y = _floats(y)
+        flat, unflatten = ravel_pytree(floats)
+
+        def value(flat: Array) -> Array:
+            return self._value(like_y(unflatten(flat), y), target)
+
+        hessian = jax.hessian(value)(flat)
         values, vectors = jnp.linalg.eigh(hessian)
         rounding = flat.size * jnp.finfo(flat.dtype).eps * jnp.abs(values).max()
         convex = values.min() >= -4 * rounding
         root = jnp.sqrt(jnp.where(convex, jnp.maximum(values, 0), jnp.nan))
-        return jax.vmap(unflatten)((vectors * root[None]).T)
+        return jax.vmap(lambda column: like_y(unflatten(column)))((vectors * root[None]).T)
+
+
+def _floats(y: PyTree) -> tuple[list[Array], Callable[..., PyTree]]:
+    """Return the floating leaves of y, and ``like_y(floats, others=None)``, a tree like y.
+
+    It has the leaves of others, another tree like y, where those of y are not floating, or None.
+    """
+    leaves, structure = jax.tree.flatten(y)
+    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def like_y(floats: list[Array], others: PyTree = None) -> PyTree:
+        new = iter(floats)
+        rest = structure.flatten_up_to(others) if others is not None else [None] * len(leaves)
+        return structure.unflatten(
+            next(new) if here else other for here, other in zip(floating, rest, strict=True)
+        )
+
+    return list(itertools.compress(leaves, floating)), like_y
 
 
 def loss(fn: Callable[..., Array]) -> FunctionLoss:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,35 @@ Pair = tuple[PyTree, PyTree]
 OUTPUTS = 16  # walks at a time, for a trace
 
 
-def inner_products(net: Layer, loss: Loss) -> Callable[..., Float[Array, "n m"]]:
+class InnerProducts(Protocol):
+    """A function of two batches, as ``jp.inner_products(net, loss)`` returns."""
+
+    def __call__(
+        self,
+        params: Params,
+        batch: Pair,
+        other: Pair,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> Float[Array, "n m"]: ...
+
+
+class TangentKernel(Protocol):
+    """A function of the inputs of one batch or two, as ``jp.ntk(net)`` returns."""
+
+    def __call__(
+        self,
+        params: Params,
+        x: PyTree,
+        x2: PyTree = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
+    ) -> Array: ...
+
+
+def inner_products(net: Layer, loss: Loss) -> InnerProducts:
     """Return ``f(params, (x, target), (x2, target2))``, <g_n, h_m> between two batches, (N, M).
 
     g_n is the gradient of example n's own loss in the first batch, h_m that of m in the second.
@@ -53,7 +81,12 @@ def inner_products(net: Layer, loss: Loss) -> Callable[..., Float[Array, "n m"]]
     check_net_and_loss(net, loss)
 
     def of_batches(
-        params: Params, batch: Pair, other: Pair, *, key: Any = None, mask: Any = None
+        params: Params,
+        batch: Pair,
+        other: Pair,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
     ) -> Float[Array, "n m"]:
         """Return the inner products of the gradients of two batches."""
         return products(*(_of_loss(net, loss, params, each, key, mask) for each in (batch, other)))
@@ -62,7 +95,7 @@ def inner_products(net: Layer, loss: Loss) -> Callable[..., Float[Array, "n m"]]
     return of_batches
 
 
-def ntk(net: Layer, *, full: bool = False) -> Callable[..., Array]:
+def ntk(net: Layer, *, full: bool = False) -> TangentKernel:
     """Return ``f(params, x, x2=None)``, the empirical neural tangent kernel between two batches.
 
     With J_n the Jacobian of the output y (C,) of example n by the params, it is
@@ -86,7 +119,12 @@ def ntk(net: Layer, *, full: bool = False) -> Callable[..., Array]:
     check_flag("ntk: full", full)
 
     def kernel(
-        params: Params, x: PyTree, x2: PyTree = None, *, key: Any = None, mask: Any = None
+        params: Params,
+        x: PyTree,
+        x2: PyTree = None,
+        *,
+        key: Array | None = None,
+        mask: Array | None = None,
     ) -> Array:
         """Return the tangent kernel between the examples of x and those of x2."""
         bound = net.bind(params, key=key, mask=mask)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Float
 
 from jaxprop.core.arrays import weighted
@@ -341,6 +342,8 @@ def next_max_norm(
     """
     for name, number in (("quantile", quantile), ("rate", rate)):
         check_number(f"next_max_norm: {name}", number, finite=True)
+    if not isinstance(quantile, Tracer) and quantile > 1:
+        raise ValueError(f"next_max_norm: quantile is from 0 to 1, not {quantile}")
     unclipped = 1 - jnp.asarray(clipped, float)
     return jnp.asarray(max_norm, float) * jnp.exp(-rate * (unclipped - quantile))
 

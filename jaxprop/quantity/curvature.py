@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.affine import AffineParams
 from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flag, check_flags, check_one_of
 from jaxprop.core.forms import Factored, InBlockBefore, Kronecker, Place, is_factored, with_bias
@@ -192,7 +193,7 @@ class KroneckerFactors(AddedUp):
         """Return the forms with that of a matrix and its bias in the place of the matrix's."""
 
         def is_node(node: Any) -> bool:
-            return is_factored(node) or getattr(node, "_fields", None) == ("w", "b")
+            return is_factored(node) or isinstance(node, AffineParams)
 
         def of(node: Any) -> Any:
             if is_factored(node) or not is_factored(node.w) or not is_factored(node.b):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.checks import check_count
@@ -27,10 +26,6 @@ class Columns(NamedTuple):
 
     number: int
     column: Callable[[int | Array], Cotangent]
-
-    def all(self) -> Cotangent:
-        """Return all of them, on a leading axis."""
-        return jax.vmap(self.column)(jnp.arange(self.number))
 
 
 class Source(Static):

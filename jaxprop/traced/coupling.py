@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,13 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprop.core.types import Params, PyTree
-from jaxprop.traced.equations import Program, evaluate, inlined, place_of, primitive_of
+from jaxprop.traced.equations import (
+    Program,
+    Scan,
+    evaluate,
+    inlined,
+    place_of,
+    primitive_of,
+    scan_of,
+)
 
 LARGEST = 3 * 10**7  # numbers in params that a function is tried with
 TIMES = 3  # that it is tried
 RTOL = {"f16[": 5e-2, "f32[": 1e-3, "": 1e-8}  # what two programs of such floats may differ by
 EXAMPLES = 5  # where the operation is looked for: an axis of this size is taken for theirs
 QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
+_VERDICTS: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()
 
 
 def check_uncoupled_function(
@@ -32,7 +42,8 @@ def check_uncoupled_function(
 
     It is tried, once for its shapes: on two examples of random numbers, together and each alone. It
     is a help and no proof: a function with more than 30 million params, one that closes over what
-    is being traced, or one that gives no finite numbers for random ones, is not tried.
+    is being traced, or one that gives no finite numbers for random ones, is not tried. What it
+    prints, by ``jax.debug.print`` or another callback without a result, is left out of a try.
 
     Args:
         fn: the function.
@@ -48,7 +59,11 @@ def check_uncoupled_function(
     of_one = tuple(
         jax.ShapeDtypeStruct((1, *struct.shape[1:]), struct.dtype) for struct in structs[number:]
     )
-    said = _coupling(fn, structure, structs[:number], of_one)
+    known, shaped = _verdicts(fn), (structure, structs[:number], of_one)
+    tried = (getattr(fn, "__func__", None), *shaped)
+    if tried not in known:
+        known[tried] = _coupling(fn, *shaped)
+    said = known[tried]
     if said is not None:
         raise ValueError(
             f"{name} gives an example another y in a batch than alone{said}. If it couples the "
@@ -58,7 +73,14 @@ def check_uncoupled_function(
         )
 
 
-@functools.lru_cache(maxsize=128)
+def _verdicts(fn: Callable[..., PyTree]) -> dict[Any, str | None]:
+    """Return what was found of a function, or of a method's object, as long as that lives."""
+    try:
+        return _VERDICTS.setdefault(getattr(fn, "__self__", fn), {})
+    except TypeError:  # no weak reference can be made to it
+        return {}
+
+
 def _coupling(
     fn: Callable[..., PyTree],
     structure: Any,
@@ -81,15 +103,17 @@ def _coupling(
         weights = [draw(leaf) for leaf in params]
         batches = [[draw(leaf, 2) for leaf in x] for _ in range(TIMES)]
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            traced = jax.jit(both).trace(weights, batches[0])
-            if traced.jaxpr.effects:
+            traced = jax.make_jaxpr(both, return_shape=True)(weights, batches[0])
+            silent = jax.jit(_silent(*traced)).trace(weights, batches[0])
+            if silent.jaxpr.effects:
                 return None
-            program = traced.lower().compile(compiler_options=QUICKLY)
-            batches += _of_its_integers(draw, x, str(traced.jaxpr))
-            tries = [program(weights, batch) for batch in batches]
+            program = silent.lower().compile(compiler_options=QUICKLY)
+            batches += _of_its_integers(draw, x, str(silent.jaxpr))
+            with jax.ensure_compile_time_eval():  # callbacks to Python get numbers, not tracers
+                tries = [program(weights, batch) for batch in batches]
     except Exception:  # what is wrong with the function is said where it is used
         return None
-    text = str(traced.jaxpr)
+    text = str(silent.jaxpr)
     rtol = next(rtol for floats, rtol in RTOL.items() if floats in text)
     pairs = [pair for of_try in tries for pair in zip(*of_try, strict=True)]
     if all(_same(together, alone, rtol) for together, alone in pairs):
@@ -98,6 +122,43 @@ def _coupling(
         return _where(flat, weights, [draw(leaf, EXAMPLES) for leaf in x])
     except Exception:
         return ""
+
+
+def _silent(jaxpr: Any, y: PyTree) -> Callable[..., PyTree]:
+    """Return a traced function without what it does for its effect alone, such as printing.
+
+    Args:
+        jaxpr: the function, traced.
+        y: its results, or their shapes.
+    """
+
+    def step(equation: Any, ins: list[Any]) -> list[Any]:
+        if not equation.outvars:
+            return []
+        inner = inlined(equation)
+        if inner is not None:
+            return inner.run(ins, step)
+        if primitive_of(equation) == "scan":
+            return _scanned(scan_of(equation), ins, step)
+        return evaluate(equation, ins)
+
+    def function(*args: PyTree) -> PyTree:
+        outs = Program.of(jaxpr).run(jax.tree.leaves(args), step)
+        return jax.tree.unflatten(jax.tree.structure(y), outs)
+
+    return function
+
+
+def _scanned(scan: Scan, ins: list[Any], step: Callable[..., list[Any]]) -> list[Any]:
+    """Return what a scan gives, with each equation of its body by ``step``."""
+    at, behind = scan.carried.start, scan.carried.stop
+
+    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = scan.body.run([*ins[:at], *carry, *xs], step)
+        return outs[: scan.carry], outs[scan.carry :]
+
+    carry, ys = jax.lax.scan(body, ins[at:behind], ins[behind:], **scan.options)
+    return [*carry, *ys]
 
 
 def _same(together: Any, alone: Any, rtol: float) -> bool:
@@ -166,6 +227,8 @@ def _where(flat: Callable[..., list[Any]], params: Sequence[Any], x: Sequence[An
         return 1 - new if new.dtype.kind in "iu" and np.array_equal(new, leaf) else new
 
     def step(equation: Any, ins: list[Any]) -> list[Any]:
+        if not equation.outvars:
+            return []
         pairs = [pair if isinstance(pair, _Pair) else _Pair(pair, pair) for pair in ins]
         inner = inlined(equation)
         if inner is not None:

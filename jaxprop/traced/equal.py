@@ -7,16 +7,17 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxprop.traced.equations import Program, linear
+from jaxprop.traced.equations import Program, linear, struct
 
 
 class Equal:
     """The variables of a program by their cotangents.
 
     A cotangent is the sum of what each reader of a variable hands back. An addition hands back that
-    of its result, to both of its inputs. A slice, or whatever else is linear in one input, hands
-    back something of its own that depends on the cotangents of its results alone. Of any other
-    equation nothing is known. Variables of which the same is known have the same cotangent.
+    of its result, to each input that it does not broadcast. A slice, or whatever else is linear in
+    one input, hands back something of its own that depends on the cotangents of its results alone.
+    Of any other equation nothing is known. Variables of which the same is known have the same
+    cotangent.
     """
 
     def __init__(self, program: Program) -> None:
@@ -65,6 +66,7 @@ def _handed_back(equation: JaxprEqn, number: int, place: int, kinds: dict[Any, i
     """Return what an equation hands back to one of its inputs: a kind, or a name for it."""
     outs = tuple(kinds[var] for var in equation.outvars)
     if equation.primitive.name in ("add", "add_any"):
-        return outs[0]
+        whole = struct(equation.invars[place]).shape == struct(equation.outvars[0]).shape
+        return outs[0] if whole else (number, place)
     same = linear(equation)
     return (number, place) if same is None else (same, outs)

@@ -21,9 +21,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jaxprop.core.mesh import shard_map_axes
 
-INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
-REMATERIALIZED = frozenset(("checkpoint", "remat", "remat2"))
-RULED = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"))
+INLINED = frozenset(("jit", "closed_call"))
+REMATERIALIZED = frozenset(("checkpoint", "remat2"))
+RULED = frozenset(("custom_jvp_call", "custom_vjp_call"))
 COMING = {  # with jax_remat3, jax_custom_jvp3 and jax_custom_vjp3, objects within one primitive
     "RematTraced": "checkpoint",
     "CustomJVPTraced": "custom_jvp_call",
@@ -207,7 +207,7 @@ def ruled(equation: JaxprEqn) -> Program | None:
         return None
     if "_prim" in equation.params:
         return Program.of(equation.params["_prim"].traced.jaxpr)
-    return Program.of(_first(equation, "call_jaxpr", "fun_jaxpr"))
+    return Program.of(equation.params["call_jaxpr"])
 
 
 def rule_of(equation: JaxprEqn) -> str:

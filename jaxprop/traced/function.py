@@ -238,9 +238,13 @@ def _derived(fn: Fn, params: Params, x: PyTree, y: PyTree) -> PyTree:
         y = fn(arrays(params), jax.tree.map(lambda leaf: leaf[None], x))
         return jax.tree.map(lambda leaf: leaf[0] if jnp.ndim(leaf) else leaf, y)
 
+    def of_forward_rules(params: Params, x: PyTree) -> PyTree:
+        """Return y by the forward rules of ``jax.custom_vjp``, as what has one has no jvp."""
+        return jax.vjp(jax.vmap(alone, (None, 0)), params, x)[0]
+
     @found.defjvp
     def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
-        return jax.jvp(jax.vmap(alone, (None, 0)), primals[:2], tangents[:2])
+        return jax.jvp(of_forward_rules, primals[:2], tangents[:2])
 
     return found(params, x, y)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import JaxprEqn
 
+from jaxprop.core.arrays import is_floating, is_inexact
 from jaxprop.core.forms import Scanned
 from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.traced.ends import ends_of
@@ -32,8 +33,8 @@ from jaxprop.traced.equations import (
     scan_of,
     struct,
 )
-from jaxprop.traced.moving import MOVING, is_floating
-from jaxprop.traced.taps import LookUp, Meeting, Product, Taps, Use, is_inexact
+from jaxprop.traced.moving import MOVING
+from jaxprop.traced.taps import LookUp, Meeting, Product, Taps, Use
 from jaxprop.traced.views import View, bare, is_data, placed, plain
 
 

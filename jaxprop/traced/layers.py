@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.arrays import is_inexact
 from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.core.residuals import Distinct
 from jaxprop.core.types import Cotangent, PyTree
 from jaxprop.traced.equations import evaluate, struct
 from jaxprop.traced.piece import Piece, Shares, Tape, first_of
 from jaxprop.traced.stages import Flow, Layers
-from jaxprop.traced.taps import is_inexact
 
 
 @jax.tree_util.register_dataclass

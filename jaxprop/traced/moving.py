@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import JaxprEqn
 
+from jaxprop.core.arrays import is_floating
 from jaxprop.core.forms import Move, Reshaped, Sliced, Transposed, Turned
 from jaxprop.traced.equations import (
     evaluate,
@@ -160,10 +161,6 @@ def _cut(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
     return list(map(bare, ins)) if rule_of(equation) == "cut" else None
 
 
-def is_floating(value: Any) -> bool:
-    return bool(jnp.issubdtype(value.dtype, jnp.floating))
-
-
 RESHAPE = _moving(lambda equation, view: Reshaped(view.value.shape))
 STAY = _moving(lambda equation, view: None)
 TIMES = _scaling(lambda factor: factor)
@@ -172,7 +169,6 @@ MOVING: dict[str, Step] = {
     "stack": _stacked,
     "reshape": _reshape,
     "squeeze": RESHAPE,
-    "expand_dims": RESHAPE,
     "broadcast_in_dim": _broadcast,
     "transpose": _moving(lambda equation, view: Transposed(permutation_of(equation))),
     "slice": _moving(lambda equation, view: Sliced(view.value.shape, *slice_of(equation)[::2])),
@@ -180,7 +176,6 @@ MOVING: dict[str, Step] = {
     "rev": _moving(lambda equation, view: Turned(reversed_axes_of(equation))),
     "convert_element_type": _cast,
     "copy": STAY,
-    "copy_p": STAY,
     "sharding_constraint": STAY,
     "stop_gradient": lambda equation, ins: evaluate(equation, [ins[0].value]),
     "mul": TIMES,
@@ -188,5 +183,4 @@ MOVING: dict[str, Step] = {
     "neg": _negated,
     "custom_jvp_call": _cut,
     "custom_vjp_call": _passed_on,
-    "custom_vjp_call_jaxpr": _passed_on,
 }

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.arrays import is_inexact
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import Cotangent, Params, PyTree
-from jaxprop.traced.taps import is_inexact
 from jaxprop.traced.views import placed
 
 

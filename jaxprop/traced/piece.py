@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.arrays import is_inexact
 from jaxprop.core.forms import Factored, Moves, Sum
 from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.core.types import Cotangent
 from jaxprop.traced.equations import Program, for_tracing
 from jaxprop.traced.interpreter import run
 from jaxprop.traced.shares import Own, share
-from jaxprop.traced.taps import Taps, Use, is_inexact
+from jaxprop.traced.taps import Taps, Use
 from jaxprop.traced.views import Part, View, placed, plain
 
 Shares: TypeAlias = dict[int, list[tuple[Factored, Moves]]]

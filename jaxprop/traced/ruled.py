@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
+from jaxprop.core.arrays import is_inexact
 from jaxprop.core.checks import given
 from jaxprop.core.combinator import runs
 from jaxprop.core.layer import Layer
@@ -30,14 +31,13 @@ from jaxprop.traced.equations import (
 )
 from jaxprop.traced.part import Part, turned
 from jaxprop.traced.stages import moving_in, variables
-from jaxprop.traced.taps import is_inexact
 
 Rule: TypeAlias = Callable[[Any], Layer]
 Names: TypeAlias = tuple[str, ...]
 AFFINE = frozenset(
     (
         *("add", "add_any", "sub", "neg", "reshape", "transpose", "broadcast_in_dim", "squeeze"),
-        *("expand_dims", "convert_element_type", "copy", "copy_p", "slice", "split", "concatenate"),
+        *("convert_element_type", "copy", "slice", "split", "concatenate"),
         *("reduce_sum", "pad", "rev"),
     )
 )

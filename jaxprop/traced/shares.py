@@ -89,13 +89,17 @@ def share(use: Use, part: Part, x: Array, ct: Array) -> tuple[Factored, Moves]:
 
 
 def together(shares: list[tuple[Factored, Moves]]) -> Factored:
-    """Return the form of a param from those of its uses."""
-    by_moves: dict[Moves, list[Factored]] = {}
+    """Return the form of a param from those of its uses.
+
+    Uses go together if their matrices are alike: a vector may be one of a row, or of a column.
+    """
+    alike: dict[tuple[Moves, tuple[int, ...] | None], list[Factored]] = {}
     for form, moves in shares:
-        by_moves.setdefault(moves, []).append(form)
+        shape = form.matrix_shape if len(shares) > 1 else None
+        alike.setdefault((moves, shape), []).append(form)
     forms = [
         joint(tuple(forms)) if in_place(moves) else Rearranged(joint(tuple(forms)), moves)
-        for moves, forms in by_moves.items()
+        for (moves, _), forms in alike.items()
     ]
     return forms[0] if len(forms) == 1 else Joint(tuple(forms))
 

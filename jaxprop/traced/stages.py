@@ -13,7 +13,7 @@ from jax.extend.core import JaxprEqn, Literal
 
 from jaxprop.traced.equations import Program, Scan, scan_of
 
-STAYS = frozenset(("convert_element_type", "copy", "copy_p"))
+STAYS = frozenset(("convert_element_type", "copy"))
 
 
 class Straight(NamedTuple):

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import JaxprEqn
 
+from jaxprop.core.arrays import is_inexact
 from jaxprop.traced.equal import Equal
 from jaxprop.traced.equations import Axes, Convolution, Dot, Place, primitive_of, struct
 from jaxprop.traced.views import Part
@@ -212,8 +212,3 @@ def _told_backward(x: Array, ct: Array) -> tuple[Array, None, Array, Array]:
 
 
 told.defvjp(_told_forward, _told_backward)
-
-
-def is_inexact(value: Any) -> bool:
-    """Return whether an array has a cotangent: is floating or complex."""
-    return bool(jnp.issubdtype(value.dtype, jnp.inexact))

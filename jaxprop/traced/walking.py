@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxprop.core.arrays import is_inexact
 from jaxprop.core.combinator import over_layers
 from jaxprop.core.cotangents import summed
 from jaxprop.core.layer import Layer
@@ -22,7 +23,6 @@ from jaxprop.traced.layers import TapeOfLayers, add, layers_ahead, layers_back
 from jaxprop.traced.piece import Shares, Tape, first_of, zeros
 from jaxprop.traced.shares import Own, together
 from jaxprop.traced.stages import Layers, Straight
-from jaxprop.traced.taps import is_inexact
 
 
 class Module(NamedTuple):

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxprop.core.forms.composed import Repeated
-from jaxprop.core.forms.form import Factored, OfX, Seen, Sides
+from jaxprop.core.forms.form import Factored, OfX
 from jaxprop.core.forms.moves import Place
 from jaxprop.core.forms.outer import Outer, Sum
 from jaxprop.core.loops import map_examples, sum_examples
@@ -59,9 +59,6 @@ class Biased(Factored):
     def squares(self) -> Float[Array, "..."]:
         each, alone = self.one_by_one()
         return sum_examples(lambda one: alone(one) ** 2, each)
-
-    def seen(self, sides: Sides) -> Factored:
-        return Seen(self, sides)
 
     def one_by_one(self) -> tuple[list[Array], Callable[[list[Array]], Array]]:
         (of_w, matrix), (of_b, bias) = self.w.one_by_one(), self.b.one_by_one()

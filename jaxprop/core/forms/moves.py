@@ -57,9 +57,6 @@ class Turned(NamedTuple):
 class Scanned(NamedTuple):
     """A layer of a stack that a scan goes through: what follows is done to each."""
 
-    def back(self, g: Array) -> Array:
-        return g
-
 
 Move: TypeAlias = Reshaped | Transposed | Sliced | Turned | Scanned
 Moves = tuple[Move, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -66,6 +67,7 @@ class Sum(Factored):
         return gram(self.ct)
 
 
+Sequences = Float[Array, "n t d"]
 DEARER = 3  # times what <X X^T, C C^T> costs on a TPU beside |X^T C|^2, which its matmuls square
 
 
@@ -108,7 +110,8 @@ class Outer(Factored):
         whole = laid_out(self.x, None, None)
         products = jnp.matmul(x, x.T, out_sharding=whole) * jnp.matmul(ct, ct.T, out_sharding=whole)
         total = products.sum()
-        holds = _holds(total, jnp.abs(products).sum()) & (total > 0) & jnp.isfinite(total)
+        holds = _holds(total, jnp.abs(products).sum()) & (total >= _least(total))
+        holds &= jnp.isfinite(total)
         return jax.lax.cond(holds, lambda: root(total), super().norm_of_sum)
 
     def scaled(self, weights: Float[Array, " n"]) -> Outer:
@@ -116,23 +119,11 @@ class Outer(Factored):
 
     def sq_norms(self) -> Float[Array, " n"]:
         """Return |x|^2 |ct|^2, or along T positions the cheaper of <X X^T, C C^T> and |X^T C|^2."""
-        x, ct = map(wide, self._sequences())
-        (_, t, i), o = x.shape, ct.shape[-1]
-        if t == 1:
-            return sq_norms(x) * sq_norms(ct)
-        if known(lambda: DEARER * t * (i + o) < i * o):
-            return _sums_of_products(x, ct)
-        if known(lambda: t * (i + o) < i * o):
-            return jax.lax.platform_dependent(
-                x, ct, tpu=lambda x, ct: sq_norms(_each(x, ct)), default=_sums_of_products
-            )
-        if known(lambda: t * (i + o) >= i * o):  # then g_n is no larger than x and ct
-            return sq_norms(_each(x, ct))
-        return _sums_of_squares(x, ct)
+        return self._cheapest(sq_norms, _sums_of_products, _sums_of_squares)
 
     def weighed_sq_norms(self, entries: Array) -> Float[Array, " n"]:
         x, ct = map(wide, self._sequences())
-        if x.shape[1] > 1:
+        if x.shape[1] != 1:
             return super().weighed_sq_norms(entries)
         x, ct = x[:, 0] ** 2, ct[:, 0] ** 2
         entries = jnp.broadcast_to(entries.astype(x.dtype), (x.shape[1], ct.shape[1]))
@@ -143,19 +134,34 @@ class Outer(Factored):
 
         Where <X X^T, C C^T> is cheaper, and shows no sign of what is wrong with it, it is its root.
         """
+        return self._cheapest(norms, _roots_of_products, _norms_of_products)
+
+    def _cheapest(
+        self,
+        of_each: Callable[[Array], Float[Array, " n"]],
+        of_products: Callable[[Sequences, Sequences], Float[Array, " n"]],
+        one_by_one: Callable[[Sequences, Sequences], Float[Array, " n"]],
+    ) -> Float[Array, " n"]:
+        """Return a norm of each X^T C in the cheapest way.
+
+        Args:
+            of_each: gives it of the X^T C themselves; that of a product of rows is their product.
+            of_products: gives it of X and C by <X X^T, C C^T>.
+            one_by_one: gives it of X and C by one X^T C after the other.
+        """
         x, ct = map(wide, self._sequences())
         (_, t, i), o = x.shape, ct.shape[-1]
         if t == 1:
-            return root(sq_norms(x)) * root(sq_norms(ct))
+            return of_each(x) * of_each(ct)
         if known(lambda: DEARER * t * (i + o) < i * o):
-            return _roots_of_products(x, ct)
+            return of_products(x, ct)
         if known(lambda: t * (i + o) < i * o):
             return jax.lax.platform_dependent(
-                x, ct, tpu=lambda x, ct: norms(_each(x, ct)), default=_roots_of_products
+                x, ct, tpu=lambda x, ct: of_each(_each(x, ct)), default=of_products
             )
-        if known(lambda: t * (i + o) >= i * o):
-            return norms(_each(x, ct))
-        return _norms_of_products(x, ct)
+        if known(lambda: t * (i + o) >= i * o):  # then X^T C is no larger than X and C
+            return of_each(_each(x, ct))
+        return one_by_one(x, ct)
 
     def inner_products(self) -> Float[Array, "n n"]:
         """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), or <g_n, g_m> where
@@ -198,7 +204,7 @@ class Outer(Factored):
         return Outer(through(wide(self.x), sides.left), through(wide(self.ct), sides.right))
 
     def squares(self) -> Array:
-        """Return ct^2, for (x^2)^T (ct^2); along T > 1 positions sum_n g_n^2 itself."""
+        """Return ct^2, for (x^2)^T (ct^2); along positions sum_n g_n^2 itself."""
         x, ct = map(wide, self._sequences())
         if x.shape[1] == 1:
             return ct[:, 0] ** 2
@@ -207,17 +213,17 @@ class Outer(Factored):
 
     def of_squares(self, squares: Array) -> Float[Array, "i o"]:
         x, _ = self._sequences()
-        if x.shape[1] > 1:
+        if x.shape[1] != 1:
             return squares
         return Outer(wide(x[:, 0]) ** 2, squares).sum()
 
     def squares_of_each(self) -> Array:
-        """Return ct^2, for x^2 (outer) ct^2; along T > 1 positions g_n^2 itself."""
-        return super().squares_of_each() if self._sequences()[0].shape[1] > 1 else self.squares()
+        """Return ct^2, for x^2 (outer) ct^2; along positions g_n^2 itself."""
+        return super().squares_of_each() if self._sequences()[0].shape[1] != 1 else self.squares()
 
     def each_of_squares(self, squares: Array) -> Float[Array, "n i o"]:
         x, _ = self._sequences()
-        if x.shape[1] > 1:
+        if x.shape[1] != 1:
             return squares
         return wide(x[:, 0, :, None]) ** 2 * squares[:, None]
 
@@ -256,9 +262,6 @@ def pairs_are_cheaper(n: int, t: int, m: int, s: int, i: int, o: int) -> bool:
     return known(lambda: n * m * t * s * (i + o) <= (n * t + m * s + n * m) * i * o)
 
 
-Sequences = Float[Array, "n t d"]
-
-
 @jax.jit
 def _sums_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
     """Return <X X^T, C C^T> of each example, or where its terms cancel |X^T C|^2 after all.
@@ -274,9 +277,8 @@ def _sums_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
 def _roots_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
     """Return the root of <X X^T, C C^T> of each example, if it is not what rounding left of it."""
     total, size = _products(x, ct)
-    least = jnp.finfo(total.dtype).tiny / jnp.finfo(total.dtype).eps
     some = jnp.any(ct != 0, axis=(1, 2))  # else it is 0 indeed
-    sound = (total >= 1e-2 * size) & jnp.isfinite(total) & ((total >= least) | ~some)
+    sound = (total >= 1e-2 * size) & jnp.isfinite(total) & ((total >= _least(total)) | ~some)
     return jax.lax.cond(jnp.all(sound), lambda: root(total), lambda: _norms_of_products(x, ct))
 
 
@@ -312,6 +314,12 @@ def _products_of_pairs(x: Sequences, ct: Sequences) -> Float[Array, "n n"]:
         return jnp.einsum("mti,io,mto->m", x, pair[0].T @ pair[1], ct)
 
     return jax.lax.cond(holds, lambda: total, lambda: map_examples(with_all, (x, ct)))
+
+
+def _least(total: Array) -> float:
+    """Return how large a sum of products is of which little was flushed to 0."""
+    info = jnp.finfo(total.dtype)
+    return float(info.tiny) / float(info.eps)
 
 
 def _holds(total: Array, size: Array) -> Array:
