@@ -1,5 +1,6 @@
 """The measuring command: its figures, its table, and its verdict on a baseline."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.flatten_util import ravel_pytree
+from rich.console import Console
 from table import relative_error
 
 import jaxprop as jp
 from jaxprop.bench import linen, measure, networks, regressions, rows
 from jaxprop.bench.report import EXPLANATION, chosen
+from jaxprop.bench.terminal import print_table, table_of
 from jaxprop.cli import main
 
 
@@ -175,6 +178,17 @@ def test_table_and_figures(capsys, tmp_path, small):
         assert low <= row["ratio"]["run"] <= high
     main(["bench", "--quick", "--only", "worked", "--baseline", str(path)])
     assert "mlp-small" not in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_gets_the_columns_that_fit():
+    table = table_of(["hand ms", "auto ms", "run", "", "temp MB", "share"])
+    table.add_row("a-row-of-a-name", "1.00", "2.00", "0.50", "[0.40, 0.60]", "3.00", "10%")
+    text = io.StringIO()
+    print_table(Console(width=60, file=text), table, "run: the ratio of the two sides.\n" * 9)
+    printed = text.getvalue()
+    assert max(map(len, printed.splitlines())) <= 60
+    assert "[0.40, 0.60]" in printed
+    assert "For a wider terminal, or a pipe: temp MB, share." in printed
 
 
 @pytest.mark.parametrize(

@@ -399,6 +399,20 @@ def test_a_layer_that_is_cast():
     )
 
 
+FIRST = [jp.Dense(1), jp.Relu(), jp.function(lambda w, x: x * w, lambda key, x: jnp.ones(()))]
+
+
+@pytest.mark.parametrize("layer", FIRST, ids=str)
+def test_an_overflow_of_the_cast_itself(layer):
+    x, net = jnp.full((2, 1), 7e4), jp.cast(jp.chain(layer, jp.Dense(1)), jnp.float16)
+    birth = jp.find_nonfinite(net, LOSS, net.init(jax.random.key(0), x), x, x).birth
+    assert (birth.primitive, birth.cause, birth.back) == (
+        "convert_element_type",
+        "The number is too large for a cast: float16 goes to 6.6e+04.",
+        False,
+    )
+
+
 class Root(jp.Layer):
     """y = sqrt(x), whose slope is infinite at 0."""
 

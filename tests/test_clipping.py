@@ -149,6 +149,29 @@ def test_derivatives_of_clipped_gradients_know_no_padding():
     assert relative_error(padded, alone) < 1e-12
 
 
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+def test_norms_whose_squares_float32_does_not_hold(size):
+    """Of one position, of several and of a batch with an example whose x is 0."""
+
+    def loss(y, target):
+        return size * jnp.sum(y * target)
+
+    for shape in ((3, 4), (3, 2, 4), (3, 8, 4)):
+        net, x = jp.Dense(2), normal(*shape).astype(np.float32)
+        x[1] = 0
+        target = np.cos(normal(*shape[:-1], 2)).astype(np.float32)
+        params = jax.tree.map(lambda p: p.astype(jnp.float32), net.init(jax.random.key(0), x))
+        f = jax.jit(jp.clipped_grad(net, jp.loss(loss), 1e-26, aux=True))
+        (_, aux), got = f(params, x, target)
+        x, target = (np.reshape(a, (3, -1, a.shape[-1])).astype(np.float64) for a in (x, target))
+        each = np.einsum("nti,nto->nio", x, target), target.sum(1)
+        norms = np.sqrt(sum((g**2).reshape(3, -1).sum(1) for g in each))
+        np.testing.assert_allclose(np.asarray(aux.norms, np.float64), size * norms, rtol=1e-5)
+        for g, of_each in zip(jax.tree.leaves(got), each, strict=True):
+            want = np.einsum("n...,n->...", of_each, 1 / norms) / 3
+            np.testing.assert_allclose(np.asarray(g, np.float64) * 1e26, want, rtol=1e-4, atol=1e-6)
+
+
 def test_the_bound_goes_to_its_quantile():
     norms = np.random.default_rng(0).lognormal(size=400)
     bound = 0.01

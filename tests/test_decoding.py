@@ -105,6 +105,16 @@ def test_what_is_drawn_has_the_probabilities_of_the_logits():
 
 
 @pytest.mark.full
+def test_an_id_that_the_table_lacks_and_an_empty_batch():
+    net = jp.tied(jp.Embedding(11, 8), jp.chain(jp.Dense(24), jp.Attention(2), jp.Dense(8)))
+    params = net.init(jax.random.key(0), jnp.zeros((1, 2), int))
+    for key in (None, jax.random.key(1)):
+        tokens = jp.models.generate(net, params, jnp.array([[99, 1], [2, 1]]), 2, key=key)
+        assert (tokens[0, 2:] == -1).all()
+        assert (tokens[1, 2:] >= 0).all()
+    assert jp.models.generate(net, params, jnp.zeros((0, 2), int), 2).shape == (0, 4)
+
+
 def test_generate_compiles_once():
     net = gpt2(GPT)
     prompt = jnp.ones((1, 2), int)

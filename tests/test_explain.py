@@ -122,6 +122,14 @@ def test_every_weight_of_every_example_is_the_product_of_its_factors():
     assert set(terms["0.w"][0, 0].factors) == {"x", "ct"}
 
 
+def test_the_share_of_a_scale_is_no_cotangent():
+    net, x = jp.chain(jp.LayerNorm()), normal(3, 4)
+    terms = jp.explain(net, LOSS, net.init(jax.random.key(0), x), x, np.cos(x))
+    assert set(terms["0.scale"][1].factors) == {"share"}
+    assert set(terms["0.bias"][1].factors) == {"ct"}
+    assert "share" in str(terms)
+
+
 def test_slopes_are_derivatives():
     x = normal(2, 3)
     net = jp.chain(jp.Sigmoid(), jp.Gelu())

@@ -85,6 +85,10 @@ LOSSES = mistakes(
         lambda: value(target=TARGET[:, None]),
         "the net's output has shape (4, 2), which takes a target of shape (4,), not (4, 1)",
     ),
+    one_hot_integers=(
+        lambda: value(target=T2.astype(int)),
+        "not (4, 2); probabilities of classes are floating",
+    ),
     classes_of_another_batch=(lambda: value(target=TARGET[:3]), "of shape (4,), not (3,)"),
     a_row_for_a_column=(
         lambda: value(ONE, SE, ONE.init(KEY, X), target=jnp.ones(4)),
@@ -102,6 +106,14 @@ LOSSES = mistakes(
 
 OPTIONS = mistakes(
     TypeError,
+    rule_of_a_number=(
+        lambda: jp.rules.lrp(NET, {jp.Dense: 3}),
+        "a rule is a function of a layer, not 3",
+    ),
+    params_for_all_of_like=(
+        lambda: jp.kfac(NET, CE, PARAMS),
+        "kfac: like is (params, x, target), not",
+    ),
     max_norm_of_a_string=(lambda: jp.clipped_grad(NET, CE, "1"), "max_norm is a number, not '1'"),
     max_norm_of_none=(lambda: jp.clipped_grad(NET, CE, None), "max_norm is a number, not None"),
     max_norm_of_a_bool=(lambda: jp.Clipped(True), "max_norm is a number, not True"),
@@ -338,6 +350,10 @@ UPDATES = mistakes(
     update_with_a_mask=(
         lambda: update()(PARAMS, state(), X, TARGET, mask=MASK),
         "no layer takes a mask: chain(Dense(5), Relu(), Dense(2))",
+    ),
+    an_array_of_keys=(
+        lambda: norms(key=jax.random.split(KEY)),
+        "key is one key, not an array of them, key<fry>[2]",
     ),
     update_of_an_int_that_does_not_fit=(
         lambda: without_x64(lambda: step(target=np.array([0, 1, 2**32, 0]))),

@@ -12,7 +12,14 @@ from rich.console import Console
 from jaxprop.bench.case import Case
 from jaxprop.bench.measure import Comparison, compare, matmul_rate
 from jaxprop.bench.rows import LARGE, ROWS, needs_flax
-from jaxprop.bench.terminal import BenchError, matching, progress, table_of, wide_console
+from jaxprop.bench.terminal import (
+    BenchError,
+    matching,
+    print_table,
+    progress,
+    table_of,
+    wide_console,
+)
 
 WORSE = 1.1  # a ratio above this many times the baseline's is a regression
 QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds to run each row, and how often to compile it
@@ -75,8 +82,7 @@ def bench(
     console.print(
         f"{figures['device']}, jax {jax.__version__}, one large matmul {rate / 1e9:.0f} GFLOP/s"
     )
-    console.print(table)
-    console.print(EXPLANATION, markup=False)
+    print_table(console, table, EXPLANATION)
     print_footnotes(console, rows, skipped)
     return figures
 
@@ -102,7 +108,7 @@ def chosen(
 def print_footnotes(console: Console, rows: Iterable[str], skipped: int) -> None:
     """Print what the names of the rows mean, and how many were skipped."""
     if any(map(needs_flax, rows)):
-        console.print(FLAX)
+        console.print(" ".join(FLAX.split()), markup=False)
     if skipped:
         console.print(f"{skipped} {NO_FLAX}", markup=False)
 

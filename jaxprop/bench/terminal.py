@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import Progress
 from rich.table import Table
 
@@ -35,6 +36,22 @@ def wide_console() -> Console:
     console = Console(highlight=False)
     width = max(100, console.width) if not console.is_terminal else min(100, console.width)
     return Console(highlight=False, width=width)
+
+
+def print_table(console: Console, table: Table, explanation: str) -> None:
+    """Print a table and what its columns mean.
+
+    A console that is too narrow gets the columns that fit, from the left, and is told of the rest.
+    """
+    left_out: list[str] = []
+    options = console.options.update(max_width=10 * console.width)
+    while Measurement.get(console, options, table).maximum > console.width and table.columns[2:]:
+        left_out.insert(0, str(table.columns.pop().header))
+    console.print(table)
+    if left_out:
+        names = ", ".join(filter(None, left_out))
+        console.print(f"For a wider terminal, or a pipe: {names}.", markup=False)
+    console.print(" ".join(explanation.split()), markup=False)
 
 
 def progress() -> Progress:

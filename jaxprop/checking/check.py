@@ -26,6 +26,7 @@ from jaxprop.checking.oracles import (
 from jaxprop.checking.points import float64, normal, with_noise
 from jaxprop.core.arrays import angle, is_floating
 from jaxprop.core.checks import check_number, require
+from jaxprop.core.child import layers_within
 from jaxprop.core.combinator import Combinator
 from jaxprop.core.coupling import coupled, couples
 from jaxprop.core.describe import shapes
@@ -104,7 +105,8 @@ def check_layer(
         _check_of_more(layer, params, x, examples + 1)
         expected_of = jax.jit(functools.partial(by_oracles, layer))
         differences = differences_of(layer, expected_of)
-        is_derivative, is_linear = (_all(layer, name) for name in ("is_derivative", "is_linear"))
+        is_derivative = all(each.is_derivative for each in layers_within(layer))
+        is_linear = all(each.is_linear for each in layers_within(layer))
         left_out = (*[VJP] * (not is_derivative), *[LINEARITY] * (not is_linear))
         oracles = [words for words in ORACLES if words not in left_out]
         angles: list[Angles] = []
@@ -154,11 +156,6 @@ class Angles(NamedTuple):
     def mean(cls, angles: Sequence[Angles]) -> Angles:
         """Return the means of several."""
         return cls(*(float(np.mean(each)) for each in zip(*angles, strict=True)))
-
-
-def _all(layer: Layer, name: str) -> bool:
-    """Return whether a layer, and all that it is made of, have an attribute that is true."""
-    return getattr(layer, name) and all(_all(child.layer, name) for child in layer.children())
 
 
 def _check_of_more(layer: Layer, params: Params, x: PyTree, examples: int) -> None:

@@ -122,6 +122,11 @@ def weighted(x: Array, weights: Array) -> Array:
     return x * jnp.expand_dims(weights.astype(x.dtype), range(1, x.ndim))
 
 
+def is_one(factor: object) -> bool:
+    """Return whether a factor is known to be 1, so that it may be left out."""
+    return isinstance(factor, int | float) and factor == 1
+
+
 def is_floating(leaf: object) -> bool:
     """Return whether a leaf is an array of real floats."""
     return bool(jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating))

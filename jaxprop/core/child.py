@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from types import EllipsisType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,6 +54,13 @@ class Child(NamedTuple):
         entries[self.name] = new  # pyright: ignore[reportArgumentType, reportCallIssue]
         named = hasattr(params, "_fields")
         return type(params)(*entries) if named else type(params)(entries)
+
+
+def layers_within(layer: Layer) -> Iterator[Layer]:
+    """Yield the layer, then every layer that it is made of, an outer one before its own."""
+    yield layer
+    for child in layer.children():
+        yield from layers_within(child.layer)
 
 
 def part_of(layer: Layer, x: PyTree, part: int | str) -> PyTree:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.checks import require
-from jaxprop.core.child import Child
+from jaxprop.core.child import Child, layers_within
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Repeated, is_factored
 from jaxprop.core.layer import Layer, layers_in_fields
 from jaxprop.core.step import Total, Visit
-from jaxprop.core.tree import learned, map_modules
+from jaxprop.core.tree import learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
@@ -189,24 +189,6 @@ def runs(net: Layer) -> Iterator[Run]:
                 yield Run((*here, *run.names), (*turn, *run.turn), run.layer)
 
 
-def layers_with_params(net: Layer, params: Params) -> int:
-    """Return how many layers have params that are learned, each in a ``repeat`` counted."""
-    if not isinstance(net, Combinator):
-        if not net.by_module:
-            return int(_has_learned(params))
-        counts = map_modules(lambda module: int(_has_learned(module)), params)
-        return sum(jax.tree.leaves(counts))
-    return sum(
-        (child.times or 1) * layers_with_params(child.layer, child.of(params))
-        for child in net.children()
-    )
-
-
-def _has_learned(params: Params) -> bool:
-    leaves = jax.tree.leaves(learned(params))
-    return any(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
-
-
 def stack_depths(net: Layer, params: Params, depth: int = 0) -> PyTree:
     """Return, for each learned param, in how many ``repeat`` its layer lies: its axes of layers."""
     depths = jax.tree.map(lambda _: depth, learned(params))
@@ -221,7 +203,8 @@ def stack_depths(net: Layer, params: Params, depth: int = 0) -> PyTree:
 
 def holds_stacks(layer: Layer) -> bool:
     """Return whether the params of some layer within are stacked, as those in a ``repeat`` are."""
-    return any(child.times is not None or holds_stacks(child.layer) for child in layer.children())
+    children = (child for each in layers_within(layer) for child in each.children())
+    return any(child.times is not None for child in children)
 
 
 def map_children(layer: Layer, f: Callable[[Layer], Layer]) -> Layer:

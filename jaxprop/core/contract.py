@@ -14,7 +14,7 @@ from jax import Array
 from jaxprop.core.arrays import on_device
 from jaxprop.core.checks import check_key
 from jaxprop.core.describe import is_array, shapes, structs
-from jaxprop.core.tree import arrays, bare, typed
+from jaxprop.core.tree import arrays, bare
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def held_to_init(forward: Callable[..., Any]) -> Callable[..., Any]:
     def held(self: Layer, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         self.check_params(params, x)
         x = x if isinstance(x, Array) else jax.tree.map(on_device, x)
-        if not self.hands_down_types and typed(jax.tree.structure(params)):
+        if not self.hands_down_types:
             params = arrays(params)
         result = forward(self, params, x)
         pair = isinstance(result, tuple) and len(result) == 2
@@ -62,7 +62,7 @@ def held_to_pair(backward: Callable[..., Any]) -> Callable[..., Any]:
     def held(self: Layer, params: Params, residuals: Residuals, ct: Cotangent) -> Any:
         if not _of_arrays(ct):
             raise TypeError(f"{self}: backward takes ct as an array, not {shapes(ct)}")
-        if not self.hands_down_types and typed(jax.tree.structure(params)):
+        if not self.hands_down_types:
             params = arrays(params)
         try:
             result = backward(self, params, residuals, ct)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import scalar_of, wide
+from jaxprop.core.arrays import is_one, scalar_of, wide
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Factored, Stacked, is_factored
 from jaxprop.core.mesh import like
@@ -41,14 +41,14 @@ def gradient(step: Step, scale: float | Array = 1.0) -> Params:
     """
     totals = summed(step.d_params)
     params = held(step, totals)
-    if not isinstance(scale, int | float) or scale != 1:
+    if not is_one(scale):
         totals = jax.tree.map(lambda total: wide(total) / scalar_of(scale, wide(total)), totals)
     return jax.tree.map(like, params, totals)
 
 
 def scaled_up(ct: Cotangent, scale: float | Array) -> Cotangent:
     """Return the cotangent that a walk starts from, times the loss scale."""
-    if isinstance(scale, int | float) and scale == 1:
+    if is_one(scale):
         return ct
     return jax.tree.map(lambda ct: wide(ct) * scalar_of(scale, wide(ct)), ct)
 
@@ -66,7 +66,7 @@ def factored(step: Step) -> Cotangent:
     if step.layer.batch_coupled:
         raise ValueError(
             f"{step.layer} couples the examples of a batch: an example has no gradient of its own, "
-            "and no per-example quantity exists"
+            "and no per-example quantity exists; jp.value_and_grad has the gradient of the batch"
         )
     params = held(step, jax.eval_shape(summed, step.d_params))
     _check_examples(step)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxprop.core.child import layers_within
 from jaxprop.core.combinator import Combinator, Wrapper, map_children
 from jaxprop.core.layer import Layer
 from jaxprop.core.mesh import shard_map_axes
@@ -37,7 +38,11 @@ def check_uncoupled(net: Layer, params: Params, x: PyTree) -> None:
         x: the inputs.
     """
     _check_combinators(net)
-    if _holds_others(net) and not (net.batch_coupled or shard_map_axes()) and _is_hashable(net):
+    if (
+        any(map(_is_other, layers_within(net)))
+        and not (net.batch_coupled or shard_map_axes())
+        and _is_hashable(net)
+    ):
         leaves, structure = jax.tree.flatten((params, x))
         _try_all(net, structure, tuple(map(_struct, leaves)))
 
@@ -96,10 +101,6 @@ def _check_combinators(layer: Layer) -> None:
 
 def _is_other(layer: Layer) -> bool:
     return type(layer).__module__.partition(".")[0] != LIBRARY
-
-
-def _holds_others(layer: Layer) -> bool:
-    return _is_other(layer) or any(_holds_others(child.layer) for child in layer.children())
 
 
 def _is_hashable(layer: Layer) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.child import Child
+from jaxprop.core.child import Child, layers_within
 from jaxprop.core.describe import shapes
 from jaxprop.core.tree import Key, Mask, SideInput
 from jaxprop.core.types import Params
@@ -26,9 +26,7 @@ MASK = (
 
 def takes_side_input(layer: Layer, kind: type[SideInput]) -> bool:
     """Return whether the layer, or one that it is made of, takes this side input."""
-    return layer.takes is kind or any(
-        takes_side_input(child.layer, kind) for child in layer.children()
-    )
+    return any(each.takes is kind for each in layers_within(layer))
 
 
 def bound(layer: Layer, params: Params, key: Array | None, mask: Mask | None) -> Params:
@@ -50,6 +48,8 @@ def check_side_inputs(net: Layer, key: Array | None, mask: Array | None) -> None
     dtype = getattr(key, "dtype", None)
     if key is not None and (dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key)):
         raise TypeError(f"key is a key of jax.random.key, not {shapes(key)}")
+    if key is not None and key.shape:
+        raise ValueError(f"key is one key, not an array of them, {shapes(key)}")
     if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
         raise TypeError(f"{MASK}, not {shapes(mask)}")
     if mask is not None:
@@ -60,13 +60,12 @@ def check_side_inputs(net: Layer, key: Array | None, mask: Array | None) -> None
             raise ValueError(f"no layer takes a mask: {net}")
 
 
-def _check_mixing(layer: Layer) -> None:
-    if layer.mixes_positions:
-        raise ValueError(
-            f"{layer} mixes positions and takes no mask: what is padded would reach the others"
-        )
-    for child in layer.children():
-        _check_mixing(child.layer)
+def _check_mixing(net: Layer) -> None:
+    for layer in layers_within(net):
+        if layer.mixes_positions:
+            raise ValueError(
+                f"{layer} mixes positions and takes no mask: what is padded would reach the others"
+            )
 
 
 def _bind_child(

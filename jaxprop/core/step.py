@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -54,16 +54,13 @@ class Step(NamedTuple):
         place: PyTree,
     ) -> Step:
         """Return the step, with nothing for what the types in params say is not learned."""
-        if tree.typed(jax.tree.structure(params)):
-            d_params = tree.learned_cotangents(params, d_params)
+        d_params = tree.learned_cotangents(params, d_params)
         return cls(layer, params, residuals, ct, d_params, d_x, place)
 
     @property
     def learned(self) -> Params:
         """The params that are learned, with ``()`` for whatever is not."""
-        params = self.params
-        if tree.typed(jax.tree.structure(params)):
-            params = tree.learned(params)
+        params = tree.learned(self.params)
         if any(map(_is_counted, jax.tree.leaves(params))):
             params = tree.without_unmarked(params, self.d_params)
         return params
@@ -110,13 +107,9 @@ class Placed(abc.ABC):
     """A visit to a walk through a tree of places instead of a tree of params.
 
     Such a tree is like params, but with whatever the visit keeps in a param's place, such as the
-    param and its optimizer's state. A layer's own is ``step.place``.
-
-    Attributes:
-        sums: whether it asks for nothing of a form but its sum.
+    param and its optimizer's state. A layer's own is ``step.place``. Of a form it asks for nothing
+    but the sum.
     """
-
-    sums: ClassVar[bool] = False
 
     @abc.abstractmethod
     def params(self, place: PyTree) -> Params:

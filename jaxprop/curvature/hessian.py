@@ -25,6 +25,7 @@ from jaxprop.quantity.micro_batches import in_micro_batches
 from jaxprop.quantity.per_example import per_example as each_gradient
 from jaxprop.quantity.source import check_samples
 from jaxprop.quantity.together import SAMPLES
+from jaxprop.traced.function import with_forward_rules
 
 AT_ONCE = 32  # unit vectors, each with a walk of its own in memory
 
@@ -96,6 +97,7 @@ def diag_hessian(
 
 def _of_each(net: Layer, loss: Loss, params: Params, batch: Batch) -> Product:
     """Return the product of each example's own Hessian with v, behind an example axis."""
+    net = with_forward_rules(net)
 
     def visit(step: Step) -> PyTree:
         return each_gradient(step.learned, factored(step))

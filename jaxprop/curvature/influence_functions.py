@@ -21,6 +21,7 @@ from jaxprop.core.walk import check_net_and_loss, forward
 from jaxprop.curvature.algebra import Eigen, eigh, forms_of_blocks, inverse_values, solve
 from jaxprop.quantity.base import everything
 from jaxprop.quantity.between import Pair, check_pair
+from jaxprop.traced.function import with_forward_rules
 
 
 class Influence(Protocol):
@@ -105,9 +106,10 @@ def influence(net: Layer, loss: Loss) -> Influence:
             check_pair("influence", each)
             check_uncoupled(net, of_each, each[0])
         blocks = eigh(learned(curvature))
+        along_params = with_forward_rules(net)
 
         def losses(arrays: Params) -> Float[Array, " n"]:
-            return forward(net, loss, merged(bound, arrays), Batch(*batch)).values
+            return forward(along_params, loss, merged(bound, arrays), Batch(*batch)).values
 
         _, along = jax.linearize(losses, learned(bound))
         ahead = forward(net, loss, bound_of_other, Batch(*other))

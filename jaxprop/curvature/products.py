@@ -25,6 +25,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree
 from jaxprop.core.walk import Forward, check_net_and_loss, forward
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source
 from jaxprop.quantity.together import SAMPLES
+from jaxprop.traced.function import with_forward_rules
 
 Product = Callable[[Params], Params]
 
@@ -86,6 +87,7 @@ def hvp(net: Layer, loss: Loss) -> OfVector:
 
 def hessian(net: Layer, loss: Loss, params: Params, batch: Batch) -> Product:
     """Return the product of the Hessian of the mean loss with v, for v like the learned params."""
+    net = with_forward_rules(net)
 
     def grads(arrays: Params) -> Params:
         ahead = forward(net, loss, merged(params, arrays), batch)
@@ -173,6 +175,7 @@ class _Jacobian(NamedTuple):
     @classmethod
     def at(cls, net: Layer, loss: Loss, params: Params, batch: Batch) -> _Jacobian:
         """Return the Jacobian at these params, for this batch."""
+        net = with_forward_rules(net)
         ahead = forward(net, loss, params, batch)
         y, along = jax.linearize(
             lambda arrays: net.forward(merged(params, arrays), batch.x)[0], learned(params)

@@ -17,7 +17,7 @@ from jaxprop.births.birth import Birth, birth_of
 from jaxprop.combinators.cast import Cast
 from jaxprop.core.arrays import is_inexact, rounded
 from jaxprop.core.batch import Batch
-from jaxprop.core.combinator import Wrapper, map_layers
+from jaxprop.core.combinator import Wrapper, map_layers, seen_through
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -87,14 +87,8 @@ def birth(sought: Sought, stop: Stop, target: PyTree) -> Birth | None:
         if isinstance(layer, FunctionLoss):
             return _of_function_loss(layer, stop.x, target, sought)
         return ahead(layer.backward, [stop.residuals])
-    while isinstance(layer, Wrapper) and layer.transparent:
-        if isinstance(layer, Cast):
-            params = layer.layer.rounded(stop.params, layer.dtype)
-            x, ct = rounded(stop.x, layer.dtype), rounded(stop.ct, layer.dtype)
-            stop = dataclasses.replace(stop, params=params, x=x, ct=ct)
-        layer = layer.layer
-    if isinstance(layer, Function):
-        return _of_function(layer, stop, sought)
+    if isinstance(seen_through(layer), Function):
+        return _of_function(_with_casts(layer), stop, sought)
     if sought.array == "y":
         return ahead(lambda *args: layer.forward(*args)[0], [stop.params, stop.x])
     backward = functools.partial(_backward, layer, sought.array)
@@ -117,10 +111,7 @@ def stopped(
 def _stop(step: Step) -> Stop:
     assert isinstance(step.layer, Recorded)
     layer, (x, _, residuals) = step.layer.layer, step.residuals
-    inner = layer
-    while isinstance(inner, Wrapper) and inner.transparent:
-        inner, residuals = inner.inside(residuals)
-    if isinstance(inner, Function):
+    if isinstance(seen_through(layer), Function):
         residuals = ()  # the way back of all examples, which is taken anew for one
     return Stop(layer, step.params, x, residuals, step.ct)
 
@@ -177,7 +168,19 @@ def _of_function_loss(
     return None if born is None else birth_of(born, None, sought.example)
 
 
-def _of_function(layer: Function, stop: Stop, sought: Sought) -> Birth | None:
+def _with_casts(layer: Layer) -> Callable[..., PyTree]:
+    """Return the function in a layer, with what transparent wrappers round for it."""
+    if isinstance(layer, Function):
+        return layer.fn
+    assert isinstance(layer, Wrapper)
+    inner = _with_casts(layer.layer)
+    if not isinstance(layer, Cast):
+        return inner
+    dtype = layer.dtype
+    return lambda params, x: inner(rounded(params, dtype), rounded(x, dtype))
+
+
+def _of_function(fn: Callable[..., PyTree], stop: Stop, sought: Sought) -> Birth | None:
     """Look inside of a function, for one example, or for all where it takes them all."""
     of_params = [
         (jax.tree_util.keystr(path, simple=True, separator="."), is_learned(node))
@@ -189,7 +192,7 @@ def _of_function(layer: Function, stop: Stop, sought: Sought) -> Birth | None:
 
     def alone(params: Sequence[Any], x: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves(
-            layer.fn(jax.tree.unflatten(structure, params), jax.tree.unflatten(of_x, x))
+            fn(jax.tree.unflatten(structure, params), jax.tree.unflatten(of_x, x))
         )
 
     def of_batch(params: Sequence[Any], x: Sequence[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from jax import Array
 
 from jaxprop.core.forms import Factored, Joint, Moves, Outer, Rearranged, Repeated, Stacked, Sum
 from jaxprop.core.forms.rearranged import moved_back
+from jaxprop.core.types import Cotangent
 from jaxprop.layers.embedding import Rows
 from jaxprop.layers.patches import Patches
 
@@ -22,10 +23,11 @@ class Product(NamedTuple):
     """The chain rule for one weight and one example.
 
     Attributes:
-        factors: the factors by name, "x" and "ct"; "ct" alone for a bias. In a layer with positions
-            (a sequence, an image) each is an array over positions, and for a weight with several
-            uses over the positions of all of them. A row that is looked up has an x of 1 where its
-            id stands, else 0. Empty for a form without named factors.
+        factors: the factors by name, "x" and "ct"; "ct" alone for a bias, and "share" alone where
+            the layer has multiplied them, as for the scale of a ``LayerNorm``. In a layer with
+            positions (a sequence, an image) each is an array over positions, and for a weight with
+            several uses over the positions of all of them. A row that is looked up has an x of 1
+            where its id stands, else 0. Empty for a form without named factors.
         product: the product of the factors, summed over positions.
     """
 
@@ -33,16 +35,27 @@ class Product(NamedTuple):
     product: Array
 
 
-def product_of(form: Factored, example: int, index: Index) -> Product:
+def product_of(form: Factored, ct: Cotangent, example: int, index: Index) -> Product:
     """Return the chain rule for one entry of a param.
 
     Args:
         form: the form of the param's cotangent.
+        ct: the cotangent of the layer's output.
         example: the number of the example.
         index: where the entry stands, not negative.
     """
     alone = _of_example(form, example)
-    return Product(_factors(alone, index), alone.per_example()[0][index])
+    factors = _factors(alone, index)
+    if isinstance(form, Sum) and _are_others(form.ct, ct):
+        factors = {"share": factors["ct"]}
+    return Product(factors, alone.per_example()[0][index])
+
+
+def _are_others(shares: Array, ct: Cotangent) -> bool:
+    """Return whether shares, one for each entry of ct, are known to be other numbers."""
+    if jnp.shape(shares) != jnp.shape(ct) or isinstance(shares, jax.core.Tracer):
+        return False
+    return not np.array_equal(shares, ct)
 
 
 def _of_example(form: Factored, example: int) -> Factored:

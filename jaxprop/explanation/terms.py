@@ -187,7 +187,7 @@ class Param:
             )
         place = self._checked(index)
         form = jax.tree.leaves(forms, is_leaf=is_factored)[self.position]
-        factors, product = product_of(form, self.example, place)
+        factors, product = product_of(form, self.terms.ct, self.example, place)
         if isinstance(self.terms.layer, Function):  # in whose forms one position has its axis too
             factors = {name: f.reshape(()) if f.size == 1 else f for name, f in factors.items()}
         return Product(factors, product)

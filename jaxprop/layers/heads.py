@@ -141,7 +141,9 @@ def split(layer: Attention, x: Inputs) -> tuple[Heads, Heads, Heads]:
     """Return scale q, k and v, each (N, heads, positions, d) with kv_heads heads in k and v."""
     kv_heads = layer.heads // layer.groups
     apart = zip(_apart(layer, x), (layer.heads, kv_heads, kv_heads), strict=True)
-    q, k, v = (z.reshape(*z.shape[:2], heads, -1).swapaxes(1, 2) for z, heads in apart)
+    q, k, v = (
+        z.reshape(*z.shape[:2], heads, z.shape[-1] // heads).swapaxes(1, 2) for z, heads in apart
+    )
     return (wide(q) * scale(q)).astype(q.dtype), k, v
 
 
@@ -152,7 +154,8 @@ def joined(layer: Attention, x: Inputs, d_q: Heads, d_k: Heads, d_v: Heads) -> I
     """
     if layer.groups > 1:
         kv_heads = layer.heads // layer.groups
-        d_k, d_v = (z.reshape(len(z), kv_heads, -1, *z.shape[2:]).sum(2) for z in (d_k, d_v))
+        apart = kv_heads, layer.groups
+        d_k, d_v = (z.reshape(len(z), *apart, *z.shape[2:]).sum(2) for z in (d_k, d_v))
     d_q, d_k, d_v = (beside(z.swapaxes(1, 2)) for z in (d_q, d_k, d_v))
     if x.memory is not None:
         return Inputs(d_q, jnp.concatenate([d_k, d_v], -1))

@@ -58,9 +58,10 @@ def check_arrays(
         raise TypeError(f"{loss} takes a target of dtype {words}, not {target.dtype}")
     shape = y.shape[:-1] if of_classes else y.shape
     if target.shape != shape:
+        hint = "; probabilities of classes are floating" if target.shape == y.shape else ""
         raise ValueError(
             f"{loss}: the net's output has shape {y.shape}, which takes a target of shape {shape}, "
-            f"not {target.shape}"
+            f"not {target.shape}{hint}"
         )
 
 

@@ -112,7 +112,7 @@ def _attention(
     at = jnp.tile(now.at + positions(0, t), (1, 1, layer.groups, 1))
     q = q.reshape(n, heads // layer.groups, layer.groups * t, d)
     (y, _), _ = attend(layer, Keys(k, v), Queries(q, at))
-    return y.reshape(n, heads, t, d).swapaxes(1, 2).reshape(n, t, -1).astype(x.dtype), (k, v)
+    return y.reshape(n, heads, t, d).swapaxes(1, 2).reshape(n, t, heads * d).astype(x.dtype), (k, v)
 
 
 @step.register

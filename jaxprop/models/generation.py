@@ -99,6 +99,8 @@ def generate(
 ) -> Int[Array, "n p+s"]:
     """Return the prompt and the tokens with which the net goes on, (N, P + steps).
 
+    A token is -1 where the logits are NaN, as they are after an id that the net's table lacks.
+
     Args:
         net: a network from token ids (N, T) to logits (N, T, vocab), as ``decoder`` takes it.
         params: its params.
@@ -148,8 +150,10 @@ def _generated(
     def drawn(logits: Float[Array, "n t v"], key: Array | None) -> Int[Array, " n"]:
         last = wide(logits[:, -1])
         if key is None:
-            return jnp.argmax(last, -1).astype(prompt.dtype)
-        return jax.random.categorical(key, last / temperature).astype(prompt.dtype)
+            token = jnp.argmax(last, -1)
+        else:
+            token = jax.random.categorical(key, last / temperature)
+        return jnp.where(jnp.isnan(last).any(-1), -1, token).astype(prompt.dtype)
 
     def ahead(carry: tuple[State, Array], key: Array | None) -> tuple[tuple[State, Array], Array]:
         state, token = carry

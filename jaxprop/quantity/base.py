@@ -40,13 +40,11 @@ class Whole(NamedTuple):
     """What a quantity may know of the whole batch at the end.
 
     Attributes:
-        net: the network.
-        params: its params, side inputs included.
+        params: the net's params, side inputs included.
         examples: what the examples count.
         key: the key that was given, or None.
     """
 
-    net: Layer
     params: Params
     examples: Examples
     key: Array | None

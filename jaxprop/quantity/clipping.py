@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -15,7 +14,6 @@ from jaxtyping import Float
 from jaxprop.core.arrays import weighted
 from jaxprop.core.batch import Examples
 from jaxprop.core.checks import check_flags, check_number, given
-from jaxprop.core.combinator import layers_with_params
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import is_factored, norms_of_all
 from jaxprop.core.mesh import like
@@ -250,7 +248,7 @@ class Clipped(Quantity):
             raise ValueError("a noise_multiplier needs a key, a new one each step")
         if any(leaf.dtype.itemsize < 4 for leaf in leaves):
             raise TypeError("noise is for params of float32 or float64: narrower ones round it")
-        bound = self._bound_of_all(norms, batch)
+        bound = self._bound_of_all(norms)
         deviation = self.noise_multiplier * bound / batch.examples.divisor
         keys = jax.random.split(jax.random.fold_in(batch.key, NOISE), len(leaves))
         noisy = [
@@ -259,11 +257,8 @@ class Clipped(Quantity):
         ]
         return jax.tree.unflatten(structure, noisy)
 
-    def _bound_of_all(self, norms: PyTree, batch: Whole) -> Any:
+    def _bound_of_all(self, norms: PyTree) -> Array:
         """Return the bound on the norm of all that one example adds to the sum."""
-        if not self._by_tree:
-            layers = layers_with_params(batch.net, batch.params) if self.per_layer else 1
-            return self.max_norm * math.sqrt(layers)
 
         def squares(norms: Array, bound: Any) -> Array:
             return jnp.sum(jnp.broadcast_to(bound, norms.shape[:-1]) ** 2)

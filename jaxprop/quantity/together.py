@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from jaxprop.core.arrays import is_one
 from jaxprop.core.batch import Batch
 from jaxprop.core.checks import require
 from jaxprop.core.cotangents import factored, scaled_up
@@ -103,7 +104,7 @@ def together(
         else:
             value, taken = parts(*given)
         examples = batch.examples(first.shape[0])
-        whole = Whole(net, params, examples, key)
+        whole = Whole(params, examples, key)
         result = {"value": value}
         for name, quantity in asked.items():
             settled = taken[name] if settle_early else quantity.settle(taken[name])
@@ -132,9 +133,8 @@ def _parts(
         ahead = forward(net, loss, params, batch)
         taken = {name: quantity.of_forward(ahead) for name, quantity in of_forward.items()}
         for source, group in by_source.items():
-            unscaled = isinstance(loss_scale, int | float) and loss_scale == 1
             scale = None
-            if source == LossGradient() and not unscaled:
+            if source == LossGradient() and not is_one(loss_scale):
                 scale = loss_scale / ahead.examples.divisor
             walks = _Walks(group, ahead, learned(params), settle, scale)
             taken |= walks.of(source, batch.key)

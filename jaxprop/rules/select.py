@@ -50,8 +50,10 @@ def with_rules(
     require(net, Layer, "rules: net")
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules are a dict of a rule for each where, not {given(rules)}")
-    for where in rules:
+    for where, rule in rules.items():
         check_where(where)
+        if not callable(rule):
+            raise TypeError(f"rules: a rule is a function of a layer, not {given(rule)}")
     found: set[Where] = set()
 
     def of_layer(layer: Layer, path: Path) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from jax import Array
 
 from jaxprop.core.arrays import on_device
 from jaxprop.core.checks import given
+from jaxprop.core.combinator import map_children
 from jaxprop.core.describe import is_array, shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.step import Step, Visit, params_of
@@ -48,11 +50,14 @@ class Function(Layer):
         fn: the function.
         init_fn: what ``init`` calls, or None.
         watching: whether ``forward`` also saves the results of named scopes, for ``jp.explain``.
+        by_forward_rules: whether y has the derivative along params of what was tapped, for forward
+            over reverse.
     """
 
     fn: Fn
     init_fn: Fn | None = None
     watching: bool = False
+    by_forward_rules: bool = False
     hands_down_types = True
     by_module = True
 
@@ -117,6 +122,8 @@ class Function(Layer):
         warn_of_large_shares(repr(self), one, params, jax.tree.leaves(x)[0].shape[0])
         with _noted(self):
             y, walked = walk_ahead(one, x)
+        if self.by_forward_rules:
+            return y, walked
         plain = self.fn.fn if isinstance(self.fn, Ruled) else self.fn
         return _derived(plain, params, x, y), walked
 
@@ -222,6 +229,17 @@ def function(
     return Function(Ruled(fn, tuple(rules.items())), init)
 
 
+def with_forward_rules(layer: Layer) -> Layer:
+    """Return the same layer, with functions whose derivative along params sees ``jax.custom_vjp``.
+
+    Forward over reverse takes it by the forward rules, where ``jax.jvp`` of the function itself
+    raises.
+    """
+    if isinstance(layer, Function):
+        return dataclasses.replace(layer, by_forward_rules=True)
+    return map_children(layer, with_forward_rules)
+
+
 def _derived(fn: Fn, params: Params, x: PyTree, y: PyTree) -> PyTree:
     """Return y, which fn gives for these examples, with the derivative of fn for who asks for it.
 
@@ -238,13 +256,9 @@ def _derived(fn: Fn, params: Params, x: PyTree, y: PyTree) -> PyTree:
         y = fn(arrays(params), jax.tree.map(lambda leaf: leaf[None], x))
         return jax.tree.map(lambda leaf: leaf[0] if jnp.ndim(leaf) else leaf, y)
 
-    def of_forward_rules(params: Params, x: PyTree) -> PyTree:
-        """Return y by the forward rules of ``jax.custom_vjp``, as what has one has no jvp."""
-        return jax.vjp(jax.vmap(alone, (None, 0)), params, x)[0]
-
     @found.defjvp
     def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
-        return jax.jvp(of_forward_rules, primals[:2], tangents[:2])
+        return jax.jvp(jax.vmap(alone, (None, 0)), primals[:2], tangents[:2])
 
     return found(params, x, y)
 

@@ -176,8 +176,7 @@ class Back:
     ) -> list[Any]:
         """Go back through a scan, and return what is taken of each module."""
         if not isinstance(visit, Layerwise):
-            sums = isinstance(visit, Placed) and visit.sums
-            visit = _summed if sums else _factored
+            visit = _summed if isinstance(visit, Placed) else _factored
 
         def at_layer(
             params: list[Params], shares: Shares, ct: PyTree, d_x: PyTree, saved: Tape

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import is_one, wide
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.forms import Factored, is_factored, norms
 from jaxprop.core.mesh import shard_map_axes
@@ -37,8 +37,6 @@ class FusedUpdate(Replacing):
         ValueError: where the update of a param depends on another's gradient or state, or that of
             a layer in a ``repeat`` on other layers.
     """
-
-    sums: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -146,8 +144,6 @@ class NormsOfMean(Placed):
         scale: what the cotangent of the net's output was multiplied by.
     """
 
-    sums: ClassVar[bool] = True
-
     def __init__(self, micro_batches: int, scale: float | Array = 1.0) -> None:
         self._micro_batches, self._scale = micro_batches, scale
 
@@ -174,8 +170,7 @@ def norms_of_gradient(step: Step, scale: float | Array = 1.0) -> list[Array]:
         return leaf.norm_of_sum() if isinstance(leaf, Factored) else norms(leaf[None])[0]
 
     narrow = any(wide(param).dtype != param.dtype for param in jax.tree.leaves(step.learned))
-    unscaled = isinstance(scale, int | float) and scale == 1
-    summed = narrow or shard_map_axes() or not unscaled
+    summed = narrow or shard_map_axes() or not is_one(scale)
     whole = gradient(step, scale) if summed else step.d_params
     return list(map(norm, jax.tree.leaves(whole, is_leaf=is_factored)))
 

@@ -126,7 +126,7 @@ def kfac(
             and from ``update`` without a batch.
     """
     check_net_and_loss(net, loss)
-    if type(like) is not tuple or len(like) != 3:
+    if type(like) is not tuple or len(like) != 3 or not jax.tree.leaves(like[1]):
         raise TypeError(f"kfac: like is (params, x, target), not {described(like)}")
     _check_numbers(damping=damping, norm_constraint=norm_constraint, momentum=momentum)
     check_share("kfac: decay", decay)

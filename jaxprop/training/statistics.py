@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.checks import require
+from jaxprop.core.child import layers_within
 from jaxprop.core.combinator import Wrapper, map_children
 from jaxprop.core.layer import Layer
 from jaxprop.core.step import Step
@@ -36,8 +37,7 @@ def inference_mode(net: Layer) -> Layer:
 
 def holds_batch_stats(net: Layer) -> bool:
     """Return whether some BatchNorm in the net is in training."""
-    here = isinstance(net, BatchNorm) and net.training
-    return here or any(holds_batch_stats(child.layer) for child in net.children())
+    return any(isinstance(each, BatchNorm) and each.training for each in layers_within(net))
 
 
 def update_batch_stats(

@@ -11,7 +11,7 @@ import jax
 import optax
 from jax import Array
 
-from jaxprop.core.arrays import check_fit
+from jaxprop.core.arrays import check_fit, is_one
 from jaxprop.core.checks import check_count, check_flag, check_number, given as described
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -213,8 +213,7 @@ def _maker(
         given["micro_batches"] = options.micro_batches
     if options.aux:
         given["aux"] = True
-    unscaled = isinstance(options.loss_scale, int | float) and options.loss_scale == 1
-    scaled = {} if unscaled else {"loss_scale": 1.0}
+    scaled = {} if is_one(options.loss_scale) else {"loss_scale": 1.0}
     for name, value in (given | scaled).items():
         try:
             inspect.signature(make).bind(net, loss, **{name: value})
@@ -223,7 +222,7 @@ def _maker(
                 f"value_and_grad is called with {name}= where that is asked for, and this one does "
                 "not take it; write functools.partial(jp.clipped_grad, max_norm=1.0), say"
             ) from None
-    if unscaled:
+    if is_one(options.loss_scale):
         made = _made(make, net, loss, **given)
         return lambda scale: made
     return lambda scale: _made(make, net, loss, loss_scale=scale, **given)

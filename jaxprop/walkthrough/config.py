@@ -168,11 +168,12 @@ def dump(config: Config) -> str:
     """Return the config as TOML, which ``load`` reads back to the same numbers."""
     lines = [
         "# A network for: jaxprop walkthrough --config FILE",
-        "# A layer is a table of its own, the first nearest the inputs. activation is one of",
-        f"# {', '.join(ACTIVATIONS)}.",
-        "# weights has a row for each unit, with a number for each unit (or input) below;",
-        "# biases, if there are any, has a number for each unit. In their place, units = 3 (and",
-        "# bias = true) draws random weights, the same ones for the same seed = 0 at the top.",
+        "# A layer is a table of its own, the first nearest the inputs. activation is",
+        f"# one of {', '.join(ACTIVATIONS)}.",
+        "# weights has a row for each unit, with a number for each unit (or input)",
+        "# below; biases, if there are any, has a number for each unit. In their place,",
+        "# units = 3 (and bias = true) draws random weights, the same ones for the same",
+        "# seed = 0 at the top.",
         f"inputs = {_toml(config.inputs)}",
         f"targets = {_toml(config.targets)}",
         f"learning_rate = {config.learning_rate!r}",

@@ -12,7 +12,7 @@ from jaxprop.bench.growth import devices
 from jaxprop.bench.growth.fit import exponent
 from jaxprop.bench.growth.rows import DEVICES, ROWS, Growing
 from jaxprop.bench.measure import Spread, temp_bytes
-from jaxprop.bench.terminal import matching, progress, table_of, wide_console
+from jaxprop.bench.terminal import matching, print_table, progress, table_of, wide_console
 
 QUICK, ROUNDS = 3, 15
 HEADINGS = ("sizes", "time", "", "memory", "", "ms", "MB")
@@ -52,8 +52,7 @@ def bench_growth(only: str | Sequence[str] | None = None, quick: bool = False) -
             table.add_row(name, *_cells(row))
     console = wide_console()
     console.print(f"{device}, jax {jax.__version__}")
-    console.print(table)
-    console.print(EXPLANATION, markup=False)
+    print_table(console, table, EXPLANATION)
     return figures
 
 

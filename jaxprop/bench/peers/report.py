@@ -14,7 +14,14 @@ from jaxprop.bench.measure import Spread, in_turn
 from jaxprop.bench.peers.ours import FULL
 from jaxprop.bench.peers.pair import OF_MAXIMA, TOLERANCE, Absent, Differ, Pair, check
 from jaxprop.bench.peers.rows import ROWS
-from jaxprop.bench.terminal import BenchError, matching, progress, table_of, wide_console
+from jaxprop.bench.terminal import (
+    BenchError,
+    matching,
+    print_table,
+    progress,
+    table_of,
+    wide_console,
+)
 
 QUICK, SECONDS = 0.8, 10.0  # to run each row
 PACKAGES = ("flax", "equinox", "torch", "opacus", "backpack-for-pytorch", "jax-privacy")
@@ -72,8 +79,7 @@ def bench_peers(only: str | Sequence[str] | None = None, quick: bool = False) ->
     console = wide_console()
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     console.print(f"{figures['device']}, {versions}")
-    console.print(table)
-    console.print(EXPLANATION, markup=False)
+    print_table(console, table, EXPLANATION)
     for name, reason in figures["absent"].items():
         console.print(f"{name}: {reason}", markup=False)
     if lacking:

@@ -9,7 +9,7 @@ import jax
 
 from jaxprop.bench.report import chosen, print_footnotes
 from jaxprop.bench.target.compiled import Build, built, target_devices
-from jaxprop.bench.terminal import BenchError, progress, table_of, wide_console
+from jaxprop.bench.terminal import BenchError, print_table, progress, table_of, wide_console
 
 HEADINGS = (
     "hand kcycles",
@@ -68,9 +68,8 @@ def bench_target(
             figures["rows"][name] = row
             table.add_row(name, *_cells(row))
             jax.clear_caches()
-    console.print(table)
     none = "" if device.platform == "tpu" else NO_CYCLES
-    console.print(EXPLANATION.format(device=device.device_kind, none=none), markup=False)
+    print_table(console, table, EXPLANATION.format(device=device.device_kind, none=none))
     print_footnotes(console, rows, skipped)
     return figures
 
