@@ -18,8 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxprop.core.checks import check_number, given, require
-from jaxprop.core.types import PyTree
-from jaxprop.explanation.summary import Summary
+from jaxprop.explanation.summary import rms_of_all
 from jaxprop.explanation.terms import Explanation
 
 if TYPE_CHECKING:
@@ -62,8 +61,9 @@ def scales(
         raise ValueError(f"scales: {len(at)} steps for {len(explanations)} explanations")
     runs = [one.runs() for one in explanations]
     names = [f"{name} {terms.layer}".strip() for name, terms in runs[0]]
-    cts = np.array([[_rms(terms.summaries.ct) for _, terms in run] for run in runs])
-    grads = np.array([[_rms(terms.summaries.grads) for _, terms in run] for run in runs])
+    each = [[terms.summaries for _, terms in run] for run in runs]
+    cts = np.array([[rms_of_all(of.ct) or 0.0 for of in run] for run in each])
+    grads = np.array([[rms_of_all(of.grads) or 0.0 for of in run] for run in each])
     figure = _figure(9, 4.2)
     left, right = figure.subplots(1, 2, sharex=True)
     colours = _colours(len(names))
@@ -194,13 +194,3 @@ def _depth_bar(figure: Figure, axes: list[Axes], names: Sequence[str]) -> None:
     colours = ScalarMappable(Normalize(0, len(names)), ListedColormap(_colours(len(names))))
     bar = figure.colorbar(colours, ax=axes, ticks=[0.5, len(names) - 0.5])
     bar.ax.set_yticklabels([names[0], names[-1]])
-
-
-def _rms(summaries: PyTree) -> float:
-    """Return the rms over all arrays that the summaries are of."""
-    each = jax.tree.leaves(summaries, is_leaf=lambda node: isinstance(node, Summary))
-    sizes = [np.prod(one.shape) for one in each]
-    if not sum(sizes):
-        return 0.0
-    squares = sum(float(one.rms) ** 2 * size for one, size in zip(each, sizes, strict=True))
-    return float(np.sqrt(squares / sum(sizes)))

@@ -120,6 +120,7 @@ class Program:
     def step(self, shape, depth):
         """A step from h (N, *shape), and the shape of what it gives."""
         kinds = [self.product, self.product, self.convolution, self.added, self.looked_up]
+        kinds.append(self.summed)
         if depth and self.rng.random() < 0.45:
             return self.choose([self.repeated, self.over_time, self.chosen, self.wrapped])(
                 shape, depth - 1
@@ -220,6 +221,24 @@ class Program:
             return how(h, jnp.broadcast_to(b(params)[None], h.shape))
 
         return step, shape
+
+    def summed(self, shape):
+        """Two products with h, or with its means over some axes, which are then broadcast."""
+        if not shape:
+            return self.added(shape)
+        how = self.choose([jnp.add, jnp.add, jnp.subtract, jnp.multiply])
+        features = int(self.rng.integers(1, LARGEST + 1))
+        parts, sizes = [], []
+        for width in (features, self.choose([features, 1])):
+            axes = tuple(a for a in range(1, len(shape)) if self.rng.random() < 0.4)
+            parts.append((axes, self.view((shape[-1], width))))
+            kept = [1 if a in axes else size for a, size in enumerate(shape[:-1], 1)]
+            sizes.append((*kept, width))
+
+        def step(params, h, x):
+            return how(*(h.mean(axes, keepdims=True) @ w(params) for axes, w in parts))
+
+        return step, tuple(map(max, *sizes))
 
     def looked_up(self, shape):
         """Rows of a table, added to h."""

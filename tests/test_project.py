@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"_command", "core"},
     {"layers", "combinators", "losses", "checking", "quantity"},
-    {"traced", "curvature"},
-    {"births"},
+    {"traced"},
+    {"curvature", "births"},
     {"forms", "sharding", "models", "training", "explanation"},
     {"plot", "bench", "walkthrough", "rules"},
     {"cli"},

@@ -1,1 +1,1 @@
-"""Where a number that is not finite was born: a program run equation by equation, and back."""
+"""Births of numbers that are not finite: a program run equation by equation, and back."""

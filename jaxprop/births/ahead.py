@@ -1,4 +1,4 @@
-"""Where a value that is not finite was made on the way forward: back from it to its equation."""
+"""The search for the equation that made a value on the way forward, back from the value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
 from jaxprop.births.tape import Loop, Tape, has_nan, inside, loop_of, not_finite
-from jaxprop.traced.equations import Line, Program, evaluate
+from jaxprop.traced.equations import Program, evaluate
+from jaxprop.traced.origin import Line
 
 
 class Within(NamedTuple):
@@ -68,7 +69,7 @@ class Born(NamedTuple):
 
 @dataclasses.dataclass
 class Found:
-    """What was found on the way from a value back to where it was made.
+    """The findings on the way from a value back to where it was made.
 
     Attributes:
         births: by the number of the equation, what was not finite though all it came from was.

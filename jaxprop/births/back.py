@@ -1,4 +1,4 @@
-"""Where a cotangent that is not finite was made: a program differentiated equation by equation."""
+"""The search for a cotangent's equation: a program differentiated equation by equation."""
 
 from __future__ import annotations
 

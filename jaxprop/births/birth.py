@@ -1,4 +1,4 @@
-"""Where a number that is not finite was born: the equation, its source line, and why, in words."""
+"""The birth of a number that is not finite: the equation, its source line, and why, in words."""
 
 from __future__ import annotations
 
@@ -15,16 +15,8 @@ import numpy as np
 from jaxprop.births.ahead import Born
 from jaxprop.births.causes import MIXING, Given, Seen, cause_of, takes_another
 from jaxprop.births.tape import not_finite, numbers
-from jaxprop.traced.equations import (
-    Line,
-    line_of,
-    name_of,
-    place_of,
-    primitive_of,
-    reduced_axes_of,
-    rule_of,
-    ruled,
-)
+from jaxprop.traced.equations import name_of, primitive_of, reduced_axes_of, rule_of, ruled
+from jaxprop.traced.origin import Line, line_of, origin_of
 
 WIDTH = 80
 SHOWN = 3  # operands
@@ -217,7 +209,7 @@ def _place(born: Born) -> tuple[Line | None, str, tuple[Step, ...]]:
     lines = [line_of(equation) for equation in reversed(chain)]
     lines += [line_of(equation, ours=True) for equation in reversed(chain)]
     line = next((line for line in [born.line, *lines] if line is not None), None)
-    parts = (TRANSFORMS.sub("", place_of(equation).scope).split("/") for equation in chain)
+    parts = (TRANSFORMS.sub("", origin_of(equation).scope).split("/") for equation in chain)
     steps = tuple(
         Step(each.step, "scan" if each.equation.primitive.name == "scan" else "loop", at)
         for each in born.within

@@ -12,7 +12,8 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
 from jaxprop.births.ahead import Born
-from jaxprop.traced.equations import inlined, line_of
+from jaxprop.traced.equations import inlined
+from jaxprop.traced.origin import line_of
 
 INF = math.inf
 GROWING = frozenset(
@@ -117,7 +118,7 @@ class Seen:
 
     @property
     def largest(self) -> str:
-        """How far the dtype goes."""
+        """The largest number of the dtype, in words."""
         return f"{self.dtype} goes to {float(jnp.finfo(self.dtype).max):.2g}"
 
 

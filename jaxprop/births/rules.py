@@ -1,4 +1,4 @@
-"""Where a cotangent that is not finite was made inside of a function's own derivative rule."""
+"""The search for a cotangent that is not finite inside of a function's own derivative rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from jax.extend.core import JaxprEqn
 
 from jaxprop.births.ahead import Born, Within, look
 from jaxprop.births.tape import has_nan, with_values
-from jaxprop.traced.equations import Line, Program, evaluate, line_of_error
+from jaxprop.traced.equations import Program, evaluate
+from jaxprop.traced.origin import Line, line_of_error
 
 
 def look_in_rule(

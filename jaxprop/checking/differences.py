@@ -17,7 +17,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree
 
 
 class Precision(NamedTuple):
-    """How fine the differences are.
+    """The step sizes and tolerances of central differences.
 
     Attributes:
         eps: the rounding of the function's floats.

@@ -76,7 +76,7 @@ def check_loss(
 
 
 class Found(NamedTuple):
-    """What a loss gives, and what it should give.
+    """The results of a loss beside the expected ones.
 
     Attributes:
         pairs: what ``forward`` and so on give, and what the oracle does, by name.

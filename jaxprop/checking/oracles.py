@@ -37,7 +37,7 @@ Pair = tuple[dict[str, Array], dict[str, Array]]
 
 
 class Drawn(NamedTuple):
-    """What is drawn at random for the oracles of one direction.
+    """The random draws for the oracles of one direction.
 
     Attributes:
         other: another cotangent of y.
@@ -49,7 +49,7 @@ class Drawn(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What the oracles say that backward gives for one direction.
+    """The results that the oracles expect of ``backward`` for one direction.
 
     Attributes:
         answers: the cotangents by each oracle, by its name.

@@ -31,7 +31,7 @@ Outputs = list[Array]
 
 
 class Exactness(NamedTuple):
-    """What a function's floats allow.
+    """The accuracy that a function's dtypes allow.
 
     Attributes:
         rtol: the relative error of a leaf.

@@ -1,4 +1,4 @@
-"""What layers made of several others share."""
+"""The base of layers that are made of several others."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree
 
 
 class Batch(NamedTuple):
-    """What a function of a batch is given beside the params.
+    """The arguments of a function of a batch, beside the params.
 
     Attributes:
         x: the inputs.
@@ -115,7 +115,7 @@ def weighted_batch(
 
 
 class Examples(NamedTuple):
-    """What the examples of a batch count in its means: sum_n weights_n q_n / divisor.
+    """The weights of the examples of a batch in its means: sum_n weights_n q_n / divisor.
 
     Attributes:
         number: N.
@@ -136,7 +136,7 @@ class Examples(NamedTuple):
 
     @property
     def divisor(self) -> float | Array:
-        """What a sum is divided by for the mean: the total, if no divisor was given."""
+        """The divisor of a sum for the mean: the total, if none was given."""
         return self.total if self.given is None else self.given
 
     def over(self, sums: Array) -> Array:

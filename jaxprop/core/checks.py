@@ -1,4 +1,4 @@
-"""What is asked of an argument, and how it is refused."""
+"""Checks of arguments, with a sentence for each that is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer's own ``forward`` and ``backward`` are held to, whoever calls them."""
+"""The contract that a layer's own ``forward`` and ``backward`` are held to, whoever calls them."""
 
 from __future__ import annotations
 

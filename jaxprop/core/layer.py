@@ -223,7 +223,7 @@ class Layer(Static):
         check_params(self, params, x)
 
     def check_places(self, params: Params) -> None:
-        """Raise ``ValueError`` unless every child whose place is known has one in params."""
+        """Do nothing: only a ``Combinator`` has children whose places are checked."""
 
 
 def layers_in_fields(layer: Layer) -> Iterator[Layer]:

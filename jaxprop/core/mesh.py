@@ -1,4 +1,4 @@
-"""Where an array lies on a mesh of devices, as far as a layer or a form must say it."""
+"""The layout of arrays on a mesh of devices, as far as a layer or a form must say it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the arrays that a layer saves have their examples: on axis 0, or behind axes of layers."""
+"""The axes of the examples in what a layer saves: axis 0, or behind axes of layers."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ FLOAT = np.dtype(float)
 
 
 class Step(NamedTuple):
-    """What came into a layer, what came back to it, and what its ``backward`` made of them.
+    """One layer in the walk back: its inputs, the cotangent of its output, and its own results.
 
     Attributes:
         layer: the layer.
@@ -77,7 +77,7 @@ Visit: TypeAlias = Callable[[Step], Any]
 
 
 class Total(NamedTuple):
-    """What a visit wants added up over the layers of a ``repeat``, where all else is stacked.
+    """A visit's result that is added up over the layers of a ``repeat``, where others are stacked.
 
     Attributes:
         value: a tree of arrays.

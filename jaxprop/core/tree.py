@@ -1,4 +1,4 @@
-"""What stands in a tree of params: learned arrays, and arrays whose type says that they are not.
+"""The nodes of a tree of params: learned arrays, and arrays whose type says that they are not.
 
 A plain array in a net's params is learned. One that is not learned has a type of its own: an
 ``Unlearned`` array belongs to the params (running statistics, a fixed matrix, a frozen weight), and

@@ -73,7 +73,7 @@ def walk(net: Layer, loss: Loss, visit: Visit) -> OfBatch[tuple[Array, Visited, 
 
 
 class Forward(NamedTuple):
-    """What a pass forward leaves: the loss, and the way back.
+    """The result of a pass forward: the loss, and the way back.
 
     Attributes:
         y: the net's output, with zeros for the examples that count nothing.

@@ -1,4 +1,4 @@
-"""Which layers of a net, and which of its params, are meant."""
+"""The choice of layers of a net, and of its params, by type, path or function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with a curvature, ``jp.curvature``: solving, sampling, influence.
+"""The use of a curvature, ``jp.curvature``: solving, sampling, influence.
 
 A curvature F is a tree like params with a block at each leaf: a ``Kronecker`` of
 ``jp.kronecker_factors``, an ``Eigen`` of ``ekfac_factors`` or of ``eigh``, an array like the param

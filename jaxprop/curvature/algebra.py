@@ -59,7 +59,7 @@ class Eigen:
 
     @property
     def size(self) -> int:
-        """How many entries the block is of."""
+        """The number of entries that the block is of."""
         return self.values.size
 
     @property

@@ -1,4 +1,4 @@
-"""What training examples did to others: inner products in the metric of an inverse curvature."""
+"""Influence of training examples: inner products in the metric of an inverse curvature."""
 
 from __future__ import annotations
 

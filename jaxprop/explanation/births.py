@@ -51,7 +51,7 @@ class Sought(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """What one layer, or the loss, had to do with: all that its results are made of.
+    """The inputs of one layer, or of the loss, on both ways: all that its results are made of.
 
     Attributes:
         layer: the layer, or the loss.

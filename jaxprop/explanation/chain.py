@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from jaxprop.core.forms import Factored, Joint, Moves, Outer, Rearranged, Repeated, Stacked, Sum
 from jaxprop.core.forms.rearranged import moved_back
@@ -53,7 +54,7 @@ def product_of(form: Factored, ct: Cotangent, example: int, index: Index) -> Pro
 
 def _are_others(shares: Array, ct: Cotangent) -> bool:
     """Return whether shares, one for each entry of ct, are known to be other numbers."""
-    if jnp.shape(shares) != jnp.shape(ct) or isinstance(shares, jax.core.Tracer):
+    if jnp.shape(shares) != jnp.shape(ct) or isinstance(shares, Tracer):
         return False
     return not np.array_equal(shares, ct)
 

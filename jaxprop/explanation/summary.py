@@ -132,3 +132,13 @@ def _reduced(*pairs: tuple[Array, Reduction]) -> Sequence[Array]:
         return tuple(f(a, b) for f, a, b in zip(functions, left, right, strict=True))
 
     return jax.lax.reduce(arrays, starts, both, (0,))
+
+
+def rms_of_all(summaries: PyTree) -> float | None:
+    """Return the rms over all arrays that summaries are of; None where they have no element."""
+    each = jax.tree.leaves(summaries, is_leaf=lambda node: isinstance(node, Summary))
+    sizes = [math.prod(one.shape) for one in each]
+    if not sum(sizes):
+        return None
+    squares = sum(float(one.rms) ** 2 * size for one, size in zip(each, sizes, strict=True))
+    return math.sqrt(squares / sum(sizes))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from jaxprop.core.types import PyTree
 from jaxprop.explanation.numerals import aligned, bracketed, fixed, share, short
-from jaxprop.explanation.summary import Summary
+from jaxprop.explanation.summary import Summary, rms_of_all
 from jaxprop.explanation.terms import Explanation, Scope, Terms
 
 WIDTH = 80
@@ -65,9 +64,7 @@ def _summaries(explanation: Explanation) -> Table:
         y = y if s.y is None else [*y, share(s.y.zeros)]
         slope = "" if s.saturated is None else share(s.saturated)
         ct = "" if s.ct is None else short(s.ct.rms)
-        drawn.add_row(
-            f"{name} {terms.layer}".strip(), *y, slope, ct, _rms_of_all(s.grads), _bad(terms)
-        )
+        drawn.add_row(f"{name} {terms.layer}".strip(), *y, slope, ct, _rms(s.grads), _bad(terms))
         for scope in terms.scopes:
             drawn.add_row(*_of_scope(scope))
     return drawn
@@ -82,7 +79,7 @@ def _of_scope(scope: Scope) -> list[str]:
         *y,
         "",
         short(scope.ct.rms),
-        _rms_of_all(scope.grads),
+        _rms(scope.grads),
         _count(made),
     ]
 
@@ -92,14 +89,9 @@ def _end_of(name: str) -> str:
     return name if len(name) <= NAME else "…" + name[1 - NAME :]
 
 
-def _rms_of_all(summaries: PyTree) -> str:
-    """Return the rms over all arrays that the summaries are of."""
-    each = jax.tree.leaves(summaries, is_leaf=lambda node: isinstance(node, Summary))
-    sizes = [math.prod(one.shape) for one in each]
-    if not sum(sizes):
-        return ""
-    squares = sum(float(one.rms) ** 2 * size for one, size in zip(each, sizes, strict=True))
-    return short(math.sqrt(squares / sum(sizes)))
+def _rms(summaries: PyTree) -> str:
+    rms = rms_of_all(summaries)
+    return "" if rms is None else short(rms)
 
 
 def _bad(terms: Terms) -> str:

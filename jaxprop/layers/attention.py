@@ -87,15 +87,16 @@ class Attention(Layer):
             for ``heads``, and 1 for multi-query attention.
         window: how many positions up to its own a position attends to, and without ``causal`` as
             many from its own on; None for all.
-        masked: whether the layer takes the step's mask. False is for one that does not attend to
-            what the mask is of, as a decoder's own attention where the memory is padded.
-        kernels: whether "logsumexp" takes kernels where there are any: on GPUs of compute
-            capability 8.0 and later, and on TPUs in a program for one device and in
-            ``jax.shard_map``; in float32, bfloat16, and on GPUs float16; without a bias and a full
-            mask. None is for where JAX's default device is none of the CPU's; True for what is
-            compiled for another than that; and False for ``jax.export``, which takes a GPU's for
-            one device and that platform alone, if its check of custom calls is disabled. JAX's own
-            derivatives of the layer are of what XLA computes without them.
+        masked: whether the layer takes the step's mask. False is for a layer whose keys the mask
+            does not describe, such as a decoder's self-attention where the memory is padded.
+        kernels: whether "logsumexp" is computed by hand-written kernels where there are any: True
+            for always, False for never (XLA computes it), None for always unless JAX's default
+            device is a CPU. There are kernels for GPUs of compute capability 8.0 and later
+            (float32, bfloat16, float16), and for TPUs (float32, bfloat16; in a program for one
+            device, or in ``jax.shard_map``), without a bias and a full mask. A program that is
+            compiled for another device than the default one needs True. ``jax.export`` needs False,
+            or a program for one GPU with its check of custom calls disabled. ``jax.grad`` of the
+            layer differentiates what XLA computes.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -134,12 +135,12 @@ class Attention(Layer):
 
     @property
     def groups(self) -> int:
-        """How many heads of q share one of k and v."""
+        """The number of heads of q that share one of k and v."""
         return self.heads // (self.kv_heads or self.heads)
 
     @property
     def sight(self) -> Sight:
-        """How far a query sees."""
+        """The distances that a query sees."""
         far = None if self.window is None else self.window - 1
         return Sight(far, 0 if self.causal else far)
 

@@ -1,4 +1,4 @@
-"""What convolution and transposed convolution share: y, d_x, the initial params, the checks."""
+"""The shared part of both kinds of convolution: y, d_x, the initial params, the checks."""
 
 from __future__ import annotations
 

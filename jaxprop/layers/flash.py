@@ -50,7 +50,7 @@ EMPTY = float(jnp.finfo(jnp.float32).min)
 
 
 class Plan(NamedTuple):
-    """How each kernel goes through positions.
+    """The blocks of positions that each kernel goes through.
 
     Attributes:
         attend: forward.

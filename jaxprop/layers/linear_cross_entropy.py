@@ -24,7 +24,7 @@ Each = Float[Array, "n ..."]
 
 
 class Seen(NamedTuple):
-    """What is known of a position after some of the chunks.
+    """The running sums of a position after some of the chunks.
 
     Attributes:
         top: the largest logit of another class than the target's.

@@ -39,7 +39,7 @@ LANES = 128
 
 
 class Blocks(NamedTuple):
-    """How a kernel goes through positions.
+    """The blocks of positions that a kernel goes through.
 
     Attributes:
         own: how many are a program's own.

@@ -47,7 +47,7 @@ class RecurrentParams(NamedTuple):
 
 @serializable
 class Kept(NamedTuple):
-    """What a recurrent layer saves.
+    """The residuals of a recurrent layer.
 
     Attributes:
         x: (N, T, I), with zeros where a step is not real.

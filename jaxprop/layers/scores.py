@@ -21,7 +21,7 @@ Seen = Bool[Array, "n h t s"]
 
 
 class Sight(NamedTuple):
-    """How far a position sees.
+    """The distances that a position sees.
 
     Attributes:
         before: how many positions before its own, None for all.

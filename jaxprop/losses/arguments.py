@@ -1,4 +1,4 @@
-"""What losses ask of y and the target, and the parts of an example's output."""
+"""Checks of y, the target and weights for losses, and the parts of an example's output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each kind of layer goes on from position to position.
+"""The step of each kind of layer from position to position.
 
 Most layers are applied to the new positions alone, and attention keeps the keys and values of those
 before. This has nothing to do with backpropagation, and so it is no method of the layers: ``step``
@@ -39,11 +39,11 @@ from jaxprop.layers.recurrence import Recurrence
 from jaxprop.layers.scores import Keys, Queries, attend
 
 State: TypeAlias = Any
-"""What a layer keeps of the positions before: a pytree of arrays, ``()`` for nothing."""
+"""The state that a layer keeps of the positions before: a pytree of arrays, ``()`` for nothing."""
 
 
 class Now(NamedTuple):
-    """Where a net is in its sequence.
+    """The place of a net in its sequence.
 
     Attributes:
         at: the number of positions before x.

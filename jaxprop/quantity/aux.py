@@ -1,4 +1,4 @@
-"""What a step may return beside the loss and the gradient, from the same walk."""
+"""The by-products of a step, which come with the loss and the gradient from the same walk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxprop.core.types import PyTree
 
 @serializable
 class Aux(NamedTuple):
-    """What a step found on its way; None for what it had no reason to find.
+    """The by-products of a step; a field is None where the step had no need of it.
 
     Attributes:
         y: the net's output, for an accuracy, say.

@@ -1,4 +1,4 @@
-"""What a quantity is: what is taken at each layer, and what is made of it at the end."""
+"""The base of quantities: a part taken at each layer, and a result made of all parts at the end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PerExample:
 
 
 class Whole(NamedTuple):
-    """What a quantity may know of the whole batch at the end.
+    """The facts of the whole batch that a quantity may use at the end.
 
     Attributes:
         params: the net's params, side inputs included.
@@ -51,7 +51,7 @@ class Whole(NamedTuple):
 
 
 class Quantity(Static):
-    """What is taken at each layer from its params' cotangents, and made of all of it at the end.
+    """A statistic of the cotangents of params: a part from each layer, and a result for the net.
 
     A per-example quantity is that of each example's *own* loss, so that the mean of the per-example
     gradients is the gradient: there is no 1/N in them.

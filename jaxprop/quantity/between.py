@@ -1,4 +1,4 @@
-"""What the gradients of two batches have in common, and the tangent kernel of a net."""
+"""Inner products between the gradients of two batches, and the tangent kernel of a net."""
 
 from __future__ import annotations
 

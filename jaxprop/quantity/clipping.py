@@ -44,14 +44,14 @@ class ClippedMean(NamedTuple):
 
 
 class Bounded(NamedTuple):
-    """What ``Clipped`` takes: the mean of some params' clipped gradients, and the norms."""
+    """The mean of some params' clipped gradients, and the norms, as ``Clipped`` takes them."""
 
     mean: PyTree
     norms: PerExample
 
 
 class Measured(NamedTuple):
-    """What ``Clipped`` takes before the bound is known to bind: forms, and their norms.
+    """The part that ``Clipped`` takes before all norms are known: forms, and their norms.
 
     Attributes:
         forms: like a layer's params.

@@ -114,7 +114,7 @@ class NoiseScale(Quantity):
 
     @property
     def _path(self) -> Path | str | None:
-        """Where the params are by their path, which is known where all layers are."""
+        """The params by their path, which is known where all layers are."""
         where: Any = self.where
         return where if isinstance(where, str) or (where is not None and is_path(where)) else None
 
@@ -136,7 +136,7 @@ class NoiseScale(Quantity):
 
 @serializable
 class NoiseParts(NamedTuple):
-    """What a noise scale is the ratio of, each without bias.
+    """The numerator and the denominator of a noise scale, each without bias.
 
     Attributes:
         trace: of the covariance of the per-example gradients.

@@ -29,7 +29,7 @@ class Columns(NamedTuple):
 
 
 class Source(Static):
-    """What a walk back starts from, for each example's own loss."""
+    """The cotangents that a walk back starts from, for each example's own loss."""
 
     @abc.abstractmethod
     def columns(self, ahead: Forward, key: Array | None) -> Columns:

@@ -275,7 +275,7 @@ class _Walks:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Taken:
-    """What was taken at one layer, by name."""
+    """The parts that were taken at one layer, by name."""
 
     by_name: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""How far a net's gradient is from the derivative."""
+"""The angle between a net's gradient and the derivative."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an output is due to: attributions to the entries of x, and the nets of two of them."""
+"""Attributions of an output to the entries of x, and the nets of two of them."""
 
 from __future__ import annotations
 

@@ -20,8 +20,9 @@ from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import Unlearned, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.layers import Conv, ConvTranspose, Dense, Gru, Lstm, Rnn
-from jaxprop.rules.select import Rule, Where, with_rule
+from jaxprop.rules.select import Where, with_rule
 from jaxprop.traced.part import Part
+from jaxprop.traced.ruled import Rule
 
 MATRICES = (Dense, Conv, ConvTranspose, Rnn, Lstm, Gru)
 UNIFORM, FORWARD = "uniform", "forward"

@@ -41,7 +41,8 @@ from jaxprop.layers import (
 from jaxprop.layers.activations import Elementwise
 from jaxprop.layers.heads import Inputs
 from jaxprop.rules.affine import AFFINE, Epsilon, Relevance
-from jaxprop.rules.select import Rule, Where, with_rules
+from jaxprop.rules.select import Where, with_rules
+from jaxprop.traced.ruled import Rule
 
 BY_DERIVATIVE = (
     *(AvgPool, BatchNorm, Dropout, Embedding, Flatten, GlobalAvgPool, Item, MaxPool, Moveaxis),

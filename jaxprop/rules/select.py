@@ -1,9 +1,8 @@
-"""Which layers of a net a rule is for."""
+"""The choice of the layers of a net that a rule is for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
 
 from jaxprop.combinators.shared import Shared
 from jaxprop.core.checks import given, require
@@ -11,9 +10,7 @@ from jaxprop.core.combinator import Combinator, map_children
 from jaxprop.core.layer import Layer
 from jaxprop.core.where import Path, Where, check_where, is_meant
 from jaxprop.traced.part import Part
-
-Rule: TypeAlias = Callable[[Any], Layer]
-"""A function of a layer that returns the layer with another backward."""
+from jaxprop.traced.ruled import Rule
 
 
 def with_rule(net: Layer, rule: Rule, where: Where) -> Layer:

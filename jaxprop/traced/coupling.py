@@ -17,15 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprop.core.types import Params, PyTree
-from jaxprop.traced.equations import (
-    Program,
-    Scan,
-    evaluate,
-    inlined,
-    place_of,
-    primitive_of,
-    scan_of,
-)
+from jaxprop.traced.equations import Program, Scan, evaluate, inlined, primitive_of, scan_of
+from jaxprop.traced.origin import origin_of
 
 LARGEST = 3 * 10**7  # numbers in params that a function is tried with
 TIMES = 3  # that it is tried
@@ -240,7 +233,7 @@ def _where(flat: Callable[..., list[Any]], params: Sequence[Any], x: Sequence[An
         )
         result = [_Pair(*out) for out in outs]
         if not found and all(p.apart() for p in pairs) and not all(p.apart() for p in result):
-            line, scope = place_of(equation)
+            line, scope = origin_of(equation)
             at = (f" at {line}" if line else "") + (f" in {scope}" if scope else "")
             found.append(f": {primitive_of(equation)}{at} lets one reach another")
         return result

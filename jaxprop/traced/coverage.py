@@ -1,4 +1,4 @@
-"""Which params of a function have their cotangents in factors, where, and which do not."""
+"""The coverage of a function: the params whose cotangents are in factors, where, and the others."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Covered:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Coverage:
-    """What ``jp.function(fn).coverage(params, x)`` returns. It prints as a table.
+    """The result of ``jp.function(fn).coverage(params, x)``, which prints as a table.
 
     Attributes:
         examples: the number of examples in the batch.

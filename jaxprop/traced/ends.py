@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
 
-from jaxprop.traced.equations import Program, inlined, place_of, rematerialized, struct
+from jaxprop.traced.equations import Program, inlined, rematerialized, struct, variables
+from jaxprop.traced.origin import origin_of
 
 
 def ends_of(program: Program, data: Sequence[bool]) -> dict[int, int]:
@@ -27,9 +28,9 @@ def ends_of(program: Program, data: Sequence[bool]) -> dict[int, int]:
     """
     jaxpr, scopes = program.jaxpr, _scopes(program, data)
     moving: set[Any] = {var for var, is_data in zip(jaxpr.invars, data, strict=True) if is_data}
-    readers: dict[Any, set[int]] = {var: {-1} for var in _variables(jaxpr.outvars)}
+    readers: dict[Any, set[int]] = {var: {-1} for var in variables(jaxpr.outvars)}
     for scope, equation in zip(scopes, jaxpr.eqns, strict=True):
-        inputs = _variables(equation.invars)
+        inputs = variables(equation.invars)
         for var in inputs:
             readers.setdefault(var, set()).add(scope)
         if any(var in moving for var in inputs):
@@ -49,9 +50,9 @@ def _scopes(program: Program, data: Sequence[bool]) -> list[int]:
     views = {var for var, is_data in zip(program.jaxpr.invars, data, strict=True) if not is_data}
     last: object = None
     for equation in program.jaxpr.eqns:
-        place = place_of(equation)
+        place = origin_of(equation)
         here: object = place.scope or place.line
-        with_views = [var in views for var in _variables(equation.invars)]
+        with_views = [var in views for var in variables(equation.invars)]
         if any(with_views) and _holds_scopes(equation):
             here = equation
         elif with_views and all(with_views):
@@ -66,9 +67,5 @@ def _holds_scopes(equation: JaxprEqn) -> bool:
     program = inlined(equation)
     if program is not None:
         inner = program.jaxpr.eqns
-        return any(place_of(each).scope or _holds_scopes(each) for each in inner)
+        return any(origin_of(each).scope or _holds_scopes(each) for each in inner)
     return equation.primitive.name in ("scan", "cond") or rematerialized(equation) is not None
-
-
-def _variables(atoms: Sequence[Any]) -> list[Any]:
-    return [atom for atom in atoms if not isinstance(atom, Literal)]

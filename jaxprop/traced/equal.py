@@ -1,4 +1,4 @@
-"""Which variables of a program have the same cotangent: such as what is added up, or its parts."""
+"""Variables of a program that have the same cotangent, such as the terms of a sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The equations of a traced program: how they are run again, and what their parameters say.
+"""The equations of a traced program: running them again, and reading their parameters.
 
 Every read of an equation's ``params`` is here, since they differ between versions of JAX.
 """
@@ -6,17 +6,12 @@ Every read of an equation's ``params`` is here, since they differ between versio
 from __future__ import annotations
 
 import functools
-import linecache
-import os
-import sysconfig
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
-from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jaxprop.core.mesh import shard_map_axes
@@ -32,9 +27,6 @@ COMING = {  # with jax_remat3, jax_custom_jvp3 and jax_custom_vjp3, objects with
 LINEAR = frozenset(
     ("slice", "split", "reshape", "squeeze", "transpose", "rev", "neg", "convert_element_type")
 )
-LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-INSTALLED = (LIBRARY, *sysconfig.get_paths().values())  # where no user writes
-EXPLAINING = os.path.join(LIBRARY, "explanation", "")
 Axes = tuple[int, ...]
 
 
@@ -139,37 +131,6 @@ class Convolution(NamedTuple):
     dilation: Axes
     spread: Axes
     groups: int
-
-
-class Place(NamedTuple):
-    """Where an equation was written.
-
-    Attributes:
-        line: the file and the line; "" if that is not known.
-        scope: the named scope, of ``jax.named_scope`` or of a Flax module.
-    """
-
-    line: str
-    scope: str
-
-
-class Line(NamedTuple):
-    """A line of a source file."""
-
-    file: str
-    number: int
-
-    @property
-    def name(self) -> str:
-        """The file without its folder, in this library with it, and the number."""
-        ours = self.file.startswith(LIBRARY + os.sep)
-        file = os.path.relpath(self.file, os.path.dirname(LIBRARY)) if ours else self.file
-        return f"{file if ours else os.path.basename(file)}:{self.number}"
-
-    @property
-    def text(self) -> str:
-        """What is written there; "" for a file that cannot be read."""
-        return linecache.getline(self.file, self.number).strip()
 
 
 def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
@@ -377,50 +338,9 @@ def reduced_axes_of(equation: JaxprEqn) -> Axes:
     return tuple(equation.params.get("axes") or ())
 
 
-def place_of(equation: JaxprEqn) -> Place:
-    """Return where an equation was written: innermost, outside of installed packages if it is."""
-    info = equation.source_info
-    scope, line = str(info.name_stack), line_of(equation)
-    if line is not None:
-        return Place(line.name, scope)
-    return Place(os.path.basename(source_info_util.summarize(info)), scope)
-
-
-def line_of(equation: JaxprEqn, ours: bool = False) -> Line | None:
-    """Return the innermost line outside of installed packages; None if there is none.
-
-    Args:
-        equation: the equation.
-        ours: whether a line of this library will do.
-    """
-    for frame in getattr(equation.source_info.traceback, "frames", ()):
-        name = frame.file_name
-        if name.startswith(EXPLAINING):  # who asked for the trace
-            break
-        if is_users(name) or (ours and name.startswith(LIBRARY + os.sep)):
-            return Line(name, frame.line_num)
-    return None
-
-
-def line_of_error(error: BaseException, inside: str) -> Line | None:
-    """Return the innermost line outside of installed packages at which an error arose.
-
-    Args:
-        error: the error.
-        inside: a file; what called it does not count.
-    """
-    found, within = None, False
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        name = frame.f_code.co_filename
-        within |= name == inside
-        if within and is_users(name):
-            found = Line(name, number)
-    return found
-
-
-def is_users(file: str) -> bool:
-    """Return whether a source file lies outside of installed packages."""
-    return not file.startswith((*INSTALLED, "<frozen"))
+def variables(atoms: Iterable[Any]) -> list[Any]:
+    """Return the variables among the inputs of an equation, without the numbers."""
+    return [atom for atom in atoms if not isinstance(atom, Literal)]
 
 
 def struct(var: Any) -> jax.ShapeDtypeStruct:
@@ -435,6 +355,13 @@ def for_tracing(value: Any) -> Any:
     In ``jax.shard_map`` it is the value: its type says along which axes devices differ in it.
     """
     return value if shard_map_axes() else struct(value)
+
+
+def first_of(stack: Any) -> Any:
+    """Return what a program is traced for one entry of a stack with, as ``for_tracing`` does."""
+    if shard_map_axes() and stack.shape[0]:
+        return jax.lax.index_in_dim(stack, 0, keepdims=False)
+    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
 
 
 def _first(equation: JaxprEqn, *names: str) -> Any:

@@ -13,7 +13,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxprop.core.arrays import is_floating, is_inexact
 from jaxprop.core.forms import Scanned
-from jaxprop.core.mesh import shard_map_axes, zero_beside
+from jaxprop.core.mesh import zero_beside
 from jaxprop.traced.ends import ends_of
 from jaxprop.traced.equal import Equal
 from jaxprop.traced.equations import (
@@ -24,16 +24,17 @@ from jaxprop.traced.equations import (
     convolution_of,
     dot_of,
     evaluate,
+    first_of,
     for_tracing,
     inlined,
     looks_up_rows,
-    place_of,
     primitive_of,
     rematerialized,
     scan_of,
     struct,
 )
 from jaxprop.traced.moving import MOVING
+from jaxprop.traced.origin import origin_of
 from jaxprop.traced.taps import LookUp, Meeting, Product, Taps, Use
 from jaxprop.traced.views import View, bare, is_data, placed, plain
 
@@ -48,7 +49,7 @@ def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
         end = ends.get(next(numbers))
         if end is None and not any(isinstance(value, View) for value in ins):
             return evaluate(equation, ins)
-        taps.within = (*outer, place_of(equation))
+        taps.within = (*outer, origin_of(equation))
         outs = _watched(taps, equation, ins, end) if taps.watching else _step(taps, equation, ins)
         taps.within = outer
         return outs
@@ -172,7 +173,7 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
 
     layers = any(isinstance(value, View) for value in stacks)
     found = taps.inside(None, layers)
-    slices = [_first(bare(stack)) for stack in stacks]
+    slices = [first_of(bare(stack)) for stack in stacks]
     jax.eval_shape(first_run, list(map(for_tracing, carried)), slices)
 
     owns = [
@@ -193,13 +194,6 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
     )
     taps.note(found.uses, xs, zeros)
     return [*carried, *outs]
-
-
-def _first(stack: Any) -> Any:
-    """Return an entry of a stack, for tracing."""
-    if shard_map_axes() and stack.shape[0]:
-        return jax.lax.index_in_dim(stack, 0, keepdims=False)
-    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
 
 
 def _in_scan(

@@ -14,15 +14,15 @@ from jaxprop.core.arrays import is_inexact
 from jaxprop.core.mesh import shard_map_axes, zero_beside
 from jaxprop.core.residuals import Distinct
 from jaxprop.core.types import Cotangent, PyTree
-from jaxprop.traced.equations import evaluate, struct
-from jaxprop.traced.piece import Piece, Shares, Tape, first_of
+from jaxprop.traced.equations import evaluate, first_of, struct
+from jaxprop.traced.piece import Piece, Shares, Tape
 from jaxprop.traced.stages import Flow, Layers
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TapeOfLayers:
-    """What a walk through the layers of a scan saves.
+    """The residuals of a walk through the layers of a scan.
 
     Attributes:
         kept: what each layer saved.

@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxprop.core.arrays import is_inexact
 from jaxprop.core.forms import Factored, Moves, Sum
-from jaxprop.core.mesh import shard_map_axes, zero_beside
+from jaxprop.core.mesh import zero_beside
 from jaxprop.core.types import Cotangent
 from jaxprop.traced.equations import Program, for_tracing
 from jaxprop.traced.interpreter import run
@@ -112,7 +112,7 @@ class Piece:
 
 
 class Facts(NamedTuple):
-    """What is known of a walk through a piece without its arrays.
+    """The static facts of a walk through a piece.
 
     Attributes:
         uses: where params meet data.
@@ -128,7 +128,7 @@ class Facts(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tape:
-    """What a walk through a piece saves.
+    """The residuals of a walk through a piece.
 
     Attributes:
         pull: the way back from the outputs, of ``jax.vjp``: to the zeros at the uses, to those of
@@ -172,13 +172,6 @@ class Tape:
             ct, x = ct if use.again else (ct, x)
             each.append((use, x, ct))
         return each, owns, d_some
-
-
-def first_of(leaf: Array) -> Any:
-    """Return what is of the first example of an array, for tracing."""
-    if shard_map_axes():
-        return jax.lax.index_in_dim(leaf, 0, keepdims=False)
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
 
 
 def zeros(beside: Sequence[Array], like: Any) -> Array:

@@ -28,11 +28,13 @@ from jaxprop.traced.equations import (
     rule_of,
     scan_of,
     struct,
+    variables,
 )
 from jaxprop.traced.part import Part, turned
-from jaxprop.traced.stages import moving_in, variables
+from jaxprop.traced.stages import moving_in
 
 Rule: TypeAlias = Callable[[Any], Layer]
+"""A function of a layer that returns the layer with another backward."""
 Names: TypeAlias = tuple[str, ...]
 AFFINE = frozenset(
     (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxprop.traced.equations import Program, Scan, scan_of
+from jaxprop.traced.equations import Program, Scan, scan_of, variables
 
 STAYS = frozenset(("convert_element_type", "copy"))
 
@@ -47,7 +47,7 @@ class Layers(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """What comes into a scan through layers, and goes out.
+    """The inputs and outputs of a scan through layers.
 
     Attributes:
         learned: the number of each param that is learned.
@@ -265,11 +265,6 @@ def moving_in(program: Program, given: Sequence[Any]) -> set[Any]:
         if any(var in moving for var in variables(equation.invars)):
             moving.update(equation.outvars)
     return moving
-
-
-def variables(atoms: Iterable[Any]) -> list[Any]:
-    """Return the variables among the inputs of an equation, without the numbers."""
-    return [atom for atom in atoms if not isinstance(atom, Literal)]
 
 
 def _hashed(atom: Any) -> Any:

@@ -18,7 +18,8 @@ from jax.extend.core import JaxprEqn
 
 from jaxprop.core.arrays import is_inexact
 from jaxprop.traced.equal import Equal
-from jaxprop.traced.equations import Axes, Convolution, Dot, Place, primitive_of, struct
+from jaxprop.traced.equations import Axes, Convolution, Dot, primitive_of, struct
+from jaxprop.traced.origin import Origin
 from jaxprop.traced.views import Part
 
 
@@ -84,7 +85,7 @@ class Use:
 
 
 class Taps:
-    """What is tapped while a program runs.
+    """The taps of a program while it runs.
 
     Attributes:
         uses: the places, in the order in which they are met.
@@ -99,7 +100,7 @@ class Taps:
     def __init__(
         self,
         zeros: Sequence[Any] | None = None,
-        within: Sequence[Place] = (),
+        within: Sequence[Origin] = (),
         watching: bool = False,
         scans: tuple[bool, ...] = (),
         again: bool = False,
@@ -116,7 +117,7 @@ class Taps:
         self.uses: list[Use] = []
         self.xs: list[Any] = []
         self.zeros: list[Any] = []
-        self.within: tuple[Place, ...] = tuple(within)
+        self.within: tuple[Origin, ...] = tuple(within)
         self.watching: bool = watching
         self.met: dict[tuple[int, tuple[bool, ...]], None] = {}
         self.equal: Equal | None = None

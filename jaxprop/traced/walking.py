@@ -18,9 +18,10 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.step import Layerwise, Placed, Step, Visit
 from jaxprop.core.tree import map_modules, numbered
 from jaxprop.core.types import Cotangent, Params, PyTree, Visited
+from jaxprop.traced.equations import first_of
 from jaxprop.traced.example import Example
 from jaxprop.traced.layers import TapeOfLayers, add, layers_ahead, layers_back
-from jaxprop.traced.piece import Shares, Tape, first_of, zeros
+from jaxprop.traced.piece import Shares, Tape, zeros
 from jaxprop.traced.shares import Own, together
 from jaxprop.traced.stages import Layers, Straight
 
@@ -47,7 +48,7 @@ class Module(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known of a walk without its arrays.
+    """The static facts of a walk.
 
     Attributes:
         learned: the numbers of the params that are learned.
@@ -67,7 +68,7 @@ class Facts(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Walked:
-    """What the walk forward saves.
+    """The residuals of the walk forward.
 
     Attributes:
         tapes: of each stage.
@@ -90,7 +91,7 @@ class Walked:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TapeOfRun:
-    """What a walk through a run of equations saves.
+    """The residuals of a walk through a run of equations.
 
     Attributes:
         tape: of its piece.

@@ -1,4 +1,4 @@
-"""What an update makes of gradients: bounded, scaled back, skipped, and given to the optimizer."""
+"""From gradients to an update: bounding, scaling back, skipping, and the optimizer's own step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Skipping(NamedTuple):
 
 @serializable
 class Scaling(NamedTuple):
-    """What ``Skipping`` holds, and the loss scale of the next step.
+    """The state of ``Skipping``, and the loss scale of the next step.
 
     Attributes:
         state: the optimizer's state.
@@ -105,7 +105,7 @@ class DynamicLossScale(Static):
 
 
 class Options(NamedTuple):
-    """What an update is asked to do beside the optimizer's own.
+    """The options of an update, beside the optimizer.
 
     Attributes:
         max_norm: the bound on the gradient's norm, or None.
@@ -143,7 +143,7 @@ class Options(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What an update knows of the whole batch.
+    """The facts of the whole batch that an update may use.
 
     Attributes:
         value: the loss.

@@ -138,7 +138,7 @@ def fused_step(net: Layer, loss: Loss, apply: Apply, options: Options) -> Run:
 
 
 class Before(NamedTuple):
-    """What all micro-batches but the last leave.
+    """The sums that all micro-batches but the last leave.
 
     Attributes:
         value: the sum of the losses.

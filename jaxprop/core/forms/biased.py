@@ -38,7 +38,7 @@ class Biased(Factored):
 
     @property
     def place(self) -> Place:
-        """How the matrix lies in its param, without the bias."""
+        """The layout of the matrix in its param, without the bias."""
         return self.w.place
 
     def matrices(self, g: Array) -> Array:

@@ -81,7 +81,7 @@ class Repeated(Factored):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Those of one layer."""
+        """The sizes of one layer."""
         alone = jax.tree.map(lambda factor: jax.eval_shape(lambda f: f[0], factor), self.form)
         return alone.sizes
 

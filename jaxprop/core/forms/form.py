@@ -51,7 +51,7 @@ class Kronecker:
 
     @property
     def size(self) -> int:
-        """How many entries the block is of."""
+        """The number of entries that the block is of."""
         return math.prod(self.b.shape[:-1]) * self.a.shape[-1]
 
     def __iter__(self) -> Iterator[Array]:
@@ -79,7 +79,7 @@ class Sides(NamedTuple):
 
 
 class OfX(NamedTuple):
-    """What a form knows of its input, for the factor a = gram / rows.
+    """The second moment of a form's input, for the factor a = gram / rows.
 
     Attributes:
         gram: the Gram matrix, summed over examples and positions, or its diagonal.
@@ -198,7 +198,7 @@ class Factored(abc.ABC):
 
     @property
     def place(self) -> Place:
-        """How the matrices that its factors are of lie in the param."""
+        """The layout, in the param, of the matrices that its factors are of."""
         return Place()
 
     @property

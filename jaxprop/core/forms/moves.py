@@ -88,7 +88,7 @@ def named(moves: Moves) -> tuple[tuple[Any, ...], ...]:
 
 
 class Place(NamedTuple):
-    """How the matrices that a param's Kronecker factors are of lie in the param.
+    """The layout, in a param, of the matrices that its Kronecker factors are of.
 
     Attributes:
         steps: the moves from the matrices to the param, the last first, as plain facts.

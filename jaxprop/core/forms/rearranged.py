@@ -75,7 +75,7 @@ class Rearranged(Factored):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Those of the form, so that sides are of what met the data."""
+        """The sizes of the form, so that sides are of what met the data."""
         return self.form.sizes
 
     def projected(self, sides: Sides) -> Float[Array, "n ..."]:
