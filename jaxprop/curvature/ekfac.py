@@ -21,7 +21,7 @@ from jaxprop.quantity.curvature import AddedUp, KroneckerFactors, check_source
 from jaxprop.quantity.functions import check_exact
 from jaxprop.quantity.per_example import rooted
 from jaxprop.quantity.source import HessianRoot, LossGradient, Source
-from jaxprop.quantity.together import together
+from jaxprop.quantity.together import alone
 
 
 class EigenvalueCorrection(AddedUp):
@@ -115,8 +115,7 @@ def ekfac_factors(
 
     def corrected(params: Params, batch: Batch) -> PyTree:
         def asked(quantity: Quantity, key: Array | None) -> PyTree:
-            f = together(net, loss, {"it": quantity}, micro_batches)
-            return f(params, batch._replace(key=key))["it"]
+            return alone(net, loss, quantity, micro_batches)(params, batch._replace(key=key))
 
         if batch.key is None:
             check_exact(samples)

@@ -39,7 +39,7 @@ from jaxprop.quantity.per_example import (
     Variance,
 )
 from jaxprop.quantity.projected import Projected
-from jaxprop.quantity.together import together
+from jaxprop.quantity.together import alone
 
 
 def per_example_grads(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
@@ -319,8 +319,8 @@ def _alone(
     name: str, net: Layer, loss: Loss, quantity: Quantity, micro_batches: int
 ) -> OfBatch[Any]:
     """Return the function of a batch that returns one quantity, under the name of its maker."""
-    f = together(net, loss, {"it": quantity}, micro_batches)
-    return of_batch(name, type(quantity).__doc__, net, lambda params, batch: f(params, batch)["it"])
+    f = alone(net, loss, quantity, micro_batches)
+    return of_batch(name, type(quantity).__doc__, net, f)
 
 
 def _exact_or_sampled(
@@ -328,13 +328,13 @@ def _exact_or_sampled(
 ) -> OfBatch[Any]:
     """Return the function of a batch that samples with a key, and is exact without."""
     without_key, with_key = (
-        together(net, loss, {"it": quantity}, micro_batches) for quantity in (exact, sampled)
+        alone(net, loss, quantity, micro_batches) for quantity in (exact, sampled)
     )
 
     def either(params: Params, batch: Batch) -> Any:
         if batch.key is None:
             check_exact(sampled.samples)
-        return (without_key if batch.key is None else with_key)(params, batch)["it"]
+        return (without_key if batch.key is None else with_key)(params, batch)
 
     return of_batch(name, type(exact).__doc__, net, either)
 

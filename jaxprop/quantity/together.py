@@ -114,6 +114,14 @@ def together(
     return taken_together
 
 
+def alone(
+    net: Layer, loss: Loss, quantity: Quantity, micro_batches: int
+) -> Callable[[Params, Batch], Any]:
+    """Return one quantity as a function of (params, batch)."""
+    f = together(net, loss, {"it": quantity}, micro_batches)
+    return lambda params, batch: f(params, batch)["it"]
+
+
 def _parts(
     net: Layer,
     loss: Loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +33,7 @@ from jaxprop.core.walk import check_net_and_loss, loss_fn
 from jaxprop.curvature.algebra import eigh, solve
 from jaxprop.curvature.products import quadratic_form
 from jaxprop.quantity.curvature import KroneckerFactors
-from jaxprop.quantity.together import together
+from jaxprop.quantity.together import alone
 from jaxprop.training.apply import LossOfStep
 from jaxprop.training.shares import in_shares
 
@@ -144,24 +145,68 @@ def kfac(
     if not callable(learning_rate):
         _check_numbers(learning_rate=learning_rate)
     asked = KroneckerFactors(samples, positions=positions, others="diagonal", joint_bias=joint_bias)
-    taken = together(net, loss, {"it": asked}, micro_batches)
-    mean_loss = loss_fn(net, loss)
-    decomposed = None if mesh is None else in_shares(mesh)
+    made = _Kfac(
+        net,
+        loss,
+        like,
+        alone(net, loss, asked, micro_batches),
+        None if mesh is None else in_shares(mesh),
+        learning_rate,
+        momentum,
+        damping,
+        adapt_damping,
+        norm_constraint,
+        decay,
+        every,
+        inverse_every,
+        damping_every,
+        damping_decay,
+        seed,
+    )
+    return optax.GradientTransformationExtraArgs(made.init, made.update)  # pyright: ignore[reportArgumentType]
 
-    def factors_at(params: Params, batch: Batch) -> PyTree:
-        return learned(taken(params, batch)["it"])
 
-    def init(params: Params) -> KfacState:
+@dataclasses.dataclass(frozen=True)
+class _Kfac:
+    """The two functions of ``kfac``, with what it was given.
+
+    Attributes:
+        factors: the Kronecker factors as a function of (params, batch).
+        decomposed: how their eigenvectors are taken over a mesh, or None.
+    """
+
+    net: Layer
+    loss: Loss
+    like: tuple[Params, PyTree, PyTree]
+    factors: Callable[[Params, Batch], PyTree]
+    decomposed: Callable[..., PyTree] | None
+    learning_rate: float | optax.Schedule | None
+    momentum: float | None
+    damping: float
+    adapt_damping: bool
+    norm_constraint: float | None
+    decay: float
+    every: int
+    inverse_every: int
+    damping_every: int
+    damping_decay: float
+    seed: int
+
+    def init(self, params: Params) -> KfacState:
         if not jax.tree.leaves(learned(params)):
             raise ValueError("kfac: the net has no params that are learned")
-        key = jax.random.key(seed)
-        of = jax.eval_shape(lambda p, x, t: factors_at(net.bind(p), Batch(x, t, key)), *like)
-        factors = jax.tree.map(jnp.zeros_like, of)
+
+        def factors_of(params: Params, x: PyTree, target: PyTree) -> PyTree:
+            batch = Batch(x, target, jax.random.key(self.seed))
+            return learned(self.factors(self.net.bind(params), batch))
+
+        factors = jax.tree.map(jnp.zeros_like, jax.eval_shape(factors_of, *self.like))
         step = jax.tree.map(jnp.zeros_like, learned(params))
-        start = jnp.asarray(damping, float)
+        start = jnp.asarray(self.damping, float)
         return KfacState(jnp.zeros((), jnp.int32), factors, eigh(factors), step, start)
 
     def update(
+        self,
         updates: PyTree,
         state: KfacState,
         params: Params | None = None,
@@ -181,56 +226,64 @@ def kfac(
             )
         if type(batch) is not tuple or len(batch) != 2:
             raise TypeError(f"kfac: batch is (x, target), not {described(batch)}")
-        grads, arrays = learned(updates), learned(params)
-        bound, of_batch = _bound(net, whole, batch, options)
-        count = state.steps
-
-        def averaged() -> PyTree:
-            key = jax.random.fold_in(jax.random.key(seed), count)
-            new = factors_at(bound, of_batch._replace(key=key))
-            nth = (count // every).astype(float)
-            rest = decay * (1 - decay**nth) / (1 - decay ** (nth + 1))
-            return jax.tree.map(lambda old, new: _mixed(old, new, rest), state.factors, new)
-
-        factors = _at_times(count, every, averaged, state.factors)
-        basis = _at_times(count, inverse_every, lambda: eigh(factors, decomposed), state.basis)
+        grads, count = learned(updates), state.steps
+        bound = _bound(self.net, whole, batch, options)
+        factors = _at_times(count, self.every, lambda: self._averaged(state, *bound), state.factors)
+        basis = _at_times(
+            count, self.inverse_every, lambda: eigh(factors, self.decomposed), state.basis
+        )
         direction = jax.tree.map(jnp.negative, solve(basis, grads, state.damping))
-
-        def model() -> _Model:
-            return _Model.of(net, loss, bound, of_batch, grads, (direction, state.step))
-
-        if learning_rate is None:
-            found = model()
-            sizes, rise = found.minimum(state.damping, momentum), found.change
-        else:
-            rate = learning_rate(count) if callable(learning_rate) else learning_rate
-            sizes = _given_sizes(rate, momentum, norm_constraint, -_dot(grads, direction))
-
-            def rise(sizes: Array) -> Array:
-                return model().change(sizes)
-
+        sizes, rise = self._sizes(state, *bound, grads, direction)
         step = jax.tree.map(
             lambda d, s: _along(wide(d), wide(s), sizes).astype(d.dtype), direction, state.step
         )
 
         def adapted() -> Array:
-            moved = merged(whole, jax.tree.map(jnp.add, arrays, step))
+            mean_loss = loss_fn(self.net, self.loss)
+            moved = merged(whole, jax.tree.map(jnp.add, learned(params), step))
             after = mean_loss(moved, *batch, **options)
             before = mean_loss(whole, *batch, **options) if value is None else value
-            change = rise(sizes).astype(state.damping.dtype)
-            ratio = (after - before).astype(change.dtype) / jnp.minimum(change, -TINY)
-            factor = damping_decay**damping_every
-            scale = jnp.where(ratio > 0.75, factor, jnp.where(ratio < 0.25, 1 / factor, 1))
-            scale = jnp.where(jnp.isnan(ratio), 1 / factor, scale)
-            return jnp.maximum(state.damping * scale, LEAST)
+            return self._adapted(state.damping, after - before, rise(sizes))
 
         new = state.damping
-        if adapt_damping:
-            new = _at_times(count + 1, damping_every, adapted, state.damping)
-        state = KfacState(count + 1, factors, basis, step, new)
-        return like_params(params, step), state
+        if self.adapt_damping:
+            new = _at_times(count + 1, self.damping_every, adapted, state.damping)
+        return like_params(params, step), KfacState(count + 1, factors, basis, step, new)
 
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    def _averaged(self, state: KfacState, params: Params, batch: Batch) -> PyTree:
+        """Return the moving average of the factors, with those of this batch."""
+        key = jax.random.fold_in(jax.random.key(self.seed), state.steps)
+        new = learned(self.factors(params, batch._replace(key=key)))
+        nth = (state.steps // self.every).astype(float)
+        rest = self.decay * (1 - self.decay**nth) / (1 - self.decay ** (nth + 1))
+        return jax.tree.map(lambda old, new: _mixed(old, new, rest), state.factors, new)
+
+    def _sizes(
+        self, state: KfacState, params: Params, batch: Batch, grads: Params, direction: Params
+    ) -> tuple[Float[Array, " 2"], Callable[[Array], Array]]:
+        """Return alpha and mu, and by how much the model says that the loss rises for them."""
+
+        def model() -> _Model:
+            vectors = direction, state.step
+            return _Model.of(self.net, self.loss, params, batch, grads, vectors)
+
+        if self.learning_rate is None:
+            found = model()
+            return found.minimum(state.damping, self.momentum), found.change
+        rate = self.learning_rate
+        rate = rate(state.steps) if callable(rate) else rate
+        square = -_dot(grads, direction)
+        sizes = _given_sizes(rate, self.momentum, self.norm_constraint, square)
+        return sizes, lambda sizes: model().change(sizes)
+
+    def _adapted(self, damping: Array, rise: Array, expected: Array) -> Array:
+        """Return the damping after a step, by how the loss rose beside what the model says."""
+        expected = expected.astype(damping.dtype)
+        ratio = rise.astype(expected.dtype) / jnp.minimum(expected, -TINY)
+        factor = self.damping_decay**self.damping_every
+        scale = jnp.where(ratio > 0.75, factor, jnp.where(ratio < 0.25, 1 / factor, 1))
+        scale = jnp.where(jnp.isnan(ratio), 1 / factor, scale)
+        return jnp.maximum(damping * scale, LEAST)
 
 
 class _Model(NamedTuple):
