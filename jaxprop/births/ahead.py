@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxprop.births.tape import Loop, Tape, has_nan, inside, loop_of, not_finite
+from jaxprop.births.replay import Loop, Replay, has_nan, inside, loop_of, not_finite
 from jaxprop.traced.equations import Program, evaluate
 from jaxprop.traced.origin import Line
 
@@ -19,26 +19,26 @@ class Within(NamedTuple):
     """An equation whose program another one is a part of.
 
     Attributes:
-        tape: the tape that it is on.
+        replay: the replay that it is on.
         number: its number there.
         step: for a loop, which of its steps.
     """
 
-    tape: Tape
+    replay: Replay
     number: int
     step: int | None = None
 
     @property
     def equation(self) -> JaxprEqn:
         """The equation."""
-        return self.tape.equations[self.number]
+        return self.replay.equations[self.number]
 
 
 class Born(NamedTuple):
     """An equation with a result that is not finite.
 
     Attributes:
-        tape: the tape that it is on.
+        replay: the replay that it is on.
         number: its number there.
         position: which of the results.
         results: what it gave, or on the way back the cotangents of what it was given.
@@ -50,7 +50,7 @@ class Born(NamedTuple):
         where: which elements of the result are meant; None for all that are not finite.
     """
 
-    tape: Tape
+    replay: Replay
     number: int
     position: int
     results: Sequence[Any]
@@ -64,7 +64,7 @@ class Born(NamedTuple):
     @property
     def equation(self) -> JaxprEqn:
         """The equation."""
-        return self.tape.equations[self.number]
+        return self.replay.equations[self.number]
 
 
 @dataclasses.dataclass
@@ -119,45 +119,45 @@ def look(
         wanted: the numbers of the outputs.
         within: the equations that the program is a part of.
     """
-    tape, found = Tape(program, args), Found()
+    replay, found = Replay(program, args), Found()
     todo = {program.jaxpr.outvars[index] for index in wanted}
     todo = {var for var in todo if not isinstance(var, Literal)}
-    for number in reversed(range(len(tape.equations))):
-        equation = tape.equations[number]
+    for number in reversed(range(len(replay.equations))):
+        equation = replay.equations[number]
         for position, var in enumerate(equation.outvars):
-            if var in todo and not_finite(tape.outs[number][position]) is not None:
-                inputs = _at(tape, number, position, found, within)
+            if var in todo and not_finite(replay.outs[number][position]) is not None:
+                inputs = _at(replay, number, position, found, within)
                 todo |= {equation.invars[index] for index in inputs}
     found.inputs = {index for index, var in enumerate(program.jaxpr.invars) if var in todo}
     return found
 
 
 def _at(
-    tape: Tape, number: int, position: int, found: Found, within: tuple[Within, ...]
+    replay: Replay, number: int, position: int, found: Found, within: tuple[Within, ...]
 ) -> list[int]:
     """Note what an equation has to do with a result, and return the inputs to go on from."""
-    equation, ins = tape.equations[number], tape.ins[number]
+    equation, ins = replay.equations[number], replay.ins[number]
     part = inside(equation, ins)
     if part is not None:
-        inner = look(part.program, ins[part.start :], [position], (*within, Within(tape, number)))
+        inner = look(part.program, ins[part.start :], [position], (*within, Within(replay, number)))
         found.take(number, inner)
         inputs = [part.start + index for index in inner.inputs]
     elif (loop := loop_of(equation, ins)) is not None:
-        inner = _in_loop(loop, tape.outs[number], position, Within(tape, number), within)
+        inner = _in_loop(loop, replay.outs[number], position, Within(replay, number), within)
         found.take(number, inner)
         inputs = list(inner.inputs)
     else:
-        born = Born(tape, number, position, tape.outs[number], within)
+        born = Born(replay, number, position, replay.outs[number], within)
         inputs, here = _culprits(equation, ins, born.results[position], position)
         if here is not None:
             found.births[number] = born._replace(where=here)
         elif has_nan(born.results[position]) and not any(has_nan(ins[i]) for i in inputs):
             found.turned[number] = born
-    constants = tape.program.jaxpr.constvars
+    constants = replay.program.jaxpr.constvars
     for index in inputs:
         var = equation.invars[index]
         if isinstance(var, Literal) or var in constants:
-            found.constants[number] = Born(tape, number, position, tape.outs[number], within)
+            found.constants[number] = Born(replay, number, position, replay.outs[number], within)
     return [index for index in inputs if not isinstance(equation.invars[index], Literal)]
 
 

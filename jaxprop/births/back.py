@@ -10,8 +10,16 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
 from jaxprop.births.ahead import Born, Within
+from jaxprop.births.replay import (
+    Replay,
+    function_of,
+    inside,
+    loop_of,
+    not_finite,
+    numbers,
+    with_values,
+)
 from jaxprop.births.rules import look_in_rule
-from jaxprop.births.tape import Tape, function_of, inside, loop_of, not_finite, numbers, with_values
 from jaxprop.core.arrays import is_inexact
 from jaxprop.traced.equations import (
     Program,
@@ -54,8 +62,8 @@ def look_back(
         wanted: the numbers of the inputs whose cotangents are not finite.
         within: the equations that the program is a part of.
     """
-    tape = Tape(program, args)
-    totals, pulls = _walked(tape, moving, cts)
+    replay = Replay(program, args)
+    totals, pulls = _walked(replay, moving, cts)
     invars = program.jaxpr.invars
     todo, met = [invars[index] for index in wanted], set()
     births: dict[int, tuple[int, bool]] = {}
@@ -67,14 +75,14 @@ def look_back(
         parts = [
             (number, index)
             for number, pulled in pulls.items()
-            for index, each in enumerate(tape.equations[number].invars)
+            for index, each in enumerate(replay.equations[number].invars)
             if each is var and pulled.ds[index] is not None
         ]
         bad = [part for part in parts if not_finite(pulls[part[0]].ds[part[1]]) is not None]
         if not bad and parts:
             births.setdefault(min(parts)[0], (min(parts)[1], True))
         for number, index in bad:
-            outs = zip(tape.equations[number].outvars, pulls[number].cts, strict=True)
+            outs = zip(replay.equations[number].outvars, pulls[number].cts, strict=True)
             before = [out for out, ct in outs if not_finite(ct) is not None]
             todo += before
             if not before:
@@ -83,11 +91,11 @@ def look_back(
         return None
     number = max(births)
     index, summed = births[number]
-    return _born(tape, number, index, pulls[number], summed, moving_in(tape, moving), within)
+    return _born(replay, number, index, pulls[number], summed, moving_in(replay, moving), within)
 
 
 def _born(
-    tape: Tape,
+    replay: Replay,
     number: int,
     index: int,
     pulled: Pulled,
@@ -96,12 +104,12 @@ def _born(
     within: tuple[Within, ...],
 ) -> Born:
     """Return the birth at an equation, or inside of it."""
-    equation, ins = tape.equations[number], tape.ins[number]
-    here = Born(tape, number, index, pulled.ds, within, pulled.cts, True, summed)
+    equation, ins = replay.equations[number], replay.ins[number]
+    here = Born(replay, number, index, pulled.ds, within, pulled.cts, True, summed)
     if summed:
         total = sum(d for d in pulled.ds if d is not None and d.shape == pulled.ds[index].shape)
         return here._replace(results=[*pulled.ds[:index], total, *pulled.ds[index + 1 :]])
-    around = (*within, Within(tape, number))
+    around = (*within, Within(replay, number))
     flags = [not isinstance(var, Literal) and var in moving for var in equation.invars]
     inner = None
     part = inside(equation, ins)
@@ -116,21 +124,21 @@ def _born(
 
 
 def _walked(
-    tape: Tape, moving: Sequence[bool], cts: Sequence[Any]
+    replay: Replay, moving: Sequence[bool], cts: Sequence[Any]
 ) -> tuple[dict[Any, Any], dict[int, Pulled]]:
     """Return the cotangent of each variable, and what each equation had to do with them."""
     totals: dict[Any, Any] = {}
     pulls: dict[int, Pulled] = {}
-    moves = moving_in(tape, moving)
+    moves = moving_in(replay, moving)
 
     def add(var: Any, ct: Any) -> None:
         totals[var] = totals[var] + ct if var in totals else ct
 
-    for var, ct in zip(tape.program.jaxpr.outvars, cts, strict=True):
+    for var, ct in zip(replay.program.jaxpr.outvars, cts, strict=True):
         if ct is not None and not isinstance(var, Literal) and var in moves:
             add(var, ct)
-    for number in reversed(range(len(tape.equations))):
-        equation = tape.equations[number]
+    for number in reversed(range(len(replay.equations))):
+        equation = replay.equations[number]
         here = [totals.get(var) for var in equation.outvars]
         at = [
             index
@@ -143,7 +151,7 @@ def _walked(
         def f(*values: Any, equation: JaxprEqn = equation) -> Sequence[Any]:
             return evaluate(equation, values)
 
-        ds = pull(f, tape.ins[number], at, here)
+        ds = pull(f, replay.ins[number], at, here)
         pulls[number] = Pulled(here, ds)
         for var, d in zip(equation.invars, ds, strict=True):
             if d is not None:
@@ -226,10 +234,10 @@ def _carried(body: Program, flags: Sequence[bool], consts: int, behind: int) -> 
         carried = new
 
 
-def moving_in(tape: Tape, moving: Sequence[bool]) -> set[Any]:
-    """Return the variables of a tape that move if these inputs do."""
+def moving_in(replay: Replay, moving: Sequence[bool]) -> set[Any]:
+    """Return the variables of a replay that move if these inputs do."""
     moves: set[Any] = set()
-    _spread(tape.program, moving, moves)
+    _spread(replay.program, moving, moves)
     return moves
 
 

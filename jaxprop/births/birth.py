@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprop.births.ahead import Born
-from jaxprop.births.causes import MIXING, Given, Seen, cause_of, takes_another
-from jaxprop.births.tape import not_finite, numbers
+from jaxprop.births.causes import MIXING, Element, Given, cause_of, takes_another
+from jaxprop.births.replay import not_finite, numbers
 from jaxprop.traced.equations import name_of, primitive_of, reduced_axes_of, rule_of, ruled
 from jaxprop.traced.origin import Line, line_of, origin_of
 
@@ -24,7 +24,7 @@ TIED = "\x00"  # a space where no line is broken
 TRANSFORMS = re.compile(r"\b(?:jvp|transpose|vmap|jit|checkpoint|remat)\(|rematted_computation|\)")
 
 
-class Step(NamedTuple):
+class LoopStep(NamedTuple):
     """A step of a loop: its index, and where the loop is written."""
 
     at: int
@@ -62,7 +62,7 @@ class Birth:
     source: str
     scope: str
     rule: str
-    steps: tuple[Step, ...]
+    steps: tuple[LoopStep, ...]
     example: int | None
     index: tuple[int, ...]
     shape: tuple[int, ...]
@@ -110,7 +110,7 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
     bad = not_finite(result) if born.where is None else born.where
     assert bad is not None
     index = _first(bad, examples, example)
-    ins = born.tape.ins[born.number]
+    ins = born.replay.ins[born.number]
     through = born.back and born.cts is not None
     here = reduced_axes_of(equation)
     if through:
@@ -127,11 +127,11 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
     )
     outs = None
     if through:
-        made = born.tape.outs[born.number]
+        made = born.replay.outs[born.number]
         outs = _seen_at(made[0], index, shape)
     line, scope, steps = _place(born)
     ruled_by = [each.equation for each in born.within if ruled(each.equation) is not None]
-    seen = Seen(
+    seen = Element(
         primitive_of(equation),
         given,
         float(np.real(result[index])),
@@ -142,7 +142,7 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
         born.summed,
         bool(not_finite_in(ins)),
         takes_another(born) if ct is not None and ct.low == ct.high == 0 else "",
-        [name_of(e) if (e := born.tape.maker(born.number, i)) else "" for i in range(len(ins))],
+        [name_of(e) if (e := born.replay.maker(born.number, i)) else "" for i in range(len(ins))],
     )
     return Birth(
         born.back,
@@ -203,7 +203,7 @@ def _seen_at(
     return Given.of(array)
 
 
-def _place(born: Born) -> tuple[Line | None, str, tuple[Step, ...]]:
+def _place(born: Born) -> tuple[Line | None, str, tuple[LoopStep, ...]]:
     """Return the innermost line that is known, the scopes, and the steps of loops."""
     chain = [*(each.equation for each in born.within), born.equation]
     lines = [line_of(equation) for equation in reversed(chain)]
@@ -211,7 +211,7 @@ def _place(born: Born) -> tuple[Line | None, str, tuple[Step, ...]]:
     line = next((line for line in [born.line, *lines] if line is not None), None)
     parts = (TRANSFORMS.sub("", origin_of(equation).scope).split("/") for equation in chain)
     steps = tuple(
-        Step(each.step, "scan" if each.equation.primitive.name == "scan" else "loop", at)
+        LoopStep(each.step, "scan" if each.equation.primitive.name == "scan" else "loop", at)
         for each in born.within
         if each.step is not None
         for at in [getattr(line_of(each.equation) or line_of(each.equation, ours=True), "name", "")]

@@ -82,7 +82,7 @@ class Given(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Element:
     """One element of an equation's result, and what it comes from.
 
     Attributes:
@@ -122,7 +122,7 @@ class Seen:
         return f"{self.dtype} goes to {float(jnp.finfo(self.dtype).max):.2g}"
 
 
-def cause_of(seen: Seen) -> str:
+def cause_of(seen: Element) -> str:
     """Return the usual cause as a sentence; "" if none is known."""
     if seen.summed:
         text = f"the cotangents of a value that is used several times add up, and {seen.largest}"
@@ -136,7 +136,7 @@ def cause_of(seen: Seen) -> str:
     return f"{text if is_name else text[0].upper() + text[1:]}."
 
 
-def _ahead(seen: Seen) -> str:
+def _ahead(seen: Element) -> str:
     name, a, b = seen.primitive, seen.operand(0), seen.operand(1)
     outside = _outside(name, a, b)
     if outside:
@@ -165,7 +165,7 @@ def _ahead(seen: Seen) -> str:
     return _overflow(seen)
 
 
-def _overflow(seen: Seen) -> str:
+def _overflow(seen: Element) -> str:
     name = seen.primitive
     if name == "exp":
         return (
@@ -233,7 +233,7 @@ STEEP: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def _back(seen: Seen) -> str:
+def _back(seen: Element) -> str:
     name, a, b = seen.primitive, seen.operand(0), seen.operand(1)
     ct = math.nan if seen.ct is None else seen.ct.one
     out = 0.0 if seen.out is None or seen.out.size > 1 else seen.out.one
@@ -252,7 +252,7 @@ def _back(seen: Seen) -> str:
     return f"the cotangent overflows: {seen.largest}"
 
 
-def _product(seen: Seen, why: str, ct: float, slope: float = INF) -> str:
+def _product(seen: Element, why: str, ct: float, slope: float = INF) -> str:
     """Return what becomes of a slope that is not finite with the cotangent that comes back."""
     nought = f"0 · {abs(slope):g} is nan"
     if ct == 0 and seen.hidden:
@@ -272,11 +272,11 @@ def _product(seen: Seen, why: str, ct: float, slope: float = INF) -> str:
 def takes_another(born: Born) -> str:
     """Return the source line of a ``where`` behind an equation's result, "" if there is none."""
     outs: set[Any] = set(born.equation.outvars)
-    levels = [(each.tape, each.number) for each in born.within]
-    for tape, number in reversed([*levels, (born.tape, born.number)]):
-        if number != born.number or tape is not born.tape:
-            outs = set(tape.equations[number].outvars)
-        for equation in tape.equations[number + 1 :]:
+    levels = [(each.replay, each.number) for each in born.within]
+    for replay, number in reversed([*levels, (born.replay, born.number)]):
+        if number != born.number or replay is not born.replay:
+            outs = set(replay.equations[number].outvars)
+        for equation in replay.equations[number + 1 :]:
             if not outs & {var for var in equation.invars if not isinstance(var, Literal)}:
                 continue
             if _chooses(equation):

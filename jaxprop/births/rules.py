@@ -10,7 +10,7 @@ from jax import Array
 from jax.extend.core import JaxprEqn
 
 from jaxprop.births.ahead import Born, Within, look
-from jaxprop.births.tape import has_nan, with_values
+from jaxprop.births.replay import has_nan, with_values
 from jaxprop.traced.equations import Program, evaluate
 from jaxprop.traced.origin import Line, line_of_error
 

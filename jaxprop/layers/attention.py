@@ -26,7 +26,7 @@ from jaxprop.layers.heads import (
     scale,
     selected,
 )
-from jaxprop.layers.scores import Seen, Sight
+from jaxprop.layers.scores import ScoreMask, Sight
 
 Save = Literal["weights", "logsumexp"]
 
@@ -173,7 +173,7 @@ class Attention(Layer):
         return (), selected(self, d_x, mask).like(x)
 
     def _half(
-        self, half: Literal["attend", "pull"], x: Inputs, mask: Seen | None, *args: PyTree
+        self, half: Literal["attend", "pull"], x: Inputs, mask: ScoreMask | None, *args: PyTree
     ) -> PyTree:
         """Return the half that looks at the scores: by XLA, or by kernels where there are any."""
         by_xla = functools.partial(getattr(by_parts, half), self)

@@ -18,7 +18,7 @@ from jaxprop.core.mesh import is_bound, shard_map_axes, split_over
 from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import Unlearned
 from jaxprop.core.types import PyTree
-from jaxprop.layers.normalization import X, affine, check_eps, rstd_of, scaled
+from jaxprop.layers.normalization import X, check_eps, init_norm_params, rstd_of, scaled
 
 
 @serializable
@@ -114,7 +114,7 @@ class BatchNorm(Layer):
         return self.training
 
     def init(self, key: Array, x: PyTree) -> BatchNormParams:
-        scale, bias = affine(self, x)
+        scale, bias = init_norm_params(self, x)
         mean, var = wide(jnp.zeros_like(scale)), wide(jnp.ones_like(scale))
         return BatchNormParams(scale, bias, Unlearned(mean), Unlearned(var))
 

@@ -15,13 +15,13 @@ from jaxprop.core.mesh import zero_beside
 from jaxprop.core.types import PyTree, Residuals
 from jaxprop.layers import scores
 from jaxprop.layers.heads import Inputs, positions, split
-from jaxprop.layers.scores import Heads, Keys, Queries, Seen
+from jaxprop.layers.scores import Heads, Keys, Queries, ScoreMask
 
 if TYPE_CHECKING:
     from jaxprop.layers.attention import Attention
 
 
-def attend(layer: Attention, x: Inputs, mask: Seen | None) -> tuple[Heads, Residuals]:
+def attend(layer: Attention, x: Inputs, mask: ScoreMask | None) -> tuple[Heads, Residuals]:
     """Return y, (N, heads, T, d), and what is kept of each part of the queries."""
     parts = [
         _run(layer, functools.partial(scores.attend, layer, keys), (), (queries,))[0]
@@ -32,7 +32,7 @@ def attend(layer: Attention, x: Inputs, mask: Seen | None) -> tuple[Heads, Resid
 
 
 def pull(
-    layer: Attention, x: Inputs, mask: Seen | None, ct: Heads, mean: Heads, kept: Residuals
+    layer: Attention, x: Inputs, mask: ScoreMask | None, ct: Heads, mean: Heads, kept: Residuals
 ) -> tuple[Heads, Heads, Heads, Heads | None]:
     """Return dE/d(scale q), dE/dk and dE/dv of each head of q, and dE/dbias or None.
 
@@ -75,7 +75,9 @@ def slices(layer: Attention, t: int, s: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _parts(layer: Attention, x: Inputs, mask: Seen | None) -> list[tuple[slice, Queries, Keys]]:
+def _parts(
+    layer: Attention, x: Inputs, mask: ScoreMask | None
+) -> list[tuple[slice, Queries, Keys]]:
     q, k, v = split(layer, x)
     if layer.groups > 1:
         k, v = (jnp.repeat(z, layer.groups, 1) for z in (k, v))

@@ -9,7 +9,15 @@ from jaxprop.core.checks import check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
-from jaxprop.layers.convolving import X, Y, affine, check_ct, check_fields, init_affine, pulled_back
+from jaxprop.layers.convolving import (
+    X,
+    Y,
+    check_ct,
+    check_fields,
+    convolve,
+    init_affine,
+    pulled_back,
+)
 from jaxprop.layers.padding import Sizes, Zeros, whole_pairs
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.windows import AXES, Windows, sizes
@@ -63,7 +71,7 @@ class ConvTranspose(Layer):
         return init_affine(self, key, x, self._windows())
 
     def forward(self, params: AffineParams, x: X) -> tuple[Y, X]:
-        return affine(params, x, self._windows(), self.groups), x
+        return convolve(params, x, self._windows(), self.groups), x
 
     def backward(self, params: AffineParams, x: X, ct: Y) -> tuple[AffineParams, X]:
         windows = self._windows()

@@ -9,7 +9,15 @@ from jaxprop.core.checks import check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
-from jaxprop.layers.convolving import X, Y, affine, check_ct, check_fields, init_affine, pulled_back
+from jaxprop.layers.convolving import (
+    X,
+    Y,
+    check_ct,
+    check_fields,
+    convolve,
+    init_affine,
+    pulled_back,
+)
 from jaxprop.layers.padding import MODES, WORDS, Padding, Sizes, check_room, extended, folded_back
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.windows import AXES, Windows, sizes
@@ -75,7 +83,7 @@ class Conv(Layer):
         return init_affine(self, key, x, windows)
 
     def forward(self, params: AffineParams, x: X) -> tuple[Y, X]:
-        return affine(params, *self._padded(x), self.groups), x
+        return convolve(params, *self._padded(x), self.groups), x
 
     def backward(self, params: AffineParams, x: X, ct: Y) -> tuple[AffineParams, X]:
         check_ct(self, x, ct, self._windows(x))

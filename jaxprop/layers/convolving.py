@@ -27,7 +27,7 @@ Y = Float[Array, "n ... o"]
 FEW = 16  # channels of x: with fewer, a matmul gives d_x faster than XLA's convolution on a CPU
 
 
-def affine(params: AffineParams, x: X, windows: Windows, groups: int) -> Y:
+def convolve(params: AffineParams, x: X, windows: Windows, groups: int) -> Y:
     """Return the convolution of x by params.w, plus params.b if there is one."""
     y = jax.lax.conv_general_dilated(
         x,

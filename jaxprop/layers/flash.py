@@ -36,7 +36,7 @@ from jaxprop.layers.by_parts import slices
 from jaxprop.layers.heads import Inputs, split
 from jaxprop.layers.on_chip import Blocks, Near, Over, Platform, launch
 from jaxprop.layers.over_devices import spread
-from jaxprop.layers.scores import Heads, Seen, Sight
+from jaxprop.layers.scores import Heads, ScoreMask, Sight
 
 if TYPE_CHECKING:
     from jaxprop.layers.attention import Attention
@@ -79,7 +79,7 @@ def plan_of(platform: Platform, q: Array) -> Plan:
     return Plan(most, some, some)
 
 
-def platforms(layer: Attention, x: Inputs, mask: Seen | None) -> list[Platform]:
+def platforms(layer: Attention, x: Inputs, mask: ScoreMask | None) -> list[Platform]:
     """Return the platforms that have kernels for these inputs, where they lie.
 
     There are none for a bias, or a mask of each query's own, which are as large as the scores.
@@ -92,7 +92,7 @@ def platforms(layer: Attention, x: Inputs, mask: Seen | None) -> list[Platform]:
 
 
 def attend(
-    layer: Attention, platform: Platform, x: Inputs, mask: Seen | None, interpret: bool = False
+    layer: Attention, platform: Platform, x: Inputs, mask: ScoreMask | None, interpret: bool = False
 ) -> tuple[Heads, tuple[Array, ...]]:
     """Return y and the logsumexp of each query's scores, as ``by_parts.attend`` does.
 
@@ -139,7 +139,7 @@ def pull(
     layer: Attention,
     platform: Platform,
     x: Inputs,
-    mask: Seen | None,
+    mask: ScoreMask | None,
     ct: Heads,
     mean: Float[Array, "n h t 1"],
     kept: tuple[Array, ...],

@@ -13,7 +13,7 @@ from jaxprop.core.checks import check_counts
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
-from jaxprop.layers.normalization import NormParams, X, affine, check_eps, rstd_of, scaled
+from jaxprop.layers.normalization import NormParams, X, check_eps, init_norm_params, rstd_of, scaled
 
 
 class GroupNorm(Layer):
@@ -54,7 +54,7 @@ class GroupNorm(Layer):
         check_eps(self, self.eps)
 
     def init(self, key: Array, x: PyTree) -> NormParams:
-        params = affine(self, x)
+        params = init_norm_params(self, x)
         if x.shape[-1] % self.groups:
             raise ValueError(
                 f"{self} takes x with channels that {self.groups} groups divide, not {x.shape}"

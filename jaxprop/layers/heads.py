@@ -13,7 +13,7 @@ from jaxprop.core.arrays import wide
 from jaxprop.core.describe import shapes
 from jaxprop.core.tree import Mask
 from jaxprop.core.types import Cotangent, Params, PyTree
-from jaxprop.layers.scores import Heads, Seen
+from jaxprop.layers.scores import Heads, ScoreMask
 
 if TYPE_CHECKING:
     from jaxprop.layers.attention import Attention
@@ -88,7 +88,7 @@ def _fits(layer: Attention, x: Inputs) -> bool:
     )
 
 
-def mask_of_scores(layer: Attention, params: Params, x: Inputs) -> Seen | None:
+def mask_of_scores(layer: Attention, params: Params, x: Inputs) -> ScoreMask | None:
     """Return the mask that params are, (N, heads or 1, T or 1, S), False for keys not to be seen.
 
     Raises:
@@ -113,7 +113,7 @@ def mask_of_scores(layer: Attention, params: Params, x: Inputs) -> Seen | None:
     )
 
 
-def selected(layer: Attention, x: Inputs, mask: Seen | None) -> Inputs:
+def selected(layer: Attention, x: Inputs, mask: ScoreMask | None) -> Inputs:
     """Return x, or its cotangent, with zeros at queries that see no key and at keys not seen.
 
     A padding mask says so of positions, which are both, and the bias of a padded query is 0.

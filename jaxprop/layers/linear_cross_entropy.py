@@ -23,7 +23,7 @@ Ids = Int[Array, "n ..."]
 Each = Float[Array, "n ..."]
 
 
-class Seen(NamedTuple):
+class Running(NamedTuple):
     """The running sums of a position after some of the chunks.
 
     Attributes:
@@ -102,7 +102,7 @@ class LinearCrossEntropy(Layer):
         check_values(words, x[1], lambda t: t < self.classes)
         start = wide(h[..., 0])
 
-        def gather(seen: Seen, first: Array) -> tuple[Seen, None]:
+        def gather(seen: Running, first: Array) -> tuple[Running, None]:
             z, ids, new = self._logits(params, h, first)
             mine = ids.astype(target.dtype) == target[..., None]
             others = jnp.where(new & ~mine, z, -jnp.inf)
@@ -110,10 +110,10 @@ class LinearCrossEntropy(Layer):
             at = jnp.where(top == -jnp.inf, 0, top)
             total = seen.total * jnp.exp(seen.top - at) + jnp.exp(others - at[..., None]).sum(-1)
             own = jnp.where(mine, z, 0).sum(axis=-1)
-            return Seen(top, total, jnp.where(mine.any(axis=-1), own, seen.own)), None
+            return Running(top, total, jnp.where(mine.any(axis=-1), own, seen.own)), None
 
         unmet = jnp.where(target < 0, 0, jnp.full_like(start, jnp.nan))
-        nothing = Seen(jnp.full_like(start, -jnp.inf), jnp.zeros_like(start), unmet)
+        nothing = Running(jnp.full_like(start, -jnp.inf), jnp.zeros_like(start), unmet)
         seen, _ = jax.lax.scan(gather, nothing, self._firsts())
         each, _ = _error(seen)
         weight = _weights(target, each.dtype)
@@ -178,7 +178,7 @@ class LinearCrossEntropy(Layer):
         return wide(z), ids, ids >= -(-first // self._width()) * self._width()
 
 
-def _error(seen: Seen) -> tuple[Each, Each]:
+def _error(seen: Running) -> tuple[Each, Each]:
     """Return E, and r, relative to the largest of all logits as ``jp.CrossEntropy`` does."""
     top = jax.lax.stop_gradient(jnp.maximum(seen.top, seen.own))
     own = jnp.where((seen.own == top) & jnp.isinf(top), 0, seen.own - top)

@@ -82,7 +82,7 @@ class LayerNorm(Layer):
         check_eps(self, self.eps)
 
     def init(self, key: Array, x: PyTree) -> NormParams:
-        return affine(self, x)
+        return init_norm_params(self, x)
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow, PerRow]]:
         same = as_rounded(x)
@@ -130,7 +130,7 @@ class RMSNorm(Layer):
         check_eps(self, self.eps)
 
     def init(self, key: Array, x: PyTree) -> NormParams:
-        return NormParams(affine(self, x).scale)
+        return NormParams(init_norm_params(self, x).scale)
 
     def forward(self, params: NormParams, x: X) -> tuple[X, tuple[X, PerRow]]:
         same = as_rounded(x)
@@ -184,7 +184,7 @@ def scaled(params: Params, n: Array, x: Array) -> Array:
     return (y if params.bias is None else y + aligned(wide(params.bias), y)).astype(x.dtype)
 
 
-def affine(layer: Layer, x: PyTree) -> NormParams:
+def init_norm_params(layer: Layer, x: PyTree) -> NormParams:
     """Return ones and zeros for the channels of x, and raise for an x that layer does not take."""
     check_x(layer, x, "N, ..., C")
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)

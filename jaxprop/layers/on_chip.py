@@ -31,8 +31,8 @@ except ImportError:
 Platform = Literal["cuda", "tpu"]
 Carry = TypeVar("Carry")
 Near = Callable[[Array], Array]
-Step = Callable[[Any, Near, Carry], Carry]
-Over = Callable[[Step[Carry], Carry], Carry]
+Turn = Callable[[Any, Near, Carry], Carry]
+Over = Callable[[Turn[Carry], Carry], Carry]
 
 VMEM = 64 * 2**20  # bytes of a TPU's memory on the chip that a program may take
 LANES = 128
@@ -176,7 +176,7 @@ def _params(platform: Platform, blocks: Blocks) -> Any:
     return triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
 
 
-def _over(sight: Sight, own: int, met: int, count: int, step: Step[Carry], carry: Carry) -> Carry:
+def _over(sight: Sight, own: int, met: int, count: int, step: Turn[Carry], carry: Carry) -> Carry:
     """Return what ``step(positions, near, carry)`` makes of a carry, over what own positions see.
 
     ``near`` takes scores and makes those -inf that are not seen. Blocks from ``clear`` to ``last``

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxprop.layers.attention import Attention
 
 Heads = Float[Array, "n h t d"]
-Seen = Bool[Array, "n h t s"]
+ScoreMask = Bool[Array, "n h t s"]
 
 
 class Sight(NamedTuple):
@@ -52,7 +52,7 @@ class Queries(NamedTuple):
 
     q: Heads
     at: Array
-    seen: Seen | None = None
+    seen: ScoreMask | None = None
     bias: Heads | None = None
 
 
@@ -69,7 +69,7 @@ class Keys(NamedTuple):
     k: Heads
     v: Heads
     start: int = 0
-    real: Seen | None = None
+    real: ScoreMask | None = None
 
 
 def attend(
@@ -117,7 +117,7 @@ def pull(
     return (d_q, d_bias), (_product("nhqk,nhqd->nhkd", d_s, q), d_v)
 
 
-def _scores(layer: Attention, queries: Queries, keys: Keys) -> tuple[Heads, Seen | None]:
+def _scores(layer: Attention, queries: Queries, keys: Keys) -> tuple[Heads, ScoreMask | None]:
     """Return s, and where a query sees a key (None if everywhere); elsewhere s is minimal."""
     s = _product("nhqd,nhkd->nhqk", queries.q, keys.k)
     if queries.bias is not None:

@@ -52,7 +52,7 @@ def per_example_grads(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBa
         loss: the loss.
         micro_batches: into how many parts the batch is split.
     """
-    return _alone("per_example_grads", net, loss, PerExampleGrads(), micro_batches)
+    return _of_quantity("per_example_grads", net, loss, PerExampleGrads(), micro_batches)
 
 
 def per_example_sq_norms(
@@ -71,7 +71,7 @@ def per_example_sq_norms(
             stand (and ``()`` for a layer without); inside ``repeat``, (L, N).
         micro_batches: into how many parts the batch is split.
     """
-    return _alone("per_example_sq_norms", net, loss, SqNorms(per_layer), micro_batches)
+    return _of_quantity("per_example_sq_norms", net, loss, SqNorms(per_layer), micro_batches)
 
 
 def gram(
@@ -87,7 +87,7 @@ def gram(
         micro_batches: 1; examples of two micro-batches never meet, so that another number raises
             ``ValueError``.
     """
-    return _alone("gram", net, loss, Gram(per_layer), micro_batches)
+    return _of_quantity("gram", net, loss, Gram(per_layer), micro_batches)
 
 
 def second_moment(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
@@ -101,7 +101,7 @@ def second_moment(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[
         loss: the loss.
         micro_batches: into how many parts the batch is split.
     """
-    return _alone("second_moment", net, loss, SecondMoment(), micro_batches)
+    return _of_quantity("second_moment", net, loss, SecondMoment(), micro_batches)
 
 
 def variance(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
@@ -115,7 +115,7 @@ def variance(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Param
         loss: the loss.
         micro_batches: into how many parts the batch is split.
     """
-    return _alone("variance", net, loss, Variance(), micro_batches)
+    return _of_quantity("variance", net, loss, Variance(), micro_batches)
 
 
 def noise_scale(
@@ -145,7 +145,7 @@ def noise_scale(
         micro_batches: into how many parts the batch is split.
     """
     asked = NoiseScale(parts=parts, where=where, axis_name=axis_name)
-    return _alone("noise_scale", net, loss, asked, micro_batches)
+    return _of_quantity("noise_scale", net, loss, asked, micro_batches)
 
 
 def clipped_grad(
@@ -312,10 +312,10 @@ def projected_grads(
         micro_batches: into how many parts the batch is split.
     """
     asked = Projected(rank, key, sides)
-    return _alone("projected_grads", net, loss, asked, micro_batches)
+    return _of_quantity("projected_grads", net, loss, asked, micro_batches)
 
 
-def _alone(
+def _of_quantity(
     name: str, net: Layer, loss: Loss, quantity: Quantity, micro_batches: int
 ) -> OfBatch[Any]:
     """Return the function of a batch that returns one quantity, under the name of its maker."""

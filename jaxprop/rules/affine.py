@@ -22,7 +22,7 @@ from jaxprop.core.types import Cotangent, Params, Residuals
 from jaxprop.layers import Conv, ConvTranspose, Dense
 from jaxprop.rules.feedback import is_matrix
 from jaxprop.rules.select import Where, with_rule
-from jaxprop.traced.part import Part
+from jaxprop.traced.part import PartLayer
 
 Term: TypeAlias = tuple[Params, Array]
 AFFINE = (Dense, Conv, ConvTranspose)
@@ -80,7 +80,7 @@ class Affine(Relevance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layer, Part):
+        if isinstance(self.layer, PartLayer):
             self.layer.check_affine(type(self).__name__)
 
     @abc.abstractmethod

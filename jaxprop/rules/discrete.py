@@ -14,7 +14,7 @@ from jaxprop.core.checks import check_number, check_x, given
 from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.types import PyTree
-from jaxprop.traced.part import Part
+from jaxprop.traced.part import PartLayer
 
 X = Float[Array, "n ..."]
 
@@ -30,12 +30,12 @@ class StraightThrough(Layer):
         passing: the largest |x| through which ct passes; None for all.
     """
 
-    fn: Callable[[Array], Array] | Part
+    fn: Callable[[Array], Array] | PartLayer
     passing: float | None = None
     is_derivative: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        is_part = isinstance(self.fn, Part)
+        is_part = isinstance(self.fn, PartLayer)
         if not is_part and (isinstance(self.fn, type | Layer) or not callable(self.fn)):
             raise TypeError(f"straight_through takes a function of x, not {given(self.fn)}")
         if self.passing is not None:
@@ -46,11 +46,11 @@ class StraightThrough(Layer):
         return ()
 
     def check_params(self, params: Any, x: PyTree) -> None:
-        if not isinstance(self.fn, Part):
+        if not isinstance(self.fn, PartLayer):
             super().check_params(params, x)
 
     def forward(self, params: Any, x: X) -> tuple[X, Bool[Array, "n ..."] | tuple[()]]:
-        y = self.fn.forward(params, x)[0] if isinstance(self.fn, Part) else self.fn(x)
+        y = self.fn.forward(params, x)[0] if isinstance(self.fn, PartLayer) else self.fn(x)
         if jnp.shape(y) != x.shape:
             raise ValueError(f"{self}: fn turns {shapes(x)} into {shapes(y)}, not its shape")
         return y.astype(x.dtype), () if self.passing is None else jnp.abs(x) <= self.passing
@@ -62,7 +62,7 @@ class StraightThrough(Layer):
 
 
 def straight_through(
-    fn: Callable[[Array], Array] | Part, *, passing: float | None = None
+    fn: Callable[[Array], Array] | PartLayer, *, passing: float | None = None
 ) -> StraightThrough:
     """Return the layer y = fn(x) whose backward is that of y = x.
 

@@ -21,7 +21,7 @@ from jaxprop.core.tree import Unlearned, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.layers import Conv, ConvTranspose, Dense, Gru, Lstm, Rnn
 from jaxprop.rules.select import Where, with_rule
-from jaxprop.traced.part import Part
+from jaxprop.traced.part import PartLayer
 from jaxprop.traced.ruled import Rule
 
 MATRICES = (Dense, Conv, ConvTranspose, Rnn, Lstm, Gru)
@@ -60,7 +60,7 @@ class Feedback(Wrapper):
                 f"{self.layer} walks back through its own trace, in which its params stand: no "
                 "others can be put in their place"
             )
-        if isinstance(self.layer, Part):
+        if isinstance(self.layer, PartLayer):
             self.layer.check_affine(type(self).__name__)
 
     def _own(self, params: Params) -> Params:
@@ -97,7 +97,7 @@ class Separate(Feedback):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layer, Part):
+        if isinstance(self.layer, PartLayer):
             raise TypeError(
                 f"rules for {self.layer}, a part of a function, have no params of their own: use "
                 "sign_symmetric, or functools.partial(jp.rules.feedback_alignment, seed=0)"
@@ -236,7 +236,7 @@ def feedback_alignment(net: Layer, *, seed: int | None = None, where: Where = MA
     if seed is None:
         return _with(net, FeedbackAlignment, where)
     check_count("feedback_alignment: seed", seed, least=0)
-    numbers = itertools.count(net.number if isinstance(net, Part) else 0)
+    numbers = itertools.count(net.number if isinstance(net, PartLayer) else 0)
     return _with(net, lambda layer: Seeded(layer, seed, next(numbers)), where)
 
 
@@ -265,7 +265,7 @@ def sign_symmetric(net: Layer, *, magnitude: str = FORWARD, where: Where = MATRI
 
 def _with(net: Layer, rule: Rule, where: Where) -> Layer:
     """Return the net with the rule; a product of data alone, as in attention, has no matrix."""
-    if isinstance(net, Part) and net.of_data:
+    if isinstance(net, PartLayer) and net.of_data:
         return net
     return with_rule(net, rule, where)
 

@@ -9,7 +9,7 @@ from jaxprop.core.checks import given, require
 from jaxprop.core.combinator import Combinator, map_children
 from jaxprop.core.layer import Layer
 from jaxprop.core.where import Path, Where, check_where, is_meant
-from jaxprop.traced.part import Part
+from jaxprop.traced.part import PartLayer
 from jaxprop.traced.ruled import Rule
 
 
@@ -66,7 +66,7 @@ def with_rules(
 
 
 def _is_meant(layer: Layer, path: Path, where: Where) -> bool:
-    return isinstance(layer, Part) or is_meant(layer, path, where)
+    return isinstance(layer, PartLayer) or is_meant(layer, path, where)
 
 
 def _mapped(layer: Layer, f: Callable[[Layer, Path], Layer], path: Path) -> Layer:

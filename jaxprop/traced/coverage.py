@@ -16,11 +16,11 @@ from jaxprop.core.tree import is_not_learned
 from jaxprop.core.types import Params
 from jaxprop.traced.equations import Convolution
 from jaxprop.traced.example import Example
-from jaxprop.traced.taps import LookUp, Meeting, Product, Use
+from jaxprop.traced.taps import LookUp, MatrixProduct, Meeting, Use
 
 WIDTH = 80
 LARGE = 2**26  # bytes of own shares, for all examples, that are warned of
-FORMS: dict[type[Meeting], str] = {Product: "Outer", Convolution: "Patches", LookUp: "Rows"}
+FORMS: dict[type[Meeting], str] = {MatrixProduct: "Outer", Convolution: "Patches", LookUp: "Rows"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _covered(one: Example, params: Params, examples: int) -> Iterator[Covered]:
 def _form(use: Use) -> str:
     form = FORMS[type(use.meeting)]
     layers = sum(use.scans)
-    if isinstance(use.meeting, Product):
+    if isinstance(use.meeting, MatrixProduct):
         layers += bool(use.meeting.dot.batched[1])
     return "Repeated(" * layers + form + ")" * layers
 

@@ -35,7 +35,7 @@ from jaxprop.traced.equations import (
 )
 from jaxprop.traced.moving import MOVING
 from jaxprop.traced.origin import origin_of
-from jaxprop.traced.taps import LookUp, Meeting, Product, Taps, Use
+from jaxprop.traced.taps import LookUp, MatrixProduct, Meeting, Taps, Use
 from jaxprop.traced.views import View, bare, is_data, placed, plain
 
 
@@ -106,7 +106,7 @@ def _meet(
         taps.line,
         taps.scope,
     )
-    if isinstance(meeting, Product) and not is_floating(x):  # as a product of several dtypes takes
+    if isinstance(meeting, MatrixProduct) and not is_floating(x):  # in a product of two dtypes
         x = x.astype(y.dtype)
     data = x if view.scale is None else x * jnp.asarray(view.scale, x.dtype)
     return [taps.add(use, data, y, equation.outvars[0])]
@@ -121,7 +121,7 @@ def _product(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None
     if not data_first:
         dot = Dot(*((right, left) for left, right in dot))
     view, x = (right, left) if data_first else (left, right)
-    return _meet(Product(dot, data_first), view, x, equation, ins, taps)
+    return _meet(MatrixProduct(dot, data_first), view, x, equation, ins, taps)
 
 
 def _convolution(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:

@@ -25,15 +25,15 @@ from jaxprop.traced.equations import (
     slice_of,
     struct,
 )
-from jaxprop.traced.views import Part, View, bare, plain
+from jaxprop.traced.views import ParamPart, View, bare, plain
 
-Step: TypeAlias = Callable[[JaxprEqn, list[Any]], list[Any] | None]
+Moving: TypeAlias = Callable[[JaxprEqn, list[Any]], list[Any] | None]
 """Returns an equation's outputs, views among them; None where they are no views."""
 
 
 def _moving(
     move_of: Callable[[JaxprEqn, View], Move | None],
-) -> Step:
+) -> Moving:
     """Return the step of an equation that moves the entries of its one input."""
 
     def step(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
@@ -90,7 +90,7 @@ def _cast(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
     return STAY(equation, ins) if is_floating(struct(equation.outvars[0])) else None
 
 
-def _scaling(factor: Callable[[Any], Any]) -> Step:
+def _scaling(factor: Callable[[Any], Any]) -> Moving:
     """Return the step of a product of a view with a number, in one of the two orders."""
 
     def step(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
@@ -131,7 +131,7 @@ def _stacked(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
 def _side_by_side(equation: JaxprEqn, ins: list[Any], entries: list[Any]) -> list[Any] | None:
     """Several params side by side: each has its part of the product's operands."""
     axis, start = joined_axis_of(equation), 0
-    parts: list[Part] = []
+    parts: list[ParamPart] = []
     views = [value for value in entries if isinstance(value, View)]
     if any(len(v.parts) > 1 or v.scale is not None or v.scans != views[0].scans for v in views):
         return None
@@ -164,7 +164,7 @@ def _cut(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
 RESHAPE = _moving(lambda equation, view: Reshaped(view.value.shape))
 STAY = _moving(lambda equation, view: None)
 TIMES = _scaling(lambda factor: factor)
-MOVING: dict[str, Step] = {
+MOVING: dict[str, Moving] = {
     "concatenate": _joined,
     "stack": _stacked,
     "reshape": _reshape,

@@ -17,7 +17,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree
 from jaxprop.traced.views import placed
 
 
-class Part(Layer):
+class PartLayer(Layer):
     """y = run(params, x), a part of a function, as the layer that a rule is given.
 
     x is what the part takes of what depends on the function's x, with the one example on axis 0;

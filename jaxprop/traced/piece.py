@@ -18,7 +18,7 @@ from jaxprop.traced.equations import Program, for_tracing
 from jaxprop.traced.interpreter import run
 from jaxprop.traced.shares import Own, share
 from jaxprop.traced.taps import Taps, Use
-from jaxprop.traced.views import Part, View, placed, plain
+from jaxprop.traced.views import ParamPart, View, placed, plain
 
 Shares: TypeAlias = dict[int, list[tuple[Factored, Moves]]]
 
@@ -108,7 +108,7 @@ class Piece:
             self.owned.add(index)
             return leaf if owns is None else leaf + owns[index]
 
-        return View((Part(index, ()),), leaf, own)
+        return View((ParamPart(index, ()),), leaf, own)
 
 
 class Facts(NamedTuple):

@@ -30,7 +30,7 @@ from jaxprop.traced.equations import (
     struct,
     variables,
 )
-from jaxprop.traced.part import Part, turned
+from jaxprop.traced.part import PartLayer, turned
 from jaxprop.traced.stages import moving_in
 
 Rule: TypeAlias = Callable[[Any], Layer]
@@ -223,7 +223,7 @@ class _Ruling:
 
         others = tuple(sorted(_not_affine(part, of_x)))
         of_data = len(xs) > 1 and not any(map(is_inexact, params))
-        layer = self._rules[key](Part(key, next(self._numbers), run, others, of_data))
+        layer = self._rules[key](PartLayer(key, next(self._numbers), run, others, of_data))
         if not isinstance(layer, Layer):
             raise TypeError(f"function: rules[{key!r}] returns a layer, not {given(layer)}")
         if any(inner.layer.takes for inner in runs(layer)):

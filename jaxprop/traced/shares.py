@@ -32,8 +32,8 @@ from jaxprop.layers.embedding import Rows
 from jaxprop.layers.patches import Patches
 from jaxprop.layers.windows import Windows
 from jaxprop.traced.equations import Convolution
-from jaxprop.traced.taps import LookUp, Product, Use, Watched
-from jaxprop.traced.views import Part
+from jaxprop.traced.taps import LookUp, MatrixProduct, Use, Watched
+from jaxprop.traced.views import ParamPart
 
 
 @serializable
@@ -62,7 +62,7 @@ class Own(Stacked):
         return gram(self.g[:, None] if self.g.ndim == 1 else self.g)
 
 
-def share(use: Use, part: Part, x: Array, ct: Array) -> tuple[Factored, Moves]:
+def share(use: Use, part: ParamPart, x: Array, ct: Array) -> tuple[Factored, Moves]:
     """Return the form of one param's part in a use, and how its entries came to lie so.
 
     Args:
@@ -76,7 +76,7 @@ def share(use: Use, part: Part, x: Array, ct: Array) -> tuple[Factored, Moves]:
         wider = max(x.dtype, ct.dtype, key=lambda dtype: dtype.itemsize)
         x, ct = x.astype(wider), ct.astype(wider)
     match use.meeting:
-        case Product() as product:
+        case MatrixProduct() as product:
             form, moves = _of_product(product, use, part, x, ct)
         case Convolution() as convolution:
             form, moves = _of_convolution(convolution, use, x, ct)
@@ -105,7 +105,7 @@ def together(shares: list[tuple[Factored, Moves]]) -> Factored:
 
 
 def _of_product(
-    product: Product, use: Use, part: Part, x: Array, ct: Array
+    product: MatrixProduct, use: Use, part: ParamPart, x: Array, ct: Array
 ) -> tuple[Factored, Moves]:
     (in_x, in_w), (batch_x, batch_w) = product.dot
     lead, order = 1 + len(use.scans), [*batch_w, *in_w]
@@ -223,5 +223,5 @@ def _layers_first(a: Array, scans: tuple[bool, ...]) -> Array:
     return jnp.moveaxis(a, at, range(len(at)))
 
 
-def _cut(a: Array, axis: int, part: Part) -> Array:
+def _cut(a: Array, axis: int, part: ParamPart) -> Array:
     return jax.lax.slice_in_dim(a, part.start, part.stop, axis=axis)

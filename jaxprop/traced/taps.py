@@ -20,10 +20,10 @@ from jaxprop.core.arrays import is_inexact
 from jaxprop.traced.equal import Equal
 from jaxprop.traced.equations import Axes, Convolution, Dot, primitive_of, struct
 from jaxprop.traced.origin import Origin
-from jaxprop.traced.views import Part
+from jaxprop.traced.views import ParamPart
 
 
-class Product(NamedTuple):
+class MatrixProduct(NamedTuple):
     """A matrix product of data with a view.
 
     Attributes:
@@ -52,7 +52,7 @@ class Watched(NamedTuple):
     params: tuple[tuple[int, tuple[bool, ...]], ...]
 
 
-Meeting: TypeAlias = Product | Convolution | LookUp | Watched
+Meeting: TypeAlias = MatrixProduct | Convolution | LookUp | Watched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Use:
     """
 
     meeting: Meeting
-    parts: tuple[Part, ...]
+    parts: tuple[ParamPart, ...]
     joined: int | None
     shape: Axes
     scans: tuple[bool, ...]

@@ -11,7 +11,7 @@ from jax import Array
 from jaxprop.core.forms import Move, Moves
 
 
-class Part(NamedTuple):
+class ParamPart(NamedTuple):
     """A param's part in a view: which param, moved how, and where it lies along the joined axis.
 
     Attributes:
@@ -45,7 +45,7 @@ class View:
             layers; else it is used anew at each step.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ParamPart, ...]
     value: Array
     own: Callable[[], Array]
     joined: int | None = None

@@ -47,7 +47,7 @@ class Module(NamedTuple):
         return found
 
 
-class Facts(NamedTuple):
+class WalkFacts(NamedTuple):
     """The static facts of a walk.
 
     Attributes:
@@ -76,7 +76,7 @@ class Walked:
     """
 
     tapes: list[TapeOfRun | TapeOfLayers]
-    facts: Facts = dataclasses.field(metadata={"static": True})
+    facts: WalkFacts = dataclasses.field(metadata={"static": True})
 
     def cts(self, ct: Cotangent) -> dict[int, Cotangent]:
         """Return the cotangents of the leaves of y, by slot."""
@@ -124,7 +124,7 @@ def walk_ahead(one: Example, x: PyTree) -> tuple[PyTree, Walked]:
     outs = [slots[~index] for index in range(one.structure.num_leaves)]
     of_one = tuple(y.ndim > 1 for y in outs)
     outs = [jnp.squeeze(y, 1) if here else y for y, here in zip(outs, of_one, strict=True)]
-    facts = Facts(one.learned, structure, alone, one.structure, of_one)
+    facts = WalkFacts(one.learned, structure, alone, one.structure, of_one)
     return jax.tree.unflatten(one.structure, outs), Walked(tapes, facts)
 
 

@@ -142,7 +142,7 @@ class Options(NamedTuple):
         return Skipping(state, jnp.zeros((), jnp.int32)) if self.skip_nonfinite else state
 
 
-class Seen(NamedTuple):
+class BatchFacts(NamedTuple):
     """The facts of the whole batch that an update may use.
 
     Attributes:
@@ -156,7 +156,7 @@ class Seen(NamedTuple):
     finite: Any = None
 
     @classmethod
-    def with_norm(cls, value: Array, norm: Array) -> Seen:
+    def with_norm(cls, value: Array, norm: Array) -> BatchFacts:
         """Return what is seen; in ``jax.shard_map`` finite is what is so on all devices."""
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         axes = shard_map_axes()
@@ -201,7 +201,7 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
         grads: Params,
         state: PyTree,
         params: Params,
-        seen: Seen,
+        seen: BatchFacts,
         value_fn: Callable[..., Array],
     ) -> tuple[Params, PyTree]:
         if max_norm is not None:
@@ -216,7 +216,7 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
         grads: Params,
         state: PyTree,
         params: Params,
-        seen: Seen,
+        seen: BatchFacts,
         value_fn: Callable[..., Array],
     ) -> tuple[Params, PyTree]:
         old = params, state.state

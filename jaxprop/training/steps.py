@@ -26,7 +26,7 @@ from jaxprop.core.types import Params, PyTree
 from jaxprop.core.walk import forward, loss_fn
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.micro_batches import dividing, part
-from jaxprop.training.apply import Apply, LossOfStep, Options, Seen
+from jaxprop.training.apply import Apply, BatchFacts, LossOfStep, Options
 from jaxprop.training.attached import attached
 from jaxprop.training.fused import FusedUpdate, NormsOfMean, mean_with, norms_of_gradient
 from jaxprop.training.gradients import ValueAndGrad
@@ -73,10 +73,10 @@ def whole_step(
         value, aux = _pair(result) if options.aux else (result, None)
         grads, arrays = for_optimizer(grads), for_optimizer(params)
         _check_grads(grads, arrays)
-        seen = Seen(value)
+        seen = BatchFacts(value)
         if options.need_norm:
             each = jax.tree.map(lambda grad: norms(grad[None])[0], grads)
-            seen = Seen.with_norm(value, norm_of_all(each))
+            seen = BatchFacts.with_norm(value, norm_of_all(each))
         arrays, state = apply(grads, state, arrays, seen, value_fn)
         params = _with_batch_stats(net, params, x, key, mask, seen if options.skips else None)
         return merged(params, arrays), state, _result(value, aux, seen)
@@ -117,7 +117,7 @@ def fused_step(net: Layer, loss: Loss, apply: Apply, options: Options) -> Run:
         if before is not None:
             value = mean_with(before.value, value, micro_batches)
             y = _interleaved(before.y, y)
-        seen = Seen(value)
+        seen = BatchFacts(value)
         if options.need_norm:
             if before is None:
                 each, _ = ahead.back(
@@ -126,7 +126,7 @@ def fused_step(net: Layer, loss: Loss, apply: Apply, options: Options) -> Run:
             else:
                 visit = NormsOfMean(micro_batches, scale)
                 each, _ = ahead.back(ct, visit, attached(last[0], before.grads))
-            seen = Seen.with_norm(value, norm_of_all(each))
+            seen = BatchFacts.with_norm(value, norm_of_all(each))
         grads = None if before is None else before.grads
         visit = FusedUpdate(apply, last[0], state, seen, depths, grads, micro_batches, scale)
         places, _ = ahead.back(ct, visit, visit.places())
@@ -188,7 +188,12 @@ def _interleaved(before: PyTree, last: PyTree) -> PyTree:
 
 
 def _with_batch_stats(
-    net: Layer, params: Params, x: PyTree, key: Array | None, mask: Array | None, seen: Seen | None
+    net: Layer,
+    params: Params,
+    x: PyTree,
+    key: Array | None,
+    mask: Array | None,
+    seen: BatchFacts | None,
 ) -> Params:
     """Return params with each BatchNorm's running statistics moved, unless the step is skipped."""
     if not holds_batch_stats(net):
@@ -220,7 +225,7 @@ def _pair(result: Any) -> tuple[Any, Any]:
     return result
 
 
-def _result(value: Array, aux: Any, seen: Seen) -> Any:
+def _result(value: Array, aux: Any, seen: BatchFacts) -> Any:
     """Return what an update returns of its step: the value, with aux where that was asked for."""
     if aux is None:
         return value

@@ -224,7 +224,7 @@ class Factored(abc.ABC):
 
     def seen(self, sides: Sides) -> Factored:
         """Return the form of left^T g_n right, of the matrices that its factors are of."""
-        return Seen(self, sides)
+        return Through(self, sides)
 
     def second_moment(self) -> Array:
         """Return sum_n g_n^2, elementwise."""
@@ -344,7 +344,7 @@ class Stacked(Factored):
         return _between(sides, wide(self.g).reshape(self.g.shape[0], *self.sizes))
 
 
-class Seen(Factored):
+class Through(Factored):
     """The form of another's matrices, seen through two sides, one example after the other.
 
     Attributes:

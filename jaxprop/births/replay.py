@@ -25,7 +25,7 @@ from jaxprop.traced.equations import (
 REARRANGING = frozenset(("broadcast_in_dim", "reshape", "squeeze", "convert_element_type"))
 
 
-class Tape:
+class Replay:
     """A program, run equation by equation.
 
     Attributes:
