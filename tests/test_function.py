@@ -314,6 +314,19 @@ def twos(*names):
 
 # A name: a function, its params, the shape of x (or ids), and the params that have an own share.
 X, SEQUENCE, IMAGES = (4, 3), (3, 5, 3), (2, 6, 5, 4)
+DATA = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
+NWC = ("NWC", "WIO", "NWC")
+NO_AXES = lax.ConvDimensionNumbers((0, 1), (0, 1), (0, 1))
+
+
+def below(*arrays):
+    return jnp.concatenate(arrays, axis=0)
+
+
+def beside(*arrays):
+    return jnp.concatenate(arrays, axis=1)
+
+
 CASES = {
     "x w": (lambda w, x: x @ w, struct(3, 2), X),
     "w x": (lambda w, x: (w @ x.T).T, struct(2, 3), X),
@@ -695,6 +708,39 @@ CASES = {
         twos("a", "b"),
         3,
     ),
+    "joined with data, and again": (
+        lambda w, x: jnp.sin(x @ below(below(DATA, w["a"][:2]), DATA)),
+        {"a": struct(3, 2)},
+        (3, 6),
+        "",
+    ),
+    "joined with data, then with another part": (
+        lambda w, x: jnp.sin(x @ below(below(DATA, w["a"][:2]), w["a"][2:])),
+        {"a": struct(4, 2)},
+        (3, 6),
+        "",
+    ),
+    "joined with data, beside itself": (
+        lambda w, x: jnp.sin(x @ beside(below(w[:2], DATA), below(w[:2], DATA))),
+        struct(3, 2),
+        (3, 4),
+        "",
+    ),
+    "an axis of one batched, and all contracted": (
+        lambda w, x: (
+            jnp.sin(lax.dot_general(x, w, (((2,), (1,)), ((1,), (0,))))).sum(0)
+            + jnp.cos(jnp.tensordot(x, w, ((1, 2), (0, 1))))
+        ),
+        struct(1, 2),
+        (3, 1, 2),
+        "",
+    ),
+    "a convolution over nothing": (
+        lambda w, x: lax.conv_general_dilated(x, w, (), [], dimension_numbers=NO_AXES),
+        struct(2, 3),
+        X,
+        "",
+    ),
     "a vector as a row and as a column": (
         lambda w, x: jnp.tanh(x @ w)[:, None] * jnp.einsum("n,d->nd", jnp.cos(x @ w), w),
         struct(3),
@@ -826,6 +872,68 @@ def loss_and_hits(params, batch):
     logits = mlp(params, x)
     hits = logits.argmax(-1) == target
     return example_losses(params, batch), {"hits": hits, "numbers": hits.astype(int)}
+
+
+def test_ids_of_eight_bits():
+    """A gather that clips them knows tables of more rows than they can count."""
+    ids, table = np.array([[0, 255], [200, 7], [3, 43]], np.uint8), drawn(struct(300, 2))
+
+    def fn(w, x):
+        return jnp.sin(jax.vmap(lambda ids: w.at[ids].get(mode="clip"))(x)).sum(1)
+
+    f = jax.jit(jp.per_example_grads(jp.function(fn), jp.loss(jnp.sum)))
+    got, want = f(table, ids), np.zeros((3, 300, 2))
+    for n, row in enumerate(ids):
+        for i in row:
+            want[n, i] += np.cos(table[i])
+    assert relative_error(got, want) <= 1e-12
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_number_that_a_param_is_multiplied_by_is_not_rounded_to_the_data():
+    x, w = normal(3, 8).astype(np.float16), normal(8, 4).astype(np.float32)
+
+    def fn(w, x):
+        return ((x @ (w * 1e-6)) * 1e6).sum(1, keepdims=True)
+
+    each = jax.jit(jp.per_example_grads(jp.function(fn), jp.HalfSquaredError()))
+    got = each(w, x, np.zeros((3, 1), np.float32))
+    y = x.astype(np.float64) @ w.astype(np.float64)
+    want = np.einsum("n,ni,o->nio", y.sum(1), x.astype(np.float64), np.ones(4))
+    assert relative_error(np.asarray(got, np.float64), want) <= 1e-4
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_complex_data_and_real_params():
+    def layers(w, x):
+        h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x + 1j, w["b"].astype(complex))
+        return jnp.abs(h) ** 2
+
+    params = drawn({"a": struct(3, 3), "b": struct(2, 3, 3)})
+    hold(lambda w, x: jnp.abs(jnp.fft.fft(x) @ w) ** 2, params["a"], normal(4, 3), owned="")
+    hold(layers, {"b": params["b"]}, normal(4, 3), owned="")
+
+
+def test_where_no_window_fits_the_gradient_is_zero():
+    def fn(w, x):
+        options = {"rhs_dilation": (9,), "dimension_numbers": NWC}
+        y = lax.conv_general_dilated(x, w, (1,), "VALID", **options)
+        return y.sum((1, 2)) + x.sum((1, 2))
+
+    each = jp.per_example_grads(jp.function(fn), jp.Mean())(drawn(struct(2, 5, 2)), normal(4, 3, 5))
+    assert not each.any()
+
+
+def test_what_nothing_reads_before_a_scan_through_layers():
+    def fn(params, x):
+        h = jnp.tanh(x @ params["a"]["k"])
+        unread = jnp.sin(h)
+        h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w["k"]), None), h, params["b"])
+        jnp.cos(unread).sum()
+        return h
+
+    params = drawn({"a": {"k": struct(4, 4)}, "b": {"k": struct(2, 4, 4)}})
+    hold(fn, params, BATCH[0], normal(6, 4))
 
 
 def test_what_a_loss_function_returns_beside_its_value():

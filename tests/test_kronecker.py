@@ -333,6 +333,38 @@ def test_one_example_s_block_is_the_product_with_its_bias():
     assert factors[0].w.a.shape == (5, 5)
 
 
+@pytest.mark.parametrize("features", [3, 4])
+def test_padded_positions_are_no_features(features):
+    """A layer without positions, in front of ones, has as many features as there are positions."""
+    target = jnp.array([[0, 1, -1], [2, -1, -1], [1, 0, 2], [2, 1, -1]])
+    net, x = jp.chain(jp.Dense(9), jp.Reshape((3, 3))), jnp.asarray(normal(4, features))
+    params = net.init(jax.random.key(0), x)
+    for positions in ("expand", "reduce"):
+        asked = jp.KroneckerFactors(positions=positions, joint_bias=True)
+        found = jp.quantities(net, LOSS, it=asked)(params, x, target)["it"]
+        ones = jnp.concatenate([x, jnp.ones((4, 1))], 1)
+        assert relative_error(found[0].w.a, ones.T @ ones / 4) <= 1e-12
+
+
+@pytest.mark.parametrize("positions", ["expand", "reduce"])
+def test_padding_of_a_convolution_is_that_of_a_dense_layer(positions):
+    """A window of one position is a dense layer; a wider one has rows of several."""
+    target = jnp.array([[0, 1, -1, -1], [2, -1, -1, -1], [1, 0, 2, 1], [2, 1, 0, -1]])
+    x, weights = jnp.asarray(normal(4, 4, 2)), jnp.array([1.0, 2, 0, 1])
+    params = jp.Dense(3).init(jax.random.key(0), jnp.ones((1, 4)))
+
+    def wide(x):
+        return jnp.concatenate([jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1], x], -1)
+
+    asked = jp.KroneckerFactors(positions=positions, joint_bias=True)
+    f = jp.quantities(jp.Dense(3), LOSS, it=asked)
+    want = f(params, wide(x), target, weights=weights)["it"].w
+    conv = jp.Conv(3, window=(2,), padding="CAUSAL")
+    f = jp.quantities(conv, LOSS, it=asked)
+    got = f(params._replace(w=params.w.reshape(2, 2, 3)), x, target, weights=weights)["it"].w
+    assert relative_error((got.a, got.b), (want.a, want.b)) <= 1e-12
+
+
 class OwnParams(NamedTuple):
     w: Any
     b: Any

@@ -140,8 +140,8 @@ def solve(curvature: PyTree, tree: Params, damping: float | Array = 0.0) -> Para
     Args:
         curvature: F. Many trees are solved for by ``jax.vmap``, of one ``eigh`` of it.
         tree: like params, such as a gradient.
-        damping: what is added to each eigenvalue. With 0 the result is not finite where F is
-            singular.
+        damping: what is added to each eigenvalue. With 0 the result is not finite, or rounding
+            over rounding, where F is singular, as it is of a softmax's logits.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -177,7 +177,9 @@ def whiten(curvature: PyTree, tree: Params, damping: float | Array = 0.0) -> Par
 
 
 def logdet(curvature: PyTree, damping: float | Array = 0.0) -> Float[Array, ""]:
-    """Return log det(F + damping I), over the blocks that there are.
+    """Return log det(F + damping I), over the entries of params that F has a block for.
+
+    Params without a block, and entries that a function does not use, are left out.
 
     Args:
         curvature: F.

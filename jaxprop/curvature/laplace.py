@@ -220,7 +220,7 @@ def laplace(
     def around(params: Params, batch: Batch) -> Posterior:
         result = taken(params, batch)
         value = wide(result["value"])
-        number = batch.examples(jax.tree.leaves(batch.x)[0].shape[0]).total
+        number = batch.examples(jax.tree.leaves(batch.x)[0].shape[0]).divisor
         curvature = eigh(learned(result["it"]))
         examples = jnp.asarray(number, value.dtype)
         return Posterior(

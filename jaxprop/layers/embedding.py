@@ -121,7 +121,8 @@ class Rows(Factored):
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
         """Return the counts of each id, a diagonal."""
-        one = of_real(jnp.ones(self.ids.shape, wide(self.ct).dtype), real, weights) ** 2
+        ones = jnp.ones(self.ids.shape, wide(self.ct).dtype)
+        one = of_real(ones, real, weights, features=0) ** 2
         counts = jnp.zeros(self.vocab, one.dtype)
         ids = _inside(self.ids, self.vocab)
         return OfX(counts.at[ids.ravel()].add(one.ravel(), mode="drop"), one.sum())
@@ -129,7 +130,7 @@ class Rows(Factored):
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Outer:
         """Return how often each id is there, (N, V), for the input."""
         ids, ct = self._sequences()
-        one = of_real(jnp.ones(self.ids.shape, ct.dtype), real).reshape(ids.shape)
+        one = of_real(jnp.ones(self.ids.shape, ct.dtype), real, features=0).reshape(ids.shape)
         shares = one / jnp.maximum(one.sum(axis=1, keepdims=True), 1)
         return Outer(Rows(ids, shares[..., None], self.vocab).per_example()[..., 0], ct.sum(axis=1))
 

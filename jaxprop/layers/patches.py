@@ -183,30 +183,35 @@ class Patches(Factored):
         https://arxiv.org/abs/1602.01407. Groups have one each, on an axis in front.
 
         Args:
-            real: False where an example is padding, or all its positions are.
+            real: False where an example is padding, or where a position of y is.
             weights: what each example counts; 1 by default.
         """
 
-        def grams_of(x: Array) -> Array:
+        def grams_of(x: Array, *roots: Array) -> Array:
             rows = _patches(wide(x), self.windows, self.groups)
+            for root in roots:
+                rows *= root.reshape(1, *rows.shape[1:3], 1)
             return jax.vmap(lambda rows: Outer(rows, rows).sum())(rows)
 
-        if real is not None:
-            real = jnp.any(real, axis=tuple(range(1, real.ndim)))
-        of_x = of_real(self.x, real, weights)
-        grams = self._in_blocks(functools.partial(_added, grams_of), of_x)
+        roots = () if real is None and weights is None else (self._roots(real, weights),)
+        grams = self._in_blocks(functools.partial(_added, grams_of), self.x, *roots)
         count = count_of(self.ct[..., 0], real, weights)
         return OfX(grams if self.groups > 1 else grams[0], count)
+
+    def _roots(
+        self, real: Bool[Array, "n ..."] | None, weights: Float[Array, " n"] | None
+    ) -> Float[Array, "n ..."]:
+        """Return the root of what each position of y counts; 0 for padding."""
+        ones = jnp.ones_like(wide(self.ct[..., 0]))
+        return of_real(ones, real, weights, features=0)
 
     def sum_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> Float[Array, "... i"]:
         """Return the sum of the patches over examples and positions; of each group's."""
-        if real is not None:
-            real = jnp.any(real, axis=tuple(range(1, real.ndim)))
-        x = wide(self.x) if weights is None else weighted(wide(self.x), weights)
         axes = tuple(range(self.x.ndim - 1))
-        taps = [tap.sum(axis=axes) for tap in self.windows.shifted(of_real(x, real))]
+        counts = self._roots(real, weights)[..., None] ** 2
+        taps = [(tap * counts).sum(axis=axes) for tap in self.windows.shifted(wide(self.x))]
         rows = jnp.stack(taps).reshape(self.windows.taps, self.groups, -1)
         sums = rows.swapaxes(0, 1).reshape(self.groups, -1)
         return sums if self.groups > 1 else sums[0]
@@ -215,10 +220,13 @@ class Patches(Factored):
         """Return the mean patch and the sum of ct of each example, as a convolution of one window.
 
         Args:
-            real: False where an example is padding, or all its positions are: it has a ct of 0.
+            real: False where an example is padding, or where a position of y is: its ct is 0.
         """
         axes = tuple(range(1, self.x.ndim - 1))
-        taps = [tap.mean(axis=axes) for tap in self.windows.shifted(wide(self.x))]
+        counts = self._roots(real, None)[..., None]
+        number = jnp.maximum(counts.sum(axis=axes), 1)
+        sums = [(tap * counts).sum(axis=axes) for tap in self.windows.shifted(wide(self.x))]
+        taps = [total / number for total in sums]
         patch = jnp.stack(taps, axis=1).reshape(len(self.x), *self.windows.window, -1)
         ones, none = (1,) * len(axes), ((0, 0),) * len(axes)
         alone = Windows(self.windows.window, ones, none, ones, ones)

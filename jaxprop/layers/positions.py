@@ -69,7 +69,8 @@ class Leading(Factored):
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
         """Return how often each row is used, a diagonal."""
-        one = of_real(jnp.ones(self.ct.shape[:2], wide(self.ct).dtype), real, weights) ** 2
+        ones = jnp.ones(self.ct.shape[:2], wide(self.ct).dtype)
+        one = of_real(ones, real, weights, features=0) ** 2
         return OfX(self._padded(one.sum(axis=0)), one.sum())
 
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Leading:

@@ -144,9 +144,9 @@ class KroneckerFactors(AddedUp):
             ways, or is in no form: "raise" for ``TypeError``, "skip" for ``()``, "diagonal" for the
             diagonal of its block, an array like the param.
         joint_bias: whether a bias is a further row of the matrix before it, whose x is 1, so that
-            both have one block, with a (I + 1, I + 1), as in KFAC's paper. It is where a layer's
-            params are a NamedTuple (w, b), as ``Dense``'s and ``Conv``'s; in the place of b's block
-            stands a mark.
+            both have one block, with a (I + 1, I + 1), as in KFAC's paper. It is where params are
+            ``jp.AffineParams``, as ``Dense``'s and ``Conv``'s; in the place of b's block stands a
+            mark.
     """
 
     samples: int | None = None

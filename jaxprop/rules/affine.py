@@ -214,6 +214,9 @@ def lrp_gamma(net: Layer, *, gamma: float = 0.25, where: Where = AFFINE) -> Laye
 def lrp_alpha_beta(net: Layer, *, alpha: float = 2.0, where: Where = AFFINE) -> Layer:
     """Return the net with the LRP-alpha-beta rule for its affine layers, with beta = alpha - 1.
 
+    The relevance of an output is conserved if it has products of both signs. If all are positive
+    it is multiplied by alpha, and if all are negative by 1 - alpha.
+
     Args:
         net: a layer or a network.
         alpha: at least 1; 1 is the z+ rule.

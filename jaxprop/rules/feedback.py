@@ -206,7 +206,8 @@ class SignSymmetric(Feedback):
         signs = jnp.sign(w)
         if self.magnitude == UNIFORM:
             return signs
-        return signs * jnp.sqrt(jnp.mean(wide(w) ** 2)).astype(w.dtype)
+        number = jnp.maximum(jnp.sum(jnp.abs(wide(signs))), 1)
+        return signs * jnp.sqrt(jnp.sum(wide(w) ** 2) / number).astype(w.dtype)
 
 
 def feedback_alignment(net: Layer, *, seed: int | None = None, where: Where = MATRICES) -> Layer:

@@ -115,8 +115,8 @@ class Halved(Wrapper):
 def lrp(net: Layer, rules: Mapping[Where, Rule] | None = None) -> Layer:
     """Return the net with a rule of relevance for every layer, for ``jp.rules.relevance``.
 
-    By default affine layers have LRP-epsilon, activations hand relevance on as it is,
-    normalizations are linear, and attention has the rules of AttnLRP. Pooling, dropout, positions,
+    By default affine layers have LRP-epsilon, activations hand relevance on as it is, ``LayerNorm``
+    and ``RMSNorm`` are linear, and attention has the rules of AttnLRP. Pooling, dropout, positions,
     a batch norm in inference mode and layers that put entries into another order have their
     derivative, which is the rule for what is linear.
 

@@ -108,13 +108,18 @@ def _meet(
     )
     if isinstance(meeting, MatrixProduct) and not is_floating(x):  # in a product of two dtypes
         x = x.astype(y.dtype)
-    data = x if view.scale is None else x * jnp.asarray(view.scale, x.dtype)
+    data = x
+    if view.scale is not None:
+        wider = max(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+        data = x.astype(wider) * jnp.asarray(view.scale, wider)
     return [taps.add(use, data, y, equation.outvars[0])]
 
 
 def _product(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
     left, right = ins
     if isinstance(left, View) and isinstance(right, View):
+        return None
+    if not is_floating(struct(equation.outvars[0])):  # a real param, and complex data
         return None
     data_first = isinstance(right, View)
     dot = dot_of(equation)
@@ -127,7 +132,10 @@ def _product(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None
 def _convolution(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
     x, view = ins
     convolution = convolution_of(equation)
+    y = struct(equation.outvars[0])
     if isinstance(x, View) or view.joined is not None or convolution is None:
+        return None
+    if not is_floating(y) or not y.size or not convolution.strides:
         return None
     frames = x.shape[convolution.x[0]] > 1 or not all(view.scans)
     if len(convolution.strides) + frames > 3:

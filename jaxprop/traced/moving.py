@@ -133,7 +133,9 @@ def _side_by_side(equation: JaxprEqn, ins: list[Any], entries: list[Any]) -> lis
     axis, start = joined_axis_of(equation), 0
     parts: list[ParamPart] = []
     views = [value for value in entries if isinstance(value, View)]
-    if any(len(v.parts) > 1 or v.scale is not None or v.scans != views[0].scans for v in views):
+    if any(v.joined is not None or v.scale is not None for v in views):
+        return None
+    if any(v.scans != views[0].scans for v in views):
         return None
     for value in entries:
         length = bare(value).shape[axis]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import of_indices, wide
 from jaxprop.core.forms import (
     Factored,
     Joint,
@@ -50,7 +50,8 @@ class Own(Stacked):
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
         rows = math.prod(self.g.shape[1:-1])
-        one = of_real(jnp.ones(self.g.shape[0], wide(self.g).dtype), real, weights) ** 2
+        ones = jnp.ones(self.g.shape[0], wide(self.g).dtype)
+        one = of_real(ones, real, weights, features=0) ** 2
         diagonal = jnp.full((rows,), one.sum())
         return OfX(diagonal.reshape(1, 1) if rows == 1 else diagonal, one.sum() * rows)
 
@@ -91,11 +92,14 @@ def share(use: Use, part: ParamPart, x: Array, ct: Array) -> tuple[Factored, Mov
 def together(shares: list[tuple[Factored, Moves]]) -> Factored:
     """Return the form of a param from those of its uses.
 
-    Uses go together if their matrices are alike: a vector may be one of a row, or of a column.
+    Uses go together if their shares are of one shape: a vector may be a row, or a column.
     """
-    alike: dict[tuple[Moves, tuple[int, ...] | None], list[Factored]] = {}
+    if len(shares) == 1:
+        ((form, moves),) = shares
+        return form if in_place(moves) else Rearranged(form, moves)
+    alike: dict[tuple[Moves, tuple[int, ...]], list[Factored]] = {}
     for form, moves in shares:
-        shape = form.matrix_shape if len(shares) > 1 else None
+        shape = jax.eval_shape(lambda form: form.per_example(), form).shape[1:]
         alike.setdefault((moves, shape), []).append(form)
     forms = [
         joint(tuple(forms)) if in_place(moves) else Rearranged(joint(tuple(forms)), moves)
@@ -210,7 +214,7 @@ def _of_look_up(look_up: LookUp, use: Use, ids: Array, ct: Array) -> tuple[Facto
     ct = _layers_first(ct, use.scans)
     ct = ct.reshape(*ids.shape, math.prod(row))
     if look_up.clipped:
-        ids = jnp.clip(ids, 0, vocab - 1)
+        ids = jnp.clip(of_indices(ids), 0, vocab - 1)
     form: Factored = Rows(ids, ct, vocab)
     for _ in range(layers):
         form = Repeated(form)

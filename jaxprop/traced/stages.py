@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxprop.traced.equations import Program, Scan, scan_of, variables
+from jaxprop.core.arrays import is_floating
+from jaxprop.traced.equations import Program, Scan, scan_of, struct, variables
 
 STAYS = frozenset(("convert_element_type", "copy"))
 
@@ -85,7 +86,18 @@ def stages_of(
         modules: the numbers of the params of each module. A scan is a stage if it goes through
             whole modules, and nothing else is done with their params. None for a single stage.
     """
-    return _Cut(program, learned, params, modules).stages()
+    return _Cut(_live(program), learned, params, modules).stages()
+
+
+def _live(program: Program) -> Program:
+    """Return the program without the equations that nothing needs."""
+    wanted = set(variables(program.jaxpr.outvars))
+    live: list[JaxprEqn] = []
+    for equation in reversed(program.jaxpr.eqns):
+        if equation.effects or not wanted.isdisjoint(equation.outvars):
+            live.append(equation)
+            wanted.update(variables(equation.invars))
+    return program.part(program.jaxpr.invars, program.jaxpr.outvars, live[::-1])
 
 
 class _Cut:
@@ -226,7 +238,7 @@ class _Cut:
             if var in self._numbers:
                 return var
             maker = self._makers.get(var)
-            if maker is None or maker.primitive.name not in STAYS:
+            if maker is None or maker.primitive.name not in STAYS or not is_floating(struct(var)):
                 return None
             var = _hashed(maker.invars[0])
         return None

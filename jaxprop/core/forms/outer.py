@@ -354,6 +354,7 @@ def of_real(
     x: Float[Array, "n ..."],
     real: Bool[Array, "n ..."] | None,
     weights: Float[Array, " n"] | None = None,
+    features: int = 1,
 ) -> Float[Array, "n ..."]:
     """Return x with zeros for what is padding, and the root of its weight in each example.
 
@@ -362,12 +363,13 @@ def of_real(
         real: False where an example is padding, or where a position of x is. Of positions that x
             does not have, what counts is whether the example has a real one.
         weights: what each example counts in a sum of squares; 1 by default.
+        features: how many of the last axes of x are no positions.
     """
     if weights is not None:
         x = weighted(wide(x), jnp.sqrt(weights))
     if real is None:
         return x
-    if real.shape != x.shape[: real.ndim]:
+    if real.shape != x.shape[: x.ndim - features][: real.ndim]:
         real = jnp.any(real, axis=tuple(range(1, real.ndim)))
     return jnp.where(jnp.expand_dims(real, range(real.ndim, x.ndim)), x, 0)
 
@@ -377,8 +379,8 @@ def count_of(
     real: Bool[Array, "n ..."] | None,
     weights: Float[Array, " n"] | None,
 ) -> Float[Array, ""]:
-    """Return how many positions count, of all examples: the entries of an array, as ``of_real``."""
-    return jnp.sum(of_real(jnp.ones_like(wide(like)), real, weights) ** 2)
+    """Return how many positions count, of all examples: an array has one entry for each."""
+    return jnp.sum(of_real(jnp.ones_like(wide(like)), real, weights, features=0) ** 2)
 
 
 def mean_of_real(
