@@ -86,8 +86,11 @@ class Posterior(NamedTuple):
         return self._replace(prior=precisions[jnp.argmax(evidence)])
 
     def log_evidence(self) -> Float[Array, ""]:
-        """Return log p(training targets), by Laplace's method (MacKay 1992,
-        https://doi.org/10.1162/neco.1992.4.3.415): for the choice of a prior, or of a net."""
+        """Return log p(training targets), for the choice of a prior, or of a net.
+
+        It is by Laplace's method (MacKay 1992, https://doi.org/10.1162/neco.1992.4.3.415), but for
+        what a loss leaves out of its -log p, such as the constant of a ``HalfSquaredError``.
+        """
         leaves = jax.tree.leaves(learned(self.params))
         square = everything([jnp.sum(wide(leaf) ** 2) for leaf in leaves]).astype(self.value.dtype)
         blocks = jax.tree.leaves(learned(self.curvature), is_leaf=is_block)

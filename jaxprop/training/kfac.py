@@ -46,8 +46,8 @@ class KfacState(NamedTuple):
 
     Attributes:
         steps: how many steps were taken.
-        factors: the moving average of the Kronecker factors, which starts from 0.
-        basis: an ``Eigen`` for each, of the average without its bias.
+        factors: the moving average of the Kronecker factors, at first the mean so far.
+        basis: an ``Eigen`` for each.
         step: the last step, like the learned params.
         damping: what is added to each eigenvalue.
     """
