@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from jaxprop.core.describe import is_array
 from jaxprop.core.forms import Factored, Joint, Moves, Outer, Rearranged, Repeated, Stacked, Sum
 from jaxprop.core.forms.rearranged import moved_back
 from jaxprop.core.types import Cotangent
@@ -54,7 +55,7 @@ def product_of(form: Factored, ct: Cotangent, example: int, index: Index) -> Pro
 
 def _are_others(shares: Array, ct: Cotangent) -> bool:
     """Return whether shares, one for each entry of ct, are known to be other numbers."""
-    if jnp.shape(shares) != jnp.shape(ct) or isinstance(shares, Tracer):
+    if not is_array(ct) or ct.shape != shares.shape or isinstance(shares, Tracer):
         return False
     return not np.array_equal(shares, ct)
 
