@@ -903,6 +903,7 @@ def test_the_number_that_a_param_is_multiplied_by_is_not_rounded_to_the_data():
     assert relative_error(np.asarray(got, np.float64), want) <= 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values")  # by jax.grad in JAX 0.8
 @pytest.mark.usefixtures("standard_promotion")
 def test_complex_data_and_real_params():
     def layers(w, x):
