@@ -155,7 +155,7 @@ def joined(layer: Attention, x: Inputs, d_q: Heads, d_k: Heads, d_v: Heads) -> I
     if layer.groups > 1:
         kv_heads = layer.heads // layer.groups
         apart = kv_heads, layer.groups
-        d_k, d_v = (z.reshape(len(z), *apart, *z.shape[2:]).sum(2) for z in (d_k, d_v))
+        d_k, d_v = (z.reshape(z.shape[0], *apart, *z.shape[2:]).sum(2) for z in (d_k, d_v))
     d_q, d_k, d_v = (beside(z.swapaxes(1, 2)) for z in (d_q, d_k, d_v))
     if x.memory is not None:
         return Inputs(d_q, jnp.concatenate([d_k, d_v], -1))
