@@ -950,6 +950,21 @@ def test_what_a_loss_function_returns_beside_its_value():
     assert relative_error(got, want) <= 1e-12
 
 
+def test_a_loss_of_complex_numbers():
+    """They have a cotangent, as they have one between two functions."""
+
+    def loss(y, target):
+        return jnp.sum((y["h"] - target) ** 2) + jnp.sum(y["wave"].real * target)
+
+    def of_mean(w):
+        y = of_dict(w, x)
+        return jnp.mean(jax.vmap(loss)(y, target))
+
+    w, x, target = drawn(struct(3, 3)), normal(4, 3), normal(4, 3, seed=1)
+    _, got = jax.jit(jp.value_and_grad(jp.function(of_dict), jp.loss(loss)))(w, x, target)
+    assert relative_error(got, jax.grad(of_mean)(w)) <= 1e-12
+
+
 @pytest.mark.full
 def test_curvature_of_a_loss_of_one_part_of_y():
     def both(params, x):

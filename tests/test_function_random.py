@@ -119,8 +119,8 @@ class Program:
 
     def step(self, shape, depth):
         """A step from h (N, *shape), and the shape of what it gives."""
-        kinds = [self.product, self.product, self.convolution, self.added, self.looked_up]
-        kinds.append(self.summed)
+        kinds = [self.product, self.product, self.convolution]
+        kinds += [self.added, self.summed, self.looked_up]
         if depth and self.rng.random() < 0.45:
             return self.choose([self.repeated, self.over_time, self.chosen, self.wrapped])(
                 shape, depth - 1

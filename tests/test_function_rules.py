@@ -471,6 +471,19 @@ def test_second_derivatives_are_those_of_the_rule(parts, ours):
     close(squares(of_jax), want, rtol=1e-8)
 
 
+def test_a_gauss_newton_product_goes_forward_by_the_function_and_back_by_its_rules():
+    def fn(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    params = {"w": normal(4, 6), "v": normal(6, 3)}
+    twice = functools.partial(jp.rules.scale_gradient, scale=2.0)
+    got, want = (
+        jax.jit(jp.ggn_vp(jp.function(fn, rules=rules), LOSS))(params, X, TARGET, params)
+        for rules in ({"tanh": twice}, None)
+    )
+    close(got, {"w": 2 * want["w"], "v": want["v"]})
+
+
 def test_the_derivative_of_a_function_is_by_its_own_rules():
     """Those of ``jax.custom_vjp`` in it, for ``jax.grad`` of the loss too."""
 

@@ -365,6 +365,17 @@ def test_padding_of_a_convolution_is_that_of_a_dense_layer(positions):
     assert relative_error((got.a, got.b), (want.a, want.b)) <= 1e-12
 
 
+@pytest.mark.parametrize("positions", ["expand", "reduce"])
+def test_a_padded_example_of_a_convolution_may_hold_anything(positions):
+    x, target = jnp.asarray(normal(4, 4, 2)), jnp.array([[0, 1, 2, 0]] * 3 + [[-1] * 4])
+    asked = jp.KroneckerFactors(positions=positions, joint_bias=True)
+    net = jp.Conv(3, window=(2,))
+    f, params = jp.quantities(net, LOSS, it=asked), net.init(jax.random.key(0), x)
+    want = f(params, x, target)["it"].w
+    found = f(params, x.at[3].set(jnp.nan), target)["it"].w
+    assert relative_error(found.a, want.a) <= 1e-12
+
+
 class OwnParams(NamedTuple):
     w: Any
     b: Any

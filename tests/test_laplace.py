@@ -71,6 +71,8 @@ def test_the_evidence_of_a_linear_net_is_exact():
     want = -(target[:, 0] @ jnp.linalg.solve(marginal, target[:, 0])) / 2
     want -= jnp.linalg.slogdet(marginal)[1] / 2  # both without the likelihood's constant
     assert relative_error(posterior.log_evidence(), want) <= 1e-10
+    divided = jp.laplace(net, SQUARED)(params, x, target, divisor=3.0).with_prior(prior)
+    assert relative_error(divided.log_evidence(), want) <= 1e-10
     tuned = posterior.tuned()
     around = [posterior.with_prior(float(tuned.prior) * f).log_evidence() for f in (0.6, 1, 1.6)]
     assert around[1] == max(around)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxprop.core.arrays import is_floating
+from jaxprop.core.arrays import is_inexact
 from jaxprop.core.describe import is_array, shapes
 from jaxprop.core.static import Static
 from jaxprop.core.types import Cotangent, PyTree, Residuals
@@ -83,11 +83,11 @@ class Loss(Static):
 def check_cotangent(loss: Loss, ct: Cotangent, y: PyTree) -> None:
     """Raise ``ValueError`` unless what a loss gives for the cotangent of y is like y.
 
-    Where y has no floats it may be None.
+    For a leaf of integers or bools it may be None.
     """
-    shape_of = {True: jnp.shape, False: lambda leaf: None}
     of_y, of_ct = (jax.tree.map(jnp.shape, tree) for tree in (y, ct))
-    if of_ct not in (of_y, jax.tree.map(lambda leaf: shape_of[is_floating(leaf)](leaf), y)):
+    moving = jax.tree.map(lambda leaf: leaf.shape if is_inexact(leaf) else None, y)
+    if of_ct not in (of_y, moving):
         raise ValueError(
             f"{loss} gives {shapes(ct)} for the cotangent of the net's output, which is {shapes(y)}"
         )

@@ -190,7 +190,7 @@ class Patches(Factored):
         def grams_of(x: Array, *roots: Array) -> Array:
             rows = _patches(wide(x), self.windows, self.groups)
             for root in roots:
-                rows *= root.reshape(1, *rows.shape[1:3], 1)
+                rows = _counted(rows, root.reshape(1, *rows.shape[1:3], 1))
             return jax.vmap(lambda rows: Outer(rows, rows).sum())(rows)
 
         roots = () if real is None and weights is None else (self._roots(real, weights),)
@@ -211,7 +211,8 @@ class Patches(Factored):
         """Return the sum of the patches over examples and positions; of each group's."""
         axes = tuple(range(self.x.ndim - 1))
         counts = self._roots(real, weights)[..., None] ** 2
-        taps = [(tap * counts).sum(axis=axes) for tap in self.windows.shifted(wide(self.x))]
+        taps = self.windows.shifted(wide(self.x))
+        taps = [_counted(tap, counts).sum(axis=axes) for tap in taps]
         rows = jnp.stack(taps).reshape(self.windows.taps, self.groups, -1)
         sums = rows.swapaxes(0, 1).reshape(self.groups, -1)
         return sums if self.groups > 1 else sums[0]
@@ -225,8 +226,8 @@ class Patches(Factored):
         axes = tuple(range(1, self.x.ndim - 1))
         counts = self._roots(real, None)[..., None]
         number = jnp.maximum(counts.sum(axis=axes), 1)
-        sums = [(tap * counts).sum(axis=axes) for tap in self.windows.shifted(wide(self.x))]
-        taps = [total / number for total in sums]
+        taps = self.windows.shifted(wide(self.x))
+        taps = [_counted(tap, counts).sum(axis=axes) / number for tap in taps]
         patch = jnp.stack(taps, axis=1).reshape(len(self.x), *self.windows.window, -1)
         ones, none = (1,) * len(axes), ((0, 0),) * len(axes)
         alone = Windows(self.windows.window, ones, none, ones, ones)
@@ -376,6 +377,11 @@ class Patches(Factored):
 def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float[Array, "g n t i"]:
     taps = [_in_groups(tap, groups) for tap in windows.shifted(x)]
     return jnp.moveaxis(jnp.concatenate(taps, axis=-1), 2, 0)
+
+
+def _counted(rows: Array, counts: Array) -> Array:
+    """Return rows times what each counts, with 0 for padding, whatever stands there."""
+    return jnp.where(counts != 0, rows * counts, 0)
 
 
 def _in_groups(x: Float[Array, "n ... c"], groups: int) -> Float[Array, "n t g i"]:

@@ -12,7 +12,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import is_inexact, wide
 from jaxprop.core.describe import shapes
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import Cotangent, PyTree
@@ -29,8 +29,8 @@ class FunctionLoss(Loss):
     negative, by more than rounding, the example's root and sample are NaN.
 
     Attributes:
-        fn: a function of one example's y and target that returns a scalar. Leaves of y that are no
-            floats have None for their cotangents.
+        fn: a function of one example's y and target that returns a scalar. The cotangent of a leaf
+            of y that is of integers or bools is None.
     """
 
     fn: Callable[..., Array]
@@ -67,14 +67,14 @@ class FunctionLoss(Loss):
 
     def _gradient(self, y: PyTree, target: PyTree) -> Cotangent:
         """Return the gradient of E of one example: like y, with None for integers."""
-        floats, like_y = _floats(y)
-        gradient = jax.grad(lambda floats: self._value(like_y(floats, y), target))(floats)
+        moving, like_y = _moving(y)
+        gradient = jax.grad(lambda moving: self._value(like_y(moving, y), target))(moving)
         return like_y(gradient)
 
     def _root(self, y: PyTree, target: PyTree) -> Cotangent:
         """Return the root of one example's Hessian: like y, behind an axis of columns."""
-        floats, like_y = _floats(y)
-        flat, unflatten = ravel_pytree(floats)
+        moving, like_y = _moving(y)
+        flat, unflatten = ravel_pytree(moving)
 
         def value(flat: Array) -> Array:
             return self._value(like_y(unflatten(flat), y), target)
@@ -87,22 +87,23 @@ class FunctionLoss(Loss):
         return jax.vmap(lambda column: like_y(unflatten(column)))((vectors * root[None]).T)
 
 
-def _floats(y: PyTree) -> tuple[list[Array], Callable[..., PyTree]]:
-    """Return the floating leaves of y, and ``like_y(floats, others=None)``, a tree like y.
+def _moving(y: PyTree) -> tuple[list[Array], Callable[..., PyTree]]:
+    """Return the leaves of y that have a derivative, and ``like_y(moving, others=None)``.
 
-    It has the leaves of others, another tree like y, where those of y are not floating, or None.
+    That is a tree like y with these leaves. In the place of integers and bools it has the leaves of
+    others, another tree like y, or None.
     """
     leaves, structure = jax.tree.flatten(y)
-    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    moves = list(map(is_inexact, leaves))
 
-    def like_y(floats: list[Array], others: PyTree = None) -> PyTree:
-        new = iter(floats)
-        rest = structure.flatten_up_to(others) if others is not None else [None] * len(leaves)
+    def like_y(moving: list[Array], others: PyTree = None) -> PyTree:
+        new = iter(moving)
+        rest = [None] * len(leaves) if others is None else structure.flatten_up_to(others)
         return structure.unflatten(
-            next(new) if here else other for here, other in zip(floating, rest, strict=True)
+            next(new) if here else other for here, other in zip(moves, rest, strict=True)
         )
 
-    return list(itertools.compress(leaves, floating)), like_y
+    return list(itertools.compress(leaves, moves)), like_y
 
 
 def loss(fn: Callable[..., Array]) -> FunctionLoss:

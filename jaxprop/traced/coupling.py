@@ -36,7 +36,8 @@ def check_uncoupled_function(
     It is tried, once for its shapes: on two examples of random numbers, together and each alone. It
     is a help and no proof: a function with more than 30 million params, one that closes over what
     is being traced, or one that gives no finite numbers for random ones, is not tried. What it
-    prints, by ``jax.debug.print`` or another callback without a result, is left out of a try.
+    prints, by ``jax.debug.print`` or another callback without a result, is left out of a try; one
+    that prints within a ``cond`` or a while loop is not tried.
 
     Args:
         fn: the function.

@@ -50,8 +50,8 @@ def _scopes(program: Program, data: Sequence[bool]) -> list[int]:
     views = {var for var, is_data in zip(program.jaxpr.invars, data, strict=True) if not is_data}
     last: object = None
     for equation in program.jaxpr.eqns:
-        place = origin_of(equation)
-        here: object = place.scope or place.line
+        origin = origin_of(equation)
+        here: object = origin.scope or origin.line
         with_views = [var in views for var in variables(equation.invars)]
         if any(with_views) and _holds_scopes(equation):
             here = equation

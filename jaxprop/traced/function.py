@@ -51,7 +51,7 @@ class Function(Layer):
         init_fn: what ``init`` calls, or None.
         watching: whether ``forward`` also saves the results of named scopes, for ``jp.explain``.
         by_forward_rules: whether y has the derivative along params of what was tapped, for forward
-            over reverse.
+            over reverse. With rules of ``jp.rules`` it has that of fn without them.
     """
 
     fn: Fn
@@ -122,10 +122,9 @@ class Function(Layer):
         warn_of_large_shares(repr(self), one, params, jax.tree.leaves(x)[0].shape[0])
         with _noted(self):
             y, walked = walk_ahead(one, x)
-        if self.by_forward_rules:
-            return y, walked
-        plain = self.fn.fn if isinstance(self.fn, Ruled) else self.fn
-        return _derived(plain, params, x, y), walked
+        if isinstance(self.fn, Ruled):
+            return _derived(self.fn.fn, params, x, y), walked
+        return y if self.by_forward_rules else _derived(self.fn, params, x, y), walked
 
     def backward(self, params: Params, residuals: Walked, ct: Cotangent) -> tuple[Params, PyTree]:
         return self.walk(params, residuals, ct, lambda step: step.d_params)

@@ -146,22 +146,22 @@ def kfac(
         _check_numbers(learning_rate=learning_rate)
     asked = KroneckerFactors(samples, positions=positions, others="diagonal", joint_bias=joint_bias)
     made = _Kfac(
-        net,
-        loss,
-        like,
-        alone(net, loss, asked, micro_batches),
-        None if mesh is None else in_shares(mesh),
-        learning_rate,
-        momentum,
-        damping,
-        adapt_damping,
-        norm_constraint,
-        decay,
-        every,
-        inverse_every,
-        damping_every,
-        damping_decay,
-        seed,
+        net=net,
+        loss=loss,
+        like=like,
+        factors=alone(net, loss, asked, micro_batches),
+        decomposed=None if mesh is None else in_shares(mesh),
+        learning_rate=learning_rate,
+        momentum=momentum,
+        damping=damping,
+        adapt_damping=adapt_damping,
+        norm_constraint=norm_constraint,
+        decay=decay,
+        every=every,
+        inverse_every=inverse_every,
+        damping_every=damping_every,
+        damping_decay=damping_decay,
+        seed=seed,
     )
     return optax.GradientTransformationExtraArgs(made.init, made.update)  # pyright: ignore[reportArgumentType]
 
