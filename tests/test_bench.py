@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -63,15 +64,36 @@ def test_the_rows_that_are_promised():
     ]
 
 
-def test_the_readme_shows_the_table_as_it_is_printed():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    table = readme.split("$ jaxprop bench\n")[1].split("```")[0]
+ROOT = Path(__file__).parent.parent
+FIGURES = (ROOT / ".github" / "docs" / "figures.md").read_text()
+
+
+def test_the_page_of_figures_shows_the_table_as_it_is_printed():
+    table = FIGURES.split("$ jaxprop bench\n")[1].split("```")[0]
     device, head, *lines = table.splitlines()
     assert "GFLOP/s" in device
     assert head.split()[:3] == ["row", "hand", "ms"]
     own = [name for name in rows.ROWS if not rows.needs_flax(name)]
     assert [line.split()[0] for line in lines[: len(own)]] == own
     assert "\n".join(lines[len(own) :]) == EXPLANATION
+
+
+def test_the_readme_s_summary_is_that_of_the_tables():
+    def ratios(section, *columns):
+        """Of each row the given columns, without quartiles."""
+        text = FIGURES.split(f"\n## {section}\n")[1].split("\n## ")[0]
+        lines = [re.sub(r"\[.*?\]", "", line).split() for line in text.splitlines()]
+        return {
+            line[0]: [line[n] for n in columns] for line in lines if line and line[0] in rows.ROWS
+        }
+
+    cpu, h200 = ratios("On a CPU", 3, 7), ratios("On an H200", 3)
+    v5e = ratios("For a TPU v5e, compiled", 3)
+    readme = (ROOT / "README.md").read_text().split("| row | what is computed |")[1]
+    summary = [line.strip("|").split("|") for line in readme.split("\n\n")[0].splitlines()[2:]]
+    assert len(summary) > 15
+    for row, _, *shown in ([cell.strip(" `") for cell in line] for line in summary):
+        assert shown == [*cpu[row], *h200.get(row, "-"), *v5e.get(row, "-")], row
 
 
 LINEN = {

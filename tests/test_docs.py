@@ -55,7 +55,7 @@ def test_the_tests_the_rows_and_the_files_that_it_names_are_there():
         assert (ROOT / path).is_file(), path
     for path in set(re.findall(r"\]\(([^)#]+)", TEXT)):
         assert (PAGE.parent / path).is_file(), path
-    table = (ROOT / "README.md").read_text().split("$ jaxprop bench\n")[1].split("```")[0]
+    table = (DOCS / "figures.md").read_text().split("$ jaxprop bench\n")[1].split("```")[0]
     found = {line.split()[0]: line.split()[3] for line in table.splitlines()[2:] if "[" in line}
     quoted = re.findall(r"(\d+\.\d\d)(?:(?![|;]|\d\.\d\d).)*?`([\w/-]+)`", TEXT)
     quoted = [(ratio, row) for ratio, row in quoted if row in ROWS]
