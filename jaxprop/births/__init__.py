@@ -1,1 +1,1 @@
-"""Births of numbers that are not finite: a program run equation by equation, and back."""
+"""Births of non-finite numbers: a program run equation by equation, forward and back."""

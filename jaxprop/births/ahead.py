@@ -1,4 +1,4 @@
-"""The search for the equation that made a value on the way forward, back from the value."""
+"""The search for the equation that made a value on the way forward, starting at the value."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxprop.traced.origin import Line
 
 
 class Within(NamedTuple):
-    """An equation whose program another one is a part of.
+    """An equation whose program contains another equation.
 
     Attributes:
-        replay: the replay that it is on.
+        replay: the replay that it belongs to.
         number: its number there.
-        step: for a loop, which of its steps.
+        step: for a loop, the step.
     """
 
     replay: Replay
@@ -38,14 +38,15 @@ class Born(NamedTuple):
     """An equation with a result that is not finite.
 
     Attributes:
-        replay: the replay that it is on.
+        replay: the replay that it belongs to.
         number: its number there.
-        position: which of the results.
-        results: what it gave, or on the way back the cotangents of what it was given.
-        within: the equations that it is a part of, the outermost first.
-        cts: on the way back the cotangents of what it gave, None for a zero; else None.
-        back: whether this is on the way back. With cts None it is then a backward rule's equation.
-        summed: whether not its own result overflowed but the sum of the cotangents of one value.
+        position: the index of the result.
+        results: its outputs or, on the way back, the cotangents of its inputs.
+        within: the equations around it, the outermost first.
+        cts: on the way back, the cotangents of its outputs, None for a zero; otherwise None.
+        back: whether this is on the way back. If so, and cts is None, it is an equation of a
+            backward rule.
+        summed: whether the sum of the cotangents of one value overflowed, rather than one result.
         line: the source line, where the equation does not have it.
         where: which elements of the result are meant; None for all that are not finite.
     """
@@ -69,13 +70,13 @@ class Born(NamedTuple):
 
 @dataclasses.dataclass
 class Found:
-    """The findings on the way from a value back to where it was made.
+    """The findings of a search from a value back to where it was made.
 
     Attributes:
-        births: by the number of the equation, what was not finite though all it came from was.
-        turned: where it became NaN, of what was infinite.
-        constants: where a constant came in that is not finite.
-        inputs: which of the program's inputs were not finite, and had a part in it.
+        births: the equations, by number, that made a non-finite result of finite numbers.
+        turned: the equations that made NaN of infinite numbers.
+        constants: the equations that took a non-finite constant.
+        inputs: the program's non-finite inputs that the value comes from.
     """
 
     births: dict[int, Born] = dataclasses.field(default_factory=dict)
@@ -85,9 +86,9 @@ class Found:
 
     @property
     def first(self) -> Born | None:
-        """The first of the births; where there is none what turned infinity into NaN.
+        """The first of ``births``; if that is empty, of ``turned``, and then of ``constants``.
 
-        An infinity that is a constant, as that of a mask is, is none: it is meant.
+        An infinite constant, such as a mask's, is not a birth: it is deliberate.
         """
         for each in (self.births, self.turned, self.constants):
             if each:
@@ -95,7 +96,7 @@ class Found:
         return None
 
     def take(self, number: int, other: Found) -> None:
-        """Add what was found inside of an equation, but for the inputs."""
+        """Add what was found inside an equation, except the inputs."""
         for mine, theirs in (
             (self.births, other.births),
             (self.turned, other.turned),
@@ -108,15 +109,15 @@ class Found:
 def look(
     program: Program, args: Sequence[Any], wanted: Iterable[int], within: tuple[Within, ...] = ()
 ) -> Found:
-    """Return where those of a program's outputs that are not finite come from.
+    """Return where the non-finite outputs of a program come from.
 
-    The program is run equation by equation. From the outputs the search goes back through what is
-    not finite, and into the programs that equations run, one step of a loop among them.
+    The program is run equation by equation. The search follows non-finite values back from the
+    outputs, and into the programs that equations run, such as one step of a loop.
 
     Args:
         program: the program.
         args: its inputs.
-        wanted: the numbers of the outputs.
+        wanted: the numbers of the outputs to search from.
         within: the equations that the program is a part of.
     """
     replay, found = Replay(program, args), Found()
@@ -135,7 +136,7 @@ def look(
 def _at(
     replay: Replay, number: int, position: int, found: Found, within: tuple[Within, ...]
 ) -> list[int]:
-    """Note what an equation has to do with a result, and return the inputs to go on from."""
+    """Record how an equation made a result non-finite, and return the inputs to go on from."""
     equation, ins = replay.equations[number], replay.ins[number]
     part = inside(equation, ins)
     if part is not None:
@@ -164,9 +165,10 @@ def _at(
 def _culprits(
     equation: JaxprEqn, ins: Sequence[Any], out: Any, position: int
 ) -> tuple[list[int], np.ndarray | None]:
-    """Return the inputs that are not finite and without which the result would not be so.
+    """Return the non-finite inputs that make a result non-finite, and where it is so without them.
 
-    And where the result would not be finite all the same; None if it would be.
+    The latter are the elements that stay non-finite if all inputs are finite; None if there are
+    none.
     """
     here = not_finite(out)
     bad = {

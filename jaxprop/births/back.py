@@ -1,4 +1,4 @@
-"""The search for a cotangent's equation: a program differentiated equation by equation."""
+"""The search for the equation that made a cotangent, by differentiating equation by equation."""
 
 from __future__ import annotations
 
@@ -35,10 +35,7 @@ Fn = Callable[..., Sequence[Any]]
 
 
 class Pulled(NamedTuple):
-    """An equation on the way back: the cotangents of what it gave, and of what it was given.
-
-    Both are None where there is none, which is a zero that nobody computes with.
-    """
+    """The cotangents of one equation's outputs and inputs; None stands for a symbolic zero."""
 
     cts: list[Any]
     ds: list[Any]
@@ -52,12 +49,12 @@ def look_back(
     wanted: Sequence[int],
     within: tuple[Within, ...] = (),
 ) -> Born | None:
-    """Return the first equation on the way back whose cotangents are not finite though all was.
+    """Return the first equation on the way back that made a non-finite cotangent of finite ones.
 
     Args:
         program: the program.
         args: its inputs.
-        moving: whether each of them is differentiated by.
+        moving: for each input, whether the program is differentiated with respect to it.
         cts: the cotangents of its outputs, None for a zero.
         wanted: the numbers of the inputs whose cotangents are not finite.
         within: the equations that the program is a part of.
@@ -103,7 +100,7 @@ def _born(
     moving: set[Any],
     within: tuple[Within, ...],
 ) -> Born:
-    """Return the birth at an equation, or inside of it."""
+    """Return the birth at an equation, or inside it."""
     equation, ins = replay.equations[number], replay.ins[number]
     here = Born(replay, number, index, pulled.ds, within, pulled.cts, True, summed)
     if summed:
@@ -126,7 +123,7 @@ def _born(
 def _walked(
     replay: Replay, moving: Sequence[bool], cts: Sequence[Any]
 ) -> tuple[dict[Any, Any], dict[int, Pulled]]:
-    """Return the cotangent of each variable, and what each equation had to do with them."""
+    """Return the cotangent of each variable, and the ``Pulled`` of each equation, by number."""
     totals: dict[Any, Any] = {}
     pulls: dict[int, Pulled] = {}
     moves = moving_in(replay, moving)
@@ -160,15 +157,15 @@ def _walked(
 
 
 def pull(f: Fn, ins: Sequence[Any], at: Sequence[int], cts: Sequence[Any]) -> list[Any]:
-    """Return the cotangents of a function's inputs, None where it is a zero that JAX knows of.
+    """Return the cotangents of a function's inputs, with None for a symbolic zero of JAX.
 
-    Only the outputs with a cotangent are differentiated, as JAX does it: of the others it does not
-    multiply zeros by slopes, which may be infinite.
+    Only the outputs with a cotangent are differentiated, as in JAX, which does not multiply the
+    zeros of the others by slopes that may be infinite.
 
     Args:
-        f: the function, of values to a list of values.
+        f: the function, from values to a list of values.
         ins: the inputs.
-        at: which of them are differentiated by.
+        at: the indices of the inputs to return cotangents of.
         cts: the cotangents of the outputs, None for a zero.
     """
     live = [index for index, ct in enumerate(cts) if ct is not None]
@@ -198,7 +195,7 @@ def _in_scan(
     index: int,
     within: tuple[Within, ...],
 ) -> Born | None:
-    """Go back through a scan step by step, and look inside of the first that goes wrong."""
+    """Go back through a scan step by step, and look inside the first step that goes wrong."""
     loop, scan = loop_of(equation, ins), scan_of(equation)
     assert loop is not None
     behind = scan.consts + scan.carry
@@ -224,7 +221,7 @@ def _in_scan(
 
 
 def _carried(body: Program, flags: Sequence[bool], consts: int, behind: int) -> list[bool]:
-    """Return which of the carried values move, in any step."""
+    """Return which of the carried values depend on moving inputs, in any step."""
     carried = list(flags[consts:behind])
     while True:
         outs = moved(body, [*flags[:consts], *carried, *flags[behind:]])
@@ -235,14 +232,14 @@ def _carried(body: Program, flags: Sequence[bool], consts: int, behind: int) -> 
 
 
 def moving_in(replay: Replay, moving: Sequence[bool]) -> set[Any]:
-    """Return the variables of a replay that move if these inputs do."""
+    """Return the variables of a replay that depend on moving inputs."""
     moves: set[Any] = set()
     _spread(replay.program, moving, moves)
     return moves
 
 
 def moved(program: Program, moving: Sequence[bool]) -> list[bool]:
-    """Return which of a program's outputs move if these inputs do."""
+    """Return which outputs of a program depend on moving inputs."""
     moves: set[Any] = set()
     _spread(program, moving, moves)
     return [not isinstance(var, Literal) and var in moves for var in program.jaxpr.outvars]

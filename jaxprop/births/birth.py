@@ -1,4 +1,4 @@
-"""The birth of a number that is not finite: the equation, its source line, and why, in words."""
+"""The birth of a non-finite number: the equation, its source line, and the cause in words."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jaxprop.traced.equations import name_of, primitive_of, reduced_axes_of, rul
 from jaxprop.traced.origin import Line, line_of, origin_of
 
 WIDTH = 80
-SHOWN = 3  # operands
-TIED = "\x00"  # a space where no line is broken
+SHOWN = 3  # operands at most
+TIED = "\x00"  # stands for a space at which no line may break
 TRANSFORMS = re.compile(r"\b(?:jvp|transpose|vmap|jit|checkpoint|remat)\(|rematted_computation|\)")
 
 
@@ -34,25 +34,25 @@ class LoopStep(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Birth:
-    """The equation where a number was born that is not finite, of numbers that were.
+    """The equation that made a non-finite number of finite ones.
 
     Attributes:
-        back: whether on the way back.
+        back: whether it was on the way back.
         primitive: the name of JAX's primitive.
-        line: the file and the number of the source line: the innermost one outside of installed
-            packages. In a layer of this library it is the library's own, and in the rule of a
-            ``jax.custom_jvp`` function that of the call.
-        source: what is written there; "" where the source cannot be read.
-        scope: the named scopes, of ``jax.named_scope`` or of Flax modules.
-        rule: the function whose derivative rule it is in; "" if it is in none.
-        steps: for each loop that it is in, the step.
-        example: the example of the batch; None if it is not known, or if it is of all.
-        index: the index of the first element that is not finite, in the primitive's result; on the
-            way back in the cotangent of its input.
-        shape: the shape of that.
+        line: the file and the number of the innermost source line outside installed packages. For a
+            layer of this library it is a line of the library; for the rule of a ``jax.custom_jvp``
+            function it is the line of the call.
+        source: the text of the line; "" where the source cannot be read.
+        scope: the named scopes, from ``jax.named_scope`` or Flax modules.
+        rule: the function whose derivative rule has the equation; "" if no rule has it.
+        steps: the step of each loop around the equation.
+        example: the example of the batch; None if it is not known, or if the number belongs to all.
+        index: the index of the first non-finite element in the primitive's result or, on the way
+            back, in the cotangent of its input.
+        shape: the shape of that array.
         value: the element.
-        given: what came in for that element: the least and the largest number of each operand.
-        ct: on the way back, the cotangent of the result likewise.
+        given: the operands for that element: the least and the largest number of each.
+        ct: on the way back, the same for the cotangent of the result.
         cause: the usual cause, as a sentence; "" if none is known.
     """
 
@@ -98,12 +98,12 @@ class Birth:
 
 
 def birth_of(born: Born, examples: int | None = None, example: int | None = None) -> Birth:
-    """Return what is said of an equation.
+    """Return the birth at an equation, with its numbers and the usual cause.
 
     Args:
         born: the equation.
         examples: the length of an axis of examples in the program, if it has one.
-        example: the example that is asked about, if it is known.
+        example: the example in question, if it is known.
     """
     equation = born.equation
     result = numbers(born.results[born.position])
@@ -163,12 +163,12 @@ def birth_of(born: Born, examples: int | None = None, example: int | None = None
 
 
 def not_finite_in(values: Sequence[Any]) -> list[int]:
-    """Return which of the values are not finite."""
+    """Return the indices of the values that are not finite."""
     return [index for index, value in enumerate(values) if not_finite(value) is not None]
 
 
 def _first(bad: np.ndarray, examples: int | None, example: int | None) -> tuple[int, ...]:
-    """Return the first element that is not finite, of that example where the axis is known."""
+    """Return the index of the first bad element, within the example where its axis is known."""
     if example is not None and bad.shape[:1] == (examples,) and bad[example].any():
         other = np.arange(len(bad)) != example
         bad = bad & ~other.reshape(-1, *(1,) * (bad.ndim - 1))
@@ -183,7 +183,7 @@ def _seen_at(
     examples: int | None = None,
     by_index: bool = True,
 ) -> Given | None:
-    """Return the numbers of an operand that an element comes from, as far as it is known."""
+    """Return the range of an operand's numbers that an element comes from, as far as known."""
     if jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):
         return None
     array = numbers(value)
@@ -204,7 +204,7 @@ def _seen_at(
 
 
 def _place(born: Born) -> tuple[Line | None, str, tuple[LoopStep, ...]]:
-    """Return the innermost line that is known, the scopes, and the steps of loops."""
+    """Return the innermost known line, the scopes, and the steps of loops."""
     chain = [*(each.equation for each in born.within), born.equation]
     lines = [line_of(equation) for equation in reversed(chain)]
     lines += [line_of(equation, ours=True) for equation in reversed(chain)]

@@ -60,7 +60,7 @@ class Given(NamedTuple):
 
     @classmethod
     def of(cls, array: np.ndarray) -> Given | None:
-        """Return those of an array; NaN is left out unless there is nothing else."""
+        """Return the range of an array, without its NaN unless it has nothing else."""
         if not array.size:
             return None
         some = array[~np.isnan(array)] if array.dtype.kind == "f" else array
@@ -87,16 +87,16 @@ class Element:
 
     Attributes:
         primitive: the equation's primitive.
-        given: what it was given there; None for what are no numbers.
+        given: the numbers of each operand there; None for an operand without numbers.
         value: the element.
         dtype: its dtype.
-        position: on the way back, by which operand it is the cotangent.
+        position: on the way back, the index of the operand whose cotangent it belongs to.
         ct: on the way back, the cotangent of the result; None on the way forward.
-        out: on the way back, what it gave on the way forward.
+        out: on the way back, the equation's result on the way forward.
         summed: whether it is the sum of the cotangents of one value.
-        infinite: whether something that it was given is not finite, somewhere.
-        hidden: the source line of a ``where`` behind it that takes another value there.
-        makers: what made each operand.
+        infinite: whether any operand has a number that is not finite, there or elsewhere.
+        hidden: the source line of a later ``where`` that takes its other value there, or "".
+        makers: the name of the equation that made each operand.
     """
 
     primitive: str
@@ -112,7 +112,7 @@ class Element:
     makers: Sequence[str]
 
     def operand(self, index: int) -> float:
-        """Return an operand's number, NaN if it is not one number."""
+        """Return an operand's number; NaN if its numbers differ, or it has none."""
         given = self.given[index] if index < len(self.given) else None
         return math.nan if given is None else given.one
 
@@ -181,7 +181,7 @@ def _overflow(seen: Element) -> str:
 
 
 def _outside(name: str, a: float, b: float) -> str:
-    """Return why a function is not finite at a point outside of its domain, or at a pole."""
+    """Return why a function is not finite at a point outside its domain, or at a pole."""
     match name:
         case "sqrt" if a < 0:
             return "the square root of a negative number is nan"
@@ -253,7 +253,7 @@ def _back(seen: Element) -> str:
 
 
 def _product(seen: Element, why: str, ct: float, slope: float = INF) -> str:
-    """Return what becomes of a slope that is not finite with the cotangent that comes back."""
+    """Return why a non-finite slope spoils the cotangent that comes back."""
     nought = f"0 · {abs(slope):g} is nan"
     if ct == 0 and seen.hidden:
         return (
@@ -270,7 +270,7 @@ def _product(seen: Element, why: str, ct: float, slope: float = INF) -> str:
 
 
 def takes_another(born: Born) -> str:
-    """Return the source line of a ``where`` behind an equation's result, "" if there is none."""
+    """Return the source line of a later ``where`` that uses an equation's result, or ""."""
     outs: set[Any] = set(born.equation.outvars)
     levels = [(each.replay, each.number) for each in born.within]
     for replay, number in reversed([*levels, (born.replay, born.number)]):

@@ -1,4 +1,4 @@
-"""A program that was run equation by equation, with every value kept, and what is not finite."""
+"""A program run equation by equation with every value kept, and tests for non-finite values."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Replay:
     Attributes:
         program: the program.
         equations: its equations.
-        ins: what each equation was given.
-        outs: what each equation gave.
+        ins: the inputs of each equation.
+        outs: the outputs of each equation.
         makers: for each variable that an equation makes, the equation's number.
     """
 
@@ -53,9 +53,9 @@ class Replay:
         program.run(args, step)
 
     def maker(self, number: int, position: int) -> JaxprEqn | None:
-        """Return the equation that made one of the inputs of another, before it was rearranged.
+        """Return the equation that made an input of another one, before it was rearranged.
 
-        None for what was given.
+        None for an input or a constant of the program.
         """
         var = self.equations[number].invars[position]
         while not isinstance(var, Literal) and var in self.makers:
@@ -67,14 +67,14 @@ class Replay:
 
 
 class Inside(NamedTuple):
-    """The program that an equation runs once, and which of its inputs that is given, from where."""
+    """The program that an equation runs once, and the first of the equation's inputs it takes."""
 
     program: Program
     start: int
 
 
 def inside(equation: JaxprEqn, ins: Sequence[Any]) -> Inside | None:
-    """Return what an equation runs once; None if it is a primitive, or a loop."""
+    """Return the program that an equation runs once; None for a primitive or a loop."""
     if equation.primitive.name == "cond":
         branches = branches_of(equation)
         return Inside(branches[int(np.clip(int(ins[0]), 0, len(branches) - 1))], 1)
@@ -87,12 +87,12 @@ class Loop(NamedTuple):
     """The steps of a scan or of a while loop.
 
     Attributes:
-        body: what each of them runs, of the constants, what is carried, and its part of the xs.
-        consts: where the constants are among the equation's inputs.
-        start: where what is carried begins among them; the xs come behind.
-        carry: how many are carried.
-        steps: what the body was given, in the order in which it ran.
-        reverse: whether it went through xs from the end.
+        body: the program of each step, of the constants, the carried values, and its slice of xs.
+        consts: the places of the constants among the equation's inputs.
+        start: the place of the first carried value among them; the xs come after the carried ones.
+        carry: how many values are carried.
+        steps: the inputs of the body, in the order in which it ran.
+        reverse: whether it iterated over xs from the end.
     """
 
     body: Program
@@ -142,7 +142,7 @@ def _while(equation: JaxprEqn, ins: Sequence[Any]) -> Loop:
 
 
 def function_of(program: Program) -> Callable[..., list[Any]]:
-    """Return a program, one of JAX's own, as a function of its inputs."""
+    """Return a program that holds a ``Jaxpr`` of JAX as a function of its inputs."""
     assert isinstance(program.jaxpr, Jaxpr)
     return jaxpr_as_fun(ClosedJaxpr(program.jaxpr, program.consts))
 

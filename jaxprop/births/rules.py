@@ -1,4 +1,4 @@
-"""The search for a cotangent that is not finite inside of a function's own derivative rule."""
+"""The search for a non-finite cotangent inside a function's custom derivative rule."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def look_in_rule(
     cts: Sequence[Any],
     within: tuple[Within, ...],
 ) -> Born | None:
-    """Look inside of the rule of a ``jax.custom_vjp`` or ``jax.custom_jvp`` function.
+    """Look inside the rule of a ``jax.custom_vjp`` or ``jax.custom_jvp`` function.
 
     Args:
         equation: the equation that calls the function.
-        ins: what it was given.
-        index: by which of them the cotangent is not finite.
-        cts: the cotangents of what it gave, None for a zero.
-        within: the equations that the rule is a part of, this one the innermost.
+        ins: its inputs.
+        index: the index of the input whose cotangent is not finite.
+        cts: the cotangents of its outputs, None for a zero.
+        within: the equations that the rule is a part of; the last is the one that calls it.
     """
     live = [number for number, ct in enumerate(cts) if ct is not None]
     some = [cts[number] for number in live]
@@ -54,7 +54,7 @@ def look_in_rule(
 
 
 def _line_in_rule(run: Any, nan: bool) -> Line | None:
-    """Return the line of the rule: JAX gives its equations that of the call, but errors do not."""
+    """Return the line in the rule, from an error: JAX gives its equations the line of the call."""
     try:
         with jax.debug_nans(nan), jax.debug_infs(not nan), jax.disable_jit():
             jax.block_until_ready(run())

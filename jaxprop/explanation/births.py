@@ -1,4 +1,4 @@
-"""From an array of a walk that is not finite to the equation where it was born."""
+"""From a non-finite array of a walk to the equation where it was born."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from jaxprop.traced.function import Function
 
 
 class Sought(NamedTuple):
-    """An array of a walk that is not finite.
+    """A non-finite array of a walk.
 
     Attributes:
         array: "y", "d_x", or "grads".
-        part: its place in what the array is a tree of: a path, or a param's name.
+        part: its place in the tree of y, d_x or grads: a path, or a param's name.
         example: its first example that is not finite; None for a gradient.
     """
 
@@ -51,13 +51,13 @@ class Sought(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """The inputs of one layer, or of the loss, on both ways: all that its results are made of.
+    """All inputs of one layer, or of the loss, on the way forward and on the way back.
 
     Attributes:
         layer: the layer, or the loss.
         params: the layer's params.
         x: its input.
-        residuals: what it saved; nothing for a function, which is differentiated anew.
+        residuals: what it saved; nothing for a function, which is differentiated again.
         ct: the cotangent of its output, for each example's own loss.
     """
 
@@ -71,12 +71,12 @@ class Stop:
 def birth(sought: Sought, stop: Stop, target: PyTree) -> Birth | None:
     """Return where an array of a walk was born; None if that was not found.
 
-    A layer's own forward and backward are traced, for the batch, and run equation by equation. Of a
-    function the fn is traced, for the one example, and differentiated equation by equation.
+    A layer's own forward and backward are traced for the batch and run equation by equation. The fn
+    of a ``Function`` is traced for the one example and differentiated equation by equation.
 
     Args:
         sought: the array.
-        stop: all that it is made of.
+        stop: the inputs that the array is computed from.
         target: the target of the walk.
     """
     layer, examples = stop.layer, jax.tree.leaves(stop.ct)[0].shape[0]
@@ -99,7 +99,7 @@ def birth(sought: Sought, stop: Stop, target: PyTree) -> Birth | None:
 def stopped(
     at: str | None, net: Layer, loss: Loss, params: Params, x: PyTree, target: PyTree
 ) -> Stop:
-    """Return what one layer had to do with in a walk, None for the loss; no other is computed."""
+    """Return the ``Stop`` of one layer in a walk, or of the loss for None; no other is computed."""
     ahead = forward(map_layers(net, Recorded), RecordedLoss(loss), params, Batch(x, target))
     y, values, residuals = ahead.residuals
     if at is None:
@@ -112,7 +112,7 @@ def _stop(step: Step) -> Stop:
     assert isinstance(step.layer, Recorded)
     layer, (x, _, residuals) = step.layer.layer, step.residuals
     if isinstance(seen_through(layer), Function):
-        residuals = ()  # the way back of all examples, which is taken anew for one
+        residuals = ()  # those of all examples; fn is differentiated again for one example
     return Stop(layer, step.params, x, residuals, step.ct)
 
 
@@ -128,7 +128,7 @@ def _backward(
 def _ahead(
     examples: int, sought: Sought, f: Callable[..., PyTree], args: list[PyTree]
 ) -> Birth | None:
-    """Look where a leaf of what a function of a batch gives is born."""
+    """Find where a leaf of the result of a function of a batch was born."""
     leaves, structure = jax.tree.flatten(args)
     names: list[str] = []
 
@@ -145,7 +145,7 @@ def _ahead(
 
 
 def _name(sought: Sought) -> Callable[[tuple[Any, Any]], str]:
-    """Return how a leaf with its path is called: a param as ``by_name`` calls it."""
+    """Return a function that names a leaf with its path; params are named as in ``by_name``."""
     plainly = {"simple": True, "separator": "."} if sought.array == "grads" else {}
     return lambda leaf: jax.tree_util.keystr(leaf[0], **plainly)
 
@@ -153,7 +153,7 @@ def _name(sought: Sought) -> Callable[[tuple[Any, Any]], str]:
 def _of_function_loss(
     loss: FunctionLoss, y: PyTree, target: PyTree, sought: Sought
 ) -> Birth | None:
-    """Look where the cotangent of one example's y is born, by differentiating the function."""
+    """Find where the cotangent of one example's y was born, by differentiating the function."""
     y, target = _only(sought.example, (y, target))
     leaves, structure = jax.tree.flatten(y)
 
@@ -169,7 +169,7 @@ def _of_function_loss(
 
 
 def _with_casts(layer: Layer) -> Callable[..., PyTree]:
-    """Return the function in a layer, with what transparent wrappers round for it."""
+    """Return the function in a layer, with the rounding that the wrappers around it do."""
     if isinstance(layer, Function):
         return layer.fn
     assert isinstance(layer, Wrapper)
@@ -181,7 +181,7 @@ def _with_casts(layer: Layer) -> Callable[..., PyTree]:
 
 
 def _of_function(fn: Callable[..., PyTree], stop: Stop, sought: Sought) -> Birth | None:
-    """Look inside of a function, for one example, or for all where it takes them all."""
+    """Look inside a function, for one example, or for all if no single one is responsible."""
     of_params = [
         (jax.tree_util.keystr(path, simple=True, separator="."), is_learned(node))
         for path, node in jax.tree.leaves_with_path(stop.params, is_leaf=is_not_learned)
@@ -239,7 +239,7 @@ def _in_program(
 def _first_example(
     f: Callable[..., list[Any]], params: list[Any], stop: Stop, wanted: int
 ) -> int | None:
-    """Return the first example whose own gradient by a param is not finite."""
+    """Return the first example whose own gradient for a param is not finite."""
 
     def finite(here: tuple[list[Any], list[Any]]) -> Array:
         xs, cts = (jax.tree.map(lambda leaf: leaf[None], leaves) for leaves in here)
@@ -256,7 +256,7 @@ def _first_example(
 
 
 def _only(example: int | None, trees: PyTree) -> PyTree:
-    """Return the batch of one example; all of them for None."""
+    """Return the batch of one example; the whole batch for None."""
     if example is None:
         return trees
     return jax.tree.map(lambda leaf: leaf[example : example + 1], trees)

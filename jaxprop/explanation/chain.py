@@ -1,4 +1,4 @@
-"""The factors of the derivative by one entry of a param, from whatever form its cotangent has."""
+"""The factors of the derivative for one entry of a param, from any form of its cotangent."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Product(NamedTuple):
     """The chain rule for one weight and one example.
 
     Attributes:
-        factors: the factors by name, "x" and "ct"; "ct" alone for a bias, and "share" alone where
-            the layer has multiplied them, as for the scale of a ``LayerNorm``. In a layer with
+        factors: the factors by name, "x" and "ct"; only "ct" for a bias, and only "share" where the
+            layer has multiplied them, as for the scale of a ``LayerNorm``. In a layer with
             positions (a sequence, an image) each is an array over positions, and for a weight with
-            several uses over the positions of all of them. A row that is looked up has an x of 1
-            where its id stands, else 0. Empty for a form without named factors.
+            several uses over the positions of all of them. For a look-up, x is 1 at the positions
+            with the id of the row, and 0 elsewhere. Empty for a form without named factors.
         product: the product of the factors, summed over positions.
     """
 
@@ -44,7 +44,7 @@ def product_of(form: Factored, ct: Cotangent, example: int, index: Index) -> Pro
         form: the form of the param's cotangent.
         ct: the cotangent of the layer's output.
         example: the number of the example.
-        index: where the entry stands, not negative.
+        index: the index of the entry, not negative.
     """
     alone = _of_example(form, example)
     factors = _factors(alone, index)
@@ -54,7 +54,7 @@ def product_of(form: Factored, ct: Cotangent, example: int, index: Index) -> Pro
 
 
 def _are_others(shares: Array, ct: Cotangent) -> bool:
-    """Return whether shares, one for each entry of ct, are known to be other numbers."""
+    """Return whether shares of the same shape as ct are known to differ from it."""
     if not is_array(ct) or ct.shape != shares.shape or isinstance(shares, Tracer):
         return False
     return not np.array_equal(shares, ct)
@@ -92,7 +92,7 @@ def _factors(form: Factored, index: Index) -> dict[str, Array]:
 
 
 def _of_patches(form: Patches, index: Index) -> dict[str, Array]:
-    """Return x where one tap of the window reads one channel, and ct, over all positions."""
+    """Return what one tap of the window reads of one channel as x, and ct, over all positions."""
     *tap, channel, feature = index
     channels, features = form.x.shape[-1] // form.groups, form.ct.shape[-1] // form.groups
     taps = form.windows.shifted(form.x)
@@ -119,7 +119,7 @@ def _together(uses: list[dict[str, Array]]) -> dict[str, Array]:
 
 
 def _before(form: Factored, moves: Moves, index: Index) -> Index | None:
-    """Return where an entry stood when it met the data; None for one that did not."""
+    """Return the index of an entry where it met the data; None for an entry that did not."""
     shape = jax.eval_shape(form.per_example).shape[1:]
     with jax.ensure_compile_time_eval():
         numbers = jnp.arange(1, math.prod(shape) + 1, dtype=jnp.int32).reshape(shape)

@@ -1,4 +1,4 @@
-"""``jp.find_nonfinite``: the first array of a walk that is not finite, and signs of trouble."""
+"""``jp.find_nonfinite``: the first non-finite array of a walk, and signs of trouble."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ class Finding:
         phase: the part of the walk: "input" if x, the target or the params were not finite to begin
             with, else "forward", "loss" or "backward". None if all is finite.
         layer: the layer's name, as in ``jp.explain``; None if the array is not a layer's.
-        array: the name of the array: x, y, ct, d_x, target, a param or its gradient; where it is
-            one of several in a dict or a tuple, with its place there, such as "y['mean']".
+        array: the name of the array: x, y, ct, d_x, target, a param or its gradient. If it is one
+            of several in a dict or a tuple, the name has its place there, such as "y['mean']".
         index: the index of its first element that is not finite.
         value: that element.
         example: the example that it belongs to; None for an array without an axis of examples.
-        x: that example's input to the layer, or to the loss. None if ``example`` is None, and
-            before the walk begins.
-        ct: that example's cotangent of the output, likewise.
-        birth: the equation that made it, inside of the layer, the function or the loss, with its
-            source line and the usual cause. None if it was not finite to begin with, between
-            layers, or if no equation was found.
-        sentence: all this in words, but for the birth.
+        x: that example's input to the layer, or to the loss. None if ``example`` is None, or if the
+            phase is "input".
+        ct: that example's cotangent of the output; None in the same cases.
+        birth: the equation that made it, inside the layer, the function or the loss, with its
+            source line and the usual cause. None if it was not finite to begin with, if it arose
+            between layers, or if no equation was found.
+        sentence: all of this in words, except the birth.
         suspects: sentences on layers that are finite but in trouble.
     """
 
@@ -96,21 +96,22 @@ def find_nonfinite(
 ) -> Finding:
     """Find the first element of a walk that is not finite.
 
-    Give it the batch at which training failed. It names the first layer with a result that is not
-    finite, the example and the element; and inside of that layer, of a ``jp.function`` or of the
-    loss, the equation that made it of finite numbers: its source line, the step of a ``scan``, the
-    numbers that came in, and the usual cause. For that the one layer is run again, equation by
-    equation, and a function differentiated so. It also names suspects: units that are dead for the
-    whole batch, saturated activations, and cotangents that explode or vanish from layer to layer.
+    Call it with the batch at which training failed. It names the first layer with a non-finite
+    result, the example and the element. Inside that layer, a ``jp.function`` or the loss, it names
+    the equation that made the element of finite numbers: its source line, the step of a ``scan``,
+    the numbers that came in, and the usual cause. To find the equation, that one layer is run again
+    equation by equation, and a function is also differentiated equation by equation. Suspects are
+    named too: units that are dead for the whole batch, saturated activations, and cotangents that
+    explode or vanish from layer to layer.
 
-    It looks at values, so that it must be called outside of ``jax.jit``.
+    It looks at values, so it must be called outside ``jax.jit``.
 
     Args:
         net: the network.
         loss: the loss.
         params: the net's params.
         x: the inputs, with the example on axis 0.
-        target: the targets, likewise; left out for a loss that takes none.
+        target: the targets, with the example on axis 0; omit it for a loss without a target.
         key: a key of ``jax.random.key``, for the layers that draw.
         mask: bool (N, T), True where a position is real, for the layers that take a mask.
 
@@ -118,7 +119,7 @@ def find_nonfinite(
         A ``Finding``, which is false if all is finite.
 
     Raises:
-        TypeError: if net is not a layer, or loss is not a loss, and in a traced program.
+        TypeError: if net is not a layer, if loss is not a loss, or if an argument is a tracer.
 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
@@ -168,7 +169,7 @@ def _in_order(
     yield "loss", None, "d_x", terms.loss.summaries.d_x
     for name, at in reversed(runs):
         yield "backward", name, "ct", at.summaries.ct
-        first = name == runs[0][0]  # d_x of the first is that of x, which nothing is computed of
+        first = name == runs[0][0]  # nothing else is computed from the first layer's d_x
         if not first:
             yield "backward", name, "d_x", at.summaries.d_x
         for param, each in by_name(at.summaries.grads, Summary).items():
@@ -213,13 +214,13 @@ def _finding(
 def _born(
     array: str, part: str, example: int | None, stop: Stop, target: PyTree
 ) -> tuple[Birth | None, str]:
-    """Return the equation that made an array what it is, and what is said if there is none."""
+    """Return the equation that made an array non-finite, and what to say if none was found."""
     kind = array
     if array.startswith(GRADIENT):
         kind, part = "grads", array.removeprefix(GRADIENT).removeprefix(" by ")
     try:
         found = birth(Sought(kind, part, example), stop, target)
-    except Exception as error:  # what cannot be run equation by equation, such as a callback
+    except Exception as error:  # some programs cannot be run so, such as one with a callback
         said = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         return None, f" The equation that made it was not found: {said}"
     if found is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import SupportsFloat
 
 DECIMALS = 8
-FEWEST = 4  # decimals, before an exponent takes their place
+FEWEST = 4  # with fewer decimals, an exponent is used instead
 CELL = 11  # characters of a number in a column
 
 
@@ -19,8 +19,8 @@ def fixed(number: SupportsFloat) -> str:
 def aligned(numbers: Iterable[SupportsFloat]) -> list[str]:
     """Return the numbers of a column, all with the same number of decimals.
 
-    There are eight, or as many from four on as fit into 11 characters. If fewer fit, or one of the
-    numbers would show zeros alone, all are written with an exponent, and 0 as 0.
+    There are eight, or the most that fit into 11 characters, but at least four. If fewer fit, or a
+    number other than 0 would show only zeros, all are written with an exponent, and 0 as 0.
     """
     values = [float(number) + 0.0 for number in numbers]  # -0.0 + 0.0 is 0.0
     finite = [value for value in values if math.isfinite(value)]
@@ -40,13 +40,13 @@ def plain(number: SupportsFloat) -> str:
 
 
 def given(number: SupportsFloat) -> str:
-    """Return the number as it was given if eight digits say it, else as ``fixed`` does."""
+    """Return the number as it was given if eight digits suffice, else as ``fixed`` writes it."""
     text = plain(number)
     return text if float(text) == float(number) else fixed(number)
 
 
 def bracketed(number: str) -> str:
-    """Return a number's text in brackets if it has a sign, for a place behind an operator."""
+    """Return a number's text, in brackets if it has a minus sign, for use after an operator."""
     return f"({number})" if number.startswith("-") else number
 
 
@@ -57,7 +57,7 @@ def short(number: SupportsFloat) -> str:
 
 
 def share(number: SupportsFloat) -> str:
-    """Return a fraction of 1 in percent; 0% and 100% are written for exactly 0 and 1 alone."""
+    """Return a fraction of 1 in percent; only exactly 0 and 1 are written as 0% and 100%."""
     number = float(number)
     if number in (0, 1):
         return f"{number:.0%}"

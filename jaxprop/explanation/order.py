@@ -20,7 +20,7 @@ def in_order(net: Layer, layers: dict[str, PyTree]) -> Iterator[tuple[str, PyTre
     Args:
         net: the network.
         layers: the terms of each layer, by the place of its params, such as "2.0". The terms of a
-            layer in a ``repeat`` have an axis of turns in front.
+            layer in a ``repeat`` have a leading axis of turns.
 
     Yields:
         A name such as "2.0", or "2.0[3]" for turn 3 of a layer in a ``repeat``, and the terms.

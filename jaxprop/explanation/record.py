@@ -29,7 +29,7 @@ from jaxprop.traced.example import is_learned
 from jaxprop.traced.function import Function
 from jaxprop.traced.observed import Result, results_of
 
-KEEP = 10_000  # numbers in a walk that is kept whole
+KEEP = 10_000  # the most numbers in a walk that is kept whole
 
 
 def explain(
@@ -55,7 +55,7 @@ def explain(
         loss: the loss.
         params: the net's params.
         x: the inputs, with the example on axis 0.
-        target: the targets, likewise; left out for a loss that takes none.
+        target: the targets, with the example on axis 0; omit it for a loss without a target.
         key: a key of ``jax.random.key``, for the layers that draw.
         mask: bool (N, T), True where a position is real, for the layers that take a mask.
         keep: the largest number of elements to keep. A walk with more of them leaves only a summary
@@ -64,9 +64,10 @@ def explain(
 
     Returns:
         An ``Explanation``: ``layers["2.0"]`` has the terms of a layer, and ``["2.0.w"][1, 0]`` the
-        chain rule for one weight. The param of a function goes by its path,
-        ``["params/Dense_0/kernel"]``, and ``layers[""].scopes`` has the terms of each named scope
-        of it: a module of Flax, a ``jax.named_scope``, or a source line outside of any.
+        chain rule for one weight. A function's param is named by its path,
+        ``["params/Dense_0/kernel"]``, and ``layers[""].scopes`` has the terms of each of the
+        function's named scopes: a Flax module, a ``jax.named_scope``, or a source line outside any
+        scope.
 
     Raises:
         TypeError: if net is not a layer, loss is not a loss, or keep is not a whole number.
@@ -126,12 +127,12 @@ class Recorded(Wrapper):
 
 
 def _recorded(layer: Layer) -> Layer:
-    """Return a layer that saves x and y; a function also what its scopes give."""
+    """Return a layer that saves x and y; a function also saves the results of its scopes."""
     return Recorded(_watching(layer))
 
 
 def _watching(layer: Layer) -> Layer:
-    """Return a function that also saves what its scopes give, maybe in wrappers; others as is."""
+    """Make a function, maybe in wrappers, save the results of its scopes; return others as is."""
     if isinstance(layer, Function):
         return dataclasses.replace(layer, watching=True)
     if isinstance(layer, Wrapper) and layer.transparent:
@@ -192,7 +193,7 @@ def _scope(result: Result, gradients: dict[int, tuple[str, Array]], kept: bool) 
     """Return the terms of a scope.
 
     Args:
-        result: what is known of it.
+        result: the scope's result and its cotangent.
         gradients: the name and the gradient of each param, by its number.
         kept: whether its whole result is kept.
     """
@@ -210,7 +211,7 @@ def _scope(result: Result, gradients: dict[int, tuple[str, Array]], kept: bool) 
 
 
 def _by_number(params: Params, grads: Params) -> dict[int, tuple[str, Array]]:
-    """Return the name and the gradient of each of a function's params that is learned."""
+    """Return the name and the gradient of each learned param of a function, by number."""
     nodes = jax.tree.leaves_with_path(params, is_leaf=is_not_learned)
     learned = [index for index, (_, node) in enumerate(nodes) if is_learned(node)]
     each = zip(learned, jax.tree.leaves(grads), strict=True)

@@ -34,8 +34,8 @@ class Summary:
         nonfinite: the number of elements that are not finite.
         first: the flat index of the first of these; the array's size if all are finite.
         value: the element at ``first``; the last one if all are finite.
-        shapes: the shape of the array, by its place in the tree: "" for an array by itself. A tree
-            of several is summarised as one array of all their elements.
+        shapes: the shape of the array, by its place in the tree: "" for a single array. A tree of
+            several arrays is summarised as one array of all their elements.
     """
 
     mean: Array
@@ -49,7 +49,7 @@ class Summary:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array; of several ``(size,)``."""
+        """The shape of the array; ``(size,)`` for several arrays."""
         return self.shapes[0][1] if len(self.shapes) == 1 else (self.size,)
 
     @property
@@ -58,7 +58,7 @@ class Summary:
         return sum(math.prod(shape) for _, shape in self.shapes)
 
     def place_of_first(self) -> tuple[str, tuple[int, ...]]:
-        """Return where the first element that is not finite stands: its array, and its index."""
+        """Return the array and the index of the first element that is not finite."""
         at = int(self.first)
         for name, shape in self.shapes:
             if at < math.prod(shape):
@@ -135,7 +135,7 @@ def _reduced(*pairs: tuple[Array, Reduction]) -> Sequence[Array]:
 
 
 def rms_of_all(summaries: PyTree) -> float | None:
-    """Return the rms over all arrays that summaries are of; None where they have no element."""
+    """Return the rms over all arrays that were summarised; None if they have no elements."""
     each = jax.tree.leaves(summaries, is_leaf=lambda node: isinstance(node, Summary))
     sizes = [math.prod(one.shape) for one in each]
     if not sum(sizes):

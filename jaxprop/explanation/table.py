@@ -20,8 +20,8 @@ from jaxprop.explanation.summary import Summary, rms_of_all
 from jaxprop.explanation.terms import Explanation, Scope, Terms
 
 WIDTH = 80
-NUMBERS = 5  # of an array that are written out
-WEIGHTS = 12  # of a param that are written out
+NUMBERS = 5  # how many numbers of an array are written out
+WEIGHTS = 12  # how many weights of a param are written out
 NAME = 21  # characters of a scope's name
 
 
@@ -40,7 +40,7 @@ def plainly(explanation: Explanation) -> str:
 def table(explanation: Explanation) -> Group:
     """Return the explanation for a rich console.
 
-    If whole arrays were kept it shows the terms of the example in view, else a line a layer.
+    If whole arrays were kept, it shows the terms of the example in view, else a line per layer.
     """
     explanation = jax.device_get(explanation)
     examples = f"{explanation.examples} example{'' if explanation.examples == 1 else 's'}"

@@ -30,10 +30,10 @@ class Summaries(NamedTuple):
     """A ``Summary`` of each array of a layer, None where there is no array.
 
     Attributes:
-        x: of the input.
-        y: of the output.
-        ct: of the cotangent of y.
-        d_x: of the cotangent of x.
+        x: a summary of the input.
+        y: a summary of the output.
+        ct: a summary of the cotangent of y.
+        d_x: a summary of the cotangent of x.
         params: a tree like the learned params, with a summary of each.
         unlearned: a tree like the params, with a summary of each that is not learned.
         grads: a tree like the learned params, with a summary of each gradient.
@@ -60,14 +60,14 @@ class Scope:
     """The terms of one named scope of a function, such as a module of Flax.
 
     Attributes:
-        name: the scope's name; for a layer of a scan with its number, such as "Block[1]". Outside
-            of any scope it is the source line.
+        name: the scope's name, with the layer's number in a scan over layers, such as "Block[1]".
+            Outside any scope it is the source line.
         line: the source line.
         params: the names of the params that are used in it.
-        y: a summary of the scope's result, its last one that is used outside.
+        y: a summary of the scope's result: the last one that is used outside the scope.
         ct: a summary of that result's cotangent, for each example's own loss.
-        grads: a summary of the gradients of its params; None without any. A param that is used
-            elsewhere too has the gradient of all its uses.
+        grads: a summary of the gradients of its params; None without any. The gradient of a param
+            that is also used elsewhere is that of all its uses.
         kept: the result and its cotangent, with the example on axis 0; None if only summaries were
             kept.
     """
@@ -112,7 +112,7 @@ class Terms:
     """The terms of one layer, or of the loss.
 
     The fields of ``kept`` can be read from the terms themselves: ``terms.layers["1"].slope``. For a
-    layer in a ``repeat`` every array has an axis of turns in front.
+    layer in a ``repeat`` every array has a leading axis of turns.
 
     Attributes:
         layer: the layer, or the loss.
@@ -167,17 +167,17 @@ class Param:
 
     @property
     def grad(self) -> Array:
-        """The gradient of the mean over examples, as ``jax.grad`` gives it."""
+        """The gradient of the mean over examples, as ``jax.grad`` returns it."""
         return jax.tree.leaves(self.terms.grads)[self.position]
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Product:
         """Return the chain rule for the weight at an index.
 
         Raises:
-            IndexError: for an index that is not one of the param's.
-            TypeError: for what is not a whole number for each axis.
-            ValueError: for a layer that couples the examples of a batch, and where only summaries
-                were kept.
+            IndexError: if the param has no entry at the index.
+            TypeError: if the index is not made of whole numbers.
+            ValueError: if the layer couples the examples of a batch, or if only summaries were
+                kept.
         """
         forms = self.terms.forms
         if forms is None:
@@ -188,7 +188,7 @@ class Param:
         place = self._checked(index)
         form = jax.tree.leaves(forms, is_leaf=is_factored)[self.position]
         factors, product = product_of(form, self.terms.ct, self.example, place)
-        if isinstance(self.terms.layer, Function):  # in whose forms one position has its axis too
+        if isinstance(self.terms.layer, Function):  # its forms keep an axis for a single position
             factors = {name: f.reshape(()) if f.size == 1 else f for name, f in factors.items()}
         return Product(factors, product)
 
@@ -213,7 +213,7 @@ class Explanation:
 
     Attributes:
         net: the network.
-        value: the mean over examples of the loss.
+        value: the loss, as the mean over examples.
         collected: the terms of each layer, in the structure of the net's params.
         loss: the terms of the loss: its x is the net's output, its y the value of each example.
         shown: the example that is in view.
@@ -245,8 +245,8 @@ class Explanation:
         """Return the same explanation, indexed and printed for example n.
 
         Raises:
-            IndexError: for an n that is not an example of the batch.
-            TypeError: for what is not a whole number.
+            IndexError: if the batch has no example n.
+            TypeError: if n is not a whole number.
         """
         n = _whole(n, "the number of an example")
         if not -self.examples <= n < self.examples:
@@ -256,8 +256,8 @@ class Explanation:
     def __getitem__(self, name: str) -> Param:
         """Return a param by its name; raise ``KeyError`` for a name that no param has.
 
-        The name of a function's param is its path, such as "params/Dense_0/kernel", behind the
-        place of the function, such as "1.params/Dense_0/kernel".
+        The name of a function's param is its path, such as "params/Dense_0/kernel", after the place
+        of the function, if it has one, such as "1.params/Dense_0/kernel".
         """
         for known, terms, position in self._params():
             if name in (known, known.replace("/", ".")):
@@ -273,7 +273,7 @@ class Explanation:
         return list(in_order(self.net, self.layers))
 
     def _params(self) -> list[tuple[str, Terms, int]]:
-        """Return each param's name, the terms of its layer, and its index among that layer's."""
+        """Return each param's name, its layer's terms, and its index among the layer's params."""
         return [
             (".".join(filter(None, (seat, name))), terms, position)
             for seat, terms in self.layers.items()
@@ -311,5 +311,5 @@ def by_name(tree: PyTree, kind: type[T], separator: str = ".") -> dict[str, T]:
 
 
 def _separator(layer: Layer | Loss) -> str:
-    """Return what stands between the names in the path of a layer's param."""
+    """Return the separator between the names in the path of a layer's param."""
     return "/" if isinstance(layer, Function) else "."

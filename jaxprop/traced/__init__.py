@@ -1,1 +1,1 @@
-"""Any JAX function as a layer: its params' forms, by tapping the places where params meet data."""
+"""Any JAX function as a layer: taps at the places where params meet data give the params' forms."""

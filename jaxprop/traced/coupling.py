@@ -1,7 +1,7 @@
-"""Functions that couple the examples of a batch: found out by trying them, and the operation too.
+"""Functions that couple the examples of a batch: detecting them, and the operation that does it.
 
-``jax.vmap`` of a function of one example is what it computes for a batch only if no example's y
-depends on the others, so that a function that couples them would silently be another one.
+``jax.vmap`` of the function of one example computes the function of a batch only if no example's y
+depends on the others. A function that couples examples would silently become another function.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from jaxprop.core.types import Params, PyTree
 from jaxprop.traced.equations import Program, Scan, evaluate, inlined, primitive_of, scan_of
 from jaxprop.traced.origin import origin_of
 
-LARGEST = 3 * 10**7  # numbers in params that a function is tried with
-TIMES = 3  # that it is tried
-RTOL = {"f16[": 5e-2, "f32[": 1e-3, "": 1e-8}  # what two programs of such floats may differ by
-EXAMPLES = 5  # where the operation is looked for: an axis of this size is taken for theirs
+LARGEST = 3 * 10**7  # a function with more numbers in its params is not tried
+TIMES = 3  # how often it is tried
+RTOL = {"f16[": 5e-2, "f32[": 1e-3, "": 1e-8}  # how far two programs with such floats may differ
+EXAMPLES = 5  # in the search for the operation: an axis of this size is taken as the examples'
 QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
 _VERDICTS: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()
 
@@ -31,18 +31,18 @@ _VERDICTS: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakK
 def check_uncoupled_function(
     fn: Callable[..., PyTree], name: str, params: Params, x: PyTree
 ) -> None:
-    """Raise ``ValueError`` for a function whose y of an example depends on the rest of the batch.
+    """Raise ``ValueError`` if a function's y of an example depends on the rest of the batch.
 
-    It is tried, once for its shapes: on two examples of random numbers, together and each alone. It
-    is a help and no proof: a function with more than 30 million params, one that closes over what
-    is being traced, or one that gives no finite numbers for random ones, is not tried. What it
-    prints, by ``jax.debug.print`` or another callback without a result, is left out of a try; one
+    The function is tried once per set of shapes, on two examples of random numbers: both together
+    and each alone. This helps but proves nothing. A function is not tried if it has more than 30
+    million params, closes over a tracer, or returns no finite numbers for random ones. Printing by
+    ``jax.debug.print``, or another callback without a result, is left out of a try; a function
     that prints within a ``cond`` or a while loop is not tried.
 
     Args:
         fn: the function.
-        name: what it is called in the message.
-        params: its params, without types.
+        name: its name in the message.
+        params: its params, as plain arrays.
         x: a batch.
     """
     leaves, structure = jax.tree.flatten((params, x))
@@ -68,7 +68,7 @@ def check_uncoupled_function(
 
 
 def _verdicts(fn: Callable[..., PyTree]) -> dict[Any, str | None]:
-    """Return what was found of a function, or of a method's object, as long as that lives."""
+    """Return the verdicts on a function, or on a method's object, kept as long as that lives."""
     try:
         return _VERDICTS.setdefault(getattr(fn, "__self__", fn), {})
     except TypeError:  # no weak reference can be made to it
@@ -81,7 +81,7 @@ def _coupling(
     params: tuple[jax.ShapeDtypeStruct, ...],
     x: tuple[jax.ShapeDtypeStruct, ...],
 ) -> str | None:
-    """Return what is said of a function that couples examples, "" if no operation was found."""
+    """Return the words for the operation that couples examples: "" if unknown, None without one."""
     if sum(leaf.size for leaf in params) > LARGEST:
         return None
 
@@ -105,7 +105,7 @@ def _coupling(
             batches += _of_its_integers(draw, x, str(silent.jaxpr))
             with jax.ensure_compile_time_eval():  # callbacks to Python get numbers, not tracers
                 tries = [program(weights, batch) for batch in batches]
-    except Exception:  # what is wrong with the function is said where it is used
+    except Exception:  # an error of the function itself is raised where it is used
         return None
     text = str(silent.jaxpr)
     rtol = next(rtol for floats, rtol in RTOL.items() if floats in text)
@@ -119,7 +119,7 @@ def _coupling(
 
 
 def _silent(jaxpr: Any, y: PyTree) -> Callable[..., PyTree]:
-    """Return a traced function without what it does for its effect alone, such as printing.
+    """Return a traced function without equations that only have an effect, such as printing.
 
     Args:
         jaxpr: the function, traced.
@@ -144,7 +144,7 @@ def _silent(jaxpr: Any, y: PyTree) -> Callable[..., PyTree]:
 
 
 def _scanned(scan: Scan, ins: list[Any], step: Callable[..., list[Any]]) -> list[Any]:
-    """Return what a scan gives, with each equation of its body by ``step``."""
+    """Return the outputs of a scan, with each equation of its body run by ``step``."""
     at, behind = scan.carried.start, scan.carried.stop
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -156,26 +156,26 @@ def _scanned(scan: Scan, ins: list[Any], step: Callable[..., list[Any]]) -> list
 
 
 def _same(together: Any, alone: Any, rtol: float) -> bool:
-    """Return whether y of two examples is that of each alone, or the mean over them."""
+    """Return whether the y of two examples together is the y of each alone, or the mean of both."""
     if np.ndim(together) and np.shape(together)[:1] != (2,):
         return False
     wide = np.complex128 if np.iscomplexobj(together) else np.float64
     a, b = np.asarray(together, wide), np.asarray(alone, wide)
     b = b.reshape(a.shape) if a.ndim else b.mean()
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return not np.isfinite(a).all()  # what is finite together is so alone
+        return not np.isfinite(a).all()  # if finite together, it should be finite alone
     return bool(np.max(np.abs(a - b), initial=0) <= rtol * (np.max(np.abs(b), initial=0) + 1e-30))
 
 
 def _of_its_integers(
     draw: Callable[..., Any], x: Sequence[jax.ShapeDtypeStruct], program: str
 ) -> list[list[Any]]:
-    """Return batches for each leaf of integers, which are those that the program speaks of.
+    """Return batches for each leaf of integers, filled with the integers that the program mentions.
 
-    A label of -100 may say that a position is not counted, and in random numbers there is none.
+    A label of -100, say, may mean that a position is not counted; random numbers do not contain it.
 
     Args:
-        draw: gives random numbers.
+        draw: returns random numbers for a leaf.
         x: the leaves of one example.
         program: the traced program, printed.
     """
@@ -196,7 +196,7 @@ def _of_its_integers(
 def _drawn(
     rng: np.random.Generator, leaf: jax.ShapeDtypeStruct, examples: int | None = None
 ) -> Any:
-    """Return random numbers: for a leaf of x so many examples, for params of a useful size."""
+    """Return random numbers for a leaf of x, with ``examples``, or of params, at a useful scale."""
     shape = leaf.shape if examples is None else (examples, *leaf.shape[1:])
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         keys = jax.random.split(jax.random.key(0), int(np.prod(shape)))
@@ -208,7 +208,7 @@ def _drawn(
 
 
 def _where(flat: Callable[..., list[Any]], params: Sequence[Any], x: Sequence[Any]) -> str | None:
-    """Return where an example first reaches another one, by what changes if one is changed."""
+    """Return where one example first reaches another, from what changes if the first is changed."""
     program = Program.of(jax.make_jaxpr(flat)(params, x))
     draw = functools.partial(_drawn, np.random.default_rng(1))
     found: list[str] = []
@@ -245,13 +245,13 @@ def _where(flat: Callable[..., list[Any]], params: Sequence[Any], x: Sequence[An
 
 
 class _Pair:
-    """A value, and what it is with another first example."""
+    """A value before and after the first example was replaced."""
 
     def __init__(self, before: Any, after: Any) -> None:
         self.before, self.after = before, after
 
     def apart(self) -> bool:
-        """Return whether what differs is the first entry along an axis of examples, or a scalar."""
+        """Return whether at most the first entry along an axis of examples differs, or a scalar."""
         if self.before is self.after or not np.ndim(self.before):
             return True
         if jnp.issubdtype(self.before.dtype, jax.dtypes.extended):

@@ -1,4 +1,4 @@
-"""The coverage of a function: the params whose cotangents are in factors, where, and the others."""
+"""The coverage of a function: which params keep their cotangents as factors, and where."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ from jaxprop.traced.example import Example
 from jaxprop.traced.taps import LookUp, MatrixProduct, Meeting, Use
 
 WIDTH = 80
-LARGE = 2**26  # bytes of own shares, for all examples, that are warned of
+LARGE = 2**26  # bytes of own shares, for all examples, above which to warn
 FORMS: dict[type[Meeting], str] = {MatrixProduct: "Outer", Convolution: "Patches", LookUp: "Rows"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Covered:
-    """One param of a function.
+    """The coverage of one param.
 
     Attributes:
         param: its path.
         shape: its shape.
-        form: what its cotangent is kept as: "Outer", "Patches", "Rows", "Repeated(…)" in a scan
-            over layers, "own share" (``Stacked``, or ``Sum`` of a vector), several with a plus
-            between them, "unused", or "not learned".
+        form: the form of its cotangent: "Outer", "Patches", "Rows", "Repeated(…)" in a scan over
+            layers or a batched product, "own share" (``Stacked``, or ``Sum`` for a vector), several
+            of these with a plus between them, "unused", or "not learned".
         meets: for each place where it meets data, the primitive, the source line and the scope.
-        own_bytes: the memory that an own share takes for all examples of the batch, whether it is
-            needed or not.
-        owned: whether it is needed.
+        own_bytes: the memory that own shares take for all examples of the batch, needed or not.
+        owned: whether own shares are needed.
     """
 
     param: str
@@ -87,18 +86,18 @@ class Coverage:
 
 
 def coverage_of(one: Example, params: Params, examples: int) -> Coverage:
-    """Return the coverage of a function that was traced, for so many examples."""
+    """Return the coverage of a traced function, for the given number of examples."""
     return Coverage(examples, tuple(_covered(one, params, examples)))
 
 
 def warn_of_large_shares(name: str, one: Example, params: Params, examples: int) -> None:
-    """Warn, once for each, of params whose own shares are large for what they are.
+    """Warn, once for each, of params with several axes whose own shares are large.
 
     Args:
-        name: the function's, in messages.
-        one: the function, traced.
+        name: the function's name, for messages.
+        one: the traced function.
         params: its params.
-        examples: how many there are.
+        examples: the number of examples.
     """
     if not isinstance(examples, int):  # a symbol, in jax.export
         return

@@ -1,4 +1,4 @@
-"""The equations that end a named scope of a program: those whose results the rest of it sees."""
+"""The equations that end a named scope: those whose results the rest of the program uses."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jaxprop.traced.origin import origin_of
 
 
 def ends_of(program: Program, data: Sequence[bool]) -> dict[int, int]:
-    """Return the last equation of each scope that gives others a floating result made of data.
+    """Return the last equation of each scope with a floating result, made of data, that others use.
 
-    Equations one after the other are of one scope as long as their scope is the same; outside of
-    any scope, as long as their source line is. One that a param comes into and that has a program
-    with scopes of its own, such as a scan, stands for itself.
+    Consecutive equations belong together as long as their scope is the same or, outside any scope,
+    their source line. An equation that takes a param and runs a program with scopes inside, such as
+    a scan, counts as a separate scope.
 
     Args:
         program: the program.
-        data: for each of its inputs, whether it is data; else it is a view of a param.
+        data: for each of its inputs, whether it is data; otherwise it is a view of a param.
 
     Returns:
-        For each such equation, by its number, the number of that result.
+        A dict from the number of each such equation to the number of that result.
     """
     jaxpr, scopes = program.jaxpr, _scopes(program, data)
     moving: set[Any] = {var for var, is_data in zip(jaxpr.invars, data, strict=True) if is_data}
@@ -63,7 +63,7 @@ def _scopes(program: Program, data: Sequence[bool]) -> list[int]:
 
 
 def _holds_scopes(equation: JaxprEqn) -> bool:
-    """Return whether the scopes within an equation are watched, if a param comes into it."""
+    """Return whether the scopes within an equation are watched if it takes a param."""
     program = inlined(equation)
     if program is not None:
         inner = program.jaxpr.eqns

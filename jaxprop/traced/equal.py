@@ -11,13 +11,13 @@ from jaxprop.traced.equations import Program, linear, struct
 
 
 class Equal:
-    """The variables of a program by their cotangents.
+    """The variables of a program, grouped by their cotangents.
 
-    A cotangent is the sum of what each reader of a variable hands back. An addition hands back that
-    of its result, to each input that it does not broadcast. A slice, or whatever else is linear in
-    one input, hands back something of its own that depends on the cotangents of its results alone.
-    Of any other equation nothing is known. Variables of which the same is known have the same
-    cotangent.
+    The cotangent of a variable is the sum of what each equation that reads it hands back. An
+    addition hands back the cotangent of its result to each input that it does not broadcast. A
+    slice, or another equation that is linear in one input, hands back something that depends only
+    on the operation and the cotangents of its results. Nothing is known of any other equation.
+    Variables of which the same is known have the same cotangent.
     """
 
     def __init__(self, program: Program) -> None:
@@ -26,11 +26,11 @@ class Equal:
         self._first: dict[int, int] = {}
 
     def first(self, var: Any, place: int) -> int:
-        """Return the first place, of those that were asked about, whose cotangent is that of var.
+        """Return the first place that was asked about whose cotangent is the same as var's.
 
         Args:
-            var: a variable, of a result at this place.
-            place: its number.
+            var: the variable of the result at this place.
+            place: the number of the place.
         """
         if self._kinds is None:
             self._kinds = _kinds(self._program)
@@ -38,7 +38,7 @@ class Equal:
 
 
 def _kinds(program: Program) -> dict[Any, int]:
-    """Return a number for each variable, the same for those that have the same cotangent."""
+    """Return a number for each variable, the same for variables with the same cotangent."""
     numbers: dict[Hashable, int] = {}
     kinds: dict[Any, int] = {}
     back: dict[Any, list[Hashable]] = {}
@@ -47,7 +47,7 @@ def _kinds(program: Program) -> dict[Any, int]:
         parts = back.get(var, [])
         if len(parts) == 1 and isinstance(parts[0], int):
             return parts[0]
-        known = str(var.aval), *sorted(parts, key=repr)  # what nobody reads is 0, of its shape
+        known = str(var.aval), *sorted(parts, key=repr)  # without readers it is 0, of this shape
         return numbers.setdefault(known, len(numbers))
 
     for place, var in enumerate(program.jaxpr.outvars):

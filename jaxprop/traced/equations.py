@@ -19,7 +19,7 @@ from jaxprop.core.mesh import shard_map_axes
 INLINED = frozenset(("jit", "closed_call"))
 REMATERIALIZED = frozenset(("checkpoint", "remat2"))
 RULED = frozenset(("custom_jvp_call", "custom_vjp_call"))
-COMING = {  # with jax_remat3, jax_custom_jvp3 and jax_custom_vjp3, objects within one primitive
+COMING = {  # jax_remat3, jax_custom_jvp3 and jax_custom_vjp3 make these objects of one primitive
     "RematTraced": "checkpoint",
     "CustomJVPTraced": "custom_jvp_call",
     "CustomVJPTraced": "custom_vjp_call",
@@ -31,7 +31,7 @@ Axes = tuple[int, ...]
 
 
 class Lines(NamedTuple):
-    """Some equations of a program: what is read of a ``Jaxpr``."""
+    """Some equations of a program, with the fields of a ``Jaxpr`` that are read."""
 
     constvars: Sequence[Any]
     invars: Sequence[Any]
@@ -47,7 +47,7 @@ class Program(NamedTuple):
 
     @classmethod
     def of(cls, jaxpr: Any) -> Program:
-        """Return a program of what JAX keeps, with constants or without."""
+        """Return the program of a ``ClosedJaxpr``, or of a ``Jaxpr`` without constants."""
         if isinstance(jaxpr, ClosedJaxpr):
             return cls(jaxpr.jaxpr, jaxpr.consts)
         return cls(jaxpr, ())
@@ -55,12 +55,12 @@ class Program(NamedTuple):
     def run(
         self, args: Sequence[Any], step: Callable[[JaxprEqn, list[Any]], list[Any]]
     ) -> list[Any]:
-        """Return the outputs, with each equation's own from ``step(equation, inputs)``."""
+        """Return the outputs, with ``step(equation, inputs)`` for the outputs of each equation."""
         values: dict[Any, Any] = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
         values |= zip(self.jaxpr.invars, args, strict=True)
 
         def read(var: Any) -> Any:
-            if isinstance(var, Literal):  # a number of Python's, in some versions of JAX
+            if isinstance(var, Literal):  # a Python number, in some versions of JAX
                 return np.asarray(var.val, struct(var).dtype)
             return values[var]
 
@@ -76,7 +76,7 @@ class Program(NamedTuple):
         return Program(Lines(self.jaxpr.constvars, invars, outvars, equations), self.consts)
 
     def within(self) -> Program:
-        """Return the program that this one does nothing but call, or this one."""
+        """Return the inner program if this one does nothing but call it, else this one."""
         jaxpr = self.jaxpr
         if len(jaxpr.eqns) != 1:
             return self
@@ -87,7 +87,7 @@ class Program(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """A scan: its body, how many of the inputs are constants and carried, and how it runs."""
+    """A scan: its body, the numbers of its constants and carried values, and its options."""
 
     body: Program
     consts: int
@@ -97,14 +97,14 @@ class Scan(NamedTuple):
 
     @property
     def carried(self) -> range:
-        """The places of what is carried, among its inputs; the stacks come after."""
+        """The places of the carried values among the inputs; the stacks come after them."""
         return range(self.consts, self.consts + self.carry)
 
 
 class While(NamedTuple):
-    """A while loop: its condition and its body, and how many constants come before what it carries.
+    """A while loop: its condition and its body, and how many constants each of them has.
 
-    The inputs are the constants of the condition, those of the body, and what is carried.
+    The inputs are the constants of the condition, those of the body, and the carried values.
     """
 
     condition: Program
@@ -114,14 +114,14 @@ class While(NamedTuple):
 
 
 class Dot(NamedTuple):
-    """The axes of a dot_general's two operands that are contracted, and that are batched."""
+    """The contracted and the batched axes of a dot_general's two operands."""
 
     contracted: tuple[Axes, Axes]
     batched: tuple[Axes, Axes]
 
 
 class Convolution(NamedTuple):
-    """A convolution's layouts, (batch, channel, *spatial) of x and y and (O, I, *spatial) of w."""
+    """A convolution, with layouts (batch, channel, *spatial) of x and y, (O, I, *spatial) of w."""
 
     x: Axes
     w: Axes
@@ -134,7 +134,7 @@ class Convolution(NamedTuple):
 
 
 def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
-    """Return what the equation gives for these inputs, by a program of this one equation."""
+    """Return the equation's outputs for these inputs, by running a program of it alone."""
     wanted: dict[Any, Any] = {
         var: value
         for var, value in zip(equation.invars, values, strict=True)
@@ -150,20 +150,20 @@ def evaluate(equation: JaxprEqn, values: Sequence[Any]) -> list[Array]:
 
 
 def primitive_of(equation: JaxprEqn) -> str:
-    """Return the name of the equation's primitive: one name, whichever of JAX's ways it is made."""
+    """Return the name of the equation's primitive, the same name however JAX represents it."""
     within = type(equation.params.get("_prim")).__name__
     return COMING.get(within, equation.primitive.name)
 
 
 def inlined(equation: JaxprEqn) -> Program | None:
-    """Return the program that the equation calls, if that is all it does."""
+    """Return the program of an equation that does nothing but call it; None for another one."""
     if equation.primitive.name not in INLINED:
         return None
     return Program.of(_first(equation, "jaxpr", "call_jaxpr"))
 
 
 def ruled(equation: JaxprEqn) -> Program | None:
-    """Return the program of a function with a derivative rule of its own; None for another."""
+    """Return the program of a function with a custom derivative rule; None for another equation."""
     if primitive_of(equation) not in RULED:
         return None
     if "_prim" in equation.params:
@@ -172,14 +172,14 @@ def ruled(equation: JaxprEqn) -> Program | None:
 
 
 def rule_of(equation: JaxprEqn) -> str:
-    """Return the name of a function with a derivative rule of its own; "" if it is not known."""
+    """Return the name of a function with a custom derivative rule; "" if it is not known."""
     program = ruled(equation)
     info = getattr(getattr(program and program.jaxpr, "debug_info", None), "func_src_info", "")
     return str(info or "").split(" at ")[0]
 
 
 def while_of(equation: JaxprEqn) -> While:
-    """Return what the equation of a while loop says."""
+    """Return the parameters of a while loop's equation."""
     params = equation.params
     return While(
         Program.of(params["cond_jaxpr"]),
@@ -190,7 +190,7 @@ def while_of(equation: JaxprEqn) -> While:
 
 
 def scan_of(equation: JaxprEqn) -> Scan:
-    """Return what a scan's equation says."""
+    """Return the parameters of a scan's equation."""
     params = equation.params
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     consts, carry = _counts(params)
@@ -199,7 +199,7 @@ def scan_of(equation: JaxprEqn) -> Scan:
 
 @functools.cache
 def _empty() -> Jaxpr:
-    """Return a program of nothing, to be filled in: one needs to say where it comes from."""
+    """Return an empty program to fill in: one from JAX, which knows where it was traced."""
     return jax.make_jaxpr(lambda: ())().jaxpr
 
 
@@ -231,13 +231,13 @@ def rematerialized(equation: JaxprEqn) -> tuple[Program, dict[str, Any]] | None:
 
 
 def dot_of(equation: JaxprEqn) -> Dot:
-    """Return what a dot_general's equation says."""
+    """Return the parameters of a dot_general's equation."""
     contracted, batched = equation.params["dimension_numbers"]
     return Dot(*(tuple(map(tuple, axes)) for axes in (contracted, batched)))  # pyright: ignore[reportArgumentType]
 
 
 def convolution_of(equation: JaxprEqn) -> Convolution | None:
-    """Return what a convolution's equation says; None for one with groups of examples."""
+    """Return the parameters of a convolution's equation; None for one with groups of examples."""
     params = equation.params
     if params["batch_group_count"] != 1:
         return None
@@ -258,7 +258,7 @@ def convolution_of(equation: JaxprEqn) -> Convolution | None:
 def looks_up_rows(equation: JaxprEqn) -> bool:
     """Return whether a gather takes whole entries of its operand's axis 0, by one index each.
 
-    ``jax.vmap`` of ``table[id]`` has an index for each other axis too; inside, these are all 0.
+    ``jax.vmap`` of ``table[id]`` has an index for each other axis too; if in bounds, these are 0.
     """
     of, (table, ids) = equation.params["dimension_numbers"], map(struct, equation.invars)
     whole = (1, *table.shape[1:]) == tuple(equation.params["slice_sizes"])
@@ -273,17 +273,17 @@ def looks_up_rows(equation: JaxprEqn) -> bool:
 
 
 def _stays_inside(equation: JaxprEqn) -> bool:
-    """Return whether a gather reads within its operand, by a promise or by clipping."""
+    """Return whether a gather stays in bounds, by a promise or by clipping."""
     return any(word in str(equation.params["mode"]).lower() for word in ("clip", "promise"))
 
 
 def clips_ids(equation: JaxprEqn) -> bool:
-    """Return whether a gather reads the nearest row for an id that is outside of the table."""
+    """Return whether a gather reads the nearest row for an id outside the table."""
     return "clip" in str(equation.params["mode"]).lower()
 
 
 def linear(equation: JaxprEqn) -> str | None:
-    """Return the same for equations that do the same, linear in one input; None for others."""
+    """Return a key that is equal for equal operations, linear in one input; None for others."""
     if equation.primitive.name not in LINEAR:
         return None
     return f"{equation.primitive.name} {sorted(equation.params.items())} {equation.invars[0].aval}"
@@ -295,7 +295,7 @@ def permutation_of(equation: JaxprEqn) -> Axes:
 
 
 def order_of(equation: JaxprEqn) -> Axes | None:
-    """Return the permutation that a reshape does first; None for none."""
+    """Return the permutation that a reshape applies first, or None."""
     order = equation.params.get("dimensions")
     return None if order is None else tuple(order)
 
@@ -308,12 +308,12 @@ def slice_of(equation: JaxprEqn) -> tuple[Axes, Axes, Axes]:
 
 
 def pieces_of(equation: JaxprEqn) -> tuple[Axes, int]:
-    """Return the sizes of the pieces of a split, and the axis."""
+    """Return the sizes of the pieces of a split, and its axis."""
     return tuple(equation.params["sizes"]), equation.params["axis"]
 
 
 def reversed_axes_of(equation: JaxprEqn) -> Axes:
-    """Return the axes that a rev turns around."""
+    """Return the axes that a rev reverses."""
     return tuple(equation.params["dimensions"])
 
 
@@ -323,12 +323,12 @@ def kept_axes_of(equation: JaxprEqn) -> Axes:
 
 
 def joined_axis_of(equation: JaxprEqn) -> int:
-    """Return the axis of a concatenate, or the new one of a stack."""
+    """Return the axis of a concatenate, or the new axis of a stack."""
     return _first(equation, "dimension", "axis")
 
 
 def name_of(equation: JaxprEqn) -> str:
-    """Return the primitive's name, or that of the function that is called."""
+    """Return the name of the primitive, or of the function that the equation calls."""
     name = primitive_of(equation)
     return str(equation.params.get("name") or name) if name in INLINED else name
 
@@ -339,7 +339,7 @@ def reduced_axes_of(equation: JaxprEqn) -> Axes:
 
 
 def variables(atoms: Iterable[Any]) -> list[Any]:
-    """Return the variables among the inputs of an equation, without the numbers."""
+    """Return the variables among some atoms, without the literals."""
     return [atom for atom in atoms if not isinstance(atom, Literal)]
 
 
@@ -350,15 +350,15 @@ def struct(var: Any) -> jax.ShapeDtypeStruct:
 
 
 def for_tracing(value: Any) -> Any:
-    """Return what a program is traced for a value with.
+    """Return a stand-in for a value, to trace a program with.
 
-    In ``jax.shard_map`` it is the value: its type says along which axes devices differ in it.
+    In ``jax.shard_map`` it is the value itself, whose type says along which axes devices differ.
     """
     return value if shard_map_axes() else struct(value)
 
 
 def first_of(stack: Any) -> Any:
-    """Return what a program is traced for one entry of a stack with, as ``for_tracing`` does."""
+    """Return a stand-in for one entry of a stack, as ``for_tracing`` does for a value."""
     if shard_map_axes() and stack.shape[0]:
         return jax.lax.index_in_dim(stack, 0, keepdims=False)
     return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)

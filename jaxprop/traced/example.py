@@ -19,14 +19,14 @@ from jaxprop.traced.stages import Layers, Straight, stages_of
 
 
 class Example:
-    """A function of one example.
+    """A function of one example, traced.
 
     Attributes:
         params: the leaves of params.
-        learned: the numbers of those that are learned.
-        structure: that of y.
-        whole: all of it, as one piece.
-        stages: its stages.
+        learned: the numbers of the learned leaves.
+        structure: the structure of y.
+        whole: the whole function, as one piece.
+        stages: the stages of the function.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Example:
         self.whole: Piece = self.piece(whole.program, [alone[slot] for slot in whole.ins])
 
     def piece(self, program: Program, data: Sequence[Any]) -> Piece:
-        """Return a piece of it that takes all params, and data."""
+        """Return the piece for a program of all params, and data."""
         return Piece(program, self._views, self._fixed, data, self._watching)
 
     @classmethod
@@ -64,25 +64,25 @@ class Example:
         x: PyTree,
         watching: bool = False,
     ) -> Example:
-        """Return the function of the first example of x.
+        """Trace the function for the first example of x.
 
         Args:
             fn: the function of a batch.
-            name: what it is called in messages.
-            params: its params, with the types of what is not learned.
+            name: its name in messages.
+            params: its params, including the types that mark some as not learned.
             x: a batch.
             watching: whether the results of named scopes are tapped too.
 
         Raises:
-            TypeError: for a y that is not of arrays.
-            ValueError: for a y without the example on axis 0.
+            TypeError: if y is not made of arrays.
+            ValueError: if y does not have the example on axis 0.
         """
         nodes = jax.tree.leaves(params, is_leaf=is_not_learned)
         learned = frozenset(i for i, node in enumerate(nodes) if is_learned(node))
         each, of_params = jax.tree.flatten(arrays(params))
         each = [jnp.asarray(leaf) if isinstance(leaf, int | float) else leaf for leaf in each]
         xs, of_x = jax.tree.flatten(x)
-        if shard_map_axes():  # where a param and an example's own zero are of one type
+        if shard_map_axes():  # a param needs the type of an example's own zero
             for index in learned:
                 each[index] += zero_beside(xs, each[index].dtype)
         found: list[Any] = []
@@ -105,7 +105,7 @@ class Example:
 
 
 def is_learned(node: Any) -> bool:
-    """Return whether a leaf of params, or what marks it, is learned."""
+    """Return whether a leaf of params, or the node that marks it, is learned."""
     return not is_not_learned(node) and bool(jnp.issubdtype(jnp.result_type(node), jnp.floating))
 
 

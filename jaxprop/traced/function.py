@@ -30,28 +30,30 @@ Fn: TypeAlias = Callable[..., PyTree]
 
 
 class Function(Layer):
-    """y = fn(params, x) for any pure JAX function; ``jp.function`` makes one.
+    """y = fn(params, x) for any pure JAX function; made by ``jp.function``.
 
     fn is traced for one example. Where a param, or a value that holds its entries in another order,
     meets data in a matrix product, a convolution or a look-up of rows, a zero is added to the
-    result. By the chain rule the zero's cotangent is ct, that of the result, and with the data x it
-    makes the param's form. Whatever else is done with a param is done with param + 0, a zero for
-    each example, whose cotangent is that example's own share of the gradient. ``jax.vjp`` of the
-    function over all examples (``jax.vmap``) walks back, by whatever rules are in it: params are
-    not batched there, so that the product of a batch with one of them stays one product.
+    result. By the chain rule the zero's cotangent is ct, the cotangent of the result; together with
+    the data x it makes the param's form. All other uses of a param see param + 0, with a separate
+    zero for each example, whose cotangent is that example's own share of the gradient. ``jax.vjp``
+    of the function over all examples (``jax.vmap``) walks back, with whatever derivative rules the
+    function contains. Params are not batched there, so the product of a batch with a param stays
+    one product.
 
-    A param that a ``lax.scan`` goes through layer by layer has a ``Repeated`` form. Where it goes
-    through whole modules, and nothing else is done with them, each layer is visited as soon as the
-    way back comes to it. If a param is a constant of the scan, the steps are positions. Uses in
-    which its entries lie in the same order are one form, over the positions of all; others make a
-    ``Joint`` one.
+    A param has a ``Repeated`` form if a ``lax.scan`` iterates over its layers. If the scan iterates
+    over whole modules whose params have no other use, each layer is visited as soon as the walk
+    back reaches it. If a param is a constant of the scan, the steps are positions. Uses in which
+    its entries lie in the same order share one form, over the positions of all these uses;
+    different orders are combined in a ``Joint`` form.
 
     Attributes:
         fn: the function.
-        init_fn: what ``init`` calls, or None.
+        init_fn: the function that ``init`` calls, or None.
         watching: whether ``forward`` also saves the results of named scopes, for ``jp.explain``.
-        by_forward_rules: whether y has the derivative along params of what was tapped, for forward
-            over reverse. With rules of ``jp.rules`` it has that of fn without them.
+        by_forward_rules: whether the derivative of y along params is that of the tapped program,
+            for forward-over-reverse. With rules of ``jp.rules`` it is always that of fn without
+            the rules.
     """
 
     fn: Fn
@@ -67,7 +69,7 @@ class Function(Layer):
 
     @property
     def is_linear(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.is_derivative  # what the rules are is known where the function is traced
+        return self.is_derivative  # the layers that rules return are known only in a trace of fn
 
     def __post_init__(self) -> None:
         for name in ("fn", "init_fn"):
@@ -78,7 +80,7 @@ class Function(Layer):
                 raise TypeError(f"function takes a function of (params, x), not {given(value)}")
             try:
                 hash(value)
-            except TypeError:  # a method of what cannot be hashed, such as a dict among its fields
+            except TypeError:  # a method of an unhashable object, such as one with a dict field
                 object.__setattr__(self, name, functools.partial(value))
 
     def __repr__(self) -> str:
@@ -93,7 +95,7 @@ class Function(Layer):
         return self.init_fn(key, jax.tree.map(_stand_in, x))
 
     def check_params(self, params: Params, x: PyTree) -> None:
-        """Raise for what are no params, or no x with the example on axis 0 of every leaf."""
+        """Check that fn can take the params, and that every leaf of x has the example on axis 0."""
         for path, leaf in jax.tree.leaves_with_path(params):
             if not is_array(leaf) and not isinstance(leaf, int | float):
                 name = jax.tree_util.keystr(path)
@@ -146,14 +148,14 @@ class Function(Layer):
         return map_modules(lambda _: next(each), params), d_x
 
     def coverage(self, params: Params, x: PyTree) -> Coverage:
-        """Return, for each param, what data it meets, where, and what form its cotangent has.
+        """Return where each param meets data, and the form of its cotangent.
 
-        It prints as a table. A param that meets none has each example's own share for a form,
-        which is as large as the param for each example.
+        The result prints as a table. A param that meets no data has each example's own share as
+        its form, which for each example is as large as the param.
 
         Args:
-            params: the params, or their ``jax.ShapeDtypeStruct``.
-            x: a batch, likewise.
+            params: the params, as arrays or as ``jax.ShapeDtypeStruct``.
+            x: a batch, as arrays or as ``jax.ShapeDtypeStruct``.
         """
         self.check_params(params, x)
         one = Example.of(self.fn, repr(self), params, x)
@@ -163,53 +165,55 @@ class Function(Layer):
 def function(
     fn: Fn, init: Fn | None = None, *, rules: Mapping[str, Rule] | None = None
 ) -> Function:
-    """Return the layer of a pure JAX function, whatever made it.
+    """Return a layer that computes a pure JAX function, from any library.
 
-    Every quantity, clipping, curvature, micro-batches and updates work for it as for any layer:
+    Every quantity, clipping, curvature, micro-batches and updates work with it as with any layer:
 
         net = jp.function(model.apply)
         value, grads = jp.clipped_grad(net, jp.CrossEntropy(), 1.0)(params, x, target)
 
     fn may also be a whole loss, of params and a batch, that returns the mean over examples or a
-    value for each; with ``jp.Mean()`` for the loss the target is left out:
+    value for each example. Use ``jp.Mean()`` as the loss then, without a target:
 
         net = jp.function(loss_fn)
         norms = jp.per_example_sq_norms(net, jp.Mean())(params, (x, target))
 
-    Of a pair of a value and an aux, the loss is ``jp.loss(operator.itemgetter(0))``;
-    with ``aux=True`` a quantity then returns the aux of each example as ``aux.y[1]``.
+    If fn returns a value and an aux, use ``jp.loss(operator.itemgetter(0))`` as the loss; with
+    ``aux=True`` a quantity then returns the aux of each example as ``aux.y[1]``.
 
-    ``net.coverage(params, x)`` shows which params keep their cotangents in factors, and where.
+    ``net.coverage(params, x)`` shows which params keep their cotangents as factors, and where.
 
-    fn is called with a batch of one example, and must give it the y that it has in any batch. It is
-    tried, once for its shapes, while tracing, on two examples of random numbers; if the batch moves
-    an example's y, ``ValueError`` names the operation. What is no example, such as a step count,
-    goes into params as ``jp.Unlearned(array)``. What draws takes a key for each example, in x:
+    fn is called with a batch of one example, and must return the y that this example has in any
+    batch. This is tried on two examples of random numbers, once per set of shapes, while tracing;
+    if the batch changes an example's y, ``ValueError`` names the operation. An input without
+    examples, such as a step count, goes into params as ``jp.Unlearned(array)``. A function that
+    draws random numbers takes a key for each example, in x:
     ``(images, jax.random.split(key, len(images)))``, and ``keys[0]`` in fn.
 
-    It is traced by ``jax.jit``, so that a fn is one object: a lambda that is written anew for each
-    call is compiled anew. Without ``jit`` each call traces it.
+    ``jax.jit`` recognizes the function by the object fn, so pass the same object each time: with a
+    new lambda for each call, each call is compiled. Without ``jit`` each call traces fn.
 
     Args:
-        fn: ``fn(params, x) -> y``, with the example on axis 0 of every array of x and y, which are
-            pytrees; or y a scalar. ``model.apply`` of Flax is one, of Equinox
+        fn: ``fn(params, x) -> y``, where x and y are pytrees of arrays with the example on axis 0,
+            or y is a scalar. Flax's ``model.apply`` is such a function; for Equinox write
             ``lambda params, x: jax.vmap(eqx.combine(params, static))(x)``.
-        init: ``init(key, x) -> params``, for ``net.init`` and for a function inside of ``chain`` or
-            ``repeat``.
-        rules: other backward rules for parts of the function, which is not touched: for each key a
-            function of a layer, such as those of ``jp.rules``. A key is the name of a primitive
-            ("dot_general"), of a function that is compiled or has a rule of its own ("relu"), or of
-            a scope, such as a Flax module's ("Dense_0"), which is then one layer (and one that
-            is entered twice in a row under the same names is one, too); scopes may stand in
-            front ("Block_1/Dense_0/dot_general"). The part's x is what it takes of what depends
-            on x, its params are the rest; where it takes nothing of x they are its x. The rule is
-            for the cotangent of the part's x: params have their own derivative for the cotangent
-            that comes there. It has no params of its own: ``feedback_alignment`` takes a ``seed``.
-            As for any layer with another rule, ``jax.grad`` of ``jp.loss_fn`` is the derivative.
+        init: ``init(key, x) -> params``, for ``net.init``, also where the function is inside
+            ``chain`` or ``repeat``.
+        rules: other backward rules for parts of the function, whose code stays as it is. Each key
+            maps to a function of a layer, such as those of ``jp.rules``. A key is the name of a
+            primitive ("dot_general"), of a function that is jitted or has a custom derivative rule
+            ("relu"), or of a scope, such as a Flax module's ("Dense_0"). The scope is then one
+            layer, and so is a scope that is entered twice in a row under the same names. Outer
+            scopes may come first ("Block_1/Dense_0/dot_general"). Those inputs of the part that
+            depend on x are its x, and the others are its params; if none depends on x, the params
+            are its x. The rule changes the cotangent of the part's x; params have their true
+            derivative for the cotangent that arrives at the part. A rule cannot have params of its
+            own: ``feedback_alignment`` takes a ``seed``. As for any layer with another rule,
+            ``jax.grad`` of ``jp.loss_fn`` is the true derivative.
 
     Raises:
-        TypeError: for what is not a function, and a rule that needs what a part has not.
-        ValueError: for a rule that is for no part.
+        TypeError: if fn is not a function, or a rule needs something that its part does not have.
+        ValueError: if no part matches the key of a rule.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -229,10 +233,10 @@ def function(
 
 
 def with_forward_rules(layer: Layer) -> Layer:
-    """Return the same layer, with functions whose derivative along params sees ``jax.custom_vjp``.
+    """Return the same layer, whose functions can be differentiated along params in forward mode.
 
-    Forward over reverse takes it by the forward rules, where ``jax.jvp`` of the function itself
-    raises.
+    Forward-over-reverse then differentiates the forward rule of a ``jax.custom_vjp`` function,
+    where ``jax.jvp`` of the function itself raises.
     """
     if isinstance(layer, Function):
         return dataclasses.replace(layer, by_forward_rules=True)
@@ -240,10 +244,10 @@ def with_forward_rules(layer: Layer) -> Layer:
 
 
 def _derived(fn: Fn, params: Params, x: PyTree, y: PyTree) -> PyTree:
-    """Return y, which fn gives for these examples, with the derivative of fn for who asks for it.
+    """Return y, which was computed for these examples, with the derivative of fn attached.
 
-    What was tapped is differentiated on the way: a derivative of that would be a second one, which
-    sees nothing of the rules that ``jax.custom_vjp`` put into fn.
+    y comes from the tapped program, which ``jax.vjp`` has already differentiated. A derivative of
+    that would be a second derivative, which ignores the ``jax.custom_vjp`` rules inside fn.
     """
 
     @jax.custom_jvp
@@ -263,7 +267,7 @@ def _derived(fn: Fn, params: Params, x: PyTree, y: PyTree) -> PyTree:
 
 
 def _stand_in(leaf: Any) -> Any:
-    """Return zeros for a ``jax.ShapeDtypeStruct``, as models that run in their init need arrays."""
+    """Return zeros for a ``jax.ShapeDtypeStruct``: a model that runs in its init needs arrays."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

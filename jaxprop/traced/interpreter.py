@@ -40,7 +40,7 @@ from jaxprop.traced.views import View, bare, is_data, placed, plain
 
 
 def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
-    """Return the program's outputs, for inputs among which are views, tapped on the way."""
+    """Run a program with taps on inputs that include views, and return its outputs."""
     outer, numbers, equal = taps.within, itertools.count(), taps.equal
     taps.equal = Equal(program)
     ends = ends_of(program, list(map(is_data, args))) if taps.watching else {}
@@ -60,7 +60,7 @@ def run(program: Program, args: Sequence[Any], taps: Taps) -> list[Any]:
 
 
 def _watched(taps: Taps, equation: JaxprEqn, ins: list[Any], end: int | None) -> list[Any]:
-    """Return the outputs of an equation, with one of them watched if a scope ends with it."""
+    """Return the outputs of an equation; if it ends a scope, one of them is watched."""
     before = taps.watched()
     tapped = any(isinstance(value, View) for value in ins)
     outs = _step(taps, equation, ins) if tapped else evaluate(equation, ins)
@@ -106,7 +106,7 @@ def _meet(
         taps.line,
         taps.scope,
     )
-    if isinstance(meeting, MatrixProduct) and not is_floating(x):  # in a product of two dtypes
+    if isinstance(meeting, MatrixProduct) and not is_floating(x):  # a product of two dtypes
         x = x.astype(y.dtype)
     data = x
     if view.scale is not None:
@@ -161,7 +161,7 @@ def _scan(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any]:
     asked: set[int] = set()
 
     def body(taps: Taps, carried: list[Any], values: list[Any], owns: list[Any]) -> list[Any]:
-        """One step; ``owns`` are the values with the example's own share where it is asked for."""
+        """Run one step; ``owns`` are the values, with the example's own share where asked for."""
         args: list[Any] = []
         for index, (given, value, own) in enumerate(
             zip([*consts, *stacks], values, owns, strict=True)
@@ -225,7 +225,7 @@ def _in_scan(
 
 
 def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
-    """A choice of branches: all are tapped, with zeros for the data of those not taken."""
+    """Run a choice of branches: all are tapped, and those not taken have zeros for their data."""
     index, *args = ins
     if isinstance(index, View):
         return None
@@ -263,7 +263,7 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
 def _rematerialized(
     program: Program, options: dict[str, Any], ins: list[Any], taps: Taps
 ) -> list[Any]:
-    """A part that is computed again on the way back."""
+    """Run a part that is computed again on the way back."""
     found, data = taps.inside(again=True), list(filter(is_data, ins))
     _look_ahead(program, ins, found)
 
@@ -277,12 +277,12 @@ def _rematerialized(
 
 
 def _run_with(program: Program, args: list[Any], data: list[Any], taps: Taps) -> list[Any]:
-    """Return what a program gives for these data, beside the views among its inputs."""
+    """Return the outputs of a program for these data, with the views among ``args``."""
     return list(map(plain, run(program, placed(data, list(map(is_data, args)), args), taps)))
 
 
 def _look_ahead(program: Program, args: list[Any], taps: Taps) -> None:
-    """Find out what there is to tap in a program, from the shapes of its data."""
+    """Find the uses in a program, from the shapes of its data."""
 
     def first_run(data: list[Any]) -> list[Any]:
         outs = _run_with(program, args, data, taps)

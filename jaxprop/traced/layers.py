@@ -1,4 +1,4 @@
-"""A scan through layers of params, forward and back: each layer's forms as soon as they exist."""
+"""A scan over layers of params, forward and back: each layer is visited once its forms exist."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class TapeOfLayers:
 
     Attributes:
         kept: what each layer saved.
-        views: the stacks of the params that are learned.
+        views: the stacks of the learned params.
         fixed: the constants that are the same for all examples.
-        fixed_stacks: the stacks that are.
+        fixed_stacks: the stacks that are the same for all examples.
         consts: the constants that are data.
-        flow: what comes in and goes out.
-        outs: the shape and dtype of what is carried, and of one layer's part of each stack that
-            goes out.
+        flow: the inputs and outputs of the scan.
+        outs: the shape and dtype of each carried value, and of one layer's entry in each stacked
+            output.
     """
 
     kept: Distinct
@@ -44,14 +44,14 @@ class TapeOfLayers:
     outs: tuple[jax.ShapeDtypeStruct, ...] = dataclasses.field(metadata={"static": True})
 
     def known(self, views: Sequence[Array], fixed_stacks: Sequence[Array]) -> list[Array]:
-        """Return what each layer saves without its being kept, of what is its own."""
+        """Return the arrays that a layer need not keep, given its own params and fixed values."""
         return [*views, *self.fixed, *fixed_stacks, *self.consts]
 
 
 def layers_ahead(
     layers: Layers, params: Sequence[Array], slots: dict[int, Array], beside: Sequence[Array]
 ) -> TapeOfLayers:
-    """Put the outputs into their slots, and return what the way back needs.
+    """Run the scan, put its outputs into their slots, and return its residuals.
 
     Args:
         layers: the scan.
@@ -101,15 +101,15 @@ def layers_back(
     own: PyTree,
     visit: Callable[[PyTree, Shares, list[Cotangent], list[Cotangent], Tape], Any],
 ) -> Any:
-    """Add to the cotangents in the slots, and return what the visit gave for each layer.
+    """Walk back, add to the cotangents in the slots, and return each layer's result of the visit.
 
     Args:
         tape: what ``layers_ahead`` saved.
         cts: the cotangents by slot.
         beside: arrays of all examples.
-        own: a tree of stacks, of which each layer's visit is given its own.
-        visit: called with a layer's own, its shares, the cotangents of its outputs and of its data,
-            and what it saved.
+        own: a tree of stacks, whose entries for a layer are passed to the layer's visit.
+        visit: called with a layer's entries of ``own``, its shares, the cotangents of its outputs
+            and of its data, and what it saved.
     """
     flow = tape.flow
     pairs = list(zip(flow.outs, tape.outs, strict=True))
@@ -157,18 +157,18 @@ def layers_back(
 
 
 def add(cts: dict[int, Cotangent], slot: int, ct: Cotangent) -> None:
-    """Add a cotangent to that of a slot; None is that of integers."""
+    """Add a cotangent to the cotangent in a slot, unless it is None, as it is for integers."""
     if ct is not None:
         cts[slot] = cts[slot] + ct if slot in cts else ct
 
 
 def _of_all(value: Array, beside: Sequence[Array]) -> Array:
-    """Return a value for each example."""
+    """Return a value repeated for each example."""
     return _beside(jnp.broadcast_to(value, (beside[0].shape[0], *value.shape)), beside)
 
 
 def _beside(value: Array, arrays: Sequence[Array]) -> Array:
-    """Return a value, in ``jax.shard_map`` of a type that differs where that of an array does."""
+    """Return a value; in ``jax.shard_map`` its type varies along each axis that an array's does."""
     if not shard_map_axes() or jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return value
     return value + zero_beside(arrays, value.dtype)

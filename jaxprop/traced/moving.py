@@ -1,4 +1,4 @@
-"""Equations that merely rearrange the entries of a param, cast them, or multiply by a number."""
+"""Equations that only rearrange the entries of a param, cast them, or multiply them by a number."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from jaxprop.traced.equations import (
 from jaxprop.traced.views import ParamPart, View, bare, plain
 
 Moving: TypeAlias = Callable[[JaxprEqn, list[Any]], list[Any] | None]
-"""Returns an equation's outputs, views among them; None where they are no views."""
+"""Returns the outputs of an equation, some of them views; None if none of them is a view."""
 
 
 def _moving(
     move_of: Callable[[JaxprEqn, View], Move | None],
 ) -> Moving:
-    """Return the step of an equation that moves the entries of its one input."""
+    """Return the step for an equation that moves the entries of its one input."""
 
     def step(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
         view, *rest = ins
@@ -49,7 +49,7 @@ def _moving(
 
 
 def _reshape(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
-    """A reshape, which may take the axes in another order first, as one of columns does."""
+    """Reshape a view, whose axes a column-major reshape puts into another order first."""
     order = order_of(equation)
     if order is None:
         return RESHAPE(equation, ins)
@@ -79,7 +79,7 @@ def _split(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
 
 
 def _broadcast(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
-    """A broadcast that only adds axes of length 1, and leaves the others in order."""
+    """Reshape a view by a broadcast that only adds axes of length 1, with the others in order."""
     out, kept = struct(equation.outvars[0]), kept_axes_of(equation)
     if len(ins) > 1 or out.size != ins[0].value.size or list(kept) != sorted(kept):
         return None
@@ -91,7 +91,7 @@ def _cast(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
 
 
 def _scaling(factor: Callable[[Any], Any]) -> Moving:
-    """Return the step of a product of a view with a number, in one of the two orders."""
+    """Return the step for a product of a view and a number, in either order."""
 
     def step(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
         at = int(isinstance(ins[-1], View))
@@ -129,7 +129,7 @@ def _stacked(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
 
 
 def _side_by_side(equation: JaxprEqn, ins: list[Any], entries: list[Any]) -> list[Any] | None:
-    """Several params side by side: each has its part of the product's operands."""
+    """Return a view of several params side by side, each with its range of the joined axis."""
     axis, start = joined_axis_of(equation), 0
     parts: list[ParamPart] = []
     views = [value for value in entries if isinstance(value, View)]
@@ -151,7 +151,7 @@ def _side_by_side(equation: JaxprEqn, ins: list[Any], entries: list[Any]) -> lis
 
 
 def _passed_on(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
-    """A value in the place of a view, whose cotangent is the view's."""
+    """Return the result of ``part.passed_on`` as a view, since its cotangent is the view's."""
     if rule_of(equation) != "passed_on" or isinstance(ins[0], View):
         return None
     y, view = ins
@@ -159,7 +159,7 @@ def _passed_on(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
 
 
 def _cut(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
-    """A view that is cut off is its value: the walk is not by params, and a further one may be."""
+    """Return the bare values for ``part.cut``: only derivatives further out can see the params."""
     return list(map(bare, ins)) if rule_of(equation) == "cut" else None
 
 

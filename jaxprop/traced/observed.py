@@ -19,10 +19,10 @@ class Result(NamedTuple):
     """The result of one scope.
 
     Attributes:
-        scope: its name; that of a layer of a scan with the layer's number, such as "Block[1]". ""
-            for what stands in no scope.
+        scope: its name, with the layer's number in a scan over layers, such as "Block[1]"; "" for a
+            result outside any scope.
         line: the source line.
-        params: the number of each param that is used in it, and the layer of the param's stack.
+        params: the number of each param that is used in it, and the layer in the param's stack.
         y: (N, ...), the result.
         ct: (N, ...), its cotangent.
     """
@@ -37,11 +37,11 @@ class Result(NamedTuple):
 def results_of(walked: Walked, ct: Cotangent) -> list[Result]:
     """Return the results of a function's scopes, in the order in which they were computed.
 
-    A zero was added to each of them, as to what params and data give where they meet; the zero's
-    cotangent is that of the result. Where a program has no scopes, each source line is one.
+    A zero was added to each of them, as to the results where params meet data; the zero's cotangent
+    is the cotangent of the result. Outside any scope, each source line counts as one.
 
     Args:
-        walked: what ``forward`` saved, of a function that is ``watching``.
+        walked: the residuals of a function that is ``watching``.
         ct: the cotangent of y.
     """
     (run,), cts = walked.tapes, walked.cts(ct)
@@ -56,12 +56,12 @@ def results_of(walked: Walked, ct: Cotangent) -> list[Result]:
 
 
 def _loop(use: Use, y: Array) -> tuple[tuple[bool, int], ...]:
-    """Return what the scans that a use is in do, and their lengths."""
+    """Return, for each scan around a use, whether it iterates over layers, and its length."""
     return tuple(zip(use.scans, y.shape[1:], strict=False))
 
 
 def _by_layer(use: Use, y: Array, ct: Array) -> Iterator[Result]:
-    """Yield the result in each layer of the scans around it, or the one that there is."""
+    """Yield the result in each layer of the scans around it, or the one result outside of scans."""
     assert isinstance(use.meeting, Watched)
     axes = [1 + index for index, layers in enumerate(use.scans) if layers]
     y, ct = (jnp.moveaxis(a, axes, range(len(axes))) for a in (y, ct))

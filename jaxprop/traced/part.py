@@ -1,4 +1,4 @@
-"""A part of a function as a layer, which a rule may put another backward into."""
+"""A part of a function as a layer, whose backward a rule may replace."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from jaxprop.traced.views import placed
 class PartLayer(Layer):
     """y = run(params, x), a part of a function, as the layer that a rule is given.
 
-    x is what the part takes of what depends on the function's x, with the one example on axis 0;
-    params are what else it takes. One that takes nothing of x, such as one that rounds params, has
-    these for its x.
+    x holds those inputs of the part that depend on the function's x, with the one example on axis
+    0; params holds the others. If no input depends on x, as in a part that rounds params, the
+    params are its x.
 
     Attributes:
         name: the rule's key.
-        number: which of the parts with a rule it is.
+        number: its number among the parts with a rule.
         run: the function of one example, without an axis for it.
-        others: the names of the primitives in it that are not linear in x, whatever else it takes.
-        of_data: whether it is of several data, and of nothing else: attention's scores, say.
+        others: the names of the primitives in it that are not affine in x.
+        of_data: whether it has several inputs in x and no floating params, like attention's scores.
     """
 
     name: str
@@ -45,7 +45,7 @@ class PartLayer(Layer):
         raise TypeError(f"{self} is a part of a function, and its params are of that")
 
     def check_affine(self, rule: str) -> None:
-        """Raise ``TypeError`` for a part that is not affine in x, which the rule is for."""
+        """Raise ``TypeError`` if the part is not affine in x, as the rule requires."""
         if self.others:
             raise TypeError(
                 f"{rule} is for products, and {self} does more ({', '.join(self.others)}): name "
@@ -53,7 +53,7 @@ class PartLayer(Layer):
             )
 
     def check_params(self, params: Params, x: PyTree) -> None:
-        """Take what the function gives."""
+        """Accept whatever the function passes."""
 
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, PyTree]:
         return jax.vmap(self.run, (None, 0))(params, x), x
@@ -73,16 +73,16 @@ class PartLayer(Layer):
 def turned(
     layer: Layer, params: Params, x: PyTree, run: Callable[..., PyTree], scope: str
 ) -> PyTree:
-    """Return y = run(params, x), whose cotangent goes to x by the layer's backward.
+    """Return y = run(params, x), where the layer's backward makes the cotangent of x.
 
-    That for the params is their own: y is run of an x that is cut off.
+    The params have their true derivative, since y is computed from an x that is cut off.
 
     Args:
-        layer: of a batch of one.
-        params: what it takes beside x.
+        layer: the part as a layer, for a batch of one.
+        params: its params.
         x: its x, without an axis for the example.
-        run: what it does.
-        scope: the scopes that it lies in, for who explains it.
+        run: its function.
+        scope: the named scopes around it, which an explanation shows.
     """
     with _scoped(scope):
         cut_off = jax.tree.map(lambda leaf: cut(leaf) if is_inexact(leaf) else leaf, (params, x))
@@ -122,9 +122,9 @@ def _scoped(scope: str) -> contextlib.AbstractContextManager[Any]:
 
 @jax.custom_jvp
 def cut(x: Any) -> Any:
-    """Return x, of which the innermost derivative is 0; further ones are those of x.
+    """Return x, with an innermost derivative of 0; derivatives further out are those of x.
 
-    Of a view of params it is the value, without a share of the example's own.
+    For a view of params this is the view's value, without the example's own share.
     """
     return x
 
@@ -136,10 +136,10 @@ def _cut_off(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
 
 
 def _beside(y: Array, x: PyTree) -> Array:
-    """Return y as a value of each example of which x is one.
+    """Return y as a separate value for each example, if x is.
 
-    Of params, an x may be an example's own where y is the same for all; a cotangent of such a y
-    would be of all examples together.
+    An x made of params may be separate for each example where y is the same for all examples. The
+    cotangent of that y would be a sum over examples.
     """
     for leaf in filter(is_inexact, jax.tree.leaves(x)):
         never = jnp.zeros((), bool)
@@ -148,7 +148,7 @@ def _beside(y: Array, x: PyTree) -> Array:
 
 
 def _passes_on(layer: Layer, params: Params, x: PyTree, y: PyTree) -> bool:
-    """Return whether the layer hands back ct as it is; raise if that is nothing like x."""
+    """Return whether the layer hands back ct as it is; raise if what it hands back is unlike x."""
     passes: list[bool] = []
 
     def trial(params: Params, x: PyTree, ct: Cotangent) -> Cotangent:
@@ -165,7 +165,7 @@ def _passes_on(layer: Layer, params: Params, x: PyTree, y: PyTree) -> bool:
 
 @jax.custom_vjp
 def passed_on(y: Array, x: Array) -> Array:
-    """Return y, whose cotangent is that of x too: of a view of params it is a view (``moving``)."""
+    """Return y, whose cotangent goes to x too; if x is a view of params, so is it (``moving``)."""
     return _beside(y, x)
 
 

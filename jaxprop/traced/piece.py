@@ -1,4 +1,4 @@
-"""A piece of a function of one example, with its params as views: how it is run and walked back."""
+"""A piece of a function of one example, with its params as views: its run and its walk back."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Shares: TypeAlias = dict[int, list[tuple[Factored, Moves]]]
 
 
 class Piece:
-    """A part of a function of one example, and what is tapped in it.
+    """A part of a function of one example, and its taps.
 
     Attributes:
-        uses: where params meet data.
-        taps: the shape and dtype of what they give there, as in ``Taps``.
-        owned: the numbers of the params that are used elsewhere too.
+        uses: the places where params meet data.
+        taps: the shape and dtype of the zero at each use, as in ``Taps.zeros``.
+        owned: the numbers of the params with other uses, which need each example's own share.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Piece:
         data: Sequence[Any],
         watching: bool = False,
     ) -> None:
-        """Find out what there is to tap.
+        """Trace the program for its uses.
 
         Args:
-            program: the equations; its inputs are views, what is fixed, and data.
-            views: the params that are learned, by number.
-            fixed: what is the same for all examples.
-            data: what is of one example, to be traced for.
+            program: the equations; its inputs are views, then fixed values, then data.
+            views: the learned params, by number.
+            fixed: the inputs that are the same for all examples.
+            data: the inputs that belong to one example, for tracing.
             watching: whether the results of named scopes are tapped too.
         """
         self._program, self._views, self._fixed, self._watching = program, views, fixed, watching
@@ -63,12 +63,12 @@ class Piece:
         self.taps: list[Any] = taps.zeros
 
     def ahead(self, data: Sequence[Array], beside: Sequence[Array]) -> tuple[list[Array], Tape]:
-        """Return the outputs for all examples, and what the way back needs.
+        """Return the outputs for all examples, and the residuals of the walk back.
 
         Args:
-            data: as above, with all examples on axis 0.
-            beside: arrays of all examples, of a type that differs along every axis of a mesh along
-                which any of the data does.
+            data: the data of all examples, which are on axis 0.
+            beside: arrays of all examples. In ``jax.shard_map`` their types vary along every mesh
+                axis along which the type of any of the data does.
         """
         moving = tuple(map(is_inexact, data))
 
@@ -90,8 +90,8 @@ class Piece:
         """Return the outputs, and the data at each use.
 
         Args:
-            taps: the zeros that are added at each use.
-            owns: those that are added to params, by number.
+            taps: the zeros to add at each use.
+            owns: the zeros to add to params, by number.
             data: the data.
         """
         tapped = Taps(taps, watching=self._watching)
@@ -115,9 +115,9 @@ class Facts(NamedTuple):
     """The static facts of a walk through a piece.
 
     Attributes:
-        uses: where params meet data.
-        moving: for each of the data, whether it has a cotangent: is floating or complex.
-        moves: for each of the outputs, likewise.
+        uses: the places where params meet data.
+        moving: for each of the data, whether it is floating or complex, and so has a cotangent.
+        moves: the same for each of the outputs.
     """
 
     uses: tuple[Use, ...]
@@ -131,10 +131,10 @@ class Tape:
     """The residuals of a walk through a piece.
 
     Attributes:
-        pull: the way back from the outputs, of ``jax.vjp``: to the zeros at the uses, to those of
-            owned params, and to the data.
-        xs: the data at each use; None where they come with the cotangent.
-        facts: what has no arrays.
+        pull: the function from ``jax.vjp``, which takes cotangents of the outputs to those of the
+            zeros at the uses, of the zeros of owned params, and of the data.
+        xs: the data at each use; None where they arrive with the cotangent.
+        facts: the static facts.
     """
 
     pull: Any
@@ -145,8 +145,8 @@ class Tape:
         """Return the cotangents of the data, None for integers, and add to the shares of params.
 
         Args:
-            cts: those of the outputs, which are not looked at where these are integers.
-            shares: for each param that is learned, by number, the forms of its uses.
+            cts: the cotangents of the outputs; those of integers are ignored.
+            shares: the forms of each learned param's uses, by number.
         """
         told, owns, d_some = self.told(cts)
         for use, x, ct in told:
@@ -162,7 +162,8 @@ class Tape:
         """Return each use with its data and cotangent, the owned params' shares, and d_data.
 
         Args:
-            cts: as ``back`` takes them; d_data are those of floating data.
+            cts: the cotangents of the outputs, as in ``back``; d_data has only those of floating
+                and complex data.
         """
         moved = [ct for ct, moves in zip(cts, self.facts.moves, strict=True) if moves]
         taps, owns, d_some = self.pull(moved)
@@ -175,6 +176,6 @@ class Tape:
 
 
 def zeros(beside: Sequence[Array], like: Any) -> Array:
-    """Return zeros like an array, for each example of the arrays that they stand beside."""
+    """Return zeros of an array's shape for each example, with a type that suits ``beside``."""
     zero = zero_beside(beside, like.dtype)
     return jnp.broadcast_to(zero, (beside[0].shape[0], *like.shape))

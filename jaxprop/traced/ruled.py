@@ -48,11 +48,11 @@ BILINEAR = frozenset(("dot_general", "conv_general_dilated", "mul", "div"))
 
 @dataclasses.dataclass(frozen=True)
 class Ruled:
-    """``fn(params, x)``, in which chosen parts walk back by rules.
+    """``fn(params, x)`` with other backward rules for chosen parts.
 
     Attributes:
         fn: the function.
-        rules: pairs of a key and a function of a layer, to which the part is given.
+        rules: pairs of a key and a rule, which is called with the part as a layer.
     """
 
     fn: Callable[..., PyTree]
@@ -100,11 +100,11 @@ class Ruled:
 
 
 class _Ruling:
-    """One run of a program by rules.
+    """One run of a program with rules.
 
     Attributes:
-        used: the keys that a part was found for.
-        seen: the names of what there is.
+        used: the keys that matched a part.
+        seen: all names that a key could match.
     """
 
     def __init__(self, rules: dict[str, Rule]) -> None:
@@ -152,14 +152,14 @@ class _Ruling:
     def _grouped(
         self, equations: Sequence[JaxprEqn], scope: Names
     ) -> Iterator[tuple[str | None, list[JaxprEqn]]]:
-        """Yield each equation with its rule's key or None; those of a scope with one together."""
+        """Yield each equation with its rule's key or None; a scope with a rule is yielded whole."""
         for (key, _), group in itertools.groupby(
             enumerate(equations), lambda each: self._key(*each, scope)
         ):
             yield key, [equation for _, equation in group]
 
     def _key(self, number: int, equation: JaxprEqn, scope: Names) -> tuple[str | None, int | Names]:
-        """Return the rule's key, with the whole scope that it is for, or else with the number."""
+        """Return the rule's key or None, and what to group by: a matched scope, or the number."""
         around = (*scope, *_scopes(equation))
         names = {primitive_of(equation), name_of(equation), rule_of(equation)} - {""}
         self.seen |= names | set(around)
@@ -242,7 +242,7 @@ def _scopes(equation: JaxprEqn) -> Names:
 
 
 def _end_of(some: Sequence[str], names: Names) -> int | None:
-    """Return where some names that stand in a row among others end; None where they do not."""
+    """Return where ``some`` first ends as a run within ``names``; None if it is not in them."""
     size = len(some)
     starts = range(len(names) - size + 1)
     return next((at + size for at in starts if names[at : at + size] == tuple(some)), None)
@@ -263,7 +263,7 @@ def _not_affine(program: Program, of_x: Sequence[bool]) -> set[str]:
 
 
 def _part(program: Program, equations: Sequence[JaxprEqn]) -> Program:
-    """Return the program of some equations in a row."""
+    """Return the program of some consecutive equations."""
     jaxpr = program.jaxpr
     made = [var for equation in equations for var in equation.outvars]
     inside = {*made, *jaxpr.constvars}

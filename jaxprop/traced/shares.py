@@ -1,4 +1,4 @@
-"""Forms from what was tapped: of a use's data, and the cotangent of what they gave with a param."""
+"""Forms from what was tapped: the data at each use of a param, and the cotangent of the result."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from jaxprop.traced.views import ParamPart
 
 @serializable
 class Own(Stacked):
-    """The form of a param of which each example has its own share: g_n itself, for each example.
+    """The form of a param that keeps each example's own share g_n.
 
-    Its rows, along the last axis, are taken for independent: they are the positions of a product
-    whose x is the identity. Learned positions that are added to x have just these factors.
+    Its rows, along the last axis, are taken as independent: as the positions of a product whose x
+    is the identity. A learned position embedding that is added to x has exactly these factors.
     """
 
     is_pair: ClassVar[bool] = True
@@ -56,7 +56,7 @@ class Own(Stacked):
         return OfX(diagonal.reshape(1, 1) if rows == 1 else diagonal, one.sum() * rows)
 
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Own:
-        """Return the form itself: each row is one of its own."""
+        """Return the form itself: each of its rows is one position already."""
         return self
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
@@ -64,16 +64,16 @@ class Own(Stacked):
 
 
 def share(use: Use, part: ParamPart, x: Array, ct: Array) -> tuple[Factored, Moves]:
-    """Return the form of one param's part in a use, and how its entries came to lie so.
+    """Return the form of one param's part in a use, and the moves that led from the param to it.
 
     Args:
         use: the use.
-        part: the param in it.
+        part: the param's part in it.
         x: (N, *scans, ...), the data at each step of the scans that the use is in.
         ct: (N, *scans, ...), the cotangent of the result.
     """
     assert not isinstance(use.meeting, Watched)
-    if not isinstance(use.meeting, LookUp):  # a result may have a wider dtype than what it is of
+    if not isinstance(use.meeting, LookUp):  # a result may have a wider dtype than its operands
         wider = max(x.dtype, ct.dtype, key=lambda dtype: dtype.itemsize)
         x, ct = x.astype(wider), ct.astype(wider)
     match use.meeting:
@@ -90,9 +90,10 @@ def share(use: Use, part: ParamPart, x: Array, ct: Array) -> tuple[Factored, Mov
 
 
 def together(shares: list[tuple[Factored, Moves]]) -> Factored:
-    """Return the form of a param from those of its uses.
+    """Return the form of a param from the forms of its uses.
 
-    Uses go together if their shares are of one shape: a vector may be a row, or a column.
+    Uses are joined if their moves and the shapes of their shares agree: a vector may be used as a
+    row and as a column.
     """
     if len(shares) == 1:
         ((form, moves),) = shares
@@ -133,12 +134,12 @@ def _of_product(
     i, o = math.prod(shape[batches : batches + len(in_w)]), math.prod(shape[batches + len(in_w) :])
 
     def rows(a: Array, last: int, features: int) -> Array:
-        """Return (layers ..., batch, N, positions, features), without a single position.
+        """Return (layers ..., batch, N, positions, features), without an axis for one position.
 
         Args:
             a: the data or the cotangent.
-            last: how many of its axes, the last ones, make up the features.
-            features: their product.
+            last: how many of its last axes make up the features.
+            features: the product of their sizes.
         """
         a = _layers_first(a, use.scans)
         layers = sum(use.scans)
@@ -169,7 +170,7 @@ def _of_convolution(
     features, channels, *spatial = convolution.w
 
     def frames(a: Array, layout: tuple[int, ...]) -> Array:
-        """Return (layers ..., N, frames, *spatial, channels), of all positions but those."""
+        """Return (layers ..., N, frames, *spatial, channels), with all other axes in frames."""
         batch, channel, *places = layout
         order = (*range(lead), *(lead + axis for axis in (batch, *places, channel)))
         a = _layers_first(jnp.transpose(a, order), use.scans)
@@ -222,7 +223,7 @@ def _of_look_up(look_up: LookUp, use: Use, ids: Array, ct: Array) -> tuple[Facto
 
 
 def _layers_first(a: Array, scans: tuple[bool, ...]) -> Array:
-    """Return an array (N, *scans, ...) with the scans through layers in front of N."""
+    """Return an array (N, *scans, ...) with the axes of scans over layers before N."""
     at = [1 + index for index, layers in enumerate(scans) if layers]
     return jnp.moveaxis(a, at, range(len(at)))
 

@@ -1,7 +1,7 @@
-"""A function's program cut where a scan goes through layers of params, each walked by itself.
+"""A function's program, cut into stages at each scan over layers of params.
 
-A stage is a run of equations, or such a scan. What one hands to another is data in slots: those of
-x first, and those of y from -1 down.
+A stage is a run of equations, or such a scan, and stages are walked one by one. They pass data on
+in numbered slots: the leaves of x have the first ones, and the leaves of y those from -1 down.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ STAYS = frozenset(("convert_element_type", "copy"))
 
 
 class Straight(NamedTuple):
-    """A run of equations, walked back through at once.
+    """A run of equations, walked back as a whole.
 
     Attributes:
-        program: takes the params that are learned, the others, and data.
+        program: a program of the learned params, the other params, and data.
         ins: the slots of the data.
-        outs: those of the outputs.
+        outs: the slots of the outputs.
     """
 
     program: Program
@@ -32,14 +32,14 @@ class Straight(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """A scan through layers of params, walked layer by layer.
+    """A scan over layers of params, walked layer by layer.
 
     Attributes:
-        body: takes params that are learned, what is fixed (constants, then of a layer), and data:
-            constants, carried, of a layer.
-        before: takes all params, and gives the stacks of those that are learned, the constants that
-            are fixed, the stacks that are fixed, and what is fixed where the scan starts.
-        flow: what comes in and goes out.
+        body: a program of one layer's learned params, of fixed constants and the layer's fixed
+            values, and of data: constants, carried values and the layer's values.
+        before: a program of all params that returns the stacks of learned params, the fixed
+            constants, the fixed stacks, and the fixed initial values of the carry.
+        flow: the inputs and outputs.
     """
 
     body: Program
@@ -48,17 +48,17 @@ class Layers(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """The inputs and outputs of a scan through layers.
+    """The inputs and outputs of a scan over layers.
 
     Attributes:
-        learned: the number of each param that is learned.
+        learned: the number of each learned param.
         fixed: how many of the constants are fixed.
         fixed_stacks: how many of the stacks are fixed.
         consts: the slots of the constants that are data.
-        carry: those of what is carried; None for what is fixed where the scan starts.
-        stacks: those of the stacks that are data.
-        outs: those of the outputs; None for one that is not used.
-        options: how the scan runs.
+        carry: the slots of the carried values; None for one whose initial value is fixed.
+        stacks: the slots of the stacks that are data.
+        outs: the slots of the outputs; None for one that is not used.
+        options: the options of the scan.
     """
 
     learned: tuple[int, ...]
@@ -77,14 +77,14 @@ def stages_of(
     params: int,
     modules: Sequence[frozenset[int]] | None,
 ) -> tuple[Straight | Layers, ...]:
-    """Return the stages of a program, the last of which gives its outputs.
+    """Return the stages of a program, the last of which computes its outputs.
 
     Args:
-        program: takes params, and data.
-        learned: the numbers of the params that are learned.
-        params: how many params there are.
-        modules: the numbers of the params of each module. A scan is a stage if it goes through
-            whole modules, and nothing else is done with their params. None for a single stage.
+        program: a program of params, and then data.
+        learned: the numbers of the learned params.
+        params: the number of params.
+        modules: the numbers of the params of each module. A scan is a stage if it iterates over
+            whole modules whose params have no other use. None for a single stage.
     """
     return _Cut(_live(program), learned, params, modules).stages()
 
@@ -137,9 +137,9 @@ class _Cut:
         return (*stages, *self._straight(start, None))
 
     def _straight(self, start: int, stop: int | None) -> Iterator[Straight]:
-        """Yield the stage of the equations from one to another, if anything is made of data there.
+        """Yield the stage of the equations from start to stop, if they make anything of data.
 
-        What is made of params alone is made anew in each stage that needs it.
+        What is made of params alone is computed again in each stage that needs it.
         """
         jaxpr = self._program.jaxpr
         if stop is None:
@@ -164,7 +164,7 @@ class _Cut:
     def _needed(
         self, outs: Iterable[Any], given: set[Any], kept: Sequence[JaxprEqn] = ()
     ) -> tuple[list[JaxprEqn], set[Any]]:
-        """Return the equations that make outs, and those kept, and what they need of the given."""
+        """Return the kept equations and those that make outs, and the given variables they need."""
         wanted = set(variables(outs))
         needed: list[JaxprEqn] = []
         for equation in reversed(self._program.jaxpr.eqns):
@@ -175,7 +175,7 @@ class _Cut:
         return needed[::-1], wanted & given
 
     def _layers(self, equation: JaxprEqn) -> Layers | None:
-        """Return the stage of a scan; None for what is none, or one that goes through no layers."""
+        """Return the stage of a scan over layers; None for another scan or equation."""
         if equation.primitive.name != "scan" or equation.effects or self._modules is None:
             return None
         scan, atoms = scan_of(equation), list(map(_hashed, equation.invars))
@@ -213,9 +213,9 @@ class _Cut:
         )
 
     def _stacks(self, scan: Scan, atoms: Sequence[Any]) -> dict[int, int]:
-        """Return, by its place, the number of each learned param whose layers come into a scan.
+        """Return, by place, the number of each learned param whose layers a scan iterates over.
 
-        There are none if one of them stands in a module with a param that does not.
+        The result is empty if the scan iterates over only some of the params of a module.
         """
         found = {
             place: self._numbers[var]
@@ -233,7 +233,7 @@ class _Cut:
         }
 
     def _param(self, var: Any) -> Any | None:
-        """Return the param that a variable is, maybe in another dtype, if it is read but once."""
+        """Return the param that a variable holds, maybe in another dtype, if it is read once."""
         while var is not None and len(self._readers[var]) == 1:
             if var in self._numbers:
                 return var
@@ -244,12 +244,12 @@ class _Cut:
         return None
 
     def _all_move(self, equation: JaxprEqn, scan: Scan, given: Sequence[int]) -> bool:
-        """Return whether all that is carried, and all outputs that are used, are made of data.
+        """Return whether all carried values and all used outputs are made of the given inputs.
 
         Args:
-            equation: the scan's.
+            equation: the equation of the scan.
             scan: the scan.
-            given: the places of params and data among its inputs.
+            given: the places of learned params and data among its inputs.
         """
         body = scan.body.jaxpr
         moving = {body.invars[place] for place in given}
@@ -271,7 +271,7 @@ class _Cut:
 
 
 def moving_in(program: Program, given: Sequence[Any]) -> set[Any]:
-    """Return the variables that are made of those that are given, and these."""
+    """Return the given variables, and all variables that are made of them."""
     moving = set(given)
     for equation in program.jaxpr.eqns:
         if any(var in moving for var in variables(equation.invars)):
@@ -280,5 +280,5 @@ def moving_in(program: Program, given: Sequence[Any]) -> set[Any]:
 
 
 def _hashed(atom: Any) -> Any:
-    """Return a variable; None for a number, which cannot be looked up."""
+    """Return a variable; None for a literal, which cannot be looked up."""
     return None if isinstance(atom, Literal) else atom

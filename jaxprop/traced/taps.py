@@ -1,9 +1,10 @@
-"""Taps: places in a traced program whose results can be told their cotangents.
+"""Taps: places in a traced program where the cotangent of a result can be observed.
 
 Where a param, or a view of one, meets data in a matrix product, a convolution or a look-up of rows,
-a zero is added to the result, and the data are remembered. The cotangent of the zero is that of the
-result, and with the data it makes a form. Wherever else a param is used, the program sees param + 0
-with a zero for each example, whose cotangent is that example's own share of the gradient.
+a zero is added to the result, and the data are kept. The cotangent of the zero is the cotangent of
+the result; together with the data it makes a form. Wherever else a param is used, the program sees
+param + 0 with a separate zero for each example, whose cotangent is that example's own share of the
+gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class MatrixProduct(NamedTuple):
     """A matrix product of data with a view.
 
     Attributes:
-        dot: the axes that are contracted and batched, those of the data first.
+        dot: the contracted and the batched axes, those of the data first.
         data_first: whether the data are the left operand.
     """
 
@@ -36,17 +37,16 @@ class MatrixProduct(NamedTuple):
 
 
 class LookUp(NamedTuple):
-    """A look-up of rows, with ids outside of the table clipped or in no row."""
+    """A look-up of rows, where an id outside the table is clipped or belongs to no row."""
 
     clipped: bool
 
 
 class Watched(NamedTuple):
-    """No meeting, but the end of a named scope: the data are its result.
+    """The end of a named scope, in place of a meeting: the data are the scope's result.
 
     Attributes:
-        params: the number of each param that was used in the scope, with what stands in the view's
-            ``scans``.
+        params: the number of each param that was used in the scope, with the ``scans`` of its view.
     """
 
     params: tuple[tuple[int, tuple[bool, ...]], ...]
@@ -62,14 +62,14 @@ class Use:
     Attributes:
         meeting: how they meet.
         parts: the params in the view.
-        joined: the axis that several params are joined on.
-        shape: that of the view there.
-        scans: as in the view.
+        joined: the axis along which several params are joined.
+        shape: the shape of the view there.
+        scans: the view's ``scans``.
         primitive: the name of the primitive.
         line: the source line.
         scope: the named scope.
-        again: whether the data are computed again on the way back, and come with the cotangent.
-        before: how many places before it is the one that it shares a zero with: 0 for its own.
+        again: whether the data are computed again on the way back, and arrive with the cotangent.
+        before: how many places before this one is the place whose zero it shares; 0 for its own.
     """
 
     meeting: Meeting
@@ -88,13 +88,13 @@ class Taps:
     """The taps of a program while it runs.
 
     Attributes:
-        uses: the places, in the order in which they are met.
-        xs: the data at each; None where they come with the cotangent.
-        zeros: the shape of the zero that is added at each, in a pair with that of its data where
-            these come with the cotangent; None where another's will do.
-        equal: which variables of the program that runs have the same cotangent.
+        uses: the places, in the order in which the program reaches them.
+        xs: the data at each place; None where they arrive with the cotangent.
+        zeros: the shape of the zero at each place, paired with the shape of the data where these
+            arrive with the cotangent; None where the place shares the zero of an earlier one.
+        equal: which variables of the running program have the same cotangent.
         watching: whether the results of named scopes are tapped too.
-        met: the params that were used since the last such result, as in ``Watched``.
+        met: the params used since the last result of a scope, as in ``Watched``.
     """
 
     def __init__(
@@ -105,14 +105,14 @@ class Taps:
         scans: tuple[bool, ...] = (),
         again: bool = False,
     ) -> None:
-        """Tap nothing yet.
+        """Start without any taps.
 
         Args:
-            zeros: what is added at each place; None if that is yet to be found out.
-            within: the places of the equations whose programs these are, the outermost first.
+            zeros: the zero to add at each place; None in the first run, which finds the places.
+            within: the origins of the equations around the program, the outermost first.
             watching: whether the results of named scopes are tapped too.
-            scans: for each scan that these are in, whether it goes through layers.
-            again: whether what runs is computed again on the way back.
+            scans: for each scan around the program, whether it iterates over layers.
+            again: whether the program is computed again on the way back.
         """
         self.uses: list[Use] = []
         self.xs: list[Any] = []
@@ -127,25 +127,25 @@ class Taps:
         """Return taps for a program within this one.
 
         Args:
-            zeros: what is added at each place; None if that is yet to be found out.
-            scans: for each scan around it in this one, whether it goes through layers.
-            again: whether it is computed again on the way back.
+            zeros: the zero to add at each place; None in the first run, which finds the places.
+            scans: for each further scan around that program, whether it iterates over layers.
+            again: whether that program is computed again on the way back.
         """
         scans, again = (*self._scans, *scans), again or self._again
         return Taps(zeros, self.within, self.watching, scans, again)
 
     @property
     def line(self) -> str:
-        """The innermost source line that is known of."""
+        """The innermost source line that is known."""
         return next((place.line for place in reversed(self.within) if place.line), "")
 
     @property
     def scope(self) -> str:
-        """The named scopes, one within the other."""
+        """The named scopes, the outermost first, joined by slashes."""
         return "/".join(place.scope for place in self.within if place.scope)
 
     def next(self, number: int) -> Sequence[Any] | None:
-        """Return what is added at the next so many places."""
+        """Return the zeros of the given number of places that come next."""
         at = len(self.uses)
         return None if self._given is None else self._given[at : at + number]
 
@@ -156,7 +156,7 @@ class Taps:
             use: the place.
             x: the data.
             y: the result.
-            var: its variable, if another may have the same cotangent.
+            var: the variable of y, if another variable may have the same cotangent.
         """
         if var is not None and self.equal is not None and not self._again:
             first = self.equal.first(var, len(self.uses))
@@ -172,7 +172,7 @@ class Taps:
         return y if given is None else y + given[0]
 
     def keep_shapes(self) -> None:
-        """Keep of the data their shapes alone: they are of a trace that is over."""
+        """Keep only the shapes of the data, which come from a trace that has ended."""
         self.xs = jax.tree.map(struct, self.xs)
 
     def watched(self) -> int:
@@ -187,7 +187,7 @@ class Taps:
         return self.add(use, y, y)
 
     def note(self, uses: Sequence[Use], xs: Sequence[Any], zeros: Sequence[Any]) -> None:
-        """Note places whose zeros are added already."""
+        """Record places whose zeros have been added already."""
         self.uses += uses
         self.xs += xs
         self.zeros += zeros
@@ -195,9 +195,9 @@ class Taps:
 
 @jax.custom_vjp
 def told(y: Array, x: Array, zero: Array, place: Array) -> Array:
-    """Return y; on the way back its cotangent is that of the zero, and x that of its place.
+    """Return y; on the way back the cotangent of y also goes to ``zero``, and x goes to ``place``.
 
-    In what is computed again on the way back x is not kept until then, and neither are the zeros.
+    So a part that is computed again on the way back keeps neither x nor the zeros until then.
     """
     del x, zero, place
     return y

@@ -1,4 +1,4 @@
-"""Views of a param: values that merely rearrange its entries."""
+"""Views of a param: values that only rearrange its entries."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from jaxprop.core.forms import Move, Moves
 
 
 class ParamPart(NamedTuple):
-    """A param's part in a view: which param, moved how, and where it lies along the joined axis.
+    """A param's part in a view: which param, how it was moved, and its range of the joined axis.
 
     Attributes:
         param: the number of its leaf.
-        moves: how its entries came to lie as they do.
-        start: where it begins along the axis that several params are joined on.
+        moves: the moves that brought its entries into their order.
+        start: where it begins on the axis along which several params are joined.
         stop: where it ends.
-        layers: where they were joined along the axis that a scan went through, which of the axes of
-            layers that is.
+        layers: the place of the joined axis among the axes of layers, if a scan iterated over it.
     """
 
     param: int
@@ -37,12 +36,12 @@ class View:
     Attributes:
         parts: the params that it is made of.
         value: the value.
-        own: a function that returns the value as one example's own: of param + 0, where the
-            cotangent of the 0 is that example's share. Whoever calls it asks for the share.
-        joined: the axis that several params are joined on; None for one.
+        own: a function that returns the value made of param + 0, where the cotangent of the 0 is
+            one example's own share. Calling it asks for the share.
+        joined: the axis along which several params are joined; None for one param.
         scale: a number that its entries were multiplied by, or None.
-        scans: for each scan that it came into, the outermost first, whether that goes through its
-            layers; else it is used anew at each step.
+        scans: for each scan that it entered, the outermost first, whether the scan iterates over
+            its layers; otherwise each step uses all of it.
     """
 
     parts: tuple[ParamPart, ...]
@@ -53,7 +52,7 @@ class View:
     scans: tuple[bool, ...] = ()
 
     def moved(self, move: Move | None, f: Callable[[Array], Array]) -> View:
-        """Return f of the view, which does this move; None for one that leaves entries in place."""
+        """Return f of the view, where f does this move; None if f leaves the entries in place."""
         parts = self.parts
         if move is not None:
             parts = tuple(part._replace(moves=(*part.moves, move)) for part in parts)
@@ -62,7 +61,7 @@ class View:
         )
 
     def scaled(self, factor: Any, f: Callable[[Array], Array]) -> View:
-        """Return f of the view, which multiplies it by a number."""
+        """Return f of the view, where f multiplies it by a number."""
         scale = factor if self.scale is None else self.scale * factor
         return dataclasses.replace(
             self, value=f(self.value), own=lambda: f(self.own()), scale=scale
@@ -70,21 +69,21 @@ class View:
 
 
 def placed(some: Sequence[Any], where: Sequence[bool], others: Sequence[Any]) -> list[Any]:
-    """Return the others, with some in their place where it says so."""
+    """Return ``others``, with the values of ``some`` in the places that ``where`` marks."""
     each = iter(some)
     return [next(each) if here else other for here, other in zip(where, others, strict=True)]
 
 
 def is_data(value: Any) -> bool:
-    """Return whether a value is none of a param's."""
+    """Return whether a value is data, and not a view of a param."""
     return not isinstance(value, View)
 
 
 def bare(value: Any) -> Any:
-    """Return a value as it is, without a word of where it comes from."""
+    """Return a value as an array, without a record of its params."""
     return value.value if isinstance(value, View) else value
 
 
 def plain(value: Any) -> Any:
-    """Return a value as what is not tapped sees it: a view with the example's own share."""
+    """Return a value as an untapped use sees it: of a view, with the example's own share."""
     return value.own() if isinstance(value, View) else value

@@ -27,12 +27,12 @@ from jaxprop.traced.stages import Layers, Straight
 
 
 class Module(NamedTuple):
-    """Params that stand together in a node of their tree.
+    """Params that lie together in a node of their tree.
 
     Attributes:
         params: the node.
         numbers: the number of each leaf.
-        place: what a visit keeps in its place.
+        place: what a visit keeps in the node's place.
     """
 
     params: Params
@@ -51,11 +51,12 @@ class WalkFacts(NamedTuple):
     """The static facts of a walk.
 
     Attributes:
-        learned: the numbers of the params that are learned.
-        structure: that of x.
-        x: the shape and dtype of one example of each leaf of x, in a batch of one.
+        learned: the numbers of the learned params.
+        structure: the structure of x.
+        x: the shape and dtype of each leaf of x, for a batch of one example.
         y: the structure of y.
-        of_one: for each leaf of y, whether it came in a batch of one; else it is a mean of one.
+        of_one: for each leaf of y, whether it had an axis for the one example; otherwise it was a
+            scalar, the mean over that example.
     """
 
     learned: frozenset[int]
@@ -71,8 +72,8 @@ class Walked:
     """The residuals of the walk forward.
 
     Attributes:
-        tapes: of each stage.
-        facts: what has no arrays.
+        tapes: the residuals of each stage.
+        facts: the static facts.
     """
 
     tapes: list[TapeOfRun | TapeOfLayers]
@@ -94,9 +95,9 @@ class TapeOfRun:
     """The residuals of a walk through a run of equations.
 
     Attributes:
-        tape: of its piece.
+        tape: the residuals of its piece.
         ins: the slots of its data.
-        outs: those of its outputs.
+        outs: the slots of its outputs.
     """
 
     tape: Tape
@@ -111,11 +112,11 @@ class TapeOfRun:
 
 
 def walk_ahead(one: Example, x: PyTree) -> tuple[PyTree, Walked]:
-    """Return y, and what the way back needs.
+    """Return y, and the residuals of the walk.
 
     Args:
-        one: the function.
-        x: of all examples.
+        one: the traced function.
+        x: the x of all examples.
     """
     leaves, structure = jax.tree.flatten(x)
     slots = {slot: jnp.expand_dims(leaf, 1) for slot, leaf in enumerate(leaves)}
@@ -131,7 +132,7 @@ def walk_ahead(one: Example, x: PyTree) -> tuple[PyTree, Walked]:
 def _stage_ahead(
     one: Example, stage: Straight | Layers, slots: dict[int, Array], beside: Sequence[Array]
 ) -> TapeOfRun | TapeOfLayers:
-    """Go through a stage: put its outputs into their slots, and return what it saves."""
+    """Run a stage, put its outputs into their slots, and return its residuals."""
     if isinstance(stage, Layers):
         return layers_ahead(stage, one.params, slots, beside)
     data = [slots[slot] for slot in stage.ins]
@@ -143,7 +144,7 @@ def _stage_ahead(
 
 
 class Back:
-    """The way back: what comes of a cotangent of y for params, by number, and for x, by slot."""
+    """The walk back, from a cotangent of y to those of params, by number, and of x, by slot."""
 
     def __init__(self, walked: Walked, ct: Cotangent) -> None:
         self._walked, self._cts = walked, walked.cts(ct)
@@ -152,7 +153,7 @@ class Back:
         self._of_layers: dict[int, Cotangent] = {}
 
     def go(self, layer: Layer, modules: Sequence[Module], visit: Visit) -> dict[int, Visited]:
-        """Go back, and return what a ``Layerwise`` visit gave in scans, by the module's number."""
+        """Walk back, and return the results of a ``Layerwise`` visit in scans, by module number."""
         visited: dict[int, Visited] = {}
         for tape in reversed(self._walked.tapes):
             if isinstance(tape, TapeOfRun):
@@ -175,7 +176,7 @@ class Back:
     def _through(
         self, layer: Layer, tape: TapeOfLayers, modules: Sequence[Module], visit: Visit
     ) -> list[Any]:
-        """Go back through a scan, and return what is taken of each module."""
+        """Walk back through a scan, and return the result for each module."""
         if not isinstance(visit, Layerwise):
             visit = _summed if isinstance(visit, Placed) else _factored
 
@@ -192,7 +193,7 @@ class Back:
         return over_layers(layers_back(tape, self._cts, self._beside, params, at_layer))
 
     def d_params(self, module: Module) -> Cotangent:
-        """Return the cotangents of a module's params, and ``()`` for what is not learned."""
+        """Return the cotangents of a module's params, with ``()`` for any that is not learned."""
         shares, of_layers = self._shares, self._of_layers
         return _d_params(module.params, module.numbers, shares, self._beside, of_layers)
 
