@@ -570,3 +570,15 @@ def test_another_example_that_overflows_later():
     birth = jp.find_nonfinite(jp.Dense(20), LOSS, params, x[1:], x[1:] * 0).birth
     assert (birth.primitive, birth.example, birth.index) == ("reduce_sum", 0, (0,))
     assert birth.cause == "The sum overflows: float64 goes to 1.8e+308."
+
+
+@pytest.mark.parametrize("name, value", [("maximum", "-inf"), ("minimum", "inf")])
+def test_a_reduction_over_nothing(name, value):
+    reduced, initial = {"maximum": (jnp.max, -jnp.inf), "minimum": (jnp.min, jnp.inf)}[name]
+
+    def fn(params, x):
+        return params * reduced(jax.lax.stop_gradient(x)[:, :0], axis=-1, initial=initial)
+
+    said = str(jp.find_nonfinite(jp.function(fn), MEAN, jnp.ones(()), X))
+    said = " ".join(said.split())
+    assert f"the {name} over an axis without elements is {value}" in said.lower()

@@ -28,6 +28,7 @@ SUMS = frozenset(
         *("scatter-add", "broadcast_in_dim", "gather", "cumlogsumexp"),
     )
 )
+EMPTY = {"reduce_max": "maximum", "reduce_min": "minimum"}
 SOLVING = {
     "cholesky": "the matrix is not positive definite",
     "lu": "the matrix is singular",
@@ -156,8 +157,8 @@ def _ahead(seen: Element) -> str:
         return SOLVING[name]
     if name == "gather" and not seen.infinite:
         return 'an index is outside of the array, and there mode="fill" reads nan'
-    if name in ("reduce_max", "reduce_min", "argmax") and not seen.infinite:
-        return "the maximum over an axis without elements is -inf"
+    if name in EMPTY and not seen.infinite:
+        return f"the {EMPTY[name]} over an axis without elements is {seen.value:g}"
     if seen.infinite:
         if name in SUMS:
             return "the sum has inf among its terms: 0 · inf and inf - inf are nan"

@@ -191,7 +191,7 @@ def _finding(
     example = index[0] if has_examples else None
     x = ct = stop = None
     of_loss = phase == "loss"
-    title = "the loss" if of_loss else f"layer {layer}".strip()
+    title = "the loss" if of_loss else "" if layer is None else f"layer {layer}".strip()
     if phase != "input":
         stop = stopped(None if of_loss else layer, *walk)
         title = f"the loss, {stop.layer}," if of_loss else f"{title} {seen_through(stop.layer)}"
@@ -232,7 +232,7 @@ def _sentence(
     phase: Phase, title: str, array: str, place: str, value: str, x: PyTree, ct: Cotangent
 ) -> str:
     if phase == "input":
-        whose = "" if title == "layer None" else f" of {title}"
+        whose = f" of {title}" if title else ""
         return f"Before the walk began {array}{whose} was not finite: {place} is {value}."
     way = "On the way back" if phase == "backward" or array == "d_x" else "On the way forward"
     if array == "x" or (array == "ct" and phase == "backward"):

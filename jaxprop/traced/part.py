@@ -100,10 +100,10 @@ def turned(
     @jax.custom_vjp
     def by_layer(params: Params, x: PyTree, y: PyTree) -> PyTree:
         del params
-        return jax.tree.map(lambda leaf: _beside(leaf, x), y)
+        return jax.tree.map(lambda leaf: _separate(leaf, x), y)
 
     def ahead(params: Params, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        y = jax.tree.map(lambda leaf: _beside(leaf, x), y)
+        y = jax.tree.map(lambda leaf: _separate(leaf, x), y)
         return y, (params, layer.forward(params, _alone(x))[1])
 
     def back(saved: PyTree, ct: Cotangent) -> tuple[None, PyTree, Cotangent]:
@@ -135,7 +135,7 @@ def _cut_off(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
     return x, jax.tree.map(jnp.zeros_like, tangent)
 
 
-def _beside(y: Array, x: PyTree) -> Array:
+def _separate(y: Array, x: PyTree) -> Array:
     """Return y as a separate value for each example, if x is.
 
     An x made of params may be separate for each example where y is the same for all examples. The
@@ -166,11 +166,11 @@ def _passes_on(layer: Layer, params: Params, x: PyTree, y: PyTree) -> bool:
 @jax.custom_vjp
 def passed_on(y: Array, x: Array) -> Array:
     """Return y, whose cotangent goes to x too; if x is a view of params, so is it (``moving``)."""
-    return _beside(y, x)
+    return _separate(y, x)
 
 
 def _passed_on_ahead(y: Array, x: Array) -> tuple[Array, tuple[()]]:
-    return _beside(y, x), ()
+    return _separate(y, x), ()
 
 
 def _passed_on_back(saved: tuple[()], ct: Array) -> tuple[Array, Array]:
