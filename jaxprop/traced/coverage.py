@@ -19,7 +19,7 @@ from jaxprop.traced.example import Example
 from jaxprop.traced.taps import LookUp, MatrixProduct, Meeting, Use
 
 WIDTH = 80
-LARGE = 2**26  # bytes of own shares, for all examples, above which to warn
+LARGE = 2**26  # bytes of gradients formed per example, above which to warn
 FORMS: dict[type[Meeting], str] = {MatrixProduct: "Outer", Convolution: "Patches", LookUp: "Rows"}
 
 
@@ -31,11 +31,11 @@ class Covered:
         param: its path.
         shape: its shape.
         form: the form of its cotangent: "Outer", "Patches", "Rows", "Repeated(…)" in a scan over
-            layers or a batched product, "own share" (``Stacked``, or ``Sum`` for a vector), several
-            of these with a plus between them, "unused", or "not learned".
+            layers or a batched product, "per example" (``Stacked``, or ``Sum`` for a vector),
+            several of these with a plus between them, "unused", or "not learned".
         meets: for each place where it meets data, the primitive, the source line and the scope.
-        own_bytes: the memory that own shares take for all examples of the batch, needed or not.
-        owned: whether own shares are needed.
+        own_bytes: the memory that the gradients of all examples of the batch take, formed or not.
+        owned: whether they are formed.
     """
 
     param: str
@@ -65,8 +65,8 @@ class Coverage:
         own = sum(each.own_bytes for each in self.params if each.owned)
         factored = sum(bool(each.meets) for each in self.params)
         yield (
-            f"{len(self.params)} params, {factored} of them in factors; own shares of "
-            f"{self.examples} examples take {_size(own)}"
+            f"{len(self.params)} params, {factored} in factors; gradients formed per example: "
+            f"{_size(own)} for {self.examples} examples"
         )
         for each in self.params:
             size = f" {_size(each.own_bytes)}" if each.owned else ""
@@ -91,7 +91,7 @@ def coverage_of(one: Example, params: Params, examples: int) -> Coverage:
 
 
 def warn_of_large_shares(name: str, one: Example, params: Params, examples: int) -> None:
-    """Warn, once for each, of params with several axes whose own shares are large.
+    """Warn, once for each, of params with several axes whose per-example gradients are large.
 
     Args:
         name: the function's name, for messages.
@@ -104,8 +104,8 @@ def warn_of_large_shares(name: str, one: Example, params: Params, examples: int)
     for each in _covered(one, params, examples):
         if each.owned and len(each.shape) > 1 and each.own_bytes > LARGE:
             _warn(
-                f"{name}: {each.param} meets no data in a product, a convolution or a look-up of "
-                f"rows, so that each example's own share of its gradient is formed: "
+                f"{name}: {each.param} meets no data in a matrix product, a convolution or a "
+                f"look-up of rows, so its gradient is formed for each example: "
                 f"{_size(each.own_bytes)} for {examples} examples"
             )
 
@@ -124,7 +124,7 @@ def _covered(one: Example, params: Params, examples: int) -> Iterator[Covered]:
     for index, (path, _) in enumerate(nodes):
         leaf, here = one.params[index], uses.get(index, [])
         owned = index in one.whole.owned
-        forms = [*dict.fromkeys(map(_form, here)), *["own share"] * owned]
+        forms = [*dict.fromkeys(map(_form, here)), *["per example"] * owned]
         word = "unused" if index in one.learned else "not learned"
         yield Covered(
             jax.tree_util.keystr(path, simple=True, separator="/") or "params",

@@ -150,8 +150,8 @@ class Function(Layer):
     def coverage(self, params: Params, x: PyTree) -> Coverage:
         """Return where each param meets data, and the form of its cotangent.
 
-        The result prints as a table. A param that meets no data has each example's own share as
-        its form, which for each example is as large as the param.
+        The result prints as a table. The gradient of a param that meets no data is
+        formed for each example, where it is as large as the param.
 
         Args:
             params: the params, as arrays or as ``jax.ShapeDtypeStruct``.
