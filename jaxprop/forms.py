@@ -1,6 +1,6 @@
-"""Forms: what a parameter's cotangent is made of, ``jp.forms``.
+"""Forms (``jp.forms``): the factors of a parameter's cotangent.
 
-A layer's ``backward`` returns one for each of its params, and a quantity asks them.
+A layer's ``backward`` returns a form for each of its params, and a quantity is computed from forms.
 """
 
 from jaxprop.core.forms import Factored, Joint, Kronecker, Outer, Rearranged, Repeated, Stacked, Sum

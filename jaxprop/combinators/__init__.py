@@ -1,1 +1,1 @@
-"""Layers made of layers, a file for each; ``jp.chain`` and so on make them."""
+"""Layers made of layers, a file for each; functions such as ``jp.chain`` make them."""

@@ -11,10 +11,10 @@ from jaxprop.core.layer import Layer
 
 
 def bidirectional(layer: Layer) -> Branch:
-    """Return the layer and its reverse on the same x, their features beside each other.
+    """Return the layer and its reverse on the same x, with their features concatenated.
 
-    It is a ``branch`` of two layers with params of their own. y is (N, T, 2 F), or (N, 2 F) of the
-    two last states for ``output="last"``; a mask is for both.
+    The result is a ``branch`` of two layers, each with its own params. y is (N, T, 2 F), or the two
+    last states, (N, 2 F), for ``output="last"``. Both layers take the mask.
 
     Args:
         layer: an ``Rnn``, ``Lstm`` or ``Gru``, or another layer with a field ``reverse``.

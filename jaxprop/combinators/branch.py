@@ -21,15 +21,15 @@ Join = Literal["sum", "concatenate", "tuple"]
 
 
 class Branch(Several):
-    """y = f_1(x) + ... + f_k(x), or the f_i(x) beside each other.
+    """y = f_1(x) + ... + f_k(x), or the f_i(x) next to each other.
 
-    They stand beside each other on the last axis, in a tuple, or in a dict. A copy has the sum for
-    its transpose, and a sum the copy: with d_i what f_i pulls back from ct (or from its own part of
-    ct), dE/dx = d_1 + ... + d_k.
+    They stand next to each other on the last axis, in a tuple, or in a dict. The transpose of a
+    copy is a sum, and that of a sum is a copy: if f_i pulls back d_i from ct (or from its own part
+    of ct), then dE/dx = d_1 + ... + d_k.
 
     Attributes:
         layers: the layers, each of which is given x.
-        join: "sum", "concatenate" or "tuple"; for a dict its keys, one a layer.
+        join: "sum", "concatenate" or "tuple"; for a dict its keys, one per layer.
     """
 
     join: Join | tuple[str, ...] = "sum"
@@ -62,7 +62,7 @@ class Branch(Several):
                 y, r = layer.forward(p, x)
             ys.append(y)
             residuals.append(r)
-        # A width is static, and survives a scan as the shape of an array.
+        # Widths are static: only as the shape of an array do they survive a scan.
         widths = tuple(map(empty_like, ys)) if self.join == "concatenate" else ()
         return self._joined(x, ys), (tuple(residuals), widths)
 
@@ -103,7 +103,7 @@ class Branch(Several):
             return jnp.concatenate(ys, axis=-1)
 
     def _parts(self, ct: Cotangent, widths: tuple[Array, ...]) -> Sequence[Cotangent]:
-        """Return each layer's part of the cotangent of what was joined."""
+        """Return each layer's part of the cotangent of the joined output."""
         if self.join == "sum":
             return [ct] * len(self.layers)
         if self.join == "tuple":
@@ -117,17 +117,17 @@ class Branch(Several):
 def branch(*layers: Layer, join: Join = "sum", **named: Layer) -> Branch:
     """Return the layers side by side on the same x, their outputs joined.
 
-    params and residuals are tuples with one entry a layer.
+    params are a tuple with one entry per layer.
 
     Args:
         layers: at least one layer.
-        join: "sum" adds the outputs up; "concatenate" puts them beside each other on the last axis;
-            "tuple" gives a tuple of them.
-        named: layers by name, instead of ``layers``: y is then the dict of their outputs.
+        join: "sum" adds the outputs up; "concatenate" joins them on the last axis; "tuple" returns
+            a tuple of them.
+        named: layers by name, instead of ``layers``: y is then a dict of their outputs.
 
     Raises:
-        ValueError: for no layers, some with a name and some without, and for outputs whose shapes
-            do not fit together.
+        ValueError: for no layers, for layers of which only some have names, and for outputs whose
+            shapes do not fit together.
         TypeError: for an argument that is not a layer, and for outputs that are not arrays where
             they are added up or concatenated.
 

@@ -17,7 +17,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 
 class Cast(Wrapper):
-    """y = f(x) with params and x rounded to ``dtype``, in which f computes.
+    """y = f(x), computed in ``dtype`` from params and x that are rounded to it.
 
     The cotangents of params are kept factored in ``dtype`` and summed in at least float32; autodiff
     of the same forward would round them to ``dtype`` first. y is of ``dtype``.
@@ -35,7 +35,7 @@ class Cast(Wrapper):
         return self.layer.by_module
 
     def init(self, key: Array, x: PyTree) -> Params:
-        """Return params of at least float32, whatever the layer before rounded x to."""
+        """Return params of at least float32, whatever dtype the layer before rounded x to."""
         return self.layer.init(key, jax.eval_shape(lambda x: jax.tree.map(wide, x), structs(x)))
 
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
@@ -61,14 +61,13 @@ class Cast(Wrapper):
 
 
 def cast(net: Layer, dtype: Any) -> Layer:
-    """Return the same net computing in ``dtype``, with params and gradients in their own.
+    """Return the net computing in ``dtype``, with params and gradients in their own dtypes.
 
     Every layer that is not made of layers rounds its params and its x. With float32 params and
     ``jnp.bfloat16`` this is mixed precision. Statistics, softmax and the loss are in at least
     float32 as always (a BatchNorm's running statistics are not rounded), and cotangents of params
     accumulate in it. In float16 small cotangents are lost: ``jp.value_and_grad(...,
-    loss_scale=2.0**12)`` keeps them. A ``repeat`` that comes first takes an x that is of ``dtype``
-    already.
+    loss_scale=2.0**12)`` keeps them. If a ``repeat`` comes first, x must already have ``dtype``.
 
     Args:
         net: the network.
@@ -80,7 +79,7 @@ def cast(net: Layer, dtype: Any) -> Layer:
 
 
 def _floating(dtype: Any) -> str:
-    """Return the name of a floating dtype; NumPy reads None as float64."""
+    """Return the name of a floating dtype; refuse None, which NumPy reads as float64."""
     try:
         name = "None" if dtype is None else jnp.dtype(dtype).name
     except TypeError:

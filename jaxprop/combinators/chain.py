@@ -56,7 +56,7 @@ class Chain(Several):
 def chain(*layers: Layer) -> Chain:
     """Return the layers one after the other, as one layer.
 
-    params and residuals are tuples with one entry a layer.
+    params and residuals are tuples with one entry per layer.
 
     Args:
         layers: at least one layer.

@@ -48,17 +48,17 @@ class Frozen(Wrapper, Combinator):
 def frozen(layer: Layer) -> Frozen:
     """Return the layer with params that training leaves alone.
 
-    Its ``init`` marks every array as ``jp.Unlearned``. No gradient by them is computed, they count
-    in no norm, and get no noise, no update and no optimizer state. params that were made or loaded
-    elsewhere are marked by ``jp.freeze(params)``, which does the same for a net without ``frozen``.
-    A BatchNorm within still normalizes by the batch, and ``jp.update_batch_stats`` still moves its
-    running statistics: freeze ``jp.inference_mode(layer)`` where it should not.
+    Its ``init`` marks every array as ``jp.Unlearned``. No gradient is computed for these arrays;
+    they count in no norm, and get no noise, no update and no optimizer state. Mark params that were
+    made or loaded elsewhere with ``jp.freeze(params)``, which does the same for a net without
+    ``frozen``. A BatchNorm inside still normalizes by the batch, and ``jp.update_batch_stats``
+    still moves its running statistics; to prevent this, freeze ``jp.inference_mode(layer)``.
 
     Args:
         layer: a layer, or a whole net.
 
     Raises:
-        TypeError: for what is not a layer.
+        TypeError: for an argument that is not a layer.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp

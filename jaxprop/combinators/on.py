@@ -13,7 +13,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
 class On(Wrapper, Combinator):
-    """y is x with f(x_i) in the place of x_i, so dE/dx is ct with what f pulls back from ct_i.
+    """y is x with f(x_i) in place of x_i, so dE/dx is ct with f's own d_x in place of ct_i.
 
     params and residuals are f's.
 
@@ -49,7 +49,7 @@ class On(Wrapper, Combinator):
 
 
 def on(part: str | int, layer: Layer) -> On:
-    """Return the layer on one part of an x that is a dict or a tuple; other parts pass through.
+    """Return the layer acting on one part of x, a dict or a tuple; other parts pass through.
 
     params are the layer's.
 
@@ -58,7 +58,7 @@ def on(part: str | int, layer: Layer) -> On:
         layer: the layer; its output stands in the part's place.
 
     Raises:
-        TypeError: for what is not a layer.
+        TypeError: for a ``layer`` that is not a layer.
         ValueError: in ``init`` and ``forward``, for an x without that part.
 
     Example:

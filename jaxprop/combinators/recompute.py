@@ -14,10 +14,10 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 class Recompute(Wrapper, Combinator):
     """y = f(x), saving x alone: the way back runs f forward again for the residuals.
 
-    This is rematerialization, ``jax.checkpoint`` ("remat") of f. Inside ``repeat`` the residuals
-    are then those of one layer, and an x for each, for the price of a second forward (Chen et al.
+    This is rematerialization, ``jax.checkpoint`` ("remat") of f. Inside ``repeat`` only one layer's
+    residuals and an x for each layer are in memory, at the price of a second forward (Chen et al.
     2016, https://arxiv.org/abs/1604.06174). Elsewhere XLA for CPUs may find that it has computed
-    them before, and keep them after all.
+    the residuals before, and keep them after all.
 
     Attributes:
         layer: f.
@@ -42,14 +42,14 @@ class Recompute(Wrapper, Combinator):
 
 
 def recompute(layer: Layer) -> Recompute:
-    """Return the layer with no residuals saved but x; the way back recomputes them (remat).
+    """Return the layer saving only x; the way back recomputes its residuals (remat).
 
-    ``repeat(recompute(block), times)`` keeps one x a block. params are the layer's.
+    ``repeat(recompute(block), times)`` keeps one x per block. params are the layer's.
 
     Args:
         layer: the layer.
 
     Raises:
-        TypeError: for what is not a layer.
+        TypeError: for an argument that is not a layer.
     """
     return Recompute(layer)

@@ -1,4 +1,4 @@
-"""A stack of equal layers as one scan."""
+"""A stack of layers of one kind as one scan."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
 class Repeat(Combinator):
-    """``times`` layers of one kind, each with params of its own, as a ``lax.scan`` over the stack.
+    """``times`` layers of one kind, each with its own params, as a ``lax.scan`` over the stack.
 
-    Forward, (y, residuals) is what a scan calls (carry, ys); the chain rule is the scan in reverse,
-    whose carry is ct. A visit is paid inside, at each layer, and only its result is stacked: a
-    ``Total`` is added up, and a form becomes a ``Repeated`` one.
+    Forward, y is the scan's carry and residuals are its stacked outputs. The chain rule is the scan
+    in reverse, with ct as its carry. A visit runs inside, at each layer, and only its results are
+    stacked, except that a ``Total`` is added up; a form becomes a ``Repeated`` form.
 
     Attributes:
         layer: the layer.
@@ -89,11 +89,12 @@ class Repeat(Combinator):
     ) -> tuple[PyTree, Cotangent]:
         """Replace the place of each layer in the memory of the stacks.
 
-        A scan whose step reads a layer of a stack and writes the same one may be compiled into a
-        copy of the whole stack a step. So one layer is held from step to step: on a CPU the new
-        one, which is written one step late, just before the next is read; elsewhere the old one,
-        which is read one step early, just after the new one before it is written. No read then has
-        to come before a write, and each compiler has one copy less than by the other way.
+        If a scan's step reads a layer of a stack and then writes the same layer, the compiled
+        program may copy the whole stack in each step. So one layer is held from step to step. On a
+        CPU it is a new one, which is written one step late, just before the next layer is read.
+        Elsewhere it is an old one, which is read one step early, just after the new one of the step
+        before is written. No read then has to come before a write, and each compiler makes one copy
+        less than in the other order.
         """
 
         def read(stack: PyTree, index: Any) -> PyTree:
@@ -164,16 +165,16 @@ def _leaves(place: PyTree, visit: Visit) -> list[Array]:
 def repeat(layer: Layer, times: int) -> Repeat:
     """Return ``times`` copies of the layer one after the other, each with its own params.
 
-    Each leaf of params is the stack (times, ...) of the layers' leaves. They run as one scan: the
-    program is compiled for one layer, whatever the depth.
+    Each leaf of params is the stack (times, ...) of the layers' leaves. The layers run as one scan:
+    the program is compiled for one layer, whatever the depth.
 
     Args:
         layer: a layer that keeps the shape and dtype of x; others raise ``ValueError``.
-        times: how many of them, at least 1.
+        times: the number of layers, at least 1.
 
     Raises:
-        TypeError: for what is not a layer, or not a whole number.
-        ValueError: for a number below 1.
+        TypeError: for a ``layer`` that is not a layer, or ``times`` that is not a whole number.
+        ValueError: for ``times`` below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp

@@ -13,7 +13,7 @@ from jaxprop.core.types import Params, PyTree, Residuals
 
 
 class Several(Combinator):
-    """Layers whose params are a tuple with one entry a layer.
+    """Layers whose params are a tuple with one entry per layer.
 
     Attributes:
         layers: the layers, in the order in which they run.

@@ -1,4 +1,4 @@
-"""One layer several times over, with the same params."""
+"""One layer applied several times with the same params."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 
 class Shared(Wrapper):
-    """y = f(f(... f(x))), the same params each time.
+    """y = f(f(... f(x))), with the same params each time.
 
-    dE/dparams is the sum over the uses of what each pulls back. An example's share is that sum too,
-    so its square has cross terms: the forms of the uses are joined before anything is asked of
-    them. To the walk it is one layer.
+    dE/dparams is the sum of the cotangents that the uses pull back. An example's share is such a
+    sum too, so its square has cross terms: the forms of the uses are joined before anything is
+    asked of them. To the walk all uses are one layer.
 
     Attributes:
         layer: f.
@@ -65,7 +65,7 @@ class Shared(Wrapper):
 
 
 def shared(layer: Layer, times: int) -> Shared:
-    """Return the layer ``times`` times over with the same params, which are the layer's own.
+    """Return the layer applied ``times`` times with the same params, which are the layer's own.
 
     Every quantity counts a param's uses as one: ``|g_1 + g_2|^2`` is not ``|g_1|^2 + |g_2|^2``.
     A side input is shared too: a Dropout inside drops the same entries each time.
@@ -75,7 +75,7 @@ def shared(layer: Layer, times: int) -> Shared:
         times: how often it runs, at least 1.
 
     Raises:
-        TypeError: for what is not a layer, or not a whole number.
-        ValueError: for a number below 1, or a ``repeat`` inside.
+        TypeError: for a ``layer`` that is not a layer, or ``times`` that is not a whole number.
+        ValueError: for ``times`` below 1, or a ``repeat`` inside.
     """
     return Shared(layer, times)

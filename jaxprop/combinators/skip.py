@@ -13,7 +13,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
 class Skip(Wrapper, Combinator):
-    """y = x + f(x), so dE/dx = ct + (what f pulls back from ct); params and residuals are f's.
+    """y = x + f(x), so dE/dx = ct + (f's own d_x); params and residuals are f's.
 
     Attributes:
         layer: f.
@@ -56,6 +56,6 @@ def skip(layer: Layer) -> Skip:
         layer: a layer that keeps the shape of x; another shape raises ``ValueError``.
 
     Raises:
-        TypeError: for what is not a layer.
+        TypeError: for an argument that is not a layer.
     """
     return Skip(layer)

@@ -1,4 +1,4 @@
-"""An embedding whose table scores the output as well."""
+"""An embedding whose table also scores the output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 class Tied(Combinator):
     """y = h W^T with h = body(W[x]): the table that reads the tokens also scores them.
 
-    With ct the cotangent of y and e that of the rows W[x],
+    With ct the cotangent of y and e the cotangent of the rows W[x],
 
         dE/dW = sum_t ct_t (outer) h_t + sum_t [row x_t] e_t,   dE/dh = ct W
 
@@ -28,7 +28,7 @@ class Tied(Combinator):
 
     Attributes:
         embedding: the layer whose params are the table W.
-        body: what comes between.
+        body: the layer between the embedding and the scores.
     """
 
     embedding: Layer
@@ -90,7 +90,7 @@ class Tied(Combinator):
             )
 
     def _joined(self, d_table: Cotangent, ct: Cotangent, h: Array) -> Cotangent:
-        """Return the form of the table's two uses."""
+        """Return the joint form of the table's two uses."""
         if not is_factored(d_table):
             raise TypeError(
                 f"{self}: the embedding's cotangent of its table must be a form, such as "
@@ -109,16 +109,16 @@ class Tied(Combinator):
 
 
 def tied(embedding: Layer, body: Layer) -> Tied:
-    """Return embedding, body, and then the scores h W^T by the embedding's own table W.
+    """Return embedding, body and the scores h W^T, by the embedding's own table W, as one layer.
 
     x is (N, ...) integers and y (N, ..., vocab). params are (table, the body's params).
 
     Args:
         embedding: a layer whose params are a table (vocab, features), such as ``jp.Embedding``.
-        body: a layer that ends in as many features as the table has; others raise ``ValueError``.
+        body: a layer whose output has as many features as the table; others raise ``ValueError``.
 
     Raises:
-        TypeError: for what is not a layer.
+        TypeError: for an argument that is not a layer.
         ValueError: in ``init`` and ``forward``, for an embedding whose params are anything else.
 
     Example:

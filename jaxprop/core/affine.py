@@ -1,4 +1,4 @@
-"""The params of an affine map, which dense layers and convolutions have in common."""
+"""The params of an affine map, shared by dense layers and convolutions."""
 
 from __future__ import annotations
 

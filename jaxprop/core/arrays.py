@@ -18,16 +18,16 @@ _INCONCLUSIVE: Any = getattr(errors if hasattr(errors, _OPEN) else core, _OPEN)
 
 
 def wide(x: Array) -> Array:
-    """Return x in at least float32, where it is floating."""
+    """Return x in at least float32 if it is floating, else unchanged."""
     narrow = x.dtype.itemsize < 4 and jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.float32) if narrow else x
 
 
 def as_rounded(x: Array) -> Array:
-    """Return ``wide(x)`` of an x that is rounded to its dtype, also under ``jax.jit``.
+    """Return ``wide(x)`` with x rounded to its own dtype, also under ``jax.jit``.
 
-    Where x was just computed XLA leaves out a rounding to bfloat16 and back (it "allows excess
-    precision"), at one use of x and not at another. This is for a difference of two uses.
+    If x has just been computed, XLA may skip the rounding to bfloat16 and back ("excess precision")
+    at one use of x and not at another. This is for code that subtracts two uses of x.
     """
     info = jnp.finfo(x.dtype)
     same = wide(x)
@@ -37,18 +37,19 @@ def as_rounded(x: Array) -> Array:
 
 
 def aligned(v: Array, x: Array) -> Array:
-    """Return v, whose axes are the last ones of x, with an axis of length 1 for each other of x.
+    """Return v with leading axes of length 1, so that it has as many axes as x.
 
-    It is what NumPy's broadcasting does unasked, and ``jax.numpy_rank_promotion`` may forbid.
+    The axes of v are the last axes of x. NumPy's broadcasting does the same implicitly, which
+    ``jax.numpy_rank_promotion`` may forbid.
     """
     return jax.lax.expand_dims(v, range(x.ndim - v.ndim))
 
 
 def on_device(leaf: Any) -> Any:
-    """Return a NumPy array as JAX's, in the dtype that JAX gives it; anything else as it is.
+    """Return a NumPy array as a JAX array, in JAX's dtype for it; return anything else as it is.
 
     Raises:
-        ValueError: for integers that do not fit into that dtype, which would wrap around.
+        ValueError: for integers that do not fit into that dtype and would wrap around.
     """
     if not isinstance(leaf, np.ndarray):
         return leaf
@@ -57,7 +58,7 @@ def on_device(leaf: Any) -> Any:
 
 
 def check_fit(tree: PyTree) -> None:
-    """Raise for a NumPy array that JAX does not take, or takes in a dtype that is too narrow.
+    """Raise for a NumPy array that JAX does not accept, or accepts in a dtype that is too narrow.
 
     Raises:
         TypeError: for an array of anything but numbers and bools.
@@ -80,12 +81,12 @@ def check_fit(tree: PyTree) -> None:
 
 
 def scalar_of(scale: float | Array, x: Array) -> float | Array:
-    """Return a scalar in x's dtype, or a Python number as it is."""
+    """Return a scalar array in x's dtype, or a Python number as it is."""
     return scale.astype(x.dtype) if isinstance(scale, Array) else scale
 
 
 def of_indices(ids: Array) -> Array:
-    """Return integers in at least int32, in which they can be compared with any size."""
+    """Return integers in at least int32, so that they can be compared with any size."""
     return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
 
 
@@ -100,7 +101,7 @@ def rounded(tree: PyTree, dtype: Any) -> PyTree:
 
 
 def added(*arrays: Array) -> Array:
-    """Return the sum, in a dtype that holds all of them, whatever JAX's mode of promotion is."""
+    """Return the sum in a dtype that holds all of the arrays, whatever JAX's promotion mode."""
     with jax.numpy_dtype_promotion("standard"):
         return sum(arrays[1:], start=arrays[0])
 
@@ -108,8 +109,8 @@ def added(*arrays: Array) -> Array:
 def known(holds: Callable[[], bool]) -> bool:
     """Return whether a comparison of sizes is known to hold.
 
-    In ``jax.export`` a size may be a symbol, of which the answer is open: it is then False. What is
-    chosen by it must be right either way.
+    In ``jax.export`` a size may be a symbol and the comparison inconclusive: the result is then
+    False. Code that branches on it must be correct either way.
     """
     try:
         return bool(holds())
@@ -118,7 +119,7 @@ def known(holds: Callable[[], bool]) -> bool:
 
 
 def weighted(x: Array, weights: Array) -> Array:
-    """Return x with each example's part, along axis 0, times its weight."""
+    """Return x with each example, along axis 0, multiplied by its weight."""
     return x * jnp.expand_dims(weights.astype(x.dtype), range(1, x.ndim))
 
 
@@ -133,12 +134,12 @@ def is_floating(leaf: object) -> bool:
 
 
 def is_inexact(leaf: object) -> bool:
-    """Return whether a leaf is an array that has a cotangent: of real floats or complex ones."""
+    """Return whether a leaf is an array of real or complex floats, which has a cotangent."""
     return bool(jnp.issubdtype(getattr(leaf, "dtype", object), jnp.inexact))
 
 
 def root(squares: Array) -> Array:
-    """Return the square root, with 0 for its derivative at 0, where 0 times infinity is NaN."""
+    """Return the square root, with a derivative of 0 at 0, where 0 times infinity would be NaN."""
     zero = squares == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
@@ -155,9 +156,9 @@ def selected(kept: Array, tree: PyTree) -> PyTree:
 
 
 def filled(kept: Array, tree: PyTree) -> PyTree:
-    """Return the tree with the first example that is kept in the place of each that is not.
+    """Return the tree with each example that is not kept replaced by the first one that is.
 
-    Zeros stand there where none is kept. A leaf of keys, or without examples, stays as it is.
+    If none is kept, zeros replace them. A leaf of keys, or without examples, stays as it is.
     """
     if not kept.shape[0]:
         return tree
@@ -176,21 +177,21 @@ def filled(kept: Array, tree: PyTree) -> PyTree:
 
 
 def empty_like(x: Array) -> Array:
-    """Return an array without elements that keeps x's shape, (N, 0, *shape[1:]), and its dtype.
+    """Return an array without elements, (N, 0, *shape[1:]), that records x's shape and dtype.
 
-    As a residual it carries a shape through a scan, where a Python number would not last.
+    As a residual it carries a shape through a scan, where a Python number would not stay static.
     """
     return jax.lax.slice_in_dim(jnp.expand_dims(x, 1), 0, 0, axis=1)
 
 
 def angle(a: PyTree, b: PyTree) -> Array:
-    """Return the angle between two trees of floats, in degrees; NaN where one of them is 0.
+    """Return the angle between two trees of floats, in degrees; NaN if either is 0.
 
     Kahan's half-angle formula is exact near 0 and 180 degrees too, where the arc cosine is not.
 
     Args:
         a: a tree of arrays.
-        b: another, of the same structure and shapes.
+        b: another tree, of the same structure and shapes.
     """
     units = [wide(ravel_pytree(tree)[0]) for tree in (a, b)]
     a, b = (v / jnp.linalg.norm(v) for v in units)

@@ -1,4 +1,4 @@
-"""A batch, and what each of its examples counts in a mean."""
+"""A batch, and the weight of each of its examples in a mean."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from jaxprop.core.types import Cotangent, Params, PyTree
 
 
 class Batch(NamedTuple):
-    """The arguments of a function of a batch, beside the params.
+    """The arguments of a function of a batch, other than the params.
 
     Attributes:
         x: the inputs.
         target: the targets, or None.
         key: a key, or None.
-        weights: (N,), what each example counts in a mean, or None where each counts 1.
-        divisor: what weighted sums are divided by; None for the sum of the weights.
-        whole: whether it is no micro-batch of another.
+        weights: (N,), the weight of each example in a mean, or None if each counts 1.
+        divisor: the number that weighted sums are divided by; None for the sum of the weights.
+        whole: whether this is a whole batch, and not a micro-batch of one.
     """
 
     x: PyTree
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     whole: bool = True
 
     def examples(self, number: int) -> Examples:
-        """Return what the N examples count."""
+        """Return the weights of the batch's N examples in its means."""
         weights = self.weights
         if weights is not None:
             _check_length(weights, number)
@@ -62,10 +62,10 @@ def weighted_batch(
     weights: Array | None,
     divisor: float | Array | None,
 ) -> Batch:
-    """Return the batch, in which examples that count nothing are copies of the first that counts.
+    """Return the batch, with each example of weight 0 replaced by the first that has a weight.
 
-    What they held then reaches no result, no error and no derivative, autodiff's included. In a
-    traced program a negative weight, and a divisor that is not positive, become NaN.
+    The replaced contents then reach no result, no error and no derivative, not even autodiff's. In
+    a traced program a negative weight becomes NaN, and so does a divisor that is not positive.
 
     Args:
         net: the network.
@@ -73,15 +73,15 @@ def weighted_batch(
         x: the inputs.
         target: the targets, or None.
         key: a key, or None.
-        weights: (N,), what each example counts, or None.
-        divisor: what weighted sums are divided by, or None.
+        weights: (N,), the weight of each example, or None.
+        divisor: the number that weighted sums are divided by, or None.
 
     Raises:
         TypeError: for weights that are not an array of numbers or bools, and a divisor that is not
             a number.
-        ValueError: for weights of a net that couples the examples of a batch; where their values
-            are known for one that is negative or not finite; and for a divisor that is not
-            positive.
+        ValueError: for any weights if the net couples the examples of a batch; and, where the
+            values are known, for a weight that is negative or not finite and for a divisor that is
+            not positive.
     """
     if divisor is not None:
         check_number("divisor", divisor, positive=True)
@@ -106,7 +106,7 @@ def weighted_batch(
         )
     check_uncoupled(net, params, x)
     for leaf in jax.tree.leaves(x):
-        if getattr(leaf, "ndim", 0):  # of anything else the net says what is wrong
+        if getattr(leaf, "ndim", 0):  # the net itself reports any other x
             _check_length(weights, leaf.shape[0])
     weights = jnp.asarray(weights, float)
     weights = jnp.where(weights >= 0, weights, jnp.nan)
@@ -119,12 +119,12 @@ class Examples(NamedTuple):
 
     Attributes:
         number: N.
-        weights: (N,), or None where each counts 1.
+        weights: (N,), or None if each counts 1.
         total: the sum of the weights, or 1 if that is 0.
         given: the divisor that was given, or None.
-        real: (N, ...), False where the target says that an example, or a position of one, is
-            padding; None where all are real.
-        whole: whether they are those of the whole batch, and not of a micro-batch.
+        real: (N, ...), False where the target, or the mask, says that an example or one of its
+            positions is padding; None if all are real.
+        whole: whether these are the examples of a whole batch, and not of a micro-batch.
     """
 
     number: int
@@ -136,22 +136,22 @@ class Examples(NamedTuple):
 
     @property
     def divisor(self) -> float | Array:
-        """The divisor of a sum for the mean: the total, if none was given."""
+        """The number to divide a sum by for its mean: the total, if no divisor was given."""
         return self.total if self.given is None else self.given
 
     def over(self, sums: Array) -> Array:
-        """Return sums over examples, divided for a mean."""
+        """Return sums over examples, divided by the divisor for a mean."""
         divisor = self.divisor
         return sums / (divisor.astype(sums.dtype) if isinstance(divisor, Array) else divisor)
 
     def shares(self) -> Float[Array, " n"]:
-        """Return what each example's part is multiplied by in a mean."""
+        """Return the factor of each example in a mean, weights_n / divisor."""
         if self.weights is None:
             return jnp.full(self.number, 1 / self.divisor)
         return self.over(self.weights)
 
     def mean(self, values: Float[Array, "... n"]) -> Float[Array, "..."]:
-        """Return the mean of one value for each example."""
+        """Return the mean over examples of ``values``, which holds one value for each."""
         if not jnp.issubdtype(values.dtype, jnp.floating):
             values = values.astype(float)
         if self.weights is not None:
@@ -161,15 +161,15 @@ class Examples(NamedTuple):
         return self.over(jnp.sum(values, axis=-1))
 
     def share(self, of_these: Bool[Array, "... n"]) -> Float[Array, "..."]:
-        """Return how large a share these are, of all that the examples count."""
+        """Return the share of the total weight that falls on these examples."""
         return self._replace(given=self.total).mean(of_these)
 
     def counting(self, tree: PyTree) -> PyTree:
-        """Return the tree with zeros for the examples that count nothing."""
+        """Return the tree with zeros for the examples of weight 0."""
         return tree if self.weights is None else selected(self.weights != 0, tree)
 
     def mean_cotangent(self, ct: Cotangent) -> Cotangent:
-        """Return the cotangent for the mean, from that for each example's own loss."""
+        """Return the cotangent for the mean loss, from the one for each example's own loss."""
         if self.weights is None:
             return jax.tree.map(self.over, ct)
         return jax.tree.map(lambda ct: weighted(ct, self.shares()), ct)

@@ -1,4 +1,4 @@
-"""Checks of arguments, with a sentence for each that is refused."""
+"""Checks of arguments, with a sentence for each argument that is refused."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ REAL = ("real floating", "integral")
 
 
 def require(value: object, kind: type, where: str) -> None:
-    """Raise ``TypeError`` unless value is an instance of kind; name the class without parentheses.
+    """Raise ``TypeError`` unless value is an instance of kind, with a hint if it is the class.
 
     Args:
         value: the argument.
         kind: the class that it must be an instance of.
-        where: the argument's name, with which the message begins.
+        where: the argument's name, which begins the message.
     """
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(f"{where} is the class {value.__name__}; write {value.__name__}(...)")
@@ -34,17 +34,17 @@ def require(value: object, kind: type, where: str) -> None:
 
 
 def given(value: object) -> str:
-    """Return an argument in words, with dtypes and shapes in the place of arrays."""
+    """Return an argument in words, with dtypes and shapes in place of arrays."""
     array = is_array(value) and value.shape  # pyright: ignore[reportAttributeAccessIssue]
     plain = jax.tree_util.all_leaves([value]) and not array
     return repr(value) if plain else shapes(value)
 
 
 def check_key(name: str, key: object) -> None:
-    """Raise unless key is one key, of ``jax.random.key`` or of ``jax.random.PRNGKey``.
+    """Raise unless key is a single key, from ``jax.random.key`` or ``jax.random.PRNGKey``.
 
     Raises:
-        TypeError: for what is not a key.
+        TypeError: for anything but a key.
         ValueError: for an array of keys. Both messages begin with name.
     """
     dtype, axes = getattr(key, "dtype", None), getattr(key, "shape", ())
@@ -57,23 +57,23 @@ def check_key(name: str, key: object) -> None:
 
 
 def is_whole(value: object) -> bool:
-    """Return whether value is an integer of any kind; a bool is none."""
+    """Return whether value is an integer of any kind; a bool is not one."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_one_of(name: str, value: object, words: Sequence[str]) -> None:
-    """Raise ``ValueError``, whose message begins with name, unless value is one of some words."""
+    """Raise ``ValueError``, whose message begins with name, unless value is one of the words."""
     if value not in words:
         *most, last = map(repr, words)
         raise ValueError(f"{name} is {', '.join(most)} or {last}, not {value!r}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise unless value is a whole number, and not below the least.
+    """Raise unless value is a whole number of at least ``least``.
 
     Raises:
-        TypeError: for what is not a whole number.
-        ValueError: for one that is too small. Both messages begin with name.
+        TypeError: for anything but a whole number.
+        ValueError: for a number that is too small. Both messages begin with name.
     """
     if not is_whole(value):
         raise TypeError(f"{name} is a whole number, not {given(value)}")
@@ -82,7 +82,7 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 
 def check_counts(layer: object, *fields: str) -> None:
-    """Raise unless each field of the layer is a whole number of at least 1, as ``check_count``."""
+    """Raise, as ``check_count`` does, unless each field of the layer is a whole number above 0."""
     for field in fields:
         check_count(f"{type(layer).__name__}: {field}", getattr(layer, field))
 
@@ -107,18 +107,18 @@ def check_number(
     finite: bool = False,
     signed: bool = False,
 ) -> None:
-    """Raise unless value is a number that is not negative, or a scalar array of such a one.
+    """Raise unless value is a number that is not negative, or a scalar array that holds one.
 
     Args:
-        name: the argument's name, with which a message begins.
-        value: the argument. What it is in a traced program is not known.
+        name: the argument's name, which begins the message.
+        value: the argument. In a traced program its value is not known, and not checked.
         positive: whether 0 is refused too.
         finite: whether infinity is refused too.
         signed: whether it may be negative.
 
     Raises:
-        TypeError: for what is not a number.
-        ValueError: for one that is negative, or NaN.
+        TypeError: for anything but a number.
+        ValueError: for a number that is negative or NaN.
     """
     dtype = getattr(value, "dtype", None)
     number = isinstance(value, Real) if dtype is None else jnp.isdtype(dtype, REAL)
@@ -136,19 +136,19 @@ def check_number(
 
 
 def check_share(name: str, value: object) -> None:
-    """Raise unless value is a number from 0 to below 1, as ``check_number`` does."""
+    """Raise, as ``check_number`` does, unless value is at least 0 and below 1."""
     check_number(name, value)
     if not isinstance(value, Tracer) and not value < 1:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name} is below 1, not {value}")
 
 
 def check_values(words: str, values: Array | np.ndarray, right: Callable[[Any], Any]) -> None:
-    """Raise ``ValueError`` for values that are known not to be right, in a traced program none.
+    """Raise ``ValueError`` for wrong values; traced values are not known, and not checked.
 
     Args:
-        words: what is taken, with which the message begins.
+        words: the requirement, which begins the message.
         values: an array.
-        right: a function that says of each value whether it is right.
+        right: a function that returns whether each value is right.
     """
     if isinstance(values, Tracer) or not getattr(values, "is_fully_addressable", True):
         return
@@ -159,15 +159,15 @@ def check_values(words: str, values: Array | np.ndarray, right: Callable[[Any], 
 
 
 def check_x(layer: object, x: PyTree, axes: str) -> None:
-    """Raise unless x is a floating array with these axes, none but the first empty.
+    """Raise unless x is a floating array with these axes and at least one feature.
 
     Args:
         layer: the layer that takes x, for the message.
         x: an array or a ``jax.ShapeDtypeStruct``.
-        axes: their names, "N, T, C" say; an ellipsis stands for any number of axes.
+        axes: the names of the axes, such as "N, T, C"; an ellipsis stands for any number of axes.
 
     Raises:
-        TypeError: for what is not an array, or not floating.
+        TypeError: for an x that is not an array, or not floating.
         ValueError: for another number of axes, or no features.
     """
     if not hasattr(x, "ndim"):

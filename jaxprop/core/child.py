@@ -1,4 +1,4 @@
-"""The place of a layer within a layer."""
+"""The place of one layer inside another."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Child(NamedTuple):
-    """A layer within a layer.
+    """A layer inside another layer, and the place of its params.
 
     Attributes:
         layer: the layer.
-        name: where its params stand among those of the layer around it: the index in a tuple, the
-            key of a dict, or the name of a field; None where they are the same, and ``...`` where
-            only the layer around it knows.
+        name: where its params stand in the outer layer's params: an index of a tuple, a key of a
+            dict, or the name of a field; None if the two layers have the same params, and ``...``
+            if only the outer layer knows.
         times: how often it runs, with its params stacked along axis 0; None for a layer that runs
             once.
     """
@@ -32,7 +32,7 @@ class Child(NamedTuple):
     times: int | None = None
 
     def of(self, params: Params) -> Params:
-        """Return the child's part of the params of the layer around it."""
+        """Return the child's part of the outer layer's params."""
         if self.name is None:
             return params
         if isinstance(self.name, str) and not isinstance(params, dict):
@@ -40,7 +40,7 @@ class Child(NamedTuple):
         return params[self.name]
 
     def put(self, params: Params, new: Params) -> Params:
-        """Return the params of the layer around it with ``new`` in the child's place."""
+        """Return the outer layer's params with ``new`` in the child's place."""
         if self.name is None:
             return new
         if isinstance(params, dict):
@@ -57,7 +57,7 @@ class Child(NamedTuple):
 
 
 def layers_within(layer: Layer) -> Iterator[Layer]:
-    """Yield the layer, then every layer that it is made of, an outer one before its own."""
+    """Yield the layer, then every layer inside it, outer layers before inner ones."""
     yield layer
     for child in layer.children():
         yield from layers_within(child.layer)
@@ -69,7 +69,7 @@ def part_of(layer: Layer, x: PyTree, part: int | str) -> PyTree:
     Args:
         layer: the layer that takes the part, for the message.
         x: a dict, a tuple or a named tuple.
-        part: which of its parts.
+        part: the part's index, key or field name.
 
     Raises:
         ValueError: for an x without that part.

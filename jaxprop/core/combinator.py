@@ -1,4 +1,4 @@
-"""Layers made of layers: what they declare, and what follows from it."""
+"""The base classes of layers made of layers, and functions that iterate over the layers inside."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 
 
 class Combinator(Layer):
-    """A layer made of layers: it writes ``walk``, and ``backward`` is the walk that keeps all.
+    """A layer made of layers: it defines ``walk``; ``backward`` is the walk that keeps d_params.
 
-    ``children`` says which layers those are, in the order in which they run, and where their params
-    stand. Side inputs, the check of params, ``jp.cast``, and the order in which ``jp.explain`` and
-    ``jp.find_nonfinite`` go through the layers follow from it. By default the children are the
-    layers in the fields, in order: params are a tuple with an entry for each, or for a single layer
-    its own params. Where that is not so, write ``children``:
+    ``children`` lists these layers in the order in which they run, each with the place of its
+    params. Side inputs, the check of params, ``jp.cast``, and the order in which ``jp.explain`` and
+    ``jp.find_nonfinite`` report the layers are derived from it. By default the children are the
+    layers in the fields, in order, and params are a tuple with an entry for each; for a single
+    layer in a field, params are that layer's own. If that does not hold, write ``children``:
 
         def children(self):
             return (jp.Child(self.gate, "gate"), jp.Child(self.block, "block", times=self.times))
 
-    A walk through a child with ``times`` is a scan over its stacked params, and what that scan
-    stacks goes through ``jp.over_layers``.
+    A walk through a child with ``times`` is a scan over its stacked params. Pass the results that
+    the scan stacks through ``jp.over_layers``.
     """
 
     hands_down_types = True
@@ -58,11 +58,11 @@ class Combinator(Layer):
     ) -> tuple[Visited, Cotangent]: ...
 
     def check_params(self, params: Params, x: PyTree) -> None:
-        """Check the places, and the stacks; the children hold their params to their own ``init``.
+        """Check the children's places and stacks; each child checks its params by its own ``init``.
 
         Raises:
-            ValueError: for a child without a place in params, or one that runs several times whose
-                arrays are not stacks with an entry for each time.
+            ValueError: for a child without a place in params, or a child that runs several times
+                and whose arrays are not stacks with an entry for each time.
         """
         self.check_places(params)
         for child in self.children():
@@ -96,12 +96,12 @@ def _check_stack(layer: Layer, params: Params, times: int) -> None:
 
 
 def over_layers(visited: Visited) -> Visited:
-    """Return what a scan over layers has stacked of a walk, as a combinator hands it on.
+    """Return a walk's results as a combinator must, from the stack that a scan over layers made.
 
-    A ``Total`` is added up over the layers, and a form becomes a ``Repeated`` one.
+    A ``Total`` is added up over the layers, and a form becomes a ``Repeated`` form.
 
     Args:
-        visited: what a walk returned for each layer, behind an axis of layers.
+        visited: the walk's results for the layers, stacked on a leading axis.
     """
 
     def is_one(node: object) -> bool:
@@ -116,15 +116,15 @@ def over_layers(visited: Visited) -> Visited:
 
 
 class Wrapper(Layer):
-    """A layer around another, whose params are the inner one's, and are held to *its* ``init``.
+    """A layer around another, with the inner layer's params, checked by the inner ``init``.
 
     Subclass it to change what a layer does. If ``forward`` saves more than the inner layer's
-    residuals, ``inside`` says where those are.
+    residuals, write ``inside`` to say where these are.
 
     Attributes:
-        layer: the layer within.
-        transparent: whether the wrapper only changes the dtype or the place of what passes through,
-            so that ``jp.explain`` shows the layer within.
+        layer: the inner layer.
+        transparent: whether the wrapper changes only the dtype or the place of the arrays that
+            pass through, so that ``jp.explain`` shows the inner layer.
     """
 
     layer: Layer
@@ -144,7 +144,7 @@ class Wrapper(Layer):
         """Leave the check to the inner layer."""
 
     def inside(self, residuals: Residuals) -> tuple[Layer, Residuals]:
-        """Return the layer within, and what it saved among these residuals."""
+        """Return the inner layer, and its own residuals among these."""
         return self.layer, residuals
 
     def rounded(self, params: Params, dtype: Any) -> Params:
@@ -152,18 +152,18 @@ class Wrapper(Layer):
 
 
 def seen_through(layer: Layer) -> Layer:
-    """Return the layer within, where transparent wrappers stand around it."""
+    """Return the layer inside any transparent wrappers."""
     while isinstance(layer, Wrapper) and layer.transparent:
         layer = layer.layer
     return layer
 
 
 class Run(NamedTuple):
-    """One layer as the way forward comes to it.
+    """One run of a layer in the forward pass.
 
     Attributes:
-        names: where its params stand in those of the net, a name for each level.
-        turn: which layer of a stack, for each ``repeat`` around it.
+        names: the path to its params in the net's params, a name for each level.
+        turn: its index in the stack of each ``repeat`` around it.
         layer: the layer.
     """
 
@@ -173,9 +173,9 @@ class Run(NamedTuple):
 
 
 def runs(net: Layer) -> Iterator[Run]:
-    """Yield each layer that a walk visits, in the order in which the way forward comes to it.
+    """Yield each layer that a walk visits, in the order of the forward pass.
 
-    A layer in a ``repeat`` comes as often as it runs.
+    A layer in a ``repeat`` is yielded once for each time that it runs.
     """
     if not isinstance(net, Combinator):
         yield Run((), (), net)
@@ -190,7 +190,7 @@ def runs(net: Layer) -> Iterator[Run]:
 
 
 def stack_depths(net: Layer, params: Params, depth: int = 0) -> PyTree:
-    """Return, for each learned param, in how many ``repeat`` its layer lies: its axes of layers."""
+    """Return, for each learned param, how many ``repeat`` enclose it: its number of layer axes."""
     depths = jax.tree.map(lambda _: depth, learned(params))
     if isinstance(net, Combinator):
         net.check_places(params)
@@ -202,13 +202,13 @@ def stack_depths(net: Layer, params: Params, depth: int = 0) -> PyTree:
 
 
 def holds_stacks(layer: Layer) -> bool:
-    """Return whether the params of some layer within are stacked, as those in a ``repeat`` are."""
+    """Return whether any layer inside has stacked params, as a layer in a ``repeat`` has."""
     children = (child for each in layers_within(layer) for child in each.children())
     return any(child.times is not None for child in children)
 
 
 def map_children(layer: Layer, f: Callable[[Layer], Layer]) -> Layer:
-    """Return the same layer with ``f(inner)`` for every layer that it holds in its fields."""
+    """Return the layer with each layer in its fields replaced by ``f(inner)``."""
 
     def mapped(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -220,7 +220,7 @@ def map_children(layer: Layer, f: Callable[[Layer], Layer]) -> Layer:
 
 
 def map_layers(net: Layer, f: Callable[[Layer], Layer]) -> Layer:
-    """Return the same net with ``f(layer)`` for every layer that a walk visits."""
+    """Return the net with each layer that a walk visits replaced by ``f(layer)``."""
     if isinstance(net, Combinator):
         return map_children(net, lambda layer: map_layers(layer, f))
     return f(net)
@@ -228,7 +228,7 @@ def map_layers(net: Layer, f: Callable[[Layer], Layer]) -> Layer:
 
 @contextmanager
 def in_layer(name: int | str, layer: Layer) -> Iterator[None]:
-    """Say in which layer an error arose, and name its operations so in profiles and HLO."""
+    """Name the layer in errors that arise in it, and in the operations of profiles and HLO."""
     try:
         with jax.named_scope(f"{name}.{type(layer).__name__}"):
             yield

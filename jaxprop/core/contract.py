@@ -1,4 +1,4 @@
-"""The contract that a layer's own ``forward`` and ``backward`` are held to, whoever calls them."""
+"""The checks around a layer's own ``init``, ``forward`` and ``backward``, whoever calls them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_params(layer: Layer, params: Params, x: PyTree) -> None:
-    """Raise ``ValueError`` unless params are of the structure and shapes that init makes."""
+    """Raise ``ValueError`` unless params have the structure and shapes that ``init`` makes."""
     expected = _expected(layer, x)
     leaves, structure = jax.tree.flatten(params)
     if structure != expected.structure:
@@ -91,7 +91,7 @@ def _of_arrays(tree: PyTree) -> bool:
 
 
 class _Expected(NamedTuple):
-    """The params that ``init`` makes, without types: as structs, and what a check compares."""
+    """The params that ``init`` makes, without types: as structs, and as the facts to compare."""
 
     params: Params
     structure: Any

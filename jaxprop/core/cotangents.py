@@ -1,4 +1,4 @@
-"""From the cotangents that ``backward`` gives to a gradient, and to a form of every param."""
+"""The gradient, and a form for every param, from the cotangents that ``backward`` returns."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def summed(d_params: Cotangent) -> Cotangent:
 
 
 def gradient(step: Step, scale: float | Array = 1.0) -> Params:
-    """Return the gradient of the step's learned params, what autodiff would give.
+    """Return the gradient of the step's learned params, as autodiff would.
 
     Args:
         step: a layer's step.
-        scale: what the sums are divided by.
+        scale: the number that the sums are divided by.
 
     Returns:
         A tree like the layer's params, in their dtypes, with ``()`` where nothing is learned.
 
     Raises:
         TypeError: for a learned param that is not floating.
-        ValueError: for a cotangent whose structure or shape is not its param's.
+        ValueError: for a cotangent whose structure or shape differs from its param's.
     """
     totals = summed(step.d_params)
     params = held(step, totals)
@@ -56,12 +56,12 @@ def scaled_up(ct: Cotangent, scale: float | Array) -> Cotangent:
 def factored(step: Step) -> Cotangent:
     """Return the step's d_params with a form for every learned param.
 
-    Where ``backward`` gave a plain array, that array has lost its examples: the layer's
-    ``backward`` is then taken again, one example at a time.
+    A plain array from ``backward`` is already summed over the examples. The layer's ``backward`` is
+    then run again, for each example alone.
 
     Raises:
-        ValueError: for a layer that couples the examples of a batch, and as ``gradient`` does.
-        TypeError: as ``gradient`` does.
+        ValueError: for a layer that couples the examples of a batch, and where ``gradient`` does.
+        TypeError: where ``gradient`` does.
     """
     if step.layer.batch_coupled:
         raise ValueError(
@@ -79,7 +79,7 @@ def factored(step: Step) -> Cotangent:
 
 
 def _each(step: Step) -> Cotangent:
-    """Return d_params of every example alone, behind an example axis."""
+    """Return d_params for each example alone, stacked on a leading example axis."""
     axes = residual_axes(step.residuals)
     check_residuals(step.layer, step.residuals, jax.tree.leaves(step.ct)[0].shape[0])
 
@@ -95,7 +95,7 @@ def _each(step: Step) -> Cotangent:
 
 
 def _check_examples(step: Step) -> None:
-    """Raise ``ValueError`` for a form with a factor whose axis 0 is not the example."""
+    """Raise ``ValueError`` for a form with a factor that lacks the examples on its example axis."""
     forms = jax.tree.leaves_with_path(step.d_params, is_leaf=is_factored)
     if not forms:
         return
@@ -110,11 +110,11 @@ def _check_examples(step: Step) -> None:
 
 
 def held(step: Step, totals: Cotangent) -> Params:
-    """Return the step's learned params, once totals are found to be cotangents of them.
+    """Return the step's learned params, after a check that totals are their cotangents.
 
     Args:
         step: a layer's step.
-        totals: its d_params, summed, or their shapes.
+        totals: its d_params, summed, or structs of these sums.
     """
     params = step.learned
     if jax.tree.structure(params) != jax.tree.structure(totals):

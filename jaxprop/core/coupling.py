@@ -1,4 +1,4 @@
-"""Layers that couple the examples of a batch, and do not say so: found out by trying them."""
+"""Detection, by trial, of layers that couple the examples of a batch and do not declare it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from jaxprop.core.tree import SideInput, is_not_learned
 from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 
 LIBRARY = __name__.partition(".")[0]
-LARGEST = 10**6  # numbers, in its params and in two examples, that a layer is tried with
-RTOL = 1e-3  # an iteration that stops by the worst example moves the others by less
+LARGEST = 10**6  # a layer is not tried with more numbers in its params and two examples
+RTOL = 1e-3  # an iteration that stops by its worst example changes the others by less than this
 
 
 def check_uncoupled(net: Layer, params: Params, x: PyTree) -> None:
     """Raise ``ValueError`` for a layer that couples the examples of a batch.
 
-    A layer that says so is met on the walk back, unless it is a combinator that couples what its
-    layers do not. Any layer that is not of this library is tried, once for its shapes, while
-    tracing: on two examples of random numbers, where one should not notice that the other is
-    changed. It is a help and no proof. A layer is tried without side inputs, and not at all with
-    more than a million numbers, in ``jax.shard_map``, or if it calls back to Python (as
-    ``jax.debug.print`` does).
+    Of the layers that declare it, only a combinator whose inner layers do not couple examples is
+    refused here; the others raise on the walk back. A layer from outside this library is tried
+    while tracing, once for its shapes: on two examples of random numbers, where a change of one
+    must not reach the other's y. That is a help and no proof. A layer is tried without side inputs,
+    and not at all with more than a million numbers, in ``jax.shard_map``, or if it calls back to
+    Python (as ``jax.debug.print`` does).
 
     Args:
         net: the network.
@@ -48,12 +48,12 @@ def check_uncoupled(net: Layer, params: Params, x: PyTree) -> None:
 
 
 def couples(layer: Layer, params: Params, x: PyTree) -> bool:
-    """Return whether an example's y was seen to depend on the other example of a batch of two.
+    """Return whether, in a trial on two examples, one example's y depends on the other example.
 
     Args:
         layer: the layer.
-        params: arrays, or their structs.
-        x: the input, likewise.
+        params: its params, as arrays or their structs.
+        x: the input, as arrays or their structs.
     """
     bare = jax.tree.map(
         lambda node: () if isinstance(node, SideInput) else node, params, is_leaf=is_not_learned
@@ -64,7 +64,7 @@ def couples(layer: Layer, params: Params, x: PyTree) -> bool:
 
 
 def coupled(layer: Layer) -> str:
-    """Return what is said of a layer that couples the examples of a batch."""
+    """Return the message for a layer that couples the examples of a batch."""
     return (
         f"{layer}: an example's y depends on the other examples of the batch; a layer that couples "
         "them says so, by batch_coupled = True in its class"
@@ -72,7 +72,7 @@ def coupled(layer: Layer) -> str:
 
 
 class Tried(Wrapper):
-    """y = f(x), once f was tried."""
+    """y = f(x), after a trial that f does not couple examples."""
 
     def __repr__(self) -> str:
         return repr(self.layer)
@@ -106,7 +106,7 @@ def _is_other(layer: Layer) -> bool:
 def _is_hashable(layer: Layer) -> bool:
     try:
         hash(layer)
-    except TypeError:  # the way forward says which field it is
+    except TypeError:  # the forward pass reports the field
         return False
     return True
 
@@ -143,25 +143,25 @@ def _couples(layer: Layer, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, .
                 jax.tree.leaves(forward(params, each))
                 for each in (x, _with(x, other, 0), _with(x, other, 1))
             )
-    except Exception:  # what is wrong with the layer is said where it is used
+    except Exception:  # a faulty layer raises where it is used
         return False
     return any(map(_moved, before, *after))
 
 
 def _is_plain(leaf: jax.ShapeDtypeStruct) -> bool:
-    """Return whether a leaf is of numbers, and of a shape that is known."""
+    """Return whether a leaf holds numbers and has a known shape."""
     known = all(isinstance(size, int) for size in leaf.shape)
     return known and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 def _with(x: PyTree, other: PyTree, n: int) -> PyTree:
-    """Return x with the n-th of its examples from other."""
+    """Return x with its n-th example taken from ``other``."""
     keep = np.arange(2) != n
     return jax.tree.map(lambda a, b: np.where(keep.reshape(2, *[1] * (a.ndim - 1)), a, b), x, other)
 
 
 def _moved(y: Array, *after: Array) -> bool:
-    """Return whether an example of y moved when the other one was changed."""
+    """Return whether an example of y changed when the other example of x did."""
     kept = [(np.asarray(y)[1 - n], np.asarray(new)[1 - n]) for n, new in enumerate(after)]
     return any(
         bool(np.any(np.abs(a - b) > RTOL * np.max(np.abs(a), initial=0)))

@@ -1,8 +1,8 @@
-"""The contract: a layer is static configuration with a ``forward`` and, next, its ``backward``.
+"""The contract: a layer is static configuration with a ``forward`` and, next to it, a ``backward``.
 
 Words used throughout: ``ct`` is the cotangent of a layer's output y (the derivative of the loss
-by y), ``d_x`` and ``d_params`` are the cotangents that ``backward`` pulls back from it, and
-``residuals`` are what ``forward`` saved to do so.
+with respect to y). ``backward`` pulls it back to ``d_x`` and ``d_params``, the cotangents of x and
+params. ``residuals`` are the arrays that ``forward`` saves for this.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals, Visited
 class Layer(Static):
     """A differentiable function (params, x) -> y that carries its own vector-Jacobian product.
 
-    Subclass it, name the static configuration as fields, and write ``forward`` and ``backward``,
-    and ``init`` where there are params. It becomes a frozen dataclass by itself; no decorator.
+    Subclass it, declare the static configuration as fields, and write ``forward`` and ``backward``,
+    and ``init`` if there are params. The subclass becomes a frozen dataclass without a decorator.
     No field holds an array: arrays live in params.
 
         class Scale(jp.Layer):
@@ -44,29 +44,29 @@ class Layer(Static):
             def backward(self, params, x, ct):
                 return jp.Sum(ct * x), ct * params
 
-    ``jp.check_layer(Scale(), x)`` then holds ``backward`` against ``jax.vjp`` of ``forward``.
+    ``jp.check_layer(Scale(), x)`` then checks ``backward`` against ``jax.vjp`` of ``forward``.
 
-    An array that is not learned is marked in ``init``: ``jp.Unlearned(matrix)``. ``forward`` and
-    ``backward`` are given the array itself, and ``d_params`` has ``()`` in its place.
+    Mark an array that is not learned in ``init``: ``jp.Unlearned(matrix)``. ``forward`` and
+    ``backward`` receive the array itself, and ``d_params`` has ``()`` in its place.
 
-    ``forward`` is held to ``init``: before it runs, the structure and shapes of its params are
-    compared with those that ``init`` would make for x, and a difference raises ``ValueError``
+    ``forward`` is checked against ``init``: before it runs, the structure and shapes of its params
+    are compared with those that ``init`` would make for x, and a difference raises ``ValueError``
     naming the layer, the leaf and both shapes. Shapes are static, so under ``jit`` this happens
     while tracing and costs nothing afterwards.
 
     Attributes:
-        takes: the side input, ``jp.Key`` or ``jp.Mask``, that a step may put in the place of the
-            layer's params ``()``, or where ``with_side_input`` puts it. ``forward`` and
-            ``backward`` find it there.
+        takes: the kind of side input, ``jp.Key`` or ``jp.Mask``, that a step may hand to the layer.
+            ``forward`` and ``backward`` find it in place of the layer's params ``()``, or where
+            ``with_side_input`` puts it.
         mixes_positions: whether a position of y depends on other positions of x, in a layer that
-            takes no mask. It then refuses to stand in a net that is given one.
-        hands_down_types: whether ``forward`` and ``backward`` are given params with their types, as
-            a layer made of layers must be.
+            takes no mask. A net with such a layer refuses a mask.
+        hands_down_types: whether ``forward`` and ``backward`` receive params with types such as
+            ``jp.Unlearned``, as a layer made of layers must.
         is_derivative: whether ``backward`` is the derivative of ``forward``, and not another rule
             (``jp.rules``).
-        is_linear: whether it is linear in ct, as one that clips it is not.
-        by_module: whether a walk visits each of its modules, params that stand together in a node
-            of their tree, as if it were a layer.
+        is_linear: whether ``backward`` is linear in ct; one that clips ct is not.
+        by_module: whether a walk visits each module of the layer as if it were a layer. A module is
+            the params that stand together in a node of their tree.
     """
 
     takes: ClassVar[type[SideInput] | None] = None
@@ -93,11 +93,11 @@ class Layer(Static):
         """Return params for inputs like x.
 
         Args:
-            key: a key of ``jax.random.key``.
+            key: a key from ``jax.random.key``.
             x: an input, or its ``jax.ShapeDtypeStruct``.
 
         Returns:
-            A pytree of arrays; ``()`` where there are none.
+            A pytree of arrays; ``()`` if there are none.
         """
         del key, x
         return ()
@@ -112,8 +112,8 @@ class Layer(Static):
     ) -> tuple[Cotangent, Cotangent]:
         """Return ``(d_params, d_x)``, pulled back from the cotangent of y.
 
-        ``d_params`` has the structure of params, with a form or an array where an array is learned
-        and ``()`` for whatever is not. d_x has the shape and dtype of x; it is None for integers.
+        ``d_params`` has the structure of params, with a form or an array for each learned array
+        and ``()`` for anything else. d_x has the shape and dtype of x; it is None for integers.
         """
 
     def __call__(
@@ -125,17 +125,17 @@ class Layer(Static):
             params: the layer's params.
             x: its input.
             key: a side input, as ``bind`` takes it.
-            mask: likewise.
+            mask: a side input, as ``bind`` takes it.
         """
         return self.forward(self.bind(params, key=key, mask=mask), x)[0]
 
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:
-        """Return ``(visit(step), d_x)``: ``backward``, with the visit's result for d_params.
+        """Run ``backward`` and return ``(visit(step), d_x)``: the visit's result replaces d_params.
 
-        A layer made of layers hands ``visit`` down, so that whatever is asked for is taken at each
-        layer as soon as its cotangents exist, and nothing else is kept.
+        A layer made of layers hands ``visit`` down. It then runs at each layer as soon as the
+        layer's cotangents exist, and only its results are kept.
 
         Args:
             place: the params, or what a ``Placed`` visit keeps in their place.
@@ -171,32 +171,33 @@ class Layer(Static):
     def batch_coupled(self) -> bool:
         """Whether an example's y depends on the batch's other examples.
 
-        It then has no gradient of its own, and per-example quantities raise. A layer that couples
-        them says so (``batch_coupled = True``, or a property); one that holds another is asked. One
-        that does not say so is tried on two examples where it matters, and may be found out.
+        An example then has no gradient of its own, and per-example quantities raise. A layer that
+        couples examples declares it (``batch_coupled = True``, or a property); by default a layer
+        couples them if a layer inside it does. Where it matters, a layer that does not declare it
+        is tried on two examples, which may detect it.
         """
         return any(child.layer.batch_coupled for child in self.children())
 
     def bind(
         self, params: Params, *, key: Array | None = None, mask: Array | None = None
     ) -> Params:
-        """Return params with the side inputs of a step, each in the place of a layer that takes it.
+        """Return params with a step's side inputs, each in the place of the layers that take it.
 
-        ``Dropout`` finds a key there and ``Attention`` a mask, where otherwise their params are
-        ``()``. Every layer gets a key of its own, those inside ``repeat`` too. Gradients have the
-        structure of the params without them.
+        ``Dropout`` finds a key there and ``Attention`` a mask, instead of params ``()``. Every
+        layer gets its own key, also inside ``repeat``. Gradients have the structure of the params
+        without side inputs.
 
         Args:
             params: the net's params.
-            key: a key of ``jax.random.key``, a new one for each step.
-            mask: bool (N, T), True where a position is real, or for a net whose layers that take a
-                mask are ``Attention`` (N, T, S) or (N, heads, T, S), True where a query sees a key.
+            key: a key from ``jax.random.key``, a new one for each step.
+            mask: bool (N, T), True where a position is real. If only ``Attention`` layers take a
+                mask, also (N, T, S) or (N, heads, T, S), True where a query sees a key.
 
         Raises:
             TypeError: for another kind of key, or a mask that is not an array of bools.
-            ValueError: for a mask of another rank, or that no layer takes, or in a net with a layer
-                that mixes positions without it; and if a layer that takes one of them lies in a
-                layer that does not say where its params stand.
+            ValueError: for a mask of another rank, a mask that no layer takes, or a mask for a net
+                with a layer that mixes positions without one; and for a layer that takes a side
+                input inside a layer that does not say where its params stand.
         """
         check_side_inputs(self, key, mask)
         return bound(self, params, key, None if mask is None else Mask(mask))
@@ -204,8 +205,8 @@ class Layer(Static):
     def with_side_input(self, params: Params, given: SideInput) -> Params:
         """Return params with a side input that this layer takes.
 
-        By default it stands in the place of params ``()``. A layer that has params too keeps a
-        place for it among them, ``()`` without it, and puts it there.
+        By default the side input replaces params ``()``. A layer that also has params keeps a place
+        for it among them, which is ``()`` without a side input, and puts it there.
 
         Args:
             params: the layer's own params.
@@ -219,7 +220,7 @@ class Layer(Static):
         return rounded(params, dtype)
 
     def check_params(self, params: Params, x: PyTree) -> None:
-        """Raise ``ValueError`` unless params are of the structure and shapes that init makes."""
+        """Raise ``ValueError`` unless params have the structure and shapes that ``init`` makes."""
         check_params(self, params, x)
 
     def check_places(self, params: Params) -> None:
@@ -227,7 +228,7 @@ class Layer(Static):
 
 
 def layers_in_fields(layer: Layer) -> Iterator[Layer]:
-    """Yield the layers in a layer's fields, and in tuples there."""
+    """Yield the layers in a layer's fields, including those in tuples."""
 
     def within(value: object) -> Iterator[Layer]:
         if isinstance(value, Layer):

@@ -1,9 +1,9 @@
 """Loops with one term or one example at a time in memory.
 
-A scan over an axis that devices split brings all of it to each of them. So on a mesh the examples
-of a batch are dealt into lanes, as many as there are devices, and each goes through its own. Types
-do not tell which axes of a mesh split a batch: where not all of them do, a device has several
-lanes, and as many examples at once.
+A scan over an axis that is split over devices brings the whole axis to every device. So on a mesh
+the examples of a batch are dealt into lanes, as many as there are devices, and each device iterates
+over its own lane. Types do not tell which axes of a mesh split a batch: if not all of them do, a
+device has several lanes, and as many examples at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def sum_over(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
 
 
 def sum_examples(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
-    """Return ``sum_over(f, xs)`` over examples on axis 0, on each device over its own."""
+    """Return ``sum_over(f, xs)`` over examples on axis 0; each device loops over its own."""
     lanes = lanes_of(xs)
     if lanes == 1:
         return sum_over(f, xs)
@@ -56,7 +56,7 @@ def sum_examples(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
 
 
 def map_examples(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
-    """Return ``jax.lax.map(f, xs)`` over examples on axis 0, on each device over its own."""
+    """Return ``jax.lax.map(f, xs)`` over examples on axis 0; each device loops over its own."""
     lanes = lanes_of(xs)
     if lanes == 1:
         return jax.lax.map(f, xs)
@@ -64,12 +64,12 @@ def map_examples(f: Callable[[Any], PyTree], xs: PyTree) -> PyTree:
 
 
 def map_blocks(f: Callable[[Any], PyTree], size: int, xs: PyTree) -> PyTree:
-    """Return f of all examples, of a block of ``size`` on each device at a time.
+    """Return f of all examples, computed for one block of ``size`` examples of each lane at a time.
 
     Args:
-        f: a function of some examples, of all lanes at once; returns a pytree of arrays with the
-            example on axis 0 too.
-        size: how many of a lane's examples are in a block; it divides them.
+        f: a function of one block from every lane, together on axis 0; returns a pytree of arrays
+            with the example on axis 0 too.
+        size: the number of a lane's examples in a block; it divides the number in the lane.
         xs: a pytree of arrays with the example on axis 0.
     """
     lanes = lanes_of(xs)
@@ -82,16 +82,16 @@ def map_blocks(f: Callable[[Any], PyTree], size: int, xs: PyTree) -> PyTree:
 
 
 def lanes_of(xs: PyTree) -> int:
-    """Return how many examples of xs, on axis 0, are at work at once in a loop over them."""
+    """Return the number of lanes: how many examples of xs, on axis 0, a loop handles at once."""
     leaves = jax.tree.leaves(xs)
     examples = leaves[0].shape[0]
-    if not isinstance(examples, int) or not examples:  # a symbol, in jax.export; or none
+    if not isinstance(examples, int) or not examples:  # a symbol, in jax.export; or 0
         return 1
     return math.gcd(max(map(devices_by_xla, leaves)), examples)
 
 
 def _dealt(xs: PyTree, lanes: int, size: int) -> PyTree:
-    """Return the examples as (steps, lanes * size, ...), where each lane has neighbours."""
+    """Return the examples as (steps, lanes * size, ...); a lane holds consecutive examples."""
 
     def one(leaf: Array) -> Array:
         leaf = leaf.reshape(lanes, len(leaf) // (lanes * size), size, *leaf.shape[1:])

@@ -1,4 +1,4 @@
-"""The contract of a loss: one value an example, and the cotangent that the walk starts from."""
+"""The contract of a loss: a value for each example, and the cotangent that starts the walk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Loss(Static):
     """A differentiable function (y, target) -> one value for each example.
 
     The scalar loss is the mean over examples. The 1/N enters where the mean is taken, not here:
-    ``backward`` gives the cotangent of y for each example's *own* loss.
+    ``backward`` returns the cotangent of y for each example's *own* loss.
 
     Subclass it and write ``forward`` and ``backward``; for curvature also ``hessian_root`` (or
     ``hessian_columns`` and ``hessian_column``) and ``sample``.
@@ -43,17 +43,17 @@ class Loss(Static):
         """Return the cotangent of y, for each example's own loss."""
 
     def real(self, residuals: Residuals, /) -> Bool[Array, "n ..."] | None:
-        """Return False where a target says that an example, or a position, is padding.
+        """Return an array that is False where a target marks an example, or a position, as padding.
 
-        None, as here, where all are real.
+        The default is None: all are real.
         """
         return None
 
     def hessian_root(self, residuals: Residuals, /) -> Cotangent:
-        """Return S with sum_c S_c S_c^T the Hessian by y of each example's own loss.
+        """Return S such that sum_c S_c S_c^T is the Hessian in y of each example's own loss.
 
-        S is like y, behind an axis of columns. The column c is a cotangent of y, so that a walk
-        back from it gives a column of J^T S: the root of the generalised Gauss-Newton matrix
+        S is like y, with a leading axis of columns. Column c is a cotangent of y, so that a walk
+        back from it returns a column of J^T S: the root of the generalised Gauss-Newton matrix
         (Schraudolph 2002, https://doi.org/10.1162/08997660260028683).
         """
         return jax.vmap(self.hessian_column, (None, 0))(
@@ -68,22 +68,22 @@ class Loss(Static):
         return jax.tree.leaves(root)[0].shape[0]
 
     def hessian_column(self, residuals: Residuals, c: int | Array, /) -> Cotangent:
-        """Return the column c of ``hessian_root``; where c is traced, only that one is made."""
+        """Return column c of ``hessian_root``; if c is traced, only that column is computed."""
         return jax.tree.map(lambda root: root[c], self.hessian_root(residuals))
 
     def sample(self, key: Array, residuals: Residuals, /) -> Cotangent:
-        """Return a random cotangent s of y with E s = 0 and E s s^T the Hessian by y.
+        """Return a random cotangent s of y such that E s = 0 and E s s^T is the Hessian in y.
 
-        It is the gradient at a target drawn from the model's own distribution, whose covariance
-        is the Fisher information (Martens 2020, https://jmlr.org/papers/v21/17-678.html).
+        It is the gradient at a target drawn from the model's own distribution. Its covariance is
+        the Fisher information (Martens 2020, https://jmlr.org/papers/v21/17-678.html).
         """
         raise NotImplementedError(f"{self} has no sample")
 
 
 def check_cotangent(loss: Loss, ct: Cotangent, y: PyTree) -> None:
-    """Raise ``ValueError`` unless what a loss gives for the cotangent of y is like y.
+    """Raise ``ValueError`` unless a loss's cotangent of y has the structure and shapes of y.
 
-    For a leaf of integers or bools it may be None.
+    The cotangent of a leaf of integers or bools may be None.
     """
     of_y, of_ct = (jax.tree.map(jnp.shape, tree) for tree in (y, ct))
     moving = jax.tree.map(lambda leaf: leaf.shape if is_inexact(leaf) else None, y)

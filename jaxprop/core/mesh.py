@@ -1,4 +1,4 @@
-"""The layout of arrays on a mesh of devices, as far as a layer or a form must say it."""
+"""The layout of arrays on a mesh of devices, where a layer or a form must specify it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 def is_explicit(x: Array) -> bool:
-    """Return whether x lies on a mesh with Explicit axes, where each array's type says how."""
+    """Return whether x is on a mesh with Explicit axes, where an array's type has its sharding."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def devices_by_xla(x: Array) -> int:
-    """Return over how many devices XLA may split x, those of its mesh's Auto axes."""
+    """Return the number of devices that XLA may split x over, those of its mesh's Auto axes."""
     mesh = jax.typeof(x).sharding.mesh
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return math.prod(mesh.shape[name] for name, of_type in axes if of_type == AxisType.Auto)
@@ -43,13 +43,13 @@ def laid_out(x: Array, *axes: str | tuple[str, ...] | None) -> NamedSharding | N
 
 
 def by_xla(f: Callable[..., T], specs: Callable[[T], PyTree], *args: PyTree) -> T:
-    """Return f(*args) on a mesh of Explicit axes, with all arrays within f where XLA wants them.
+    """Return f(*args) on a mesh of Explicit axes, with the arrays inside f laid out by XLA.
 
     Args:
         f: a function of trees of arrays. It is traced once more for the shapes of its result.
         specs: a function of that result, with a ``jax.ShapeDtypeStruct`` for each array, that
             returns a ``PartitionSpec`` for each.
-        args: the arguments, one of them at least with an array on such a mesh.
+        args: the arguments; at least one array in them is on such a mesh.
     """
     leaves, structure = jax.tree.flatten(args)
     arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
@@ -70,17 +70,19 @@ def by_xla(f: Callable[..., T], specs: Callable[[T], PyTree], *args: PyTree) -> 
 
 
 def shard_map_axes() -> tuple[str, ...]:
-    """Return the mesh axes of the ``jax.shard_map`` that is being traced, along which a device
-    sees its own share alone."""
+    """Return the mesh axes of the ``jax.shard_map`` that is being traced.
+
+    Along them a device sees only its own share of the arrays.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, of_type in types if of_type == AxisType.Manual)
 
 
 def split_over(x: Array) -> tuple[str, ...]:
-    """Return the mesh axes of a ``jax.shard_map`` along which each device has another part of x.
+    """Return the mesh axes of a ``jax.shard_map`` along which devices hold different parts of x.
 
-    Where it keeps no account of that (``check_vma=False``) they are all of its axes.
+    If JAX does not track them (``check_vma=False``), these are all of its axes.
     """
     axes = shard_map_axes()
     if not axes or not _varying(jax.lax.axis_index(axes)):
@@ -89,7 +91,7 @@ def split_over(x: Array) -> tuple[str, ...]:
 
 
 def _varying(x: Array) -> frozenset[str]:
-    """Return the axes along which devices are known to differ in x; newer JAX has another name."""
+    """Return the axes along which x is known to differ between devices; newer JAX renamed them."""
     of_x: Any = jax.typeof(x)
     return of_x.manual_axis_type.varying if hasattr(of_x, "manual_axis_type") else of_x.vma
 
@@ -97,7 +99,7 @@ def _varying(x: Array) -> frozenset[str]:
 def struct_beside(
     arrays: Sequence[Array], shape: Sequence[int], dtype: DTypeLike
 ) -> jax.ShapeDtypeStruct:
-    """Return the struct of a result of arrays, in ``jax.shard_map`` of a type like theirs."""
+    """Return the struct of a result of arrays; in ``jax.shard_map`` it varies along their axes."""
     if not shard_map_axes():
         return jax.ShapeDtypeStruct(shape, dtype)
     varying = frozenset[str]().union(*map(_varying, arrays))
@@ -109,7 +111,7 @@ def struct_beside(
 
 
 def is_bound(axis: str) -> bool:
-    """Return whether an axis of this name is there, of a ``jax.shard_map`` or a ``jax.vmap``."""
+    """Return whether a ``jax.shard_map`` or a ``jax.vmap`` binds an axis of this name."""
     try:
         jax.lax.axis_index(axis)
     except NameError:
@@ -118,10 +120,10 @@ def is_bound(axis: str) -> bool:
 
 
 def zero_beside(arrays: Sequence[Array], dtype: DTypeLike) -> Array:
-    """Return a zero, in ``jax.shard_map`` of a type that differs where that of an array does.
+    """Return a zero; in ``jax.shard_map`` its type varies along the axes of the arrays' types.
 
-    There a cotangent of what is the same on all devices is a sum over them, which that of an
-    example's own zero must not be.
+    There the cotangent of a value that is the same on all devices is summed over them, which must
+    not happen to the cotangent of an example's own zero.
     """
     zero = jnp.zeros((), dtype)
     if shard_map_axes():
@@ -132,10 +134,10 @@ def zero_beside(arrays: Sequence[Array], dtype: DTypeLike) -> Array:
 
 
 def like(primal: Array, cotangent: Array) -> Array:
-    """Return the cotangent in its primal's dtype and, under ``jax.shard_map``, where its primal is.
+    """Return the cotangent in its primal's dtype and, under ``jax.shard_map``, laid out like it.
 
     There a param that is the same on all devices meets another share of the batch on each. Its
-    cotangent is the sum over them, which is JAX's own rule for using the one beside the other.
+    cotangent is the sum over devices, by JAX's own rule for adding a share to such a param.
     """
     if shard_map_axes():
         beside = jnp.zeros_like(cotangent)

@@ -1,4 +1,4 @@
-"""The axes of the examples in what a layer saves: axis 0, or behind axes of layers."""
+"""The example axes of the arrays that a layer saves: axis 0, or after axes of layers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jaxprop.core.types import PyTree, Residuals
 
 
 class OfLayers(abc.ABC):
-    """A node of residuals that holds those of a stack of layers, with the layers in front."""
+    """A node that holds the residuals of a stack of layers, with the layer on the leading axis."""
 
     @abc.abstractmethod
     def axes_of_examples(self) -> PyTree:
-        """Return a node like this one, with the axis of the examples for each array."""
+        """Return a node like this one, with each array replaced by its example axis."""
 
 
 def residual_axes(residuals: Residuals) -> PyTree:
-    """Return the axis of the examples for each array of residuals, a tree like them."""
+    """Return a tree like residuals, with each array replaced by its example axis."""
 
     def is_stack(node: object) -> bool:
         return isinstance(node, OfLayers)
@@ -38,19 +38,18 @@ def residual_axes(residuals: Residuals) -> PyTree:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Distinct(OfLayers):
-    """The residuals of a layer of a stack, or of all of them, each array once.
+    """The residuals of one layer of a stack, or of the whole stack, with each array kept once.
 
     Two parts of a layer often save the same array, or one that the way back has anyway, such as a
-    param. And where a layer saves its x and its y, its x is the y of the layer before: then only y
-    is kept.
+    param. If a layer saves both its x and its y, only y is kept: x is the y of the layer before.
 
     Attributes:
         leaves: the arrays that are kept.
-        places: for each leaf of the residuals, which of these it is; from -1 down which of those
-            that are known, the last of which is x.
-        structure: that of the residuals.
-        y: which of them is y, where x is not kept; else None.
-        axes: for each leaf, the axis of the examples in the residuals of one layer.
+        places: for each leaf of the residuals, its index in ``leaves``, or a negative index into
+            the known arrays, the last of which is x.
+        structure: the tree structure of the residuals.
+        y: the index of y in ``leaves`` if x is not kept, else None.
+        axes: for each of ``leaves``, the example axis in the residuals of one layer.
     """
 
     leaves: tuple[Array, ...]
@@ -61,13 +60,13 @@ class Distinct(OfLayers):
 
     @classmethod
     def of(cls, residuals: Residuals, known: Sequence[Array], x: PyTree, y: PyTree) -> Distinct:
-        """Return what is kept of the residuals that a layer saved on the way from x to y.
+        """Return the arrays to keep of the residuals that a layer saved on the way from x to y.
 
         Args:
-            residuals: what it saved.
-            known: arrays that ``tree`` is given again.
-            x: its input.
-            y: its output.
+            residuals: the layer's residuals.
+            known: arrays that will be passed to ``tree`` again.
+            x: the layer's input.
+            y: the layer's output.
         """
         leaves, structure = jax.tree.flatten(residuals)
         given = {id(leaf): ~index for index, leaf in enumerate(reversed([*known, x]))}
@@ -87,11 +86,11 @@ class Distinct(OfLayers):
         return dataclasses.replace(self, leaves=tuple(axis + 1 for axis in self.axes))
 
     def before(self, index: Array, first: PyTree) -> PyTree:
-        """Return the x of one layer of a stack, the y of the layer before, where it is not kept.
+        """Return the x of one layer of a stack, the y of the layer before; ``()`` if not needed.
 
         Args:
-            index: which layer.
-            first: the x of the first one.
+            index: the layer's index.
+            first: the x of the first layer.
         """
         if self.y is None:
             return ()
@@ -100,13 +99,13 @@ class Distinct(OfLayers):
         return jnp.where(index == 0, first, y)
 
     def tree(self, known: Sequence[Array], x: PyTree) -> Residuals:
-        """Return the residuals of a layer, for the arrays that were known, and its input."""
+        """Return the residuals of a layer, from the arrays that were known and its input."""
         leaves = *self.leaves, *known, x
         return jax.tree.unflatten(self.structure, [leaves[place] for place in self.places])
 
 
 def check_residuals(layer: object, residuals: Residuals, examples: int) -> None:
-    """Raise ``ValueError`` unless each array of residuals has so many examples where it should."""
+    """Raise ``ValueError`` unless each array has this number of examples on its example axis."""
     axes = jax.tree.leaves(residual_axes(residuals))
     for (path, leaf), axis in zip(jax.tree.leaves_with_path(residuals), axes, strict=True):
         if jnp.shape(leaf)[axis : axis + 1] != (examples,):

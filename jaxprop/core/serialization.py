@@ -1,4 +1,4 @@
-"""Trees in programs that ``jax.export`` writes to disk."""
+"""Tree nodes in programs that ``jax.export`` writes to disk."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Node = TypeVar("Node", bound=type)
 def serializable(cls: Node) -> Node:
     """Register a class of tree nodes, so that ``jax.export`` can write a program with such nodes.
 
-    The program can be read wherever ``jaxprop`` is imported. It is for the classes of this library
-    alone; a class of one's own is registered by whoever writes it, through
-    ``jax.export.register_namedtuple_serialization`` or ``register_pytree_node_serialization``.
+    The program can be read wherever ``jaxprop`` is imported. This is only for the classes of this
+    library; register other classes through ``jax.export.register_namedtuple_serialization`` or
+    ``register_pytree_node_serialization``.
 
     Args:
-        cls: a NamedTuple, or a dataclass that is a pytree. Static fields are written as JSON; where
-            that makes another type of one, its metadata has the function that makes the field of
-            what was ``read``.
+        cls: a NamedTuple, or a dataclass that is a pytree. Static fields are written as JSON. If a
+            field comes back from it with another type, its metadata has a function ``read`` that
+            restores the field.
     """
     node: Any = cls
     name = f"jaxprop.{cls.__name__}"
@@ -52,5 +52,5 @@ def serializable(cls: Node) -> Node:
 
 
 def _tuples(value: Any) -> Any:
-    """Return what JSON has made lists of as tuples."""
+    """Return the value with the lists that JSON makes of tuples turned back into tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -25,12 +25,12 @@ MASK = (
 
 
 def takes_side_input(layer: Layer, kind: type[SideInput]) -> bool:
-    """Return whether the layer, or one that it is made of, takes this side input."""
+    """Return whether the layer, or any layer inside it, takes this side input."""
     return any(each.takes is kind for each in layers_within(layer))
 
 
 def bound(layer: Layer, params: Params, key: Array | None, mask: Mask | None) -> Params:
-    """Return params with the side inputs, each in the place of a layer that takes it."""
+    """Return params with the side inputs, each in the place of the layers that take it."""
     if layer.takes is Key and key is not None:
         return layer.with_side_input(params, Key(key))
     if layer.takes is Mask and mask is not None:
@@ -44,7 +44,7 @@ def bound(layer: Layer, params: Params, key: Array | None, mask: Mask | None) ->
 
 
 def check_side_inputs(net: Layer, key: Array | None, mask: Array | None) -> None:
-    """Raise unless key and mask are what they should be, and the net can do with the mask."""
+    """Raise unless key and mask are valid, and the net can use the mask."""
     dtype = getattr(key, "dtype", None)
     if key is not None and (dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key)):
         raise TypeError(f"key is a key of jax.random.key, not {shapes(key)}")
@@ -94,7 +94,7 @@ def _bind_child(
 
 
 def _each(f: Callable[[Array], Array], keys: Array) -> Array:
-    """Return f of each of the keys, in their shape."""
+    """Return f of each key, in an array of the shape of the keys."""
     for _ in keys.shape:
         f = jax.vmap(f)
     return f(keys)

@@ -1,4 +1,4 @@
-"""Plain, hashable facts as a pytree without leaves: what layers, losses and quantities are."""
+"""The base class of layers, losses and quantities: plain facts as a pytree without leaves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax
 class Static(abc.ABC):
     """A frozen dataclass of plain, hashable facts, which JAX treats as a pytree without leaves.
 
-    Subclasses become dataclasses by themselves: write the fields and the methods, no decorator.
+    Subclasses become dataclasses without a decorator: write only the fields and the methods.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""One layer's moment in the walk back, and the visit that is paid to it."""
+"""One layer's step in the walk back, and the kinds of visit."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ FLOAT = np.dtype(float)
 
 
 class Step(NamedTuple):
-    """One layer in the walk back: its inputs, the cotangent of its output, and its own results.
+    """One layer's step in the walk back: the inputs and the results of its ``backward``.
 
     Attributes:
         layer: the layer.
         params: its params, unlearned arrays and side inputs included.
         residuals: what its ``forward`` saved.
         ct: the cotangent of its output.
-        d_params: the cotangent of its params, a form or an array for each one that is learned and
-            ``()`` for whatever is not.
+        d_params: the cotangent of its params, with a form or an array for each learned param and
+            ``()`` for anything else.
         d_x: the cotangent of its input.
-        place: what stands in the layer's place in the tree that the walk goes through: its params,
-            or what a ``Placed`` visit keeps there.
+        place: the layer's node in the tree that the walk iterates over: its params, or what a
+            ``Placed`` visit keeps there.
     """
 
     layer: Layer
@@ -53,13 +53,13 @@ class Step(NamedTuple):
         d_x: Cotangent,
         place: PyTree,
     ) -> Step:
-        """Return the step, with nothing for what the types in params say is not learned."""
+        """Return the step, with ``()`` in d_params where a type in params says "not learned"."""
         d_params = tree.learned_cotangents(params, d_params)
         return cls(layer, params, residuals, ct, d_params, d_x, place)
 
     @property
     def learned(self) -> Params:
-        """The params that are learned, with ``()`` for whatever is not."""
+        """The learned params, with ``()`` for anything else."""
         params = tree.learned(self.params)
         if any(map(_is_counted, jax.tree.leaves(params))):
             params = tree.without_unmarked(params, self.d_params)
@@ -67,7 +67,7 @@ class Step(NamedTuple):
 
 
 def _is_counted(leaf: Any) -> bool:
-    """Return whether a leaf has no derivative: booleans, integers, Python's too, and keys."""
+    """Return whether a leaf has no derivative: a bool, an integer (also Python's), or a key."""
     if isinstance(leaf, int):
         return True
     return getattr(getattr(leaf, "dtype", FLOAT), "kind", "i") in "biu"  # keys have no kind
@@ -77,7 +77,7 @@ Visit: TypeAlias = Callable[[Step], Any]
 
 
 class Total(NamedTuple):
-    """A visit's result that is added up over the layers of a ``repeat``, where others are stacked.
+    """A visit's result that is added up over the layers of a ``repeat`` instead of stacked.
 
     Attributes:
         value: a tree of arrays.
@@ -87,11 +87,11 @@ class Total(NamedTuple):
 
 
 class Layerwise(NamedTuple):
-    """A visit that may be paid to each layer of a stack, where it would be paid to the stack.
+    """A visit that may run at each layer of a stack, instead of once for the whole stack.
 
-    So may whatever is asked of each param, or of each entry; not what is asked of a layer's params
-    together, where the layers of a function's scan count as one. Its results are stacked as those
-    of a ``repeat`` are.
+    This holds for a result that is computed for each param, or for each entry. It does not hold for
+    a result of a layer's params together, because there the layers of a function's scan count as
+    one layer. The results are stacked as those of a ``repeat`` are.
 
     Attributes:
         visit: the visit.
@@ -104,11 +104,11 @@ class Layerwise(NamedTuple):
 
 
 class Placed(abc.ABC):
-    """A visit to a walk through a tree of places instead of a tree of params.
+    """A visit for a walk over a tree of places instead of a tree of params.
 
     Such a tree is like params, but with whatever the visit keeps in a param's place, such as the
-    param and its optimizer's state. A layer's own is ``step.place``. Of a form it asks for nothing
-    but the sum.
+    param and its optimizer's state. A layer's own place is ``step.place``. The visit asks a form
+    for its sum only.
     """
 
     @abc.abstractmethod
@@ -117,17 +117,17 @@ class Placed(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, step: Step) -> PyTree:
-        """Return what is collected of a layer."""
+        """Return the result that the walk collects for a layer."""
 
 
 class Replacing(Placed):
-    """A visit whose results replace the places that the walk goes through, in the same memory.
+    """A visit whose results replace the places that the walk iterates over, in the same memory.
 
-    What it returns for a layer is that layer's new place. A ``repeat`` holds the places of its
-    layers in stacks, and writes each new one where the old one was.
+    Its result for a layer is that layer's new place. A ``repeat`` holds the places of its layers in
+    stacks, and writes each new place where the old one was.
     """
 
 
 def params_of(place: PyTree, visit: Visit) -> Params:
-    """Return the params that stand in a place of the tree that the walk goes through."""
+    """Return the params at one place of the tree that the walk iterates over."""
     return visit.params(place) if isinstance(visit, Placed) else place

@@ -1,10 +1,10 @@
 """The nodes of a tree of params: learned arrays, and arrays whose type says that they are not.
 
-A plain array in a net's params is learned. One that is not learned has a type of its own: an
+A plain array in a net's params is learned. An array that is not learned is wrapped in a type: an
 ``Unlearned`` array belongs to the params (running statistics, a fixed matrix, a frozen weight), and
 a ``Key`` or a ``Mask`` is a side input, which ``net.bind`` puts there for one step.
 
-Most trees hold learned arrays alone, and whether one does is remembered for its structure.
+Most trees hold only learned arrays; whether a tree does is cached by its structure.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class NotLearned:
 
 @serializable
 class Unlearned(NotLearned):
-    """An array of the params that is not learned, of any dtype.
+    """An array in the params that is not learned, of any dtype.
 
-    A layer's ``init`` says so of running statistics or of a fixed matrix, and ``jp.freeze`` of
-    weights. It counts in no norm, and gets no noise, no update, no weight decay and no optimizer
-    state. Its gradient is ``Unlearned(0)``, a scalar. ``forward`` and ``backward`` of a layer are
-    given the array itself.
+    A layer's ``init`` marks running statistics or a fixed matrix this way, and ``jp.freeze`` marks
+    weights. The array counts in no norm, and gets no noise, no update, no weight decay and no
+    optimizer state. Its gradient is ``Unlearned(0)``, a scalar. ``forward`` and ``backward`` of a
+    layer receive the array itself.
 
     Attributes:
         value: the array.
@@ -65,7 +65,7 @@ class SideInput(NotLearned):
 
 @serializable
 class Key(SideInput):
-    """A key of ``jax.random.key`` that a step hands to a layer.
+    """A key from ``jax.random.key`` that a step hands to a layer.
 
     Attributes:
         value: the key; inside ``repeat`` an array of keys, one for each layer.
@@ -78,9 +78,9 @@ class Mask(SideInput):
 
     Attributes:
         value: bool (N, T), True where a position is real, or for attention (N, T, S) or
-            (N, heads, T, S), True where a query sees a key; inside ``repeat`` behind an axis of
+            (N, heads, T, S), True where a query sees a key; inside ``repeat`` after an axis of
             layers.
-        rank: how many axes the mask has without those of layers; by default all of them.
+        rank: the number of axes of the mask, axes of layers not counted; by default all its axes.
     """
 
     rank: int | None = None
@@ -95,18 +95,18 @@ class Mask(SideInput):
         return jnp.ndim(self.value) - (self.rank or 0)
 
     def of(self, value: Any) -> Mask:
-        """Return the mask with another value, of as many axes of its own."""
+        """Return the mask with another value of the same rank."""
         return Mask(value, self.rank)
 
 
 def is_not_learned(node: object) -> bool:
-    """Return whether a node of a tree has a type that says that it is not learned."""
+    """Return whether a node of a tree is of a type that marks it as not learned."""
     return isinstance(node, NotLearned)
 
 
 @functools.lru_cache(maxsize=4096)
 def typed(structure: Any) -> bool:
-    """Return whether a tree of this structure (``jax.tree.structure``) holds such a node."""
+    """Return whether a tree of this ``jax.tree.structure`` has a node that is not learned."""
     tree = jax.tree.unflatten(structure, [0] * structure.num_leaves)
     return any(map(is_not_learned, jax.tree.leaves(tree, is_leaf=is_not_learned)))
 
@@ -118,7 +118,7 @@ def freeze(params: Params) -> Params:
         params: the params of a layer or of a whole net.
 
     Raises:
-        TypeError: for a net, which has no arrays, and for leaves that are no arrays.
+        TypeError: for a net, which has no arrays, and for leaves that are not arrays.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -145,20 +145,20 @@ def unbound(params: Params) -> Params:
 
 
 def learned(tree: PyTree) -> PyTree:
-    """Return the tree with ``()`` where something is not learned."""
+    """Return the tree with ``()`` for each node that is not learned."""
     return _replaced(tree, lambda node: ())
 
 
 def for_optimizer(tree: PyTree) -> PyTree:
     """Return the tree as an optimizer sees it: without arrays that are not learned.
 
-    An ``Unlearned`` node stays, empty, so that a mask made by ``jax.tree.map`` of params fits.
+    An ``Unlearned`` node stays, but empty, so that a mask from ``jax.tree.map`` of params fits.
     """
     return _replaced(tree, lambda node: Unlearned(()) if isinstance(node, Unlearned) else ())
 
 
 def check_learned(params: Params) -> None:
-    """Raise ``TypeError`` for an array that no gradient can move, and that is not marked so."""
+    """Raise ``TypeError`` for an array that no gradient can move and that is not ``Unlearned``."""
     for path, leaf in jax.tree.leaves_with_path(learned(params)):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
@@ -170,7 +170,7 @@ def check_learned(params: Params) -> None:
 def arrays(params: Params) -> Params:
     """Return params as a layer computes with them: unlearned arrays without their type.
 
-    They are held constant, so that autodiff of ``forward`` gives them a gradient of zero.
+    Those are held constant, so that autodiff of ``forward`` gives them a gradient of zero.
     """
     return _replaced(
         params,
@@ -184,14 +184,14 @@ def bare(params: Params) -> Params:
 
 
 def merged(params: Params, tree: PyTree) -> Params:
-    """Return params with what is learned taken from ``tree``, which is like ``learned(params)``."""
+    """Return params with the learned arrays from ``tree``, which is like ``learned(params)``."""
     return _beside(params, tree, lambda node: node)
 
 
 def learned_cotangents(params: Params, d_params: Cotangent) -> Cotangent:
-    """Return d_params with ``()`` for whatever the types in params say is not learned.
+    """Return d_params with ``()`` where a type in params says "not learned".
 
-    Where the structures differ d_params comes back as it is; whoever takes it says so.
+    If the structures differ, d_params is returned as it is, and the code that uses it reports this.
     """
     try:
         return _beside(params, d_params, lambda node: ())
@@ -203,15 +203,15 @@ def like_params(params: Params, tree: PyTree, *, shape: tuple[int, ...] = ()) ->
     """Return the tree with zeros where params have an unlearned array, so that it is like params.
 
     Args:
-        params: a tree of params, side inputs among them or not.
+        params: a tree of params, with or without side inputs.
         tree: a result like ``learned(params)``.
-        shape: that of the zeros. A scalar is enough for an update: p + 0 has the shape of p.
+        shape: the shape of the zeros. A scalar is enough for an update: p + 0 has the shape of p.
     """
 
     def zeros(node: NotLearned) -> Any:
         if isinstance(node, SideInput):
             return ()
-        if isinstance(node.value, tuple):  # as optimizers see it
+        if isinstance(node.value, tuple):  # empty, as in ``for_optimizer``
             return node
         return Unlearned(jnp.zeros(shape, jnp.result_type(node.value)))
 
@@ -221,8 +221,8 @@ def like_params(params: Params, tree: PyTree, *, shape: tuple[int, ...] = ()) ->
 def without_unmarked(params: Params, d_params: Cotangent) -> Params:
     """Return params with ``()`` for an unmarked bool or integer that d_params has ``()`` for.
 
-    It is not learned if ``backward`` says so. Where the structures differ params come back as they
-    are; whoever takes the cotangents says so.
+    Such a leaf is not learned if ``backward`` says so. If the structures differ, params are
+    returned as they are, and the code that uses the cotangents reports this.
     """
     leaves, structure = jax.tree.flatten(params)
     try:
@@ -244,12 +244,12 @@ def map_modules(f: Callable[..., Any], params: Params, *others: PyTree) -> PyTre
     """Return params with ``f(module, *others)`` in the place of each module.
 
     A module is a node of the tree with nothing but arrays in it, such as the kernel and the bias of
-    a dense layer, or an array that stands beside other nodes. One without arrays stays as it is.
+    a dense layer, or an array next to other nodes. A node without arrays stays as it is.
 
     Args:
-        f: a function of a module and of what stands in its place in the others.
+        f: a function of a module and of the nodes in its place in the others.
         params: a tree of params.
-        others: trees that have its structure down to the arrays.
+        others: trees that have the structure of params down to the arrays.
     """
     if is_not_learned(params) or jax.tree_util.all_leaves([params]):
         return f(params, *others)
@@ -263,20 +263,20 @@ def map_modules(f: Callable[..., Any], params: Params, *others: PyTree) -> PyTre
 
 
 def numbered(params: Params) -> PyTree:
-    """Return params with its number for each leaf, and for each node that is not learned."""
+    """Return params with each leaf, and each node that is not learned, replaced by its number."""
     structure = jax.tree.structure(params, is_leaf=is_not_learned)
     return jax.tree.unflatten(structure, range(structure.num_leaves))
 
 
 def axes_of_examples(params: Params) -> PyTree:
-    """Return ``jax.vmap``'s axes for params of single examples: that of a mask, else None."""
+    """Return the ``in_axes`` of a ``jax.vmap`` over examples: a mask's example axis, else None."""
     return jax.tree.map(
         lambda node: node.axis if isinstance(node, Mask) else None, params, is_leaf=is_not_learned
     )
 
 
 def of_one_example(params: Params) -> Params:
-    """Return params for a batch of one, where a mask is that of the example, without its axis."""
+    """Return params for a batch of one; masks come without their example axis, and get one."""
 
     def alone(node: NotLearned) -> NotLearned:
         if not isinstance(node, Mask):

@@ -1,4 +1,4 @@
-"""The walk: forward through the net, the loss, and back again, collecting what a visit returns."""
+"""The walk: forward through the net, the loss, and back again, collecting a visit's results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from jaxprop.core.types import Cotangent, OfBatch, Params, PyTree, Residuals, Vi
 def loss_fn(net: Layer, loss: Loss) -> OfBatch[Float[Array, ""]]:
     """Return ``f(params, x, target)``, the mean over examples of the loss.
 
-    It is pure ``jax.numpy``, so that ``jax.grad(f)`` is backpropagation by autodiff. Where params
-    hold arrays that are not learned, ``jp.autodiff`` differentiates by the others alone.
+    It is pure ``jax.numpy``, so that ``jax.grad(f)`` is backpropagation by autodiff. If params hold
+    arrays that are not learned, ``jp.autodiff`` differentiates with respect to the others only.
 
     Args:
         net: the network.
@@ -49,8 +49,8 @@ def loss_fn(net: Layer, loss: Loss) -> OfBatch[Float[Array, ""]]:
 def walk(net: Layer, loss: Loss, visit: Visit) -> OfBatch[tuple[Array, Visited, Cotangent]]:
     """Return ``f(params, x, target) -> (value, visited, d_x)``, one walk forward and back.
 
-    The walk starts from the cotangent of the mean over examples. Under ``jit`` a result that nobody
-    uses is not computed, and d_x of the first layer costs nothing if it is dropped.
+    The walk starts from the cotangent of the mean over examples. Under ``jit`` an unused result is
+    not computed, so that d_x of the first layer costs nothing if it is dropped.
 
     Args:
         net: the network.
@@ -73,17 +73,17 @@ def walk(net: Layer, loss: Loss, visit: Visit) -> OfBatch[tuple[Array, Visited, 
 
 
 class Forward(NamedTuple):
-    """The result of a pass forward: the loss, and the way back.
+    """The result of a forward pass: the loss, and the way back.
 
     Attributes:
-        y: the net's output, with zeros for the examples that count nothing.
+        y: the net's output, with zeros for the examples of weight 0.
         values: the loss of each example.
         value: their mean.
-        examples: what the examples count.
+        examples: the weights of the examples in a mean.
         loss: the loss.
         residuals: what the loss saved.
         back: ``back(ct, visit, places=params) -> (visited, d_x)``, the walk from a cotangent of the
-            net's output, which may be taken more than once.
+            net's output; it may be called more than once.
     """
 
     y: PyTree
@@ -104,7 +104,7 @@ class Forward(NamedTuple):
 
 
 def forward(net: Layer, loss: Loss, params: Params, batch: Batch) -> Forward:
-    """Go forward through the net and the loss, once for any number of ways back."""
+    """Run the net and the loss forward, once for any number of ways back."""
     with jax.named_scope("forward"):
         y, residuals = net.forward(params, batch.x)
     with jax.named_scope("loss"):
@@ -123,7 +123,7 @@ def forward(net: Layer, loss: Loss, params: Params, batch: Batch) -> Forward:
 
 
 def _real(params: Params, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n ..."] | None:
-    """Return what is no padding: by the target, or where that has no positions by the mask too."""
+    """Return what is not padding, by the target and, if that has no positions, by the mask too."""
     nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Mask))
     masks = [node for node in nodes if isinstance(node, Mask) and node.rank == 2]
     if not masks or (real is not None and real.ndim > 1):
@@ -133,7 +133,7 @@ def _real(params: Params, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n .
 
 
 def check_net_and_loss(net: Layer, loss: Loss) -> None:
-    """Raise ``TypeError`` for what is not a net, or not a loss."""
+    """Raise ``TypeError`` unless net is a layer and loss is a loss."""
     require(net, Layer, "net")
     require(loss, Loss, "loss")
 

@@ -1,4 +1,4 @@
-"""The choice of layers of a net, and of its params, by type, path or function."""
+"""The selection of a net's layers, and of its params, by type, path or function."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jaxprop.core.types import PyTree
 
 Path: TypeAlias = tuple[int | str, ...]
 Where: TypeAlias = Callable[[Layer], bool] | type[Layer] | tuple[type[Layer], ...] | Path
-"""A predicate of a layer, a class or several, or the path to a layer's params in the net's.
+"""A predicate of a layer, a class or several, or the path to a layer's params in the net's params.
 
-A layer behind ``jp.cast`` counts as the one within; in ``jp.repeat`` and ``jp.shared`` the path is
-that of the params, which have no level for the times."""
+A layer in ``jp.cast`` counts as the layer itself. A path through ``jp.repeat`` or ``jp.shared``
+follows the params, which have no level for the times."""
 
 
 def check_where(where: object) -> None:
-    """Raise ``TypeError`` for what says nothing of a layer."""
+    """Raise ``TypeError`` unless ``where`` can select layers."""
     if not callable(where) and not isinstance(where, tuple):
         raise TypeError(
             "where is a predicate of a layer, a class of layers or a tuple of them, or a path such "
@@ -36,7 +36,7 @@ def is_path(where: Where) -> bool:
 
 
 def is_meant(layer: Layer, path: Path | None, where: Where) -> bool:
-    """Return whether a layer is meant; by a path only if its own is known."""
+    """Return whether ``where`` selects a layer; by a path only if the layer's own is known."""
     if is_path(where):
         return path == where
     if isinstance(where, type | tuple):
@@ -45,12 +45,12 @@ def is_meant(layer: Layer, path: Path | None, where: Where) -> bool:
 
 
 def of_layers(where: Where, layer: Layer, tree: PyTree) -> PyTree:
-    """Return a tree like a layer's params with ``()`` for all that is not of a layer that is meant.
+    """Return a tree like a layer's params, with ``()`` outside the layers that ``where`` selects.
 
     Args:
         where: a predicate, a class or several.
         layer: the layer.
-        tree: like its params, with arrays or forms.
+        tree: a tree like the layer's params, with arrays or forms.
     """
     if is_meant(layer, None, where):
         return tree
@@ -62,11 +62,11 @@ def of_layers(where: Where, layer: Layer, tree: PyTree) -> PyTree:
 
 
 def at_path(path: Path | str, tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> PyTree:
-    """Return the tree with ``()`` for each leaf that is not meant.
+    """Return the tree with ``()`` for each leaf that the path does not select.
 
     Args:
-        path: where the leaves that are meant stand, or what is above them; or a regular expression
-            that is found in a leaf's own path, with "/" between its names.
+        path: the path of the selected leaves, or of a node above them; or a regular expression to
+            search for in a leaf's own path, with "/" between its names.
         tree: any tree.
         is_leaf: as for ``jax.tree.map``.
     """

@@ -1,4 +1,4 @@
-"""The form of a matrix and of the bias that is added after it, as one matrix."""
+"""The form of a matrix and the bias that is added after it, as one matrix."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jaxprop.core.serialization import serializable
 
 @serializable
 class Biased(Factored):
-    """The form of matrices (..., I, O) with a bias for a further row, (..., I + 1, O).
+    """The form of matrices (..., I, O) with the bias as one more row, (..., I + 1, O).
 
     Attributes:
-        w: the form of the matrices, which says what the sum of its input's rows is.
+        w: the form of the matrices, which must define ``sum_of_x``.
         b: the form of the bias, with the same ct.
     """
 
@@ -89,9 +89,9 @@ class Biased(Factored):
 
 
 def with_bias(w: Factored, b: Factored) -> Factored | None:
-    """Return the form of a matrix and of the bias after it as one; None where they are no pair.
+    """Return the joint form of a matrix and the bias after it; None if they are not such a pair.
 
-    Their ct is taken for the same where the shapes are.
+    If the shapes of their cts agree, the cts are taken to be the same.
     """
     if isinstance(w, Repeated) and isinstance(b, Repeated):
         inner = with_bias(w.form, b.form)

@@ -1,4 +1,4 @@
-"""Forms made of forms: of a stack of layers, and of a parameter that is used more than once."""
+"""Forms made of forms: for a stack of layers, and for a parameter that is used more than once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Repeated(Factored):
     """The form of a stack of params (L, ...), one for each layer of a ``repeat``.
 
     Attributes:
-        form: the form of one layer's param, with an axis of layers in front: factors (L, N, ...).
+        form: the form of one layer's param, with a leading axis of layers: factors (L, N, ...).
     """
 
     form: Factored
@@ -86,7 +86,7 @@ class Repeated(Factored):
         return alone.sizes
 
     def projected(self, sides: Sides) -> Float[Array, "n l ..."]:
-        """Return those of each layer, with sides of its own: (L, I, K) and (L, O, M)."""
+        """Return the projections of each layer, by its own sides: (L, I, K) and (L, O, M)."""
         return jax.vmap(lambda form, sides: form.projected(sides), out_axes=1)(self.form, sides)
 
     @property
@@ -125,8 +125,8 @@ class Repeated(Factored):
 class Joint(Factored):
     """The form of a param that is used more than once: g_n is the sum of its uses' shares.
 
-    |a + b|^2 is not |a|^2 + |b|^2, so whatever is not linear in g_n is asked of the sum, which is
-    formed for one example after the other and not kept.
+    |a + b|^2 is not |a|^2 + |b|^2, so anything that is not linear in g_n is computed from the sum,
+    for one example at a time, and the sum is not kept.
 
     Attributes:
         uses: a form for each use.
@@ -169,7 +169,7 @@ class Joint(Factored):
 def joint(forms: tuple[Factored, ...]) -> Factored:
     """Return the form of one param with several uses.
 
-    Several matrix products, or several biases, are one of their kind over more positions.
+    Several matrix products, or several biases, become one form of their kind over more positions.
     """
     first = forms[0]
     if len(forms) == 1:

@@ -1,10 +1,10 @@
 """Forms: a parameter's cotangent kept as its factors until somebody asks for its sum.
 
-The chain rule's last product for y = x w is dE/dw = sum_n x_n (outer) ct_n. Multiplied out, the
-examples are gone. Kept as the pair (x, ct), it still answers for each example, for squared norms
-and for curvature, at the price of what is asked and no more. Each form says how its parameter's
-share of one example, g_n, is made of factors. Every other question has an answer through
-``per_example``, and a faster one where the factors allow it.
+The chain rule's last product for y = x w is dE/dw = sum_n x_n (outer) ct_n. Once it is multiplied
+out, the examples are gone. The pair (x, ct) still yields each example's gradient, squared norms and
+curvature, and only what is asked for is computed. Each form defines how one example's share of the
+cotangent, g_n, is made of factors. Every other result has a default through ``per_example``, and a
+faster way where the factors allow it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from jaxprop.core.types import PyTree
 class Kronecker:
     """The Kronecker product a (outer) b, for a param of shape (I, O).
 
-    A convolution in G groups has a product for each, (G, I, I) and (G, O / G, O / G), and the
-    params of a stack of layers one for each layer, on axes in front.
+    A convolution in G groups has a product for each group, (G, I, I) and (G, O / G, O / G). The
+    params of a stack of layers have one for each layer, on leading axes.
 
     Attributes:
-        a: (I, I), of the layer's input; (I,) where it is diagonal, as of a table's rows.
-        b: (O, O), of the cotangent of its output.
-        place: how the matrix (I, O) lies in the param; by default its last axis is O.
+        a: (I, I), the factor of the layer's input; (I,) if it is diagonal, as for a table's rows.
+        b: (O, O), the factor of the cotangent of the layer's output.
+        place: how the matrix (I, O) lies in the param; by default the param's last axis is O.
     """
 
     a: Float[Array, "... i i"] | Float[Array, "... i"]
@@ -51,11 +51,11 @@ class Kronecker:
 
     @property
     def size(self) -> int:
-        """The number of entries that the block is of."""
+        """The number of the param's entries in the block."""
         return math.prod(self.b.shape[:-1]) * self.a.shape[-1]
 
     def __iter__(self) -> Iterator[Array]:
-        """Go through the two factors."""
+        """Iterate over the two factors."""
         return iter((self.a, self.b))
 
 
@@ -63,11 +63,11 @@ class Kronecker:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InBlockBefore:
-    """Stands for the block of a bias that is the last row of the matrix before it."""
+    """A placeholder for the block of a bias that is the last row of the matrix before it."""
 
 
 class Sides(NamedTuple):
-    """Two thin matrices, which a param (I, O) or its cotangent g is seen through: left^T g right.
+    """Two thin matrices that project a param (I, O) or its cotangent g: left^T g right.
 
     Attributes:
         left: (I, K), or None for the identity.
@@ -83,7 +83,7 @@ class OfX(NamedTuple):
 
     Attributes:
         gram: the Gram matrix, summed over examples and positions, or its diagonal.
-        rows: how many positions those are, of all examples together.
+        rows: the number of these positions, over all examples.
     """
 
     gram: Float[Array, "i i"] | Float[Array, " i"]
@@ -94,17 +94,18 @@ class OfX(NamedTuple):
 class Factored(abc.ABC):
     """The cotangent of one parameter, sum_n g_n, not yet summed over the examples n.
 
-    A subclass names its factors as fields and writes ``per_example``; it becomes a frozen dataclass
-    and a pytree by itself. Axis 0 of every factor is the example; in a ``Repeated`` form it is
-    axis 1, behind the layer.
+    A subclass declares its factors as fields and writes ``per_example``; it becomes a frozen
+    dataclass and a pytree without a decorator. Axis 0 of every factor is the example; in a
+    ``Repeated`` form the example is axis 1, after the layer.
 
     A parameter may have several cotangents, one for each column of a root of the loss Hessian.
-    ``squares`` and ``gram_of_ct`` are what can be added up over them.
+    ``squares`` and ``gram_of_ct`` can be added up over these cotangents.
 
     Attributes:
-        is_pair: whether it has two Kronecker factors.
-        unfactored: why it has none, if it has none.
-        room: how many times as large as the factors g_n may be where ``compact`` forms it.
+        is_pair: whether the form has two Kronecker factors.
+        unfactored: the reason why a form without Kronecker factors has none.
+        room: the largest size of g_n, as a multiple of the factors' size, at which ``compact``
+            computes it.
     """
 
     room: ClassVar[int] = 1
@@ -116,20 +117,20 @@ class Factored(abc.ABC):
         jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
     def factors(self) -> Iterator[tuple[Array, int]]:
-        """Yield the factors, each with the axis of its examples."""
+        """Yield the factors, each with its example axis."""
         for factor in jax.tree.leaves(self):
             yield factor, 0
 
     @abc.abstractmethod
     def per_example(self) -> Float[Array, "n ..."]:
-        """Return g_n for each example: the parameter's shape behind an example axis."""
+        """Return g_n for each example: the parameter's shape after an example axis."""
 
     def sum(self) -> Array:
         """Return sum_n g_n, the gradient that autodiff returns, in at least float32."""
         return wide(self.per_example()).sum(axis=0)
 
     def norm_of_sum(self) -> Float[Array, ""]:
-        """Return |sum_n g_n|, the norm of the gradient, also where its square would overflow."""
+        """Return |sum_n g_n|, the norm of the gradient, even where its square would overflow."""
         return norms(self.sum()[None])[0]
 
     def scaled(self, weights: Float[Array, " n"]) -> Factored:
@@ -137,10 +138,9 @@ class Factored(abc.ABC):
         return Stacked(weighted(wide(self.per_example()), weights))
 
     def compact(self) -> Factored:
-        """Return the form of g_n itself where there is room for it, else this one.
+        """Return g_n itself as a form if there is room for it, else this form.
 
-        What is asked for more than one thing, such as norms and a weighted sum, then forms g_n
-        once.
+        Several results, such as norms and a weighted sum, then share one computation of g_n.
         """
         form = jax.tree.map(lambda a: wide(a) if jnp.issubdtype(a.dtype, jnp.inexact) else a, self)
         g = jax.eval_shape(lambda form: form.per_example(), form)
@@ -174,7 +174,7 @@ class Factored(abc.ABC):
         return map_examples(of_one, each)
 
     def norms(self) -> Float[Array, " n"]:
-        """Return |g_n| in a way that neither cancels nor overflows, as a bound must be."""
+        """Return |g_n| without cancellation or overflow, so that a bound on it can be trusted."""
         return norms(self.per_example())
 
     def inner_products(self) -> Float[Array, "n n"]:
@@ -184,36 +184,36 @@ class Factored(abc.ABC):
         return g @ g.T
 
     def for_products(self, other: Factored) -> Factored:
-        """Return what to ask for ``products_with(other.for_products(self))``: g_n, or this form.
+        """Return the form, g_n or this one, to call ``products_with(other.for_products(self))`` on.
 
-        The entries of g_n may lie in another order, if they do so in both.
+        The entries of g_n may lie in another order, if that order is the same in both.
         """
         return Stacked(wide(self.per_example()))
 
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
-        """Return <g_n, h_m> with each h_m of another batch's form of the same param."""
+        """Return <g_n, h_m> for each h_m of another batch's form of the same param."""
         g, h = (wide(form.per_example()) for form in (self, other))
         size = math.prod(g.shape[1:])
         return jnp.einsum("ni,mi->nm", g.reshape(g.shape[0], size), h.reshape(h.shape[0], size))
 
     @property
     def place(self) -> Place:
-        """The layout, in the param, of the matrices that its factors are of."""
+        """The layout, in the param, of the matrices that the factors multiply out to."""
         return Place()
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """I and O, of g_n as a matrix: by default the last axis is O, and all others are I."""
+        """I and O of g_n as a matrix: by default O is the last axis, and I is all the others."""
         shape = jax.eval_shape(lambda form: form.per_example(), self).shape[1:]
         return math.prod(shape[:-1]), shape[-1] if shape else 1
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """The shape of the matrices that its factors are of."""
+        """The shape of the matrices that the factors multiply out to."""
         return self.sizes
 
     def matrices(self, g: Array) -> Array:
-        """Return a g_n as the matrices that the factors are of."""
+        """Return a g_n as the matrices that the factors multiply out to."""
         return self.place.matrices(g, self.matrix_shape)
 
     def projected(self, sides: Sides) -> Float[Array, "n k l"]:
@@ -223,7 +223,7 @@ class Factored(abc.ABC):
         return map_examples(lambda one: _between(sides, alone(one).reshape(sizes)), each)
 
     def seen(self, sides: Sides) -> Factored:
-        """Return the form of left^T g_n right, of the matrices that its factors are of."""
+        """Return the form of left^T g_n right, with g_n laid out as by ``matrices``."""
         return Through(self, sides)
 
     def second_moment(self) -> Array:
@@ -231,34 +231,34 @@ class Factored(abc.ABC):
         return self.of_squares(self.squares())
 
     def squares(self) -> Array:
-        """Return what ``of_squares`` makes the second moment of.
+        """Return the squares from which ``of_squares`` computes the second moment.
 
-        Those of several cotangents may be added up first.
+        The squares of several cotangents may be added up first.
         """
         return jnp.sum(wide(self.per_example()) ** 2, axis=0)
 
     def of_squares(self, squares: Array) -> Array:
-        """Return the second moment from the sum of squares, without a look at the form's own ct.
+        """Return the second moment from the sum of squares, without using the form's own ct.
 
-        It is linear in squares, so that these, which may be fewer, are divided for a mean.
+        It is linear in squares, so that a mean can divide the squares, which may be fewer, instead.
         """
         return squares
 
     def squares_of_each(self) -> Array:
-        """Return what ``each_of_squares`` makes g_n^2 of, with the example on axis 0.
+        """Return the squares from which ``each_of_squares`` computes g_n^2, the example on axis 0.
 
-        Those of several cotangents may be added up first.
+        The squares of several cotangents may be added up first.
         """
         return wide(self.per_example()) ** 2
 
     def each_of_squares(self, squares: Array) -> Float[Array, "n ..."]:
-        """Return g_n^2 for each example, without a look at the form's own ct."""
+        """Return g_n^2 for each example, without using the form's own ct."""
         return squares
 
     def one_by_one(self) -> tuple[list[Array], Callable[[list[Array]], Array]]:
-        """Return arrays with the example on axis 0, and a function from an entry of each to g_n.
+        """Return arrays with the example on axis 0, and a function from one entry of each to g_n.
 
-        So a loop has one g_n at a time in memory.
+        A loop over these has one g_n at a time in memory.
         """
         axes, structure = [axis for _, axis in self.factors()], jax.tree.structure(self)
 
@@ -270,7 +270,7 @@ class Factored(abc.ABC):
         return [jnp.moveaxis(factor, axis, 0) for factor, axis in self.factors()], alone
 
     def squares_around(self, mean: Array, weights: Float[Array, " n"]) -> Array:
-        """Return sum_n weights_n (g_n - mean)^2, elementwise, without what squares would cancel."""
+        """Return sum_n weights_n (g_n - mean)^2, elementwise, not as a difference that cancels."""
         each, alone = self.one_by_one()
 
         def of_one(one: tuple[list[Array], Array]) -> Array:
@@ -286,40 +286,40 @@ class Factored(abc.ABC):
 
         Args:
             real: False where an example, or a position, is padding that does not count.
-            weights: what each example counts; 1 by default.
+            weights: the weight of each example; 1 by default.
 
         Raises:
-            TypeError: for a form that has no two factors.
+            TypeError: for a form without two Kronecker factors.
         """
         raise TypeError(f"{type(self).__name__} has no Kronecker factors: {self.unfactored}")
 
     def sum_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> Float[Array, "... i"]:
-        """Return the sum of the input over examples and positions, for a bias beside the matrix.
+        """Return the sum of the input over examples and positions, for a bias next to the matrix.
 
         Args:
             real: as in ``gram_of_x``.
             weights: as in ``gram_of_x``.
 
         Raises:
-            TypeError: for a form that has no two factors.
+            TypeError: for a form without two Kronecker factors.
         """
         raise TypeError(f"{type(self).__name__} has no Kronecker factors: {self.unfactored}")
 
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Factored:
-        """Return the form with the mean of the input and the sum of ct for its one position.
+        """Return the form with a single position: the mean of the input and the sum of ct.
 
         Args:
             real: as in ``gram_of_x``.
 
         Raises:
-            TypeError: for a form that has no two factors.
+            TypeError: for a form without two Kronecker factors.
         """
         raise TypeError(f"{type(self).__name__} has no Kronecker factors: {self.unfactored}")
 
     def gram_of_ct(self) -> Float[Array, "o o"]:
-        """Return the Gram matrix of ct, likewise, and with the same error."""
+        """Return the Gram matrix of ct, summed like ``gram_of_x`` and with the same error."""
         raise TypeError(f"{type(self).__name__} has no Kronecker factors: {self.unfactored}")
 
 
@@ -328,7 +328,7 @@ class Stacked(Factored):
     """The form of any parameter: g_n itself, for each example.
 
     Attributes:
-        g: (N, ...), the parameter's shape behind an example axis.
+        g: (N, ...), the parameter's shape after an example axis.
     """
 
     g: Float[Array, "n ..."]
@@ -345,10 +345,10 @@ class Stacked(Factored):
 
 
 class Through(Factored):
-    """The form of another's matrices, seen through two sides, one example after the other.
+    """The form of another form's matrices, projected by two sides, one example at a time.
 
     Attributes:
-        form: the other.
+        form: the other form.
         sides: (..., I, K) and (..., O, L).
     """
 
@@ -372,7 +372,7 @@ class Through(Factored):
 
 
 def through(x: Float[Array, "... i"], side: Float[Array, "i k"] | None) -> Float[Array, "... k"]:
-    """Return x seen through one side of ``Sides``."""
+    """Return x projected by one side of ``Sides``."""
     return x if side is None else x @ side.astype(x.dtype)
 
 
@@ -392,7 +392,7 @@ def sq_norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
 
 
 def norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
-    """Return the norm of each example's part of x, also where its square would overflow."""
+    """Return the norm of each example's part of x, even where its square would overflow."""
     axes = tuple(range(1, x.ndim))
     x = wide(x)
     if 0 in x.shape[1:]:
@@ -402,13 +402,13 @@ def norms(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
 
 
 def norm_of_all(norms: PyTree) -> Float[Array, ""]:
-    """Return the norm of what has parts of these norms, the leaves of a tree."""
+    """Return the norm of a whole from the norms of its parts, the leaves of a tree."""
     leaves = jax.tree.leaves(norms)
     return norms_of_all([leaf[..., None] for leaf in leaves])[0] if leaves else jnp.zeros(())
 
 
 def norms_of_all(norms_of_parts: PyTree) -> Float[Array, " n"]:
-    """Return the norm of each example's whole, of which the leaves (..., N) are norms of parts."""
+    """Return the norm of each example's whole from the norms of its parts, the leaves (..., N)."""
     leaves = jax.tree.leaves(norms_of_parts)
     rows = [leaf.reshape(math.prod(leaf.shape[:-1]), leaf.shape[-1]) for leaf in leaves]
     parts = [row[0] if row.shape[0] == 1 else norms(row.T) for row in rows]
@@ -417,9 +417,9 @@ def norms_of_all(norms_of_parts: PyTree) -> Float[Array, " n"]:
 
 
 def _unit(largest: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Return the unit in which to square numbers of which the largest is given; 1 where it is 0.
+    """Return the unit in which to square numbers, given the largest of them; 1 where that is 0.
 
-    Neither it nor its reciprocal, by which XLA may multiply, is flushed to 0. A norm does not
+    Neither the unit nor its reciprocal, by which XLA may multiply, is flushed to 0. A norm does not
     depend on its unit, and neither do its derivatives.
     """
     tiny = jnp.asarray(jnp.finfo(largest.dtype).tiny, largest.dtype)

@@ -1,4 +1,4 @@
-"""Moves: how the entries of a param came to lie where they met data, and back again."""
+"""Moves: how a param's entries were rearranged before they met data, and the way back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Sizes = tuple[int, ...]
 
 
 class Reshaped(NamedTuple):
-    """A reshape, of what had another shape before."""
+    """A reshape of an array of shape ``before``."""
 
     before: Sizes
 
@@ -31,7 +31,7 @@ class Transposed(NamedTuple):
 
 
 class Sliced(NamedTuple):
-    """A slice of an array of a shape; the entries that it leaves out have a cotangent of 0."""
+    """A slice of an array of shape ``before``; entries that it leaves out have a cotangent of 0."""
 
     before: Sizes
     starts: Sizes
@@ -46,7 +46,7 @@ class Sliced(NamedTuple):
 
 
 class Turned(NamedTuple):
-    """An array turned around along some axes."""
+    """A reversal of an array along some axes."""
 
     axes: Sizes
 
@@ -55,7 +55,7 @@ class Turned(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """A layer of a stack that a scan goes through: what follows is done to each."""
+    """A layer of a stack that a scan iterates over: the moves that follow act on each layer."""
 
 
 Move: TypeAlias = Reshaped | Transposed | Sliced | Turned | Scanned
@@ -69,7 +69,7 @@ def in_place(moves: Moves) -> bool:
 
 
 def moved_back(moves: Moves, g: Array) -> Array:
-    """Return what is like a view, with its entries where they are in the param."""
+    """Return an array like the moved view with its entries where they are in the param."""
     depth = sum(isinstance(move, Scanned) for move in moves)
     for move in reversed(moves):
         if isinstance(move, Scanned):
@@ -83,15 +83,15 @@ def moved_back(moves: Moves, g: Array) -> Array:
 
 
 def named(moves: Moves) -> tuple[tuple[Any, ...], ...]:
-    """Return the moves as plain facts, the name of each before what it holds."""
+    """Return the moves as plain facts, each as its name followed by its fields."""
     return tuple((type(move).__name__, *move) for move in moves)
 
 
 class Place(NamedTuple):
-    """The layout, in a param, of the matrices that its Kronecker factors are of.
+    """The layout, in a param, of the matrices that its Kronecker factors belong to.
 
     Attributes:
-        steps: the moves from the matrices to the param, the last first, as plain facts.
+        steps: the moves from the param to the matrices, in order, as plain facts.
     """
 
     steps: tuple[tuple[Any, ...], ...] = ()
@@ -103,7 +103,7 @@ class Place(NamedTuple):
 
     @property
     def moves(self) -> Moves:
-        """The moves."""
+        """The steps as moves."""
         return tuple(KINDS[name](*facts) for name, *facts in self.steps)
 
     @property
@@ -112,22 +112,22 @@ class Place(NamedTuple):
         return not any(isinstance(move, Sliced) for move in self.moves)
 
     def within(self, moves: Moves, shape: Sizes) -> Place:
-        """Return the place in a param of which what lies here is a view.
+        """Return the place in a param that has this place's own param as a view.
 
         Args:
-            moves: how the view came to be; of a stack they begin with the scans through it.
-            shape: that of the view, of one layer.
+            moves: the moves that made the view; for a stack they begin with the scans over it.
+            shape: the shape of the view, for one layer.
         """
         scans = sum(isinstance(move, Scanned) for move in moves)
         return Place.of((*moves, Reshaped(shape), *self.moves[scans:]))
 
     def matrices(self, g: Array, shape: Sizes) -> Array:
-        """Return what is like the param as matrices (..., I, O) of this shape."""
+        """Return an array like the param as matrices (..., I, O) of this shape."""
         if not self.steps:
             return g.reshape(shape)
         struct = jax.ShapeDtypeStruct(shape, g.dtype)
         return jax.linear_transpose(lambda m: self.param(m, g.shape), struct)(g)[0]
 
     def param(self, matrices: Array, shape: Sizes) -> Array:
-        """Return the matrices as what is like the param, of this shape."""
+        """Return the matrices as an array like the param, of this shape."""
         return moved_back(self.moves, matrices).reshape(shape)

@@ -1,4 +1,4 @@
-"""The forms that most layers need: of a matrix that multiplies x, and of a bias that is added."""
+"""The forms that most layers need: for a matrix that multiplies x, and for an added bias."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sum(Factored):
     """The form of a bias (O,): g_n = sum over positions t of ct[n, t].
 
     Attributes:
-        ct: (N, ..., O), the cotangent of what the bias was added to.
+        ct: (N, ..., O), the cotangent of the array that the bias was added to.
     """
 
     is_pair: ClassVar[bool] = True
@@ -45,7 +45,7 @@ class Sum(Factored):
         return self.seen(sides).per_example()[:, None]
 
     def seen(self, sides: Sides) -> Sum:
-        """Return the form of g_n right; its left side is of one entry, and left out."""
+        """Return the form of g_n right; the left side has one entry and is left out."""
         return Sum(through(wide(self.ct), sides.right))
 
     def squares(self) -> Float[Array, "n o"]:
@@ -68,7 +68,9 @@ class Sum(Factored):
 
 
 Sequences = Float[Array, "n t d"]
-DEARER = 3  # times what <X X^T, C C^T> costs on a TPU beside |X^T C|^2, which its matmuls square
+# On a TPU, whose matmuls take the square too, |X^T C|^2 is used up to this multiple of the cost of
+# <X X^T, C C^T>.
+DEARER = 3
 
 
 @serializable
@@ -88,7 +90,7 @@ class Outer(Factored):
         return _each(*self._sequences())
 
     def sum(self) -> Float[Array, "i o"]:
-        """Return x^T ct, or (ct^T x)^T: a CPU copies the operand that is transposed."""
+        """Return x^T ct, or (ct^T x)^T if cheaper: a CPU copies the operand that is transposed."""
         i, o = self.x.shape[-1], self.ct.shape[-1]
         rows = math.prod(self.x.shape[:-1])
         if known(lambda: rows * i <= rows * o + i * o):
@@ -100,8 +102,8 @@ class Outer(Factored):
     def norm_of_sum(self) -> Float[Array, ""]:
         """Return |X^T C| from <X X^T, C C^T> over all rows of X and C, where that is cheaper.
 
-        Where the products nearly cancel their sum is rounding, and where X and C are far apart in
-        size one of them overflows: then |X^T C| is taken after all.
+        If the products nearly cancel, their sum is mostly rounding error; if X and C are far apart
+        in size, one of the products overflows. Then |X^T C| is computed after all.
         """
         rows, i, o = math.prod(self.x.shape[:-1]), self.x.shape[-1], self.ct.shape[-1]
         if not known(lambda: rows * (i + o) < i * o):
@@ -130,9 +132,10 @@ class Outer(Factored):
         return jnp.sum((x @ entries) * ct, axis=1)
 
     def norms(self) -> Float[Array, " n"]:
-        """Return |x| |ct|, or along positions |X^T C|, of all examples at once where it is small.
+        """Return |x| |ct|, or along positions |X^T C|, for all examples at once where it is small.
 
-        Where <X X^T, C C^T> is cheaper, and shows no sign of what is wrong with it, it is its root.
+        Where <X X^T, C C^T> is cheaper, and shows no sign of cancellation, overflow or underflow,
+        its root is used.
         """
         return self._cheapest(norms, _roots_of_products, _norms_of_products)
 
@@ -145,9 +148,10 @@ class Outer(Factored):
         """Return a norm of each X^T C in the cheapest way.
 
         Args:
-            of_each: gives it of the X^T C themselves; that of a product of rows is their product.
-            of_products: gives it of X and C by <X X^T, C C^T>.
-            one_by_one: gives it of X and C by one X^T C after the other.
+            of_each: returns the norm of each X^T C itself; for an outer product of two rows it must
+                be the product of the rows' norms.
+            of_products: returns the norm from X and C by <X X^T, C C^T>.
+            one_by_one: returns the norm from X and C by one X^T C at a time.
         """
         x, ct = map(wide, self._sequences())
         (_, t, i), o = x.shape, ct.shape[-1]
@@ -164,8 +168,10 @@ class Outer(Factored):
         return one_by_one(x, ct)
 
     def inner_products(self) -> Float[Array, "n n"]:
-        """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), or <g_n, g_m> where
-        that is cheaper."""
+        """Return <g_n, g_m> from each g_n, or by pairs of positions where that is cheaper.
+
+        By pairs it is the sum of (x_n . x_m)(ct_n . ct_m) over all pairs of positions.
+        """
         x, ct = map(wide, self._sequences())
         (n, t, i), o = x.shape, ct.shape[-1]
         if not known(lambda: n * t * t * (i + o) <= (t + n) * i * o):
@@ -180,7 +186,7 @@ class Outer(Factored):
         )
 
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
-        """Return the sum over pairs of positions of (x_n . x_m)(ct_n . ct_m), where cheaper."""
+        """Return <g_n, h_m>, where cheaper by pairs of positions, as in ``inner_products``."""
         if not isinstance(other, Outer) or not self._in_pairs(other):
             return super().products_with(other)
         (x, ct), (x2, ct2) = (map(wide, form._sequences()) for form in (self, other))
@@ -197,14 +203,14 @@ class Outer(Factored):
         return self.x.shape[-1], self.ct.shape[-1]
 
     def projected(self, sides: Sides) -> Float[Array, "n k l"]:
-        """Return (x left)^T (ct right), without g_n."""
+        """Return (x left)^T (ct right), without computing g_n."""
         return self.seen(sides).per_example()
 
     def seen(self, sides: Sides) -> Outer:
         return Outer(through(wide(self.x), sides.left), through(wide(self.ct), sides.right))
 
     def squares(self) -> Array:
-        """Return ct^2, for (x^2)^T (ct^2); along positions sum_n g_n^2 itself."""
+        """Return ct^2, for the product (x^2)^T (ct^2); along positions, sum_n g_n^2 itself."""
         x, ct = map(wide, self._sequences())
         if x.shape[1] == 1:
             return ct[:, 0] ** 2
@@ -218,7 +224,7 @@ class Outer(Factored):
         return Outer(wide(x[:, 0]) ** 2, squares).sum()
 
     def squares_of_each(self) -> Array:
-        """Return ct^2, for x^2 (outer) ct^2; along positions g_n^2 itself."""
+        """Return ct^2, for the product x^2 (outer) ct^2; along positions, g_n^2 itself."""
         return super().squares_of_each() if self._sequences()[0].shape[1] != 1 else self.squares()
 
     def each_of_squares(self, squares: Array) -> Float[Array, "n i o"]:
@@ -240,7 +246,7 @@ class Outer(Factored):
         return gram(self.ct)
 
     def _sequences(self) -> tuple[Float[Array, "n t i"], Float[Array, "n t o"]]:
-        """Return the factors with their positions on one axis, of length 1 where there are none."""
+        """Return the factors with their positions on one axis, which has length 1 without any."""
         length = math.prod(self.x.shape[1:-1])
         return (
             self.x.reshape(self.x.shape[0], length, self.x.shape[-1]),
@@ -253,9 +259,9 @@ def pairs_are_cheaper(n: int, t: int, m: int, s: int, i: int, o: int) -> bool:
 
     Args:
         n: the number of examples of one batch.
-        t: the number of positions of one of them.
-        m: the number of examples of the other.
-        s: the number of positions there.
+        t: the number of positions of each of them.
+        m: the number of examples of the other batch.
+        s: the number of positions of each of them.
         i: the size of x.
         o: the size of ct.
     """
@@ -264,9 +270,9 @@ def pairs_are_cheaper(n: int, t: int, m: int, s: int, i: int, o: int) -> bool:
 
 @jax.jit
 def _sums_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
-    """Return <X X^T, C C^T> of each example, or where its terms cancel |X^T C|^2 after all.
+    """Return <X X^T, C C^T> of each example, or |X^T C|^2 after all if its terms cancel.
 
-    The terms are as large as |X|^2 |C|^2, and so is what they round away.
+    The terms are as large as |X|^2 |C|^2, and their rounding errors are in proportion.
     """
     total, size = _products(x, ct)
     holds = _holds(total, size)
@@ -275,37 +281,37 @@ def _sums_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
 
 @jax.jit
 def _roots_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
-    """Return the root of <X X^T, C C^T> of each example, if it is not what rounding left of it."""
+    """Return the root of <X X^T, C C^T> of each example, or |X^T C| if rounding dominates any."""
     total, size = _products(x, ct)
-    some = jnp.any(ct != 0, axis=(1, 2))  # else it is 0 indeed
+    some = jnp.any(ct != 0, axis=(1, 2))  # otherwise the total is truly 0
     sound = (total >= 1e-2 * size) & jnp.isfinite(total) & ((total >= _least(total)) | ~some)
     return jax.lax.cond(jnp.all(sound), lambda: root(total), lambda: _norms_of_products(x, ct))
 
 
 def _each(x: Sequences, ct: Sequences) -> Float[Array, "n i o"]:
-    """Return X^T C of each example, of all at once."""
+    """Return X^T C of each example, for all at once."""
     return jnp.einsum("nti,nto->nio", x, ct)
 
 
 def _norms_of_products(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
-    """Return |X^T C|, one example after the other."""
+    """Return |X^T C|, one example at a time."""
     return map_examples(lambda pair: norms((pair[0].T @ pair[1])[None])[0], (x, ct))
 
 
 def _products(x: Sequences, ct: Sequences) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """Return <X X^T, C C^T> of each example, and the sum of its terms without their signs."""
+    """Return <X X^T, C C^T> of each example, and the sum of the absolute values of its terms."""
     products = jnp.einsum("nti,nsi->nts", x, x) * jnp.einsum("nto,nso->nts", ct, ct)
     return products.sum(axis=(1, 2)), jnp.abs(products).sum(axis=(1, 2))
 
 
 def _sums_of_squares(x: Sequences, ct: Sequences) -> Float[Array, " n"]:
-    """Return |X^T C|^2 as a sum of squares, one example after the other."""
+    """Return |X^T C|^2 as a sum of squares, one example at a time."""
     return map_examples(lambda pair: jnp.sum((pair[0].T @ pair[1]) ** 2), (x, ct))
 
 
 @jax.jit
 def _products_of_pairs(x: Sequences, ct: Sequences) -> Float[Array, "n n"]:
-    """Return <g_n, g_m> from products of positions, or where these cancel from each g_n."""
+    """Return <g_n, g_m> from products of positions, or from each g_n if the products cancel."""
     products = jnp.einsum("nti,msi->ntms", x, x) * jnp.einsum("nto,mso->ntms", ct, ct)
     total = products.sum(axis=(1, 3))
     holds = _holds(jnp.diagonal(total), jnp.diagonal(jnp.abs(products).sum(axis=(1, 3))))
@@ -317,20 +323,20 @@ def _products_of_pairs(x: Sequences, ct: Sequences) -> Float[Array, "n n"]:
 
 
 def _least(total: Array) -> float:
-    """Return how large a sum of products is of which little was flushed to 0."""
+    """Return the size from which on a sum of products has lost little by flushing to 0."""
     info = jnp.finfo(total.dtype)
     return float(info.tiny) / float(info.eps)
 
 
 def _holds(total: Array, size: Array) -> Array:
-    """Return whether sums are large against their terms, so that little of them is rounding."""
-    return jnp.all(total >= 1e-3 * size)  # not so of NaN
+    """Return whether sums are large compared with their terms, so that rounding is a small part."""
+    return jnp.all(total >= 1e-3 * size)  # False for NaN
 
 
 def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Array, "i o"]:
     """Return a^T b over examples and positions, added up in at least float32.
 
-    Where a mesh has explicit axes, each axis of the product lies as it does in its factor.
+    On a mesh with explicit axes, each axis of the product is sharded as it is in its factor.
     """
     sharding = laid_out(a, jax.typeof(a).sharding.spec[-1], jax.typeof(b).sharding.spec[-1])
     axes = tuple(range(a.ndim - 1))
@@ -356,14 +362,14 @@ def of_real(
     weights: Float[Array, " n"] | None = None,
     features: int = 1,
 ) -> Float[Array, "n ..."]:
-    """Return x with zeros for what is padding, and the root of its weight in each example.
+    """Return x with zeros for padding, and with each example times the root of its weight.
 
     Args:
         x: an array with the example on axis 0.
-        real: False where an example is padding, or where a position of x is. Of positions that x
-            does not have, what counts is whether the example has a real one.
-        weights: what each example counts in a sum of squares; 1 by default.
-        features: how many of the last axes of x are no positions.
+        real: False where an example, or a position of x, is padding. If x does not have these
+            positions, an example is real if any of its positions is.
+        weights: the weight of each example in a sum of squares; 1 by default.
+        features: the number of last axes of x that are not positions.
     """
     if weights is not None:
         x = weighted(wide(x), jnp.sqrt(weights))
@@ -379,14 +385,14 @@ def count_of(
     real: Bool[Array, "n ..."] | None,
     weights: Float[Array, " n"] | None,
 ) -> Float[Array, ""]:
-    """Return how many positions count, of all examples: an array has one entry for each."""
+    """Return the weighted number of real positions; ``like`` has one entry for each position."""
     return jnp.sum(of_real(jnp.ones_like(wide(like)), real, weights, features=0) ** 2)
 
 
 def mean_of_real(
     x: Float[Array, "n ... d"], real: Bool[Array, "n ..."] | None
 ) -> Float[Array, "n d"]:
-    """Return the mean of each example's rows, over those that are no padding."""
+    """Return the mean of each example's rows that are not padding."""
     axes = tuple(range(1, x.ndim - 1))
     total = of_real(wide(x), real).sum(axis=axes)
     count = of_real(jnp.ones_like(wide(x[..., :1])), real).sum(axis=axes)

@@ -1,4 +1,4 @@
-"""The form of a param whose entries met data in another order than they lie in."""
+"""The form of a param whose entries were rearranged before they met data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jaxprop.core.forms.moves import Moves, Place, Scanned, moved_back
 
 
 class Rearranged(Factored):
-    """The form of a param whose entries met data in another order, or some of them only.
+    """The form of a param that met data with its entries rearranged, or with only some of them.
 
-    Whatever does not look at where an entry lies is that of the form there.
+    Results that do not depend on where an entry lies are those of the inner form.
 
     Attributes:
-        form: the form of what met the data.
-        moves: how the param's entries came to lie there.
+        form: the inner form, of the array that met the data.
+        moves: the moves from the param to that array.
     """
 
     form: Factored
@@ -75,7 +75,7 @@ class Rearranged(Factored):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """The sizes of the form, so that sides are of what met the data."""
+        """The sizes of the inner form: sides apply to the array that met the data."""
         return self.form.sizes
 
     def projected(self, sides: Sides) -> Float[Array, "n ..."]:
