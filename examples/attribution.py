@@ -2,10 +2,11 @@
 
     python examples/attribution.py --plot attribution.png
 
-Each method is a rule of the way back (``jp.rules``) for the same trained params, or a mean of its
-gradients. The table has, for the chosen digit, the sum of what the pixels are given beside the
-score that they explain; and over the held-out digits the score that is left, in percent, when the
-pixels that a method ranks first are made black, beside as many at random among those that are not.
+Each method is a backward rule (``jp.rules``) for the same trained params, or a mean of gradients.
+For the chosen digit, the script prints the score, and the table has the sum of each method's pixel
+attributions, which explain it. For the held-out digits, the table has the percentage of the score
+that is left when the pixels that a method ranks first are made black. The last row picks as many
+pixels at random, of those that are not black.
 """
 
 import argparse
@@ -40,7 +41,7 @@ METHODS = {
 
 
 def train(args: argparse.Namespace, images: Any, labels: Any) -> Any:
-    """Return the params of the net after so many epochs of Adam."""
+    """Return the params of the net after ``args.epochs`` epochs of Adam."""
     batches, key = len(labels) // BATCH, jax.random.key(args.seed)
     update = jp.make_update(NET, LOSS, optax.adam(1e-3))
     params = NET.init(key, images[:1])
@@ -69,7 +70,7 @@ def scores(params: Any, images: Any, classes: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames="removed")
 def left(params: Any, images: Any, classes: Any, rank: Any, removed: int) -> Any:
-    """Return the scores, when the pixels of the highest rank are made black, by the scores."""
+    """Return the share of the scores left when the pixels of the highest rank are made black."""
     rank = jnp.where(images > 0, rank, -jnp.inf).reshape(len(images), -1)
     first = jnp.argsort(-rank, axis=1)[:, :removed]
     pixels = images.reshape(rank.shape).at[jnp.arange(len(rank))[:, None], first].set(0)
@@ -78,7 +79,7 @@ def left(params: Any, images: Any, classes: Any, rank: Any, removed: int) -> Any
 
 
 def draw(image: Any, shares: dict[str, Any], title: str, path: Any) -> None:
-    """Draw an image and what each method makes of it."""
+    """Draw an image and its attribution by each method."""
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(3, 3, figsize=(8, 8.6))

@@ -5,7 +5,7 @@
 In each example n a weight meets an input x_n, and a cotangent ct_n comes back to where they met.
 The gradient is the sum over n of the outer products x_n ⊗ ct_n, which ``jax.grad`` multiplies out
 at once. Kept as two factors, it answers other questions too: each example's gradient norm, or the
-mean of the clipped gradients. The end asserts that all numbers are those of JAX and of jaxprop.
+mean of the clipped gradients. At the end, all numbers are asserted to equal JAX's and jaxprop's.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Outer(NamedTuple):  # a weight's cotangent, the sum over n of x_n ⊗ ct_n
     def sq_norms(self):  # |x ⊗ ct|^2 = |x|^2 |ct|^2, without the product
         return (self.x**2).sum(1) * (self.ct**2).sum(1)
 
-    def weighted_sum(self, weights):  # one matrix product; of equal weights, the gradient
+    def weighted_sum(self, weights):  # one matrix product; with equal weights, the gradient
         return (self.x * weights[:, None]).T @ self.ct
 
 
@@ -87,7 +87,7 @@ if __name__ == "__main__":
     x, target = jax.random.normal(jax.random.key(0), (8, 4)), jnp.arange(8) % 3
     batch = net.init(jax.random.key(1), x), x, target
     value, steps = walk(ours, *batch, lambda forms: forms)
-    forms = sum(steps, ())  # those of w, b, w, b
+    forms = sum(steps, ())  # for w, b, w, b
     _, norms = walk(ours, *batch, sq_norms)  # the same, layer by layer, and no form is kept
     for got, expected in (
         ((value, clipped(forms, jnp.inf)), jax.value_and_grad(jp.loss_fn(net, loss))(*batch)),

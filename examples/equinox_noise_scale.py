@@ -3,9 +3,9 @@
     python examples/equinox_noise_scale.py
     python examples/equinox_noise_scale.py --batch 32 --steps 2000
 
-The noise scale is about the batch size from which on larger ones help little (McCandlish et al.
+The noise scale is roughly the batch size beyond which a larger one helps little (McCandlish et al.
 2018, https://arxiv.org/abs/1812.06162). Its two parts come with the gradient, from one walk back,
-and are averaged over steps before they are divided; the model is an Equinox module, written for one
+and are averaged over steps before they are divided. The model is an Equinox module, written for one
 example. The text is that of gpt.py.
 """
 

@@ -3,10 +3,10 @@
     python examples/flax_private.py
     python examples/flax_private.py --noise 2 --epochs 20
 
-The network is of Flax alone. ``jp.function`` makes a net of it, which private_sgd.py trains as it
-trains its own: Poisson samples, padded to one size by images of weight zero, each image's gradient
-clipped in one walk back, and epsilon from dp-accounting. The table printed first says which params
-have their gradients in factors, and where in this file they meet the images.
+The network is plain Flax. ``jp.function`` makes a net of it, which private_sgd.py trains like its
+own: Poisson samples, padded to one size with images of weight zero, each image's gradient clipped
+in one walk back, and epsilon from dp-accounting. The table printed first says which params have
+factored gradients, and where in this file these params meet the images.
 """
 
 from typing import Any

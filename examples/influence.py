@@ -1,13 +1,14 @@
-"""Which training digits made a net say what it says, by influence with EKFAC.
+"""Find the training digits behind a net's answers, by influence with EKFAC.
 
     python examples/influence.py --plot influence.png
 
-A share of the labels is flipped before training. What a digit did for its own loss, its
-self-influence, is large for what nothing else explains, so that flipped labels rank first; the area
-under the curve says how often a flipped one is above a right one, beside the loss itself and a
-coin. Then influence is held to what it predicts: a small net is trained again without each
-of some digits, and its loss on digits that were held out is compared with the prediction. With a
-picture of the training digits that helped some held-out digits most, and harmed them most.
+A share of the labels is flipped before training. The self-influence of a digit, its effect on its
+own loss, is large where no other digit explains it, so that flipped labels rank first. The area
+under the curve says how often a flipped label ranks above a right one; the gradient norm, the loss
+and a coin are there for comparison. Then the predictions of influence are tested: a small net is
+retrained without each of some digits, and its loss on held-out digits is compared with the
+prediction. The picture has the training digits that helped some held-out digits most, and those
+that harmed them most.
 """
 
 import argparse
@@ -58,10 +59,11 @@ def flipped(labels: Any, share: float, seed: int) -> tuple[Any, Any]:
 
 
 def left_out(x: Any, target: Any, held: Any, args: argparse.Namespace) -> dict[str, float]:
-    """Return Spearman's correlation of what influence predicts and what leaving one out does.
+    """Return Spearman's correlation of the predicted and the true effect of leaving one digit out.
 
-    The loss is the mean over held-out digits. The net is small and decays more, so that its minimum
-    is found, and found again. Beside EKFAC it is the Hessian itself, by conjugate gradients.
+    The effect is on the mean loss over held-out digits. The net is small and has more weight decay,
+    so that each training finds the same minimum. The prediction is made with EKFAC, and with the
+    Hessian itself, by conjugate gradients.
     """
     mean = jp.loss_fn(SMALL, LOSS)
     params = SMALL.init(jax.random.key(args.seed), x[:1])
@@ -91,7 +93,7 @@ def left_out(x: Any, target: Any, held: Any, args: argparse.Namespace) -> dict[s
 
 
 def draw(x: Any, target: Any, held: Any, found: Any, path: Any) -> None:
-    """Draw held-out digits, each beside the training digits that helped and that harmed it most."""
+    """Draw held-out digits, each with the training digits that helped and that harmed it most."""
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(len(held[0]), 9, figsize=(9, 1.25 * len(held[0])))

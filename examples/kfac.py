@@ -1,10 +1,10 @@
-"""The classical deep autoencoder, here of 8 x 8 digits, by K-FAC and by Adam with its rate tuned.
+"""Train the classical deep autoencoder, here of 8 x 8 digits, by K-FAC and by tuned Adam.
 
     python examples/kfac.py --plot kfac.png
 
 The nets of Hinton and Salakhutdinov 2006 (https://doi.org/10.1126/science.1127647), of Martens 2010
 and of the K-FAC paper (https://arxiv.org/abs/1503.05671) squeeze a digit through a few units, which
-first-order methods find slowly. Each method takes full-batch steps from the same params until its
+first-order methods learn slowly. Each method takes full-batch steps from the same params until its
 loss stays below a threshold. Adam is given each of its rates, and the best one counts; K-FAC finds
 its own step sizes, momentum and damping. The time is that of the compiled steps alone.
 """
@@ -28,14 +28,14 @@ CODE = 6
 
 
 def autoencoder(widths: tuple[int, ...] = (128, 64, 32)) -> jp.Layer:
-    """Return a net of 64 pixels, through ``CODE`` units without an activation, to 64 logits."""
+    """Return a net from 64 pixels, through ``CODE`` units without an activation, to 64 logits."""
     down = [layer for width in widths for layer in (jp.Dense(width), jp.Tanh())]
     up = [layer for width in widths[::-1] for layer in (jp.Dense(width), jp.Tanh())]
     return jp.chain(*down, jp.Dense(CODE), *up, jp.Dense(64))
 
 
 def losses(optimizer: Any, params: Any, x: Any, steps: int) -> tuple[Any, float]:
-    """Return the loss before each step, and the seconds of a step."""
+    """Return the loss before each step, and the seconds per step."""
     update = jp.make_update(autoencoder(), LOSS, optimizer)
 
     @jax.jit

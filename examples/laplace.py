@@ -2,14 +2,14 @@
 
     python examples/laplace.py --plot laplace.png
 
-A net is trained on clean digits, and asked about held-out ones with more and more noise on them. It
-stays sure of itself where it is wrong. A normal distribution of its params around the trained ones,
-with the Gauss-Newton matrix for its precision and a prior chosen by the evidence, takes into
-account how its logits vary: with the last layer alone, which is what one would use, and with all
-layers, which is too unsure of digits without noise. The table has the negative log likelihood (NLL)
-of the right class and the expected calibration error (ECE, Guo et al. 2017,
-https://arxiv.org/abs/1706.04599, 15 bins): by how much confidence and the share of right answers
-differ.
+A net is trained on clean digits, and asked about held-out ones with more and more noise. It stays
+sure of itself where it is wrong. The Laplace approximation is a normal distribution of the params
+around the trained ones, with the Gauss-Newton matrix for its precision and a prior chosen by the
+evidence. It takes into account how the logits vary: with the last layer alone, which is the usual
+choice, and with all layers, which is too unsure of digits without noise. The table has the negative
+log likelihood (NLL) of the right class and the expected calibration error (ECE, Guo et al. 2017,
+https://arxiv.org/abs/1706.04599, 15 bins), the difference between the confidence and the share of
+right answers.
 """
 
 import argparse
@@ -26,12 +26,12 @@ import jaxprop as jp
 
 LOSS = jp.CrossEntropy()
 NET = jp.chain(jp.Dense(64), jp.Tanh(), jp.Dense(64), jp.Tanh(), jp.Dense(10))
-PRIOR = 1.0  # its precision, for the params of largest posterior density
+PRIOR = 1.0  # the prior's precision in training, for the params of largest posterior density
 NOISES, BATCH, BINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5), 32, 15
 
 
 def train(args: argparse.Namespace, x: Any, target: Any) -> Any:
-    """Return the params of the net after so many epochs of Adam."""
+    """Return the params of the net after ``args.epochs`` epochs of Adam."""
     batches, key = len(x) // BATCH, jax.random.key(args.seed)
     optimizer = optax.chain(optax.add_decayed_weights(PRIOR / len(x)), optax.adam(3e-3))
     update = jp.make_update(NET, LOSS, optimizer)

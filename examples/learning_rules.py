@@ -1,13 +1,13 @@
-"""Train the digits by five learning rules, and see how far each one's steps are from the gradient.
+"""Train on digits by five learning rules, and see how far each one's steps are from the gradient.
 
     python examples/learning_rules.py --plot rules.png
 
 The rules are backpropagation, sign-symmetric feedback, Kolen-Pollack, feedback alignment and
 direct feedback alignment (``jp.rules``), for a dense network and a small convolution network. All
-have the same params, batches, epochs, momentum and weight decay, and several seeds; the learning
-rate of each is the one of four that ends with the lowest training loss. The angle is that of a
-layer's gradient by the rule to its derivative, on the first training images: 90 degrees tell
-nothing of it.
+start from the same params and have the same batches, epochs, momentum and weight decay, for several
+seeds. The learning rate of each is the one of four that ends with the lowest training loss. The
+angle is that between a layer's gradient by the rule and the derivative, on the first training
+images; at 90 degrees the rule says nothing about the derivative.
 """
 
 import argparse
@@ -49,11 +49,11 @@ RULES: dict[str, Callable[[jp.Layer], jp.Layer]] = {
 
 
 class Course(NamedTuple):
-    """What a run showed after each epoch, (seeds, epochs, ...).
+    """The results of runs after each epoch, (seeds, epochs, ...).
 
     Attributes:
         loss: the mean training loss of the epoch.
-        accuracy: the share of the held-out images that are right.
+        accuracy: the share of the held-out images that are classified correctly.
         angles: the angle at each layer with weights, in degrees.
     """
 
@@ -63,7 +63,7 @@ class Course(NamedTuple):
 
 
 def weights(net: jp.Layer, tree: Any) -> list[Any]:
-    """Return the entries of a tree like params that stand at the layers' weights."""
+    """Return the entries of a tree like params at the layers' weights."""
     layers = tree.params if hasattr(tree, "feedback") else tree
     own = [getattr(layer, "params", layer) for layer in layers]
     return [layer.w for layer in own if hasattr(layer, "w")]
@@ -71,9 +71,9 @@ def weights(net: jp.Layer, tree: Any) -> list[Any]:
 
 @functools.partial(jax.jit, static_argnames=("net", "epochs"))
 def train(net: jp.Layer, epochs: int, data: Any, rates: Any, seeds: Any) -> Course:
-    """Train the net at each rate from every seed, and return what the runs showed.
+    """Train the net at each rate from every seed, and return the results of all runs.
 
-    Each field of the result has an axis of rates in front.
+    Each field of the result has a leading axis of rates.
     """
     images, labels, test_images, test_labels = data
     angles = jp.rules.angles(net, LOSS)

@@ -1,19 +1,20 @@
-"""Train the digits without backpropagation through the layers, by two local rules.
+"""Train on digits without backpropagation through the layers, by two local rules.
 
     python examples/local_learning.py
     python examples/local_learning.py --rule ff --epochs 100
 
-Forward-forward (Hinton 2022, https://arxiv.org/abs/2212.13345): each layer learns by itself to give
-a large sum of squares for an image that stands beside its right label, and a small one for a wrong
-label. Each normalizes its input, so that the next one does not see how large the sum was. A digit
-is of the class whose label makes the sums of all layers but the first largest.
+Forward-forward (Hinton 2022, https://arxiv.org/abs/2212.13345): each layer learns separately to
+output a large sum of squares for an image joined to its right label, and a small one for an image
+with a wrong label. Each layer normalizes its input, so that it cannot see how large the sum of the
+layer before was. The predicted class is the label with the largest sums over all layers except the
+first.
 
-Difference target propagation (Lee et al. 2015, https://arxiv.org/abs/1412.7525): each layer has a
-target of its own, to which an inverse, learned too, takes the target of the layer above back. The
-last target is one step of the gradient of the loss away.
+Difference target propagation (Lee et al. 2015, https://arxiv.org/abs/1412.7525): each layer has its
+own target. A learned inverse maps the target of the layer above back to it. The target of the last
+layer is one gradient step of the loss away.
 
-Both are limits of what a layer's pair of forward and backward is for: a chain of one layer, with a
-loss of its own.
+Both are limiting cases of what a layer's forward and backward are for: a chain of one layer, with
+its own loss.
 """
 
 import argparse
@@ -53,12 +54,12 @@ def goodness(y: Any, sign: Any) -> Any:
 
 
 def labelled(images: Any, labels: Any) -> Any:
-    """Return images with their label beside them, as one entry of ten."""
+    """Return images with their label appended, as one nonzero entry of ten."""
     return jnp.concatenate([images, 2.0 * jax.nn.one_hot(labels, CLASSES)], -1)
 
 
 def forward_forward(args: argparse.Namespace, pixels: int) -> Method:
-    """Return forward-forward for images of so many pixels."""
+    """Return forward-forward for images with the given number of pixels."""
     blocks = [
         jp.chain(jp.RMSNorm(), jp.Dense(args.features), jp.Relu()) for _ in range(args.layers)
     ]
@@ -98,7 +99,7 @@ def forward_forward(args: argparse.Namespace, pixels: int) -> Method:
 
 
 def target_propagation(args: argparse.Namespace, pixels: int) -> Method:
-    """Return difference target propagation for images of so many pixels."""
+    """Return difference target propagation for images with the given number of pixels."""
     widths = [pixels, *[args.features] * args.layers]
     layers = [jp.chain(jp.Dense(width), jp.Tanh()) for width in widths[1:]]
     inverses = [jp.chain(jp.Dense(width), jp.Tanh()) for width in widths[1:-1]]
@@ -135,7 +136,7 @@ def target_propagation(args: argparse.Namespace, pixels: int) -> Method:
         for i in reversed(range(len(layers))):
             params, s = fs[i]
             new_fs[i] = ahead[i](params, s, hs[i], target)[:2]
-            if i:  # the difference: what the inverse says of the target, less its own error
+            if i:  # the difference: the inverse of the target, less the inverse's own error
                 g, (params, s) = inverses[i - 1], gs[i - 1]
                 target = hs[i] + g(params, target) - g(params, hs[i + 1])
                 noisy = hs[i] + 0.1 * jax.random.normal(jax.random.fold_in(key, i), hs[i].shape)

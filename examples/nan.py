@@ -3,11 +3,11 @@
     python examples/nan.py
 
 Three functions fail at one example of a batch. ``jax.debug_nans`` stops at the first primitive with
-a NaN in its result, which on the way back is one that nobody wrote. In ``jax.jit`` its line is then
-that of the call; without, its traceback goes back to the line that was differentiated. In a scan it
-is the scan. ``equinox.debug.backward_nan`` prints what comes back to a spot that has to be known
-beforehand. ``jp.find_nonfinite`` takes the function as it is, and the batch. Without Equinox its
-part is left out.
+a NaN in its result, which on the way back is one that nobody wrote. In ``jax.jit``, the line it
+names is that of the call; without it, the traceback leads to the line that was differentiated. In a
+scan, it stops at the scan. ``equinox.debug.backward_nan`` prints the cotangent at a spot that must
+be known beforehand. ``jp.find_nonfinite`` takes the function as it is, and the batch. If Equinox is
+not installed, its part is left out.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ SPOTS: list[Callable[[Array], Array]] = []
 
 
 def spot(h: Array) -> Array:
-    """Return h; backward_nan stands here while it is tried."""
+    """Return h, passed through backward_nan while that is tried."""
     return SPOTS[-1](h) if SPOTS else h
 
 
@@ -85,7 +85,7 @@ def debug_nans(fn: Fn, compiled: Callable[[Any], Any]) -> str:
 
 
 def backward_nan(fn: Fn) -> None:
-    """Have backward_nan print what comes back to the spot."""
+    """Print the cotangent at the spot by backward_nan."""
     import equinox as eqx
 
     SPOTS.append(lambda h: eqx.debug.backward_nan(h, name="h", terminate=False))

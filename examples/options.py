@@ -1,4 +1,4 @@
-"""The command line of the examples: options with their defaults, and ends without a traceback."""
+"""The command line of the examples: options with defaults, and exits without a traceback."""
 
 import argparse
 import contextlib
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{name}", default=default, help=help, **settings)
 
     def add_checkpoints(self, every: str) -> None:
-        """Add the options of a run that saves checkpoints, and can go on from them."""
+        """Add the options of a run that saves checkpoints and can resume from them."""
         self.add(("checkpoints", directory, None, f"save the state {every}"))
         self.add_argument(
             "--resume", action="store_true", help="continue from the newest checkpoint"
@@ -98,14 +98,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def reader_left(error: BaseException) -> bool:
-    """Whether an error says that nobody reads standard output any more (``script.py | head``).
+    """Return whether an error means that nobody reads standard output (``script.py | head``).
 
-    The signal of a closed pipe is not put back to its default, which ends a process at once: it
-    would do so for any pipe or socket in it, one that saves a checkpoint among them.
+    SIGPIPE is not reset to its default, which ends a process at once: it would do so for any closed
+    pipe or socket, including one that saves a checkpoint.
     """
     if isinstance(error, BrokenPipeError):
         try:
-            print(flush=True)  # what failed to be written is not kept to be tried again
+            print(flush=True)  # a new write: the one that failed is not kept
         except BrokenPipeError:
             return True
     return False
@@ -120,12 +120,12 @@ def run(main: Callable[[], Any]) -> None:
     except BrokenPipeError as error:
         if not reader_left(error):
             raise
-        os._exit(128 + 13)  # as a shell has it of a process that the signal ended
+        os._exit(128 + 13)  # a shell's exit status for a process ended by SIGPIPE
 
 
 def _interrupted(*_: object) -> None:
-    """End the process at once: what is being saved would take an exception for a failure."""
+    """End the process at once: a save in progress would take an exception for a failure."""
     print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-    with contextlib.suppress(BrokenPipeError, RuntimeError):  # a closed pipe, or amid a print
+    with contextlib.suppress(BrokenPipeError, RuntimeError):  # a closed pipe, or during a print
         sys.stdout.flush()
     os._exit(128 + 2)

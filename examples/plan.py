@@ -10,7 +10,7 @@ The default model is GPT-2 XL, with 1.5 B params. The step of ``jp.make_update``
 compiled from shapes alone, for a mesh of simulated CPU devices. Params, optimizer state and batch
 are sharded over all of them (``jp.sharding``). The bytes come from ``compiled.memory_analysis()``.
 They are those of XLA for CPUs, whose fusions and buffers differ from a GPU's, or with ``--target``
-those of XLA for an H100, which need not be there. Next to them the script prints a calculation by
+those of XLA for an H100, which need not be present. Next to them the script prints a calculation by
 hand, and lower bounds on the time of a step from NVIDIA's data sheet of the H100. Nothing is
 measured on a GPU.
 """

@@ -3,11 +3,11 @@
     python examples/spectrum.py --plot spectrum.png
     python examples/spectrum.py --train 2000 --probes 10
 
-``jp.hvp`` and ``jp.ggn_vp`` give the product of the Hessian of the loss, and of its Gauss-Newton
-part, with a vector; neither matrix is formed. Newton's step is a ``lineax`` operator of such
-products, solved by conjugate gradients. The density of eigenvalues is that of stochastic Lanczos
-quadrature (Ghorbani et al. 2019, https://arxiv.org/abs/1901.10159). Lanczos is the eight lines that
-it takes with the whole basis kept, which is small enough here; ``matfree`` has other ways.
+``jp.hvp`` and ``jp.ggn_vp`` return the product of a vector with the Hessian of the loss, and with
+its Gauss-Newton part; neither matrix is stored. Newton's step solves a ``lineax`` operator of such
+products by conjugate gradients. The density of eigenvalues is that of stochastic Lanczos quadrature
+(Ghorbani et al. 2019, https://arxiv.org/abs/1901.10159). Lanczos takes eight lines if the whole
+basis is kept, which is small enough here; ``matfree`` has other ways.
 """
 
 import argparse
@@ -31,7 +31,7 @@ Product = Callable[[Any], Any]
 
 
 def newton(product: Product, grads: Any, damping: Any, steps: int) -> tuple[Any, Any]:
-    """Return the solution of (H + damping) step = grads by CG, and how many products it took."""
+    """Return the solution of (H + damping) step = grads by CG, and the number of products."""
     like, definite = jax.eval_shape(lambda: grads), lineax.positive_semidefinite_tag
     hessian = lineax.FunctionLinearOperator(product, like)
     damped = hessian + damping * lineax.IdentityLinearOperator(like)
@@ -45,7 +45,7 @@ def lanczos(product: Product, v: Any, steps: int) -> tuple[Any, Any]:
     """Return Ritz values, ascending, and the weight that v, of length 1, has in each.
 
     They are the nodes and weights of Gauss's quadrature for v^T f(A) v. Each new vector is made
-    orthogonal to all before it, twice, without which large eigenvalues would appear again.
+    orthogonal to all earlier ones, twice; otherwise large eigenvalues would appear again.
     """
 
     def step(carry: Any, i: Any) -> tuple[Any, Any]:
@@ -77,7 +77,7 @@ def spectrum(product: Product, params: Any, key: Any, args: argparse.Namespace) 
 
 
 def train(args: argparse.Namespace, net: Any, text: Any) -> Any:
-    """Return the params after so many steps of Adam."""
+    """Return the params after ``args.train`` steps of Adam."""
     order = jnp.asarray(starts(args.seed, args.train, args.batch, args.length, text))
     text = jnp.asarray(text)
     update = jp.make_update(net, LOSS, optax.adam(args.rate), max_norm=1.0)
@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, net: Any, text: Any) -> Any:
 
 
 def analyze(args: argparse.Namespace) -> None:
-    """Train the GPT, and print and draw what its Hessian says."""
+    """Train the GPT, print its spectrum and the effect of a Newton step, and draw the spectrum."""
     net, texts = make_net(args), load(args.seed)
     params = train(args, net, texts[0])
     batch, held_out = (
@@ -126,7 +126,7 @@ def analyze(args: argparse.Namespace) -> None:
     shares = [jnp.sum(w * abs(v) * (v < 0)) / jnp.sum(w * abs(v)) for v, w in spectra.values()]
     print(f"{'negative part of sum |λ|':24}" + "".join(f"{share:14.1%}" for share in shares))
 
-    rate, gradients = 1 / hessian[0].max(), 1 + 2 * int(products)  # a product costs two, or less
+    rate, gradients = 1 / hessian[0].max(), 1 + 2 * int(products)  # a product costs at most two
     print(f"\n{'loss in nats a byte':50}{'batch':>10}{'held out':>10}")
     for name, at in (
         ("before", params),

@@ -3,10 +3,10 @@
     python examples/spiking.py
     python examples/spiking.py --slope 10 --plot spikes.png
 
-Each pixel fires in a step with a probability that is its brightness. Two layers of leaky
-integrate-and-fire units (``jp.rules.Lif``) pass spikes on; the mean over time of what the last
-dense layer gives is the score of a class. The step of a unit has no derivative of use: the way
-back goes through that of a smooth step.
+At each time step a pixel fires with a probability equal to its brightness. Two layers of leaky
+integrate-and-fire units (``jp.rules.Lif``) pass spikes on; the score of a class is the mean over
+time of the last dense layer's output. The step function of a unit has no useful derivative, so the
+walk back uses that of a smooth step.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LOSS, BATCH = jp.CrossEntropy(), 64
 
 
 def make_net(args: argparse.Namespace) -> jp.Layer:
-    """Return the network, of spikes (N, T, 64)."""
+    """Return the network, for spikes (N, T, 64)."""
     lif = jp.rules.Lif(args.decay, slope=args.slope)
     return jp.chain(
         *(jp.Dense(args.features), lif, jp.Dense(args.features), lif),

@@ -1,13 +1,13 @@
-"""Trace what a network says of a digit to the training digits that taught it so, by TracIn.
+"""Trace a network's answer for a digit to the training digits that taught it, by TracIn.
 
     python examples/tracin.py
 
 The influence of a training digit on a test digit is the sum over checkpoints of the learning rate
 times the inner product of their gradients (Pruthi et al. 2020, https://arxiv.org/abs/2002.08484):
-about how much the steps on the one lowered the loss on the other. A few training labels are made
-wrong first. A digit's influence on itself, its squared gradient norm, is large where the label is
-wrong, and is compared with that by the area under the curve: the chance that a wrong label has more
-than a right one.
+about how much the steps on the former lowered the loss on the latter. A few training labels are
+made wrong first. A digit's influence on itself, from its squared gradient norms, is large where the
+label is wrong. How well it finds wrong labels is the area under the curve: the chance that a wrong
+label has more self-influence than a right one.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NET = jp.chain(jp.Dense(64), jp.Gelu(), jp.Dense(10))
 
 
 def trace(args: argparse.Namespace) -> None:
-    """Train, add up influences over a checkpoint an epoch, and print what they find."""
+    """Train, add up influences over one checkpoint per epoch, and print what they find."""
     images, right, *test = load(args.seed)
     for_flips, for_init, for_order = jax.random.split(jax.random.key(args.seed), 3)
     for_which, for_what = jax.random.split(for_flips)

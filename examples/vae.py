@@ -13,7 +13,7 @@ import jaxprop as jp
 
 
 class Sample(jp.Layer):
-    """z = mean + exp(logvar / 2) e, e normal; without a key e is 0. y is z, and the latents x."""
+    """A sample z = mean + exp(logvar / 2) e, e normal; without a key e is 0. y holds z and x."""
 
     takes = jp.Key
 
@@ -28,7 +28,7 @@ class Sample(jp.Layer):
 
 
 def divergence(latent):
-    """KL(N(mean, diag exp(logvar)) || N(0, I)) of one example."""
+    """Return KL(N(mean, diag exp(logvar)) || N(0, I)) of one example."""
     return jnp.sum(latent["mean"] ** 2 + jnp.exp(latent["logvar"]) - 1 - latent["logvar"]) / 2
 
 

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Args:
         argv: the arguments after the command's name; those of the process by default. Without a
-            command the walkthrough is run.
+            command, the walkthrough runs.
 
     Returns:
         0, or 1 for a regression of ``bench``, or 2 for a mistake on the command line.
@@ -199,7 +199,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _figures(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the options ask for, and draw it."""
+    """Return the figures that the options ask for, after drawing them if there is a --plot."""
     of = "peers" if args.peers else "growth" if args.growth else "target" if args.target else None
     if of is None and args.plot is not None:
         raise BenchError("--plot draws --peers, --growth or --target: add one of them")
@@ -242,7 +242,7 @@ def _read_figures(path: str) -> dict[str, Any]:
 
 
 def _positive(text: str) -> int:
-    """Return a number of steps from its text."""
+    """Parse a number of steps."""
     if not text.isdecimal() or not 1 <= int(text) <= MOST_STEPS:
         raise argparse.ArgumentTypeError(f"must be from 1 to {MOST_STEPS}, not {text!r}")
     return int(text)

@@ -1,7 +1,7 @@
 """Shardings of params and optimizer state over a mesh of devices; ``jax.jit`` does the rest.
 
 Each rule takes a tree and returns a tree of ``NamedSharding`` like it, for ``jax.device_put`` or
-for ``in_shardings`` and ``out_shardings``. A rule looks at shapes alone, so that the tree may be
+for ``in_shardings`` and ``out_shardings``. A rule looks only at shapes, so that the tree may be
 params, gradients, any optax state, or the ``jax.ShapeDtypeStruct`` of these.
 
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -12,11 +12,11 @@ params, gradients, any optax state, or the ``jax.ShapeDtypeStruct`` of these.
 
 The rules are for meshes of Auto axes; for others they raise ``ValueError``. On meshes of Explicit
 axes (the default of newer JAX) losses, gradients, updates and quantities work with the batch split
-and params replicated; what is of each example is then split as the batch is. A visit of one's own
-that asks a form for more than its sum wraps that in ``jax.sharding.auto_axes``.
+and params replicated; per-example results are then split like the batch. A visit of your own that
+asks a form for more than its sum must wrap that in ``jax.sharding.auto_axes``.
 
 Every quantity is correct under every rule. Squared norms and second moments along positions, and
-clipping, go through the examples one after the other. They are fast only under ``jax.shard_map``,
+clipping, process the examples one after the other. They are fast only under ``jax.shard_map``,
 where each device has its own examples: under ``jax.jit`` XLA sends all examples to all devices.
 """
 
@@ -47,11 +47,11 @@ def fully_sharded(tree: PyTree, mesh: Mesh, *axes: str, smallest: int = 2**12) -
     et al. 2020, https://arxiv.org/abs/1910.02054). Use it with ``gathered(net, mesh)``, and with
     the batch split over the same mesh axes.
 
-    The mesh axes are placed one after the other, on the same axis of the leaf if they divide it: of
-    (48, 1600, 6400) a mesh of (64, 8) splits the last two axes, where one of 512 divides none. A
-    leaf is not split over a mesh axis that divides none of its own. Axis 0 is split only if no
-    other can be: in a ``repeat`` it is the axis of layers, from which a scan takes params one by
-    one.
+    The mesh axes are placed one after the other, on the same axis of the leaf if they divide it. A
+    mesh of (64, 8) splits the last two axes of a leaf (48, 1600, 6400), of which a mesh of 512
+    divides none. A leaf is not split over a mesh axis that divides none of its own axes. Axis 0 is
+    split only if no other axis can be: in a ``repeat`` it is the axis of layers, from which a scan
+    takes params one by one.
 
     Args:
         tree: a tree of arrays or ``jax.ShapeDtypeStruct``.
@@ -92,12 +92,12 @@ def fully_sharded(tree: PyTree, mesh: Mesh, *axes: str, smallest: int = 2**12) -
 def tensor_parallel(tree: PyTree, mesh: Mesh, axis: str, *, vocab: int | None = None) -> PyTree:
     """Return shardings that split dense layers by columns if they widen, else by rows.
 
-    Of a pair that widens and then narrows, each device computes its own part of the features in
-    between. One all-reduce sums the outputs of the rows, and another the d_x of the columns
-    (Megatron-LM, Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). In GPT-2 ``attn.c_attn``
-    and ``mlp.c_fc`` are split by columns, ``attn.c_proj`` and ``mlp.c_proj`` by rows. The columns
-    of ``c_attn`` are q, k and v one after the other, so that a split does not fall between heads,
-    and XLA gathers its activations.
+    In a pair of layers that widens and then narrows, each device computes its own part of the
+    features in between. One all-reduce sums the outputs of the layer split by rows, and another the
+    d_x of the layer split by columns (Megatron-LM, Shoeybi et al. 2019,
+    https://arxiv.org/abs/1909.08053). In GPT-2, ``attn.c_attn`` and ``mlp.c_fc`` are split by
+    columns, ``attn.c_proj`` and ``mlp.c_proj`` by rows. The columns of ``c_attn`` are q, k and v
+    one after the other, so a split does not fall between heads, and XLA gathers its activations.
 
     All other arrays are replicated, and so are those that the mesh axis does not divide: pad a
     vocabulary of 50257 to 50304.
@@ -106,7 +106,7 @@ def tensor_parallel(tree: PyTree, mesh: Mesh, axis: str, *, vocab: int | None = 
         tree: a tree of arrays or ``jax.ShapeDtypeStruct``.
         mesh: a mesh of Auto axes.
         axis: the name of the mesh axis to split over.
-        vocab: the number of rows of an embedding's table; an array with so many is split by rows.
+        vocab: the number of rows of an embedding's table; an array with that many is split by rows.
 
     Returns:
         A tree of ``NamedSharding`` like ``tree``.
@@ -155,7 +155,7 @@ def tensor_parallel(tree: PyTree, mesh: Mesh, axis: str, *, vocab: int | None = 
 
 
 class Gathered(Wrapper):
-    """y = f(x), with f's params gathered from all devices where f uses them.
+    """A layer y = f(x) that gathers f's params from all devices where f uses them.
 
     Attributes:
         layer: f.
@@ -185,10 +185,10 @@ class Gathered(Wrapper):
 def gathered(net: Layer, mesh: Mesh) -> Layer:
     """Return the same net, in which each layer gathers its params from the devices.
 
-    A layer's params are whole while the layer uses them, forward and again on the way back; in a
-    ``repeat``, those of one block at a time. Without ``gathered`` XLA is free to move the
-    activations instead, and for ``fully_sharded`` params it does. ``jp.cast(gathered(net, mesh),
-    dtype)`` rounds the params before it gathers them.
+    A layer's params are whole while the layer uses them, in the forward pass and again on the walk
+    back; in a ``repeat``, only those of one block at a time. Without ``gathered``, XLA is free to
+    move the activations instead, and for ``fully_sharded`` params it does.
+    ``jp.cast(gathered(net, mesh), dtype)`` rounds the params before it gathers them.
 
     Args:
         net: the network, with params split over the mesh.
@@ -204,7 +204,7 @@ def gathered(net: Layer, mesh: Mesh) -> Layer:
 
 
 def _split(shape: tuple[int, ...], among: range, sizes: dict[str, int]) -> _Axes:
-    """Return the mesh axes that split each axis of shape; they share one if its size allows it."""
+    """Return the mesh axes that split each axis of shape; several share one if its size allows."""
     left = list(shape)
     names: list[tuple[str, ...]] = [()] * len(shape)
     for name, size in sizes.items():
@@ -222,7 +222,7 @@ def _check_tree(tree: PyTree) -> None:
 
 
 def _sizes(mesh: Mesh, *axes: str) -> dict[str, int]:
-    """Return the sizes of these mesh axes, after a check of the mesh."""
+    """Return the sizes of these mesh axes, after checking the mesh."""
     require(mesh, Mesh, "the mesh")
     if set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(

@@ -1,13 +1,13 @@
-"""Time attention, forward and backward, beside jax.nn.dot_product_attention and cuDNN's.
+"""Time attention, forward and backward, against jax.nn.dot_product_attention and cuDNN's.
 
     python examples/peers/attention.py [--quick]
 
-Each row is one layer on x of q, k and v packed, of N examples, T positions and so many heads of d
+Each row is one layer on packed q, k and v, with N examples, T positions and a number of heads of d
 features. ``kernels`` is ``Attention(save="logsumexp")``, which on a GPU or a TPU is three kernels;
-``scan`` is the same as XLA computes it, block by block; ``weights`` saves the scores. ``xla`` and
-``cudnn`` are the two implementations of jax.nn.dot_product_attention by ``jax.vjp``; cudnn is there
-on NVIDIA's GPUs in bfloat16 and float16. All are first held to the same numbers. Times are medians
-in milliseconds, taken in turn, each beside the program's temporary memory.
+``scan`` is the same computed by XLA, block by block; ``weights`` saves the scores. ``xla`` and
+``cudnn`` are the two implementations of jax.nn.dot_product_attention, by ``jax.vjp``; cudnn needs
+an NVIDIA GPU and bfloat16 or float16. All results are first checked against each other. Times are
+medians in milliseconds, taken in turn, each next to the program's temporary memory.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 import jaxprop as jp
 
-SIZES = [  # N, T, heads, d, causal, dtype; the scores of the longest are not to be saved
+SIZES = [  # N, T, heads, d, causal, dtype; the longest is too long to save its scores
     (8, 512, 12, 64, True, "float32"),
     (8, 512, 12, 64, True, "bfloat16"),
     (8, 1024, 16, 64, True, "bfloat16"),
@@ -34,13 +34,13 @@ LONGEST, ROUNDS, TIMES = 8192, 6, 3
 
 
 def by_hand(layer, x, ct):
-    """(y, d_x) by the layer's two halves."""
+    """Return (y, d_x) by the layer's forward and backward."""
     y, residuals = layer.forward((), x)
     return y, layer.backward((), residuals, ct)[1]
 
 
 def by_jax(implementation, heads, causal, x, ct):
-    """(y, d_x) of jax.nn.dot_product_attention."""
+    """Return (y, d_x) of jax.nn.dot_product_attention."""
 
     def attend(x):
         n, t, width = x.shape
@@ -53,7 +53,7 @@ def by_jax(implementation, heads, causal, x, ct):
 
 
 def functions(t, heads, causal, dtype):
-    """The functions of a row, by name."""
+    """Return the functions of a row, by name."""
     attention = functools.partial(jp.Attention, heads, causal)
     layers = {
         "kernels": attention(save="logsumexp"),
@@ -70,7 +70,7 @@ def functions(t, heads, causal, dtype):
 
 
 def measured(fs, x, ct):
-    """Of each function the median time in ms and its temporary memory in MB."""
+    """Return the median time in ms and the temporary memory in MB of each function."""
     programs = {name: f.lower(x, ct).compile() for name, f in fs.items()}
     ys = {name: jax.block_until_ready(program(x, ct)) for name, program in programs.items()}
     for name, y in ys.items():

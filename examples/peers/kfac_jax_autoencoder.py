@@ -1,30 +1,31 @@
-"""Hold K-FAC by jaxprop to kfac-jax: its Kronecker factors, and its steps on the autoencoder.
+"""Compare jaxprop's K-FAC with kfac-jax: Kronecker factors, and steps on an autoencoder.
 
     python3 -m venv peers && peers/bin/pip install . 'jax==0.9.1' 'jaxlib==0.9.1' kfac-jax==0.0.8 \
         scikit-learn
     OPENBLAS_NUM_THREADS=1 peers/bin/python examples/peers/kfac_jax_autoencoder.py
 
 kfac-jax 0.0.8, its last release, evaluates a jaxpr by ``get_bind_params``, which returns one dict
-since jax 0.9.2: there, and in jax 0.10, its optimizer ends with "too many values to unpack". With
-jax 0.9.1 both libraries run, in one process.
+since jax 0.9.2: there, and in jax 0.10, its optimizer fails with "too many values to unpack". With
+jax 0.9.1, both libraries run in one process.
 
-First the factors, of one batch, of two nets on digits. The estimators are those that draw nothing:
-the exact Gauss-Newton matrix, and the empirical Fisher matrix. Biases are in homogeneous
-coordinates in both. Two constants lie between them, and the script multiplies by them. Of the
-empirical matrix kfac-jax divides by the number of examples once more, since its g_n are shares of a
-gradient of the mean; ours are of each example's own loss. Of a convolution it divides b by the
-number of positions T, and gives T back as a scale of the block; ours leaves b a sum.
+First, the script compares the factors of one batch, for two nets on digits. It uses the estimators
+that draw nothing: the exact Gauss-Newton matrix and the empirical Fisher matrix. Both libraries
+have biases in homogeneous coordinates. Their factors differ by two constants, which the script
+multiplies in. For the empirical matrix, kfac-jax divides by the number of examples once more, since
+its g_n are shares of the gradient of the mean; ours are gradients of each example's own loss. For a
+convolution, it divides b by the number of positions T, and returns T as a scale of the block; our b
+is a sum.
 
-Then the digits' autoencoder of examples/kfac.py, from the same params, in steps of the whole batch.
-kfac-jax knows the loss as a sum over pixels, so that its weight is one over their number. Both find
-their own learning rate, momentum and damping; all else is left at its default, but the burn-in of
-kfac-jax's factors, ten updates before the first step, which is turned off. Its defaults differ from
-ours in three things. The factors are of random signs, where ours are of sampled targets. The
-damping is split between the two factors, where ours is added to the eigenvalues. And the damping
-shrinks by 0.9 a step, where ours shrinks by 0.95, as in the K-FAC paper: with 0.95 there too, which
-is a line of its own, kfac-jax takes about as many steps as jaxprop. Rounds of ten steps alternate;
-the time is the median round's. On few cores that are shared, the eigenvectors of a matrix of 128
-rows may take a hundred times as long by several threads of OpenBLAS as by one, hence the setting.
+Then both train the digits' autoencoder of examples/kfac.py, from the same params, in steps of the
+whole batch. kfac-jax takes the loss as a sum over pixels, so that its weight is one over their
+number. Both find their own learning rate, momentum and damping. All else is left at its default,
+except that the burn-in of kfac-jax's factors, ten updates before the first step, is turned off. Its
+defaults differ from ours in three ways. Its factors come from random signs, ours from sampled
+targets. It splits the damping between the two factors, while ours is added to the eigenvalues. And
+its damping shrinks by 0.9 a step, ours by 0.95, as in the K-FAC paper; with 0.95 there too, which
+has its own line, kfac-jax takes about as many steps as jaxprop. Rounds of ten steps alternate; the
+time is that of the median round. On a few shared cores, the eigenvectors of a matrix of 128 rows
+may take a hundred times as long with several threads of OpenBLAS as with one, hence the setting.
 """
 
 import functools
@@ -61,12 +62,12 @@ NETS = {
 
 
 def affine(params):
-    """Return (w, b) of each layer that has them: kfac-jax wants no empty ones."""
+    """Return (w, b) of each layer that has them: kfac-jax takes no empty entries."""
     return [(layer.w, layer.b) for layer in params if layer != ()]
 
 
 def classified(params, batch):
-    """Return the mean cross-entropy in plain JAX, of both nets in NETS, registered."""
+    """Return the mean cross-entropy of either net in NETS, in plain JAX, registered."""
     x, target = batch
     for i, (w, b) in enumerate(params):
         x = jnp.tanh(x) if i else x
@@ -92,7 +93,7 @@ def reconstructed(params, x):
 
 
 def factors_of_kfac_jax(mode, params, batch):
-    """Return (a, b, T) of each layer, after one update of an average that holds nothing."""
+    """Return (a, b, T) of each layer, after one update of an empty average."""
     estimator = kfac_jax.BlockDiagonalCurvature(classified, default_estimation_mode=mode)
     key, args = jax.random.key(0), (params, batch)
     state = estimator.init(key, args, exact_powers_to_cache=None, approx_powers_to_cache=None)
@@ -113,7 +114,7 @@ def factors_of_kfac_jax(mode, params, batch):
 
 
 def hold_factors(images, labels):
-    """Print how far the factors of both are apart."""
+    """Print the relative errors between both libraries' factors, and stop if they differ."""
     print(f"{'factors':13} {'':22} relative error of a and of b, by layer")
     for name, net in NETS.items():
         params = net.init(jax.random.key(1), images[:1])
@@ -144,8 +145,8 @@ def by_kfac_jax(params, x, damping, period, decay=0.9):
         params: the params to start from.
         x: the digits.
         damping: the damping to start from.
-        period: after how many steps the factors are inverted.
-        decay: what the damping is multiplied by a step where it shrinks.
+        period: the number of steps from one inversion of the factors to the next.
+        decay: the factor per step by which the damping shrinks.
     """
     optimizer = kfac_jax.Optimizer(
         jax.value_and_grad(reconstructed),
@@ -171,7 +172,7 @@ def by_kfac_jax(params, x, damping, period, decay=0.9):
 
 
 def by_jaxprop(params, x, damping, period):
-    """Return the same by jaxprop."""
+    """Return the same function for jaxprop."""
     net, like = kfac.autoencoder(), (params, x, x)
     optimizer = jp.kfac(net, kfac.LOSS, like, damping=damping, inverse_every=period)
     update = jp.make_update(net, kfac.LOSS, optimizer)

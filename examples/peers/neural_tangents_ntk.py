@@ -5,15 +5,15 @@
         'scipy<1.13' neural-tangents==0.6.5 'tf2jax==0.3.5'
     peers/bin/python examples/peers/neural_tangents_ntk.py
 
-neural-tangents 0.6.5, its last release, imports with no JAX that jaxprop runs on. So the script
-times whichever of the two it finds, against what both environments have: the contraction of the
-Jacobian, by ``jax.jacrev`` of each example. ``vectors`` is the second published method, NTK-vector
-products, written with ``jax.vjp`` and ``jax.jvp`` (Novak et al. 2022,
-https://arxiv.org/abs/2206.08720). The functions are plain JAX, and jaxprop has them of its layers.
+neural-tangents 0.6.5, its last release, cannot be imported with any JAX that jaxprop runs on. So
+the script times whichever of the two it finds against a method that both environments have: the
+contraction of the Jacobian, by ``jax.jacrev`` of each example. ``vectors`` is the second published
+method, NTK-vector products, written with ``jax.vjp`` and ``jax.jvp`` (Novak et al. 2022,
+https://arxiv.org/abs/2206.08720). The functions are plain JAX; jaxprop builds them from its layers.
 
-Each line has the median time, the median of its ratio to the Jacobian's run beside it, and the
-same of the temporary memory that XLA reports, which that of jax 0.4.20 does not. A kernel that is
-another one ends the script.
+Each line has the median time, the median ratio to the Jacobian's time in the same round, the
+temporary memory that XLA reports, and its ratio; the XLA of jax 0.4.20 reports none. A kernel with
+other values ends the script.
 """
 
 import importlib.util
@@ -84,7 +84,7 @@ PROBLEMS = {
 
 
 def layers(jp):
-    """Return jaxprop's nets of the problems, in their order."""
+    """Return jaxprop's nets for the problems, in their order."""
 
     def block():
         attention = jp.chain(jp.Dense(3 * D), jp.Attention(HEADS, causal=False), jp.Dense(D))
@@ -126,7 +126,7 @@ def of_vectors(f, full):
 
 
 def methods(index, f, full):
-    """Return the kernels that can be had here, functions of params and x."""
+    """Return the kernels available in this environment, functions of params and x."""
     found = {"Jacobian": of_jacobian(f, full), "vectors": of_vectors(f, full)}
     if importlib.util.find_spec("neural_tangents"):
         import neural_tangents as nt

@@ -1,8 +1,8 @@
-"""Backward rules that may be put in another's place, ``jp.rules``.
+"""Backward rules that replace the derivative, ``jp.rules``.
 
-Each is a wrapper, or a layer, over the contract: the forward stays, and another ``backward`` walks
-back. Every quantity, clipping and update is then of *that* backward. ``jp.check_layer`` knows that
-it is not the derivative: it checks all else, and returns the angle to it.
+Each rule is a wrapper or a layer that keeps the usual forward and has another ``backward``. Every
+quantity, clipping and update then uses *that* backward. ``jp.check_layer`` knows that it is not the
+derivative: it checks everything else, and returns the angle between the two.
 """
 
 from jaxprop.rules.affine import lrp_alpha_beta, lrp_epsilon, lrp_flat, lrp_gamma, lrp_z_box

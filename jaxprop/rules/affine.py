@@ -1,4 +1,4 @@
-"""Shares of relevance in layers that are affine in x, dense and convolution ones.
+"""Rules of relevance for layers that are affine in x: dense and convolution layers.
 
 Relevance R is handed back as a cotangent c with R = x c, entry by entry.
 """
@@ -29,21 +29,21 @@ AFFINE = (Dense, Conv, ConvTranspose)
 
 
 def nonzero(z: Array, dtype: Any = None) -> Array:
-    """Return z with a tiny number in the place of what is smaller, so that it can divide.
+    """Return z with every entry at least a tiny number away from 0, so that z can divide.
 
     Args:
         z: an array.
-        dtype: a narrower dtype for the tiny number to be one of.
+        dtype: a narrower dtype to choose the tiny number for; by default that of z.
     """
-    narrow = jnp.finfo(dtype or z.dtype).maxexp < 32  # float16: R by it is to stay below 65504
+    narrow = jnp.finfo(dtype or z.dtype).maxexp < 32  # float16: R / tiny must stay below 65504
     tiny = 2.0**-9 if narrow else 1e-12
     return jnp.where(jnp.abs(z) < tiny, jnp.where(z < 0, -tiny, tiny), z)
 
 
 class Relevance(Wrapper):
-    """y = f(x), whose relevance R_y = y ct is shared out among the entries of x.
+    """A layer y = f(x) that shares out its relevance R_y = y ct among the entries of x.
 
-    R_x / x is handed back. The params have the gradient of f for ct.
+    The cotangent of x is R_x / x. The gradient of the params is that of f for ct.
 
     Attributes:
         layer: f.
@@ -53,7 +53,7 @@ class Relevance(Wrapper):
 
     @abc.abstractmethod
     def shared(self, params: Params, x: Array, relevance: Array) -> Array:
-        """Return R_x, for R_y."""
+        """Return R_x, given R_y."""
 
     def forward(self, params: Params, x: Array) -> tuple[Array, Residuals]:
         if not hasattr(x, "dtype"):
@@ -74,7 +74,7 @@ class Relevance(Wrapper):
 
 
 class Affine(Relevance):
-    """f affine, by terms f(p_i, x_i) with sum z: R_x = sum_i x_i f(p_i)^T (R_y / z)."""
+    """Rules for affine f, from terms f(p_i, x_i) of sum z: R_x = sum_i x_i f(p_i)^T (R_y / z)."""
 
     epsilon: ClassVar[float] = 0.0
 
@@ -85,7 +85,7 @@ class Affine(Relevance):
 
     @abc.abstractmethod
     def groups(self, params: Params, x: Array) -> list[tuple[float, Sequence[Term]]]:
-        """Return the terms (p_i, x_i), in groups with the share of the relevance of each."""
+        """Return groups of terms (p_i, x_i), each with its share of the relevance."""
 
     def shared(self, params: Params, x: Array, relevance: Array) -> Array:
         each = [w * self._by(relevance, terms) for w, terms in self.groups(params, x)]
@@ -103,12 +103,12 @@ class Affine(Relevance):
 
 
 class Epsilon(Affine):
-    """R_x = x w^T (R_y / (y + epsilon sign y)).
+    """The LRP-epsilon rule, R_x = x w^T (R_y / (y + epsilon sign y)).
 
     Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140.
 
     Attributes:
-        epsilon: what divides at least; it and the bias keep their share of the relevance.
+        epsilon: the least divisor; it and the bias absorb their share of the relevance.
     """
 
     epsilon: float = 1e-6  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -118,9 +118,9 @@ class Epsilon(Affine):
 
 
 class Gamma(Affine):
-    """R_x = x (w + g w+)^T (R_y / z), z = x (w + g w+) + b + g b+, for x that is not negative.
+    """The LRP-gamma rule for x >= 0, R_x = x (w + g w+)^T (R_y / z), z = x (w + g w+) + b + g b+.
 
-    w+ is what is positive of w (Montavon et al. 2019, doi.org/10.1007/978-3-030-28954-6_10).
+    w+ is the positive part of w (Montavon et al. 2019, doi.org/10.1007/978-3-030-28954-6_10).
 
     Attributes:
         gamma: g.
@@ -136,7 +136,7 @@ class Gamma(Affine):
 
 
 class AlphaBeta(Affine):
-    """a of the relevance by the products x w that are positive, less a - 1 by the negative ones.
+    """The LRP-alpha-beta rule: a R_y by positive products x w, (1 - a) R_y by negative ones.
 
     z+ = x+ w+ + x- w- + b+, z- = x+ w- + x- w+ + b- (Bach et al. 2015, as in ``Epsilon``).
 
@@ -156,13 +156,13 @@ class AlphaBeta(Affine):
 
 
 class ZBox(Affine):
-    """R_x = (x w - l w+ - h w-)^T (R_y / z), for x between l and h, such as pixels.
+    """The z-box rule, R_x = (x w - l w+ - h w-)^T (R_y / z), for x in [l, h], such as pixels.
 
-    z is the sum of the same, to which the bias adds nothing
+    z is the sum of the same terms, in which the bias cancels
     (Montavon et al. 2017, doi.org/10.1016/j.patcog.2016.11.008).
 
     Attributes:
-        low: l, the smallest that an entry of x can be.
+        low: l, the smallest value that an entry of x can have.
         high: h, the largest.
     """
 
@@ -177,9 +177,10 @@ class ZBox(Affine):
 
 
 class Flat(Affine):
-    """R_x = 1^T (R_y / z), the same for each entry of x that y is made of (Lapuschkin et al. 2019).
+    """The flat rule, R_x = 1^T (R_y / z), the same for each entry of x that y depends on.
 
-    https://doi.org/10.1038/s41467-019-08987-4: it tells where, and nothing of the features there.
+    It shows where, and nothing about the features there (Lapuschkin et al. 2019,
+    https://doi.org/10.1038/s41467-019-08987-4).
     """
 
     def groups(self, params: Params, x: Array) -> list[tuple[float, Sequence[Term]]]:
@@ -200,7 +201,7 @@ def lrp_epsilon(net: Layer, *, epsilon: float = 1e-6, where: Where = AFFINE) -> 
 
 
 def lrp_gamma(net: Layer, *, gamma: float = 0.25, where: Where = AFFINE) -> Layer:
-    """Return the net with the LRP-gamma rule for its affine layers, behind a ReLU.
+    """Return the net with the LRP-gamma rule for its affine layers, for inputs from a ReLU.
 
     Args:
         net: a layer or a network.
@@ -232,11 +233,11 @@ def lrp_alpha_beta(net: Layer, *, alpha: float = 2.0, where: Where = AFFINE) -> 
 
 
 def lrp_z_box(net: Layer, *, low: float = 0.0, high: float = 1.0, where: Where = AFFINE) -> Layer:
-    """Return the net with the z-box rule, for the first layer of a net of pixels.
+    """Return the net with the z-box rule, for the first layer of a net that takes pixels.
 
     Args:
         net: a layer or a network.
-        low: the smallest that an entry of x can be.
+        low: the smallest value that an entry of x can have.
         high: the largest.
         where: as in ``lrp_epsilon``.
 

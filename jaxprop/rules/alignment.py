@@ -16,13 +16,14 @@ from jaxprop.training.gradients import autodiff, value_and_grad
 
 
 def angles(net: Layer, loss: Loss) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, for each param the angle of its gradient to the derivative.
+    """Return ``f(params, x, target)``, the angle of each param's gradient to the derivative.
 
-    In degrees, like the params that are learned: 0 where the net's backward is the derivative, 90
-    where it tells nothing of it, NaN where one of the two is 0. The derivative is that of autodiff.
+    The result is a tree like the learned params, in degrees: 0 where the net's backward is the
+    derivative, 90 where it says nothing about it, NaN where one of the two is 0. The derivative is
+    that of autodiff.
 
     Args:
-        net: a network with rules of its own.
+        net: a network with backward rules.
         loss: the loss.
     """
     check_net_and_loss(net, loss)

@@ -1,4 +1,4 @@
-"""Attributions of an output to the entries of x, and the nets of two of them."""
+"""Attributions of an output to the entries of x, and the backward rules for two of them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from jaxprop.rules.select import Where, with_rule
 
 
 class Guided(Wrapper):
-    """y = f(x), f a rectifier, through which only positive cotangents go back: d_x = f'(x) ct+.
+    """A rectifier y = f(x) that passes back only positive cotangents: d_x = f'(x) ct+.
 
     Springenberg et al. 2015, https://arxiv.org/abs/1412.6806.
 
     Attributes:
         layer: f.
-        by_derivative: whether f' is a factor; without it d_x = ct+, the deconvolution of Zeiler and
+        by_derivative: whether f' is a factor; otherwise d_x = ct+, the deconvolution of Zeiler and
             Fergus 2014, https://arxiv.org/abs/1311.2901.
     """
 
@@ -48,26 +48,26 @@ class Guided(Wrapper):
 
 
 def guided_backprop(net: Layer, *, where: Where = Relu) -> Layer:
-    """Return the net whose rectifiers hand back only what is positive, of the cotangent and of x.
+    """Return the net whose rectifiers pass a cotangent back only where it and x are positive.
 
-    Springenberg et al. 2015, https://arxiv.org/abs/1412.6806. ``jp.rules.saliency`` of it is the
-    attribution.
+    Springenberg et al. 2015, https://arxiv.org/abs/1412.6806. The attribution is
+    ``jp.rules.saliency`` of the result.
 
     Args:
         net: a layer or a network.
-        where: which layers.
+        where: which layers; by default every ``Relu``.
     """
     return with_rule(net, Guided, where)
 
 
 def deconvolution(net: Layer, *, where: Where = Relu) -> Layer:
-    """Return the net whose rectifiers hand back what is positive of the cotangent, whatever x was.
+    """Return the net whose rectifiers pass back the positive part of the cotangent, whatever x was.
 
     Zeiler and Fergus 2014, https://arxiv.org/abs/1311.2901.
 
     Args:
         net: a layer or a network.
-        where: which layers.
+        where: which layers; by default every ``Relu``.
     """
     return with_rule(net, lambda layer: Guided(layer, by_derivative=False), where)
 
@@ -75,13 +75,13 @@ def deconvolution(net: Layer, *, where: Where = Relu) -> Layer:
 def saliency(net: Layer) -> OfBatch[PyTree]:
     """Return ``f(params, x, target)``, the cotangent of x for an output of each example.
 
-    The target is what is explained: (N,) integers, the entry of each example's y, whose last axis
-    is the class; or the weights of a sum over y, of its shape. Without a target all of y is added
-    up. The result is like x, by the net's own backward.
+    The target says what is explained: (N,) integers pick an entry of each example's y, whose last
+    axis is the class; arrays like y are the weights of a sum over y. Without a target, all of y is
+    summed. The result is like x, computed by the net's own backward.
 
     Args:
-        net: a network, with rules or without. Of one that ends with a loss or a softmax, explain
-            what comes before.
+        net: a network, with or without rules. If it ends with a loss or a softmax, explain the part
+            before that.
     """
 
     def of(params: Params, batch: Batch) -> PyTree:
@@ -93,11 +93,11 @@ def saliency(net: Layer) -> OfBatch[PyTree]:
 def gradient_times_input(net: Layer) -> OfBatch[PyTree]:
     """Return ``f(params, x, target)``, the cotangent of x, times x.
 
-    For a net that is linear between its kinks, and has no biases, the sum is the output
+    For a piecewise linear net without biases, the sum is the output
     (Shrikumar et al. 2016, https://arxiv.org/abs/1605.01713).
 
     Args:
-        net: as ``jp.rules.saliency`` takes it; and so the target.
+        net: a network; it and the target are as in ``jp.rules.saliency``.
     """
 
     def of(params: Params, batch: Batch) -> PyTree:
@@ -109,10 +109,10 @@ def gradient_times_input(net: Layer) -> OfBatch[PyTree]:
 def relevance(net: Layer) -> OfBatch[PyTree]:
     """Return ``f(params, x, target)``, the relevance of each entry of x for an output.
 
-    Where the rules promise it, and but for what biases keep, its sum is the output.
+    Where the rules conserve relevance, its sum is the output, except for what biases absorb.
 
     Args:
-        net: one with rules of relevance, ``jp.rules.lrp(net)``. The target is that of
+        net: a network with rules of relevance, ``jp.rules.lrp(net)``. The target is as in
             ``jp.rules.saliency``.
     """
 
@@ -124,15 +124,15 @@ def relevance(net: Layer) -> OfBatch[PyTree]:
 
 
 def integrated_gradients(net: Layer, *, baseline: PyTree = 0.0, steps: int = 32) -> OfBatch[PyTree]:
-    """Return ``f(params, x, target)``, (x - x0) times the mean of d_x on the way from x0 to x.
+    """Return ``f(params, x, target)``, (x - x0) times the mean of d_x between x0 and x.
 
-    The sum is the difference of the output from that at x0, as exact as the mean, which is taken at
-    the middles of equal steps (Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365).
+    The sum is the output minus the output at x0, up to the error of the mean, which is taken at the
+    midpoints of equal steps (Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365).
 
     Args:
-        net: as ``jp.rules.saliency`` takes it; and so the target.
+        net: a network; it and the target are as in ``jp.rules.saliency``.
         baseline: x0: a number, or arrays that broadcast to x.
-        steps: at how many points the gradient is taken, one after the other.
+        steps: the number of points at which the gradient is taken, one after the other.
     """
     check_count("integrated_gradients: steps", steps)
 
@@ -151,15 +151,15 @@ def integrated_gradients(net: Layer, *, baseline: PyTree = 0.0, steps: int = 32)
 
 
 def smooth_grad(net: Layer, *, deviation: float, samples: int = 32) -> OfBatch[PyTree]:
-    """Return ``f(params, x, target, key=key)``, the mean of d_x where noise is added to x.
+    """Return ``f(params, x, target, key=key)``, the mean of d_x over noisy copies of x.
 
     Smilkov et al. 2017, https://arxiv.org/abs/1706.03825.
 
     Args:
-        net: as ``jp.rules.saliency`` takes it; and so the target.
-        deviation: the standard deviation of the normal noise on each entry; they take 10 to 20 % of
-            the range of x.
-        samples: how many times noise is drawn, one after the other.
+        net: a network; it and the target are as in ``jp.rules.saliency``.
+        deviation: the standard deviation of the normal noise on each entry; the paper takes 10 to
+            20 % of the range of x.
+        samples: the number of noisy copies, taken one after the other.
     """
     check_number("smooth_grad: deviation", deviation, finite=True)
     check_count("smooth_grad: samples", samples)
@@ -205,7 +205,7 @@ def _d_x(net: Layer, params: Params, x: PyTree, target: Any) -> Cotangent:
 
 
 def _explained(y: PyTree, target: Any) -> Cotangent:
-    """Return the cotangent of y for what is explained."""
+    """Return the cotangent of y that picks what is explained."""
     if target is None:
         return jax.tree.map(jnp.ones_like, y)
     if hasattr(y, "shape") and jnp.issubdtype(getattr(target, "dtype", float), jnp.integer):
@@ -240,6 +240,6 @@ def _start(baseline: PyTree, x: PyTree) -> PyTree:
 
 
 def _mean_of(f: Callable[[Array], PyTree], xs: Array, like: PyTree) -> PyTree:
-    """Return the mean of f, which gives trees like another, over an array, one after the other."""
+    """Return the mean of f over an array, one entry at a time; f returns trees like ``like``."""
     total = sum_over(lambda x: jax.tree.map(wide, f(x)), xs)
     return jax.tree.map(lambda leaf, a: (leaf / len(xs)).astype(a.dtype), total, like)

@@ -1,4 +1,4 @@
-"""Rules for the cotangent that a layer hands back."""
+"""Rules that change the cotangent that a layer hands back."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from jaxprop.rules.select import Where, with_rule
 
 
 class Changed(Wrapper, Combinator):
-    """y = f(x), with the cotangent of x changed before it is handed back.
+    """A layer y = f(x) that changes the cotangent of x before it hands it back.
 
-    The params of f have the gradient that they have without it; what comes before f has another.
+    The gradient of f's own params stays the same; that of everything before f changes.
 
     Attributes:
         layer: f.
@@ -35,7 +35,7 @@ class Changed(Wrapper, Combinator):
 
     @abc.abstractmethod
     def changed(self, d_x: Cotangent) -> Cotangent:
-        """Return what is handed back in place of d_x, whose leaves are None for integers."""
+        """Return the cotangent to hand back in place of d_x, whose leaves are None for integers."""
 
     def init_with_output(self, key: Array, x: PyTree) -> tuple[Params, PyTree]:
         return self.layer.init_with_output(key, x)
@@ -51,7 +51,7 @@ class Changed(Wrapper, Combinator):
 
 
 class ScaleGradient(Changed):
-    """d_x times a number; -1 reverses it (Ganin and Lempitsky 2015, arxiv.org/abs/1409.7495).
+    """The rule scale * d_x; -1 reverses it (Ganin and Lempitsky 2015, arxiv.org/abs/1409.7495).
 
     Attributes:
         scale: the number.
@@ -68,18 +68,18 @@ class ScaleGradient(Changed):
 
 
 class StopGradient(Changed):
-    """d_x = 0: nothing before f is told of the error, as with ``jax.lax.stop_gradient(x)``."""
+    """The rule d_x = 0: nothing before f sees the error, as with ``jax.lax.stop_gradient(x)``."""
 
     def changed(self, d_x: Cotangent) -> Cotangent:
         return jax.tree.map(jnp.zeros_like, d_x)
 
 
 class ClipCotangent(Changed):
-    """d_x bounded: each entry by max_value, or each example's norm by max_norm.
+    """The rule that bounds d_x: each entry by max_value, or each example's norm by max_norm.
 
-    d_x is of what is asked for: for the gradient of the mean over N examples it is 1/N of that of
-    an example's own loss, which per-example quantities and clipping ask for, and so its bound means
-    N times as much; with ``micro_batches`` N is that of a part.
+    The scale of d_x depends on what is computed. Per-example quantities and clipping use the
+    cotangent of an example's own loss. For the gradient of the mean over N examples d_x is 1/N of
+    that, so that the same bound is N times as loose; with ``micro_batches``, N is that of a part.
 
     Attributes:
         max_value: the largest |entry|, or None.
@@ -115,9 +115,9 @@ class ClipCotangent(Changed):
 
 
 class QuantizeCotangent(Changed):
-    """d_x rounded to a narrower dtype and back, of which it keeps the largest number.
+    """The rule that rounds d_x to a narrower dtype and back; its largest number bounds d_x.
 
-    As in ``ClipCotangent`` d_x is 1/N of an example's own where the mean over N is asked for.
+    As in ``ClipCotangent``, d_x is 1/N of an example's own for the mean over N examples.
 
     Attributes:
         dtype: the name of a floating dtype.
@@ -132,13 +132,13 @@ class QuantizeCotangent(Changed):
         def rounded(d: Array) -> Array:
             most = min(largest, float(jnp.finfo(d.dtype).max))
             narrow = jnp.clip(d, -most, most).astype(self.dtype)
-            return jax.lax.optimization_barrier(narrow).astype(d.dtype)  # else XLA leaves it out
+            return jax.lax.optimization_barrier(narrow).astype(d.dtype)  # else XLA removes it
 
         return jax.tree.map(rounded, d_x)
 
 
 class NoisyCotangent(Layer):
-    """y = x, d_x = ct + noise of a standard deviation; without a key d_x = ct.
+    """The identity y = x with d_x = ct + normal noise; without a key, d_x = ct.
 
     ``net.bind(params, key=key)`` puts a ``jp.Key`` in the place of the params ``()``.
 
@@ -169,14 +169,14 @@ class NoisyCotangent(Layer):
 
 
 def reverse_gradient(layer: Layer, *, scale: float = 1.0, where: Where | None = None) -> Layer:
-    """Return the layer that hands back -scale d_x, to train what is before it against the loss.
+    """Return the layer that hands back -scale d_x, to train the layers before it against the loss.
 
-    Ganin and Lempitsky 2015, https://arxiv.org/abs/1409.7495: the layer itself learns as always.
+    Ganin and Lempitsky 2015, https://arxiv.org/abs/1409.7495: the layer itself learns as usual.
 
     Args:
         layer: the layer, or a net.
         scale: a number.
-        where: which layers of the net; by default the whole of it is one.
+        where: which layers of the net; by default the net as a whole.
 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
@@ -216,14 +216,14 @@ def clip_cotangent(
     max_norm: float | None = None,
     where: Where | None = None,
 ) -> Layer:
-    """Return the layer that hands back a bounded d_x: each entry, or each example's norm.
+    """Return the layer that hands back d_x with each entry, or each example's norm, bounded.
 
-    d_x holds the 1/N of the mean over N examples where that is what is asked for, as in
-    ``jp.value_and_grad`` and updates, and not in per-example quantities.
+    In ``jp.value_and_grad`` and updates, d_x includes the 1/N of the mean over N examples; in
+    per-example quantities it does not.
 
     Args:
         layer: the layer, or a net.
-        max_value: the bound on |entry|; one of the two is given.
+        max_value: the bound on |entry|; give this or max_norm.
         max_norm: the bound on an example's norm.
         where: as in ``reverse_gradient``.
     """
@@ -247,9 +247,9 @@ def quantize_cotangent(
 
 
 def noisy_cotangent(layer: Layer, *, deviation: float, where: Where | None = None) -> Layer:
-    """Return the layer behind one that adds normal noise to the d_x that it hands back.
+    """Return the layer with normal noise added to the d_x that it hands back.
 
-    It is ``chain(NoisyCotangent(deviation), layer)``, and takes a key as ``Dropout`` does.
+    The result is ``chain(NoisyCotangent(deviation), layer)``, and takes a key as ``Dropout`` does.
 
     Args:
         layer: the layer, or a net.

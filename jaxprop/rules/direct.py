@@ -1,4 +1,4 @@
-"""The error at the output through a fixed matrix to every layer."""
+"""Direct feedback alignment: fixed matrices carry the error at the output to every layer."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class DirectParams(NamedTuple):
     """The params of a chain whose layers are given the error directly.
 
     Attributes:
-        params: the chain's.
-        feedback: for each layer of the chain an unlearned array (E, *x.shape[1:]), from the E
+        params: the chain's params.
+        feedback: for each layer of the chain, an unlearned array (E, *x.shape[1:]) that maps the E
             entries of the error to the layer's x; ``()`` where none is needed.
     """
 
@@ -38,11 +38,11 @@ class DirectParams(NamedTuple):
 
 
 class DirectFeedbackAlignment(Wrapper, Combinator):
-    """y = f_k(... f_1(x)), where each h before a layer with matrices has e B for a cotangent.
+    """A chain y = f_k(... f_1(x)) in which each h before a layer with matrices has cotangent e B.
 
-    e is the cotangent of y (N, ...), and B a fixed random matrix, drawn as w of a dense layer from
-    h to y would be, of variance 1 / (size of h): dE/dh is not passed on from the layer above
-    (Nøkland 2016, https://arxiv.org/abs/1609.01596). What stands between two such layers, as an
+    e is the cotangent of y (N, ...), and B a fixed random matrix, drawn like the w of a dense layer
+    from h to y, with variance 1 / (size of h): dE/dh is not passed on from the layer above
+    (Nøkland 2016, https://arxiv.org/abs/1609.01596). A layer between two such layers, such as an
     activation, takes e B back by its own derivative.
 
     Attributes:
@@ -85,7 +85,7 @@ class DirectFeedbackAlignment(Wrapper, Combinator):
         return self.layer.layers
 
     def _inputs(self, params: Params, x: PyTree) -> list[Any]:
-        """Return the shapes of the x of each layer."""
+        """Return the shapes of each layer's x."""
         inputs = [structs(x)]
         for layer, p in zip(self.layers, params, strict=True):
             inputs.append(jax.eval_shape(lambda p, x, f=layer: f.forward(p, x)[0], p, inputs[-1]))
@@ -115,15 +115,15 @@ class DirectFeedbackAlignment(Wrapper, Combinator):
 def direct_feedback_alignment(net: Layer) -> DirectFeedbackAlignment:
     """Return the chain with the error given to each layer directly (Nøkland 2016).
 
-    The boundaries are before each layer of the chain that has matrices (dense, convolution,
-    recurrent), but for the first; in a layer made of layers the chain rule holds. params
-    become a ``DirectParams``, whose feedback is unlearned.
+    The error enters before each layer of the chain that has matrices (dense, convolution,
+    recurrent), except before the chain's first layer; inside a layer made of layers the chain rule
+    holds. params become a ``DirectParams``, whose feedback is unlearned.
 
     Args:
         net: a ``jp.chain``, whose y is one array.
 
     Raises:
-        TypeError: for what is not a chain.
+        TypeError: for a net that is not a chain.
     """
     return DirectFeedbackAlignment(net)
 

@@ -1,4 +1,4 @@
-"""Functions whose derivative is of no use, with that of another in its place."""
+"""Functions without a useful derivative, with that of another function in its place."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ X = Float[Array, "n ..."]
 
 
 class StraightThrough(Layer):
-    """y = fn(x), and ct passes as if y were x: d_x = ct, or 0 where |x| is over a bound.
+    """A layer y = fn(x) that passes ct as if y were x: d_x = ct, or 0 where |x| exceeds a bound.
 
-    Bengio et al. 2013, https://arxiv.org/abs/1308.3432; with the bound 1 it is that of Hubara et
-    al. 2016, https://arxiv.org/abs/1602.02830, for the sign.
+    Bengio et al. 2013, https://arxiv.org/abs/1308.3432; for the sign with the bound 1, Hubara et
+    al. 2016, https://arxiv.org/abs/1602.02830.
 
     Attributes:
         fn: a function of x that keeps its shape, or a part of a function that does.
-        passing: the largest |x| through which ct passes; None for all.
+        passing: the largest |x| at which ct passes; None for no bound.
     """
 
     fn: Callable[[Array], Array] | PartLayer
@@ -70,7 +70,7 @@ def straight_through(
         fn: a function that keeps the shape of x, such as ``jnp.round``, ``jnp.sign``,
             ``jp.rules.one_hot_argmax`` or ``functools.partial(jp.rules.top_k, k=3)``; or a part of
             a function, for ``jp.function(fn, rules={"round": jp.rules.straight_through})``.
-        passing: the largest |x| through which the cotangent passes; by default all do.
+        passing: the largest |x| at which the cotangent passes; by default there is no bound.
 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
@@ -96,7 +96,7 @@ def top_k(x: Float[Array, "... d"], k: int) -> Float[Array, "... d"]:
 
     Args:
         x: an array (..., D).
-        k: how many entries stay.
+        k: the number of entries to keep.
     """
     _, kept = jax.lax.top_k(x, k)
     return jnp.where(jax.nn.one_hot(kept, x.shape[-1], dtype=bool).any(axis=-2), x, 0)

@@ -1,4 +1,4 @@
-"""Feedback through other matrices than those of the way forward."""
+"""Feedback rules: a ``backward`` through other matrices than those of ``forward``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ UNIFORM, FORWARD = "uniform", "forward"
 
 @serializable
 class FeedbackParams(NamedTuple):
-    """The params of a layer whose feedback has matrices of its own.
+    """The params of a layer with separate matrices for feedback.
 
     Attributes:
-        params: the layer's.
-        feedback: an array in the place of each of the layer's params of rank two or more.
+        params: the layer's params.
+        feedback: an array for each of the layer's params of rank two or more.
     """
 
     params: Any
@@ -42,10 +42,11 @@ class FeedbackParams(NamedTuple):
 
 
 class Feedback(Wrapper):
-    """y = f(x), with ``backward`` of f taken at other matrices than ``forward``.
+    """A layer y = f(x) that runs f's ``backward`` with other matrices than its ``forward``.
 
-    Whatever backward does with a matrix, it does with the other: for a dense layer d_x = ct B^T in
-    place of ct w^T, for a recurrent one also from step to step. dE/dw = x^T ct is of f itself.
+    Wherever f's backward uses a matrix, the other one takes its place: for a dense layer
+    d_x = ct B^T instead of ct w^T, for a recurrent one also from step to step. dE/dw = x^T ct is
+    that of f itself.
 
     Attributes:
         layer: f.
@@ -68,7 +69,7 @@ class Feedback(Wrapper):
 
     @abc.abstractmethod
     def _matrices(self, params: Params) -> list[Array]:
-        """Return the matrices of the way back, one for each of the layer's own."""
+        """Return the matrices for ``backward``, one for each of the layer's own."""
 
     def _cotangent(self, params: Params, d_own: Cotangent) -> Cotangent:
         return d_own
@@ -93,7 +94,7 @@ class Feedback(Wrapper):
 
 
 class Separate(Feedback):
-    """Feedback whose matrices are arrays of their own; params are a ``FeedbackParams``."""
+    """Feedback whose matrices are separate arrays; params are a ``FeedbackParams``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +106,7 @@ class Separate(Feedback):
 
     @abc.abstractmethod
     def _kept(self, matrix: Array) -> Any:
-        """Return what is kept of a matrix of the way back, as ``init`` draws it."""
+        """Return the entry of params for a feedback matrix that ``init`` drew."""
 
     def init(self, key: Array, x: PyTree) -> FeedbackParams:
         params, others = (self.layer.init(k, x) for k in (key, jax.random.fold_in(key, 1)))
@@ -125,7 +126,7 @@ class Separate(Feedback):
 class FeedbackAlignment(Separate):
     """Fixed random feedback, d_x = ct B^T (Lillicrap et al. 2016, doi.org/10.1038/ncomms13276).
 
-    B is drawn as the layer's ``init`` draws w, independently of it, and ``Unlearned``.
+    B is ``Unlearned``, and drawn by the layer's ``init`` like w, but independently.
     """
 
     def __repr__(self) -> str:
@@ -139,11 +140,11 @@ class FeedbackAlignment(Separate):
 
 
 class Seeded(Feedback):
-    """Fixed random feedback that is drawn anew, the same, each time: B of variance 2 / (I + O).
+    """Fixed random feedback, drawn at each use from the same seed: B of variance 2 / (I + O).
 
     Attributes:
-        seed: what it is drawn from.
-        number: which layer of the net this is.
+        seed: the seed that B is drawn from.
+        number: the number of this layer among those with the rule, folded into the seed.
     """
 
     seed: int = 0
@@ -160,12 +161,12 @@ class Seeded(Feedback):
 
 
 class KolenPollack(Separate):
-    """Feedback that is learned like w: dE/dB is dE/dw, of the same form.
+    """Feedback that is learned like w: dE/dB is dE/dw, in the same form.
 
-    With a weight decay the same steps make B and w the same (Kolen and Pollack 1994; Akrout et al.
-    2019, https://arxiv.org/abs/1904.05391): B - w shrinks by the decay alone. So the optimizer must
-    be elementwise and decay weights, such as ``optax.adamw`` or ``optax.add_decayed_weights`` with
-    SGD. A norm over all params counts both.
+    With weight decay, equal steps make B and w equal (Kolen and Pollack 1994; Akrout et al. 2019,
+    https://arxiv.org/abs/1904.05391): B - w shrinks by the decay alone. So the optimizer must be
+    elementwise and decay weights, such as ``optax.adamw`` or ``optax.add_decayed_weights`` with
+    SGD. A norm over all params counts both B and w.
     """
 
     def __repr__(self) -> str:
@@ -211,21 +212,21 @@ class SignSymmetric(Feedback):
 
 
 def feedback_alignment(net: Layer, *, seed: int | None = None, where: Where = MATRICES) -> Layer:
-    """Return the net with fixed random matrices on the way back (Lillicrap et al. 2016).
+    """Return the net with fixed random matrices in ``backward`` (Lillicrap et al. 2016).
 
     The params of a layer become a ``FeedbackParams``: its own, and one unlearned array for each of
     its matrices, which no optimizer, norm or noise touches.
 
     Args:
         net: the network, or a part of a function, for ``jp.function(fn, rules=)``.
-        seed: a seed to draw the matrices from at each step instead, so that params are the net's;
-            layers that a ``jp.repeat`` or a scan stacks then share theirs.
-        where: which layers; by default all dense, convolution and recurrent ones, and so the
+        seed: a seed to draw the matrices from at each step instead, so that params stay the net's;
+            layers that a ``jp.repeat`` or a scan stacks then share their matrices.
+        where: which layers; by default all dense, convolution and recurrent ones, which include the
             projections of attention.
 
     Raises:
-        TypeError: for what is not a net, and for a layer that saves its params.
-        ValueError: where no layer is meant, or one has no matrix.
+        TypeError: for a net that is not a layer, and for a layer with params in its residuals.
+        ValueError: if no layer is selected, or one has no matrix.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -244,17 +245,17 @@ def feedback_alignment(net: Layer, *, seed: int | None = None, where: Where = MA
 def kolen_pollack(net: Layer, *, where: Where = MATRICES) -> Layer:
     """Return the net with feedback matrices that are learned as w is (Akrout et al. 2019).
 
-    They meet w only under a weight decay: use ``optax.adamw``, say.
+    They become equal to w only with weight decay: use ``optax.adamw``, say.
 
     Args:
         net: as in ``feedback_alignment``.
-        where: likewise.
+        where: as in ``feedback_alignment``.
     """
     return _with(net, KolenPollack, where)
 
 
 def sign_symmetric(net: Layer, *, magnitude: str = FORWARD, where: Where = MATRICES) -> Layer:
-    """Return the net with the signs of w on the way back (Liao et al. 2016); params are the net's.
+    """Return the net with the signs of w in ``backward`` (Liao et al. 2016); params are the net's.
 
     Args:
         net: as in ``feedback_alignment``.
@@ -265,7 +266,7 @@ def sign_symmetric(net: Layer, *, magnitude: str = FORWARD, where: Where = MATRI
 
 
 def _with(net: Layer, rule: Rule, where: Where) -> Layer:
-    """Return the net with the rule; a product of data alone, as in attention, has no matrix."""
+    """Return the net with the rule, or as it is for a product of data alone, as in attention."""
     if isinstance(net, PartLayer) and net.of_data:
         return net
     return with_rule(net, rule, where)
@@ -277,12 +278,12 @@ def is_matrix(leaf: Any) -> bool:
 
 
 def matrices(params: Params) -> list[Array]:
-    """Return the params that feedback goes through."""
+    """Return the params that feedback replaces."""
     return list(filter(is_matrix, jax.tree.leaves(params, is_leaf=is_not_learned)))
 
 
 def with_matrices(params: Params, others: Sequence[Array]) -> Params:
-    """Return params with others in the places of its matrices."""
+    """Return params with others in place of their matrices."""
     each = iter(others)
     return jax.tree.map(
         lambda leaf: next(each) if is_matrix(leaf) else leaf, params, is_leaf=is_not_learned

@@ -1,9 +1,9 @@
 """Layer-wise relevance propagation: the share of each entry of x in an output.
 
-Relevance R is handed back as a cotangent c with R = x c, entry by entry. Where a rule is the
-derivative, R is then the gradient times the input, which is right for whatever is linear in x
-without a bias: sums, means, picks and other orders of entries need no rule of their own. The other
-layers have one here.
+Relevance R is handed back as a cotangent c with R = x c, entry by entry. A layer that keeps its
+derivative thus gets the gradient times the input as its R, which is right for anything linear in x
+without a bias: layers that sum, average, pick or reorder entries need no rule. The rules for the
+other layers are here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BY_DERIVATIVE = (
 
 
 class Same(Relevance):
-    """y_i = f(x_i) with R_x = R_y, the rule of activations: an entry passes on what it is given.
+    """The rule for activations y_i = f(x_i): R_x = R_y, each entry passes its relevance on.
 
     AttnLRP, Achtibat et al. 2024, https://arxiv.org/abs/2402.05602.
     """
@@ -61,9 +61,9 @@ class Same(Relevance):
 
 
 class Steady(Wrapper):
-    """A normalization y = (x - mean) rstd scale + bias, with rstd taken for a constant.
+    """A normalization y = (x - mean) rstd scale + bias, with rstd held constant.
 
-    So R_x = R_y but for what the mean and the bias keep (AttnLRP, as in ``Same``).
+    So R_x = R_y, except for what the mean and the bias absorb (AttnLRP, as in ``Same``).
 
     Attributes:
         layer: a ``LayerNorm`` or an ``RMSNorm``.
@@ -83,11 +83,11 @@ class Steady(Wrapper):
 
 
 class Halved(Wrapper):
-    """Attention, in whose two products each factor has half of the relevance.
+    """Attention in which each factor of its two products gets half of the relevance.
 
     With p = softmax(q k^T scale) and y = p v, the cotangents of v are halved, and those of q and k,
-    which come through both products, quartered; softmax has its derivative (AttnLRP, as in
-    ``Same``). What is v's share is conserved; softmax keeps some of the rest.
+    which come through both products, are quartered; softmax keeps its derivative (AttnLRP, as in
+    ``Same``). The share of v is conserved; softmax absorbs some of the rest.
 
     Attributes:
         layer: an ``Attention``.
@@ -115,15 +115,15 @@ class Halved(Wrapper):
 def lrp(net: Layer, rules: Mapping[Where, Rule] | None = None) -> Layer:
     """Return the net with a rule of relevance for every layer, for ``jp.rules.relevance``.
 
-    By default affine layers have LRP-epsilon, activations hand relevance on as it is, ``LayerNorm``
-    and ``RMSNorm`` are linear, and attention has the rules of AttnLRP. Pooling, dropout, positions,
-    a batch norm in inference mode and layers that put entries into another order have their
-    derivative, which is the rule for what is linear.
+    By default affine layers have LRP-epsilon, activations pass relevance on unchanged,
+    ``LayerNorm`` and ``RMSNorm`` are treated as linear, and attention has the rules of AttnLRP.
+    Pooling, dropout, positions, a batch norm in inference mode and layers that reorder entries keep
+    their derivative, which is the rule for a linear layer.
 
     Args:
         net: the network.
-        rules: a rule by kind of layer, or by path: any function of a layer, such as those of
-            ``jp.rules``. The first that is for a layer counts, before those by default.
+        rules: rules by kind of layer or by path. A rule is any function of a layer, such as those
+            of ``jp.rules``. The first one that matches a layer applies, before the default rules.
 
     Raises:
         TypeError: for a layer without a rule, such as a recurrent one.
@@ -167,5 +167,5 @@ DEFAULTS: dict[tuple[type[Layer], ...], Rule] = {
 
 
 def _halved(d: Array, of_v: int) -> Array:
-    """Return a cotangent of q, k and v: a quarter, and of the last ``of_v`` entries a half."""
+    """Return a cotangent of q, k and v: the last ``of_v`` entries halved, the others quartered."""
     return jnp.concatenate([d[..., :-of_v] / 4, d[..., -of_v:] / 2], -1)

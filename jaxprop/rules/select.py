@@ -1,4 +1,4 @@
-"""The choice of the layers of a net that a rule is for."""
+"""The choice of the layers of a net that a rule applies to."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxprop.traced.ruled import Rule
 
 
 def with_rule(net: Layer, rule: Rule, where: Where) -> Layer:
-    """Return the net with ``rule(layer)`` for every layer that is meant.
+    """Return the net with ``rule(layer)`` in place of every selected layer.
 
     Args:
         net: the network, or the part of a function that ``jp.function(fn, rules=)`` hands in, which
-            is meant by any ``where``.
+            any ``where`` selects.
         rule: a function of a layer.
         where: which layers.
 
     Raises:
-        TypeError: for what is not a net, or says nothing of a layer.
-        ValueError: where no layer is meant.
+        TypeError: for a net that is not a layer, or a ``where`` that cannot select layers.
+        ValueError: if no layer is selected.
     """
     check_where(where)
     return with_rules(net, {where: rule})
@@ -33,16 +33,16 @@ def with_rule(net: Layer, rule: Rule, where: Where) -> Layer:
 def with_rules(
     net: Layer, rules: Mapping[Where, Rule], others: Callable[[Layer], Layer] = lambda layer: layer
 ) -> Layer:
-    """Return the net with ``rule(layer)`` for every layer, by the first rule that is for it.
+    """Return the net with ``rule(layer)`` for every layer, by the first rule that selects it.
 
     Args:
         net: as in ``with_rule``.
         rules: a rule for each ``where``.
-        others: the rule for the layers that are left.
+        others: the rule for all other layers, which by default stay as they are.
 
     Raises:
         TypeError: as in ``with_rule``.
-        ValueError: for a ``where`` that means no layer.
+        ValueError: for a ``where`` that selects no layer.
     """
     require(net, Layer, "rules: net")
     if not isinstance(rules, Mapping):

@@ -30,7 +30,7 @@ SURROGATES: dict[str, Callable[[Array], Array]] = {
 
 
 class Spike(Layer):
-    """y = 1 where x > 0, else 0, with g(x) = k h(k x) in place of the derivative.
+    """A step, y = 1 where x > 0, else 0, with g(x) = k h(k x) in place of the derivative.
 
     k h(k x) is the derivative of a smooth step H(k x) from 0 to 1, of slope k:
 
@@ -41,20 +41,20 @@ class Spike(Layer):
         boxcar        h(z) = 1/2 where |z| <= 1, else 0
 
     (Zenke and Ganguli 2018, https://arxiv.org/abs/1705.11146; Fang et al. 2021,
-    https://arxiv.org/abs/2007.05785; Bellec et al. 2018, https://arxiv.org/abs/1803.09574; the
-    first and the third times k / 2 and k, for a step of height 1.)
-    Each is finite for every x. A slope that is learned has the derivative of H(k x) by k, x h(k x).
+    https://arxiv.org/abs/2007.05785; Bellec et al. 2018, https://arxiv.org/abs/1803.09574; here
+    the first and the third are multiplied by k / 2 and k, for a step of height 1.)
+    Each is finite for every x. The derivative by a learned slope is that of H(k x), x h(k x).
 
     x is (N, ...), floating, and y is like x. params are ``()``, or the slope, a scalar.
 
     Args:
         surrogate: the name of h.
-        slope: k, positive; where it is learned, what it starts as.
+        slope: k, positive; the initial value if it is learned.
         learned: whether the slope is learned.
 
     Raises:
         TypeError: for a slope that is not a number, and for x that is not floating.
-        ValueError: for another name, and for a slope that is not positive.
+        ValueError: for an unknown surrogate, and for a slope that is not positive.
     """
 
     surrogate: str = "fast_sigmoid"
@@ -79,7 +79,7 @@ class Spike(Layer):
         d_x = (wide(ct) * (k * h)).astype(x.dtype)
         if isinstance(params, tuple):
             return (), d_x
-        each = wide(ct) * (wide(x) * h)  # x h first: it is small where x is large
+        each = wide(ct) * (wide(x) * h)  # x h first: small where x is large
         return Stacked(each.sum(axis=tuple(range(1, x.ndim)))), d_x
 
 
@@ -87,13 +87,13 @@ class Lif(Layer):
     """Leaky integrate-and-fire units through time, with a surrogate derivative.
 
     v_t = b v_{t-1} - c s_{t-1} + x_t and s_t = 1 where v_t > c, from v_0 = s_0 = 0: a unit that
-    fires is reset by its threshold c. y is s. With a_t = dE/dv_t, from the last step back
+    fires is reset by its threshold c. y is s. With a_t = dE/dv_t, from the last step backwards
 
         dE/ds_t = ct_t - c a_{t+1}
         a_t = g(v_t - c) dE/ds_t + b a_{t+1},    dE/dx_t = a_t
 
     with ``Spike``'s g (Neftci et al. 2019, https://arxiv.org/abs/1901.09948). Without ``reset``
-    the way back leaves out - c a_{t+1}, as if the reset were constant.
+    the walk back leaves out - c a_{t+1}, as if the reset were constant.
 
     x is (N, T, ...), floating, and y is like x. There are no params.
 
@@ -101,8 +101,8 @@ class Lif(Layer):
         decay: b, in [0, 1).
         threshold: c, positive.
         surrogate: as in ``Spike``.
-        slope: likewise.
-        reset: whether the way back goes through the reset too.
+        slope: as in ``Spike``.
+        reset: whether to differentiate through the reset too.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -158,7 +158,7 @@ class Lif(Layer):
 
 
 def check_surrogate(layer: Layer, surrogate: str, slope: float) -> None:
-    """Raise for a surrogate of another name, or a slope that is no positive number."""
+    """Raise for an unknown surrogate, or a slope that is not a positive number."""
     name = type(layer).__name__
     if surrogate not in SURROGATES:
         raise ValueError(f"{name}: surrogate is one of {', '.join(SURROGATES)}, not {surrogate!r}")

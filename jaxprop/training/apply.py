@@ -1,4 +1,4 @@
-"""From gradients to an update: bounding, scaling back, skipping, and the optimizer's own step."""
+"""From gradients to an update: the norm bound, the loss scale, skipped steps, the optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxprop.core.types import Params, PyTree
 
 @serializable
 class Skipping(NamedTuple):
-    """An optimizer's state, and how many steps were skipped because they were not finite.
+    """An optimizer's state, and the number of steps that were skipped as not finite.
 
     Attributes:
         state: the optimizer's state.
@@ -37,13 +37,13 @@ class Skipping(NamedTuple):
 
 @serializable
 class Scaling(NamedTuple):
-    """The state of ``Skipping``, and the loss scale of the next step.
+    """The state of ``Skipping`` with the loss scale of the next step.
 
     Attributes:
         state: the optimizer's state.
         skipped: int32, a scalar.
         scale: float32, a scalar.
-        steps: int32, how many steps in a row were finite since the scale was last changed.
+        steps: int32, the number of consecutive finite steps since the scale last changed.
     """
 
     state: PyTree
@@ -55,17 +55,17 @@ class Scaling(NamedTuple):
 class DynamicLossScale(Static):
     """A loss scale that grows until gradients overflow, and then shrinks.
 
-    A step whose gradient is not finite is skipped, and the scale divided by ``factor``. After
-    ``interval`` finite steps in a row it is multiplied by it (Micikevicius et al. 2018,
-    https://arxiv.org/abs/1710.03740). It does not fall below 1.
+    A step whose loss or gradient is not finite is skipped, and divides the scale by ``factor``.
+    After ``interval`` consecutive finite steps, the scale is multiplied by ``factor``
+    (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740). It never falls below 1.
 
     Args:
         initial: the scale of the first step, at least 1.
-        factor: what the scale is multiplied or divided by, more than 1.
-        interval: after how many finite steps it grows.
+        factor: the factor to multiply or divide the scale by, more than 1.
+        interval: the number of consecutive finite steps after which the scale grows.
 
     Raises:
-        TypeError: for what is not a number, and an interval that is not a whole number.
+        TypeError: for an argument that is not a number, and an interval that is not an integer.
         ValueError: for a number out of its range.
     """
 
@@ -85,16 +85,16 @@ class DynamicLossScale(Static):
         check_count("DynamicLossScale: interval", self.interval)
 
     def start(self, state: PyTree) -> Scaling:
-        """Return the state to start from, around the optimizer's."""
+        """Return the initial state, which wraps the optimizer's."""
         zero = jnp.zeros((), jnp.int32)
         return Scaling(state, zero, jnp.asarray(self.initial, jnp.float32), zero)
 
     def after(self, state: Scaling, inner: PyTree, finite: Array) -> Scaling:
-        """Return the state after a step, around the optimizer's new one."""
+        """Return the state after a step, which wraps the optimizer's new state ``inner``."""
         steps = jnp.where(finite, state.steps + 1, 0)
         grows = steps == self.interval
         smaller = jnp.maximum(state.scale / self.factor, 1)
-        most = float(jnp.finfo(jnp.float32).max)  # an infinite scale would stay so
+        most = float(jnp.finfo(jnp.float32).max)  # an infinite scale could never shrink
         larger = jnp.where(grows, jnp.minimum(state.scale * self.factor, most), state.scale)
         return Scaling(
             inner,
@@ -105,14 +105,14 @@ class DynamicLossScale(Static):
 
 
 class Options(NamedTuple):
-    """The options of an update, beside the optimizer.
+    """The options of an update, apart from the optimizer.
 
     Attributes:
         max_norm: the bound on the gradient's norm, or None.
-        skip_nonfinite: whether a step that is not finite is skipped.
+        skip_nonfinite: whether to skip a step that is not finite.
         loss_scale: a number, or a ``DynamicLossScale``.
-        micro_batches: into how many parts the batch is split.
-        aux: whether more than the loss is returned.
+        micro_batches: the number of parts that the batch is split into.
+        aux: whether to return auxiliary results next to the loss.
     """
 
     max_norm: float | Array | None = None
@@ -130,25 +130,25 @@ class Options(NamedTuple):
         return self.max_norm is not None or self.skips
 
     def scale(self, state: PyTree) -> float | Array:
-        """Return the loss scale of a step from this state."""
+        """Return the loss scale of the step that starts from this state."""
         if isinstance(self.loss_scale, DynamicLossScale):
             return state.scale
         return self.loss_scale
 
     def around(self, state: PyTree) -> PyTree:
-        """Return the state to start from, around the optimizer's."""
+        """Return the initial state, which wraps the optimizer's where an option needs it."""
         if isinstance(self.loss_scale, DynamicLossScale):
             return self.loss_scale.start(state)
         return Skipping(state, jnp.zeros((), jnp.int32)) if self.skip_nonfinite else state
 
 
 class BatchFacts(NamedTuple):
-    """The facts of the whole batch that an update may use.
+    """Facts of the whole batch that an update may use.
 
     Attributes:
         value: the loss.
-        norm: the norm of the gradient, where it is needed.
-        finite: whether both are finite.
+        norm: the norm of the gradient, or None if no option needs it.
+        finite: whether both are finite, or None without the norm.
     """
 
     value: Float[Array, ""]
@@ -157,11 +157,11 @@ class BatchFacts(NamedTuple):
 
     @classmethod
     def with_norm(cls, value: Array, norm: Array) -> BatchFacts:
-        """Return what is seen; in ``jax.shard_map`` finite is what is so on all devices."""
+        """Return the facts with the norm; in ``jax.shard_map``, finite means on all devices."""
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         axes = shard_map_axes()
         if axes:
-            finite &= jax.lax.axis_index(axes) >= 0  # always so, but on each device its own answer
+            finite &= jax.lax.axis_index(axes) >= 0  # always true; makes finite vary by device
             finite = jax.lax.pmin(finite.astype(jnp.int32), axes) > 0
         return cls(value, norm, finite)
 
@@ -170,14 +170,15 @@ class BatchFacts(NamedTuple):
 class LossOfStep:
     """The loss of a step's batch, as a function of the arrays that the optimizer holds.
 
-    An optimizer that searches along a line calls it. One that needs the batch finds it here: an
-    argument of another name would reach all that is chained, and optax's search refuses it.
+    A line search calls it. An optimizer that needs the batch, such as ``jp.kfac``, finds it here:
+    a separate argument would reach every transformation in an ``optax.chain``, and optax's line
+    search refuses unknown ones.
 
     Attributes:
         loss: ``loss(params, x, target, **given)``.
-        params: the params of the step, with what is not learned.
+        params: the net's params at this step, unlearned arrays included.
         batch: (x, target).
-        given: key, mask, weights and divisor, those that were given.
+        given: those of key, mask, weights and divisor that were given.
     """
 
     loss: Callable[..., Array]
@@ -233,7 +234,7 @@ def make_apply(optimizer: optax.GradientTransformationExtraArgs, options: Option
 
 
 def _extra_args(optimizer: optax.GradientTransformationExtraArgs) -> tuple[str, ...]:
-    """Return which extra arguments the optimizer's update takes."""
+    """Return the names of the extra arguments that the optimizer's update takes."""
     names = ("value", "grad", "value_fn")
     parameters = inspect.signature(optimizer.update).parameters
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):

@@ -1,4 +1,4 @@
-"""A param, and what goes along with it on the walk back that updates it."""
+"""Params with what the walk back carries for each: optimizer state and a sum of gradients."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jaxprop.core.types import Params, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Attached:
-    """A param with what goes along with it on the walk back.
+    """A param, with the optimizer state and the sum of gradients that the walk back carries for it.
 
     Attributes:
         param: the param.
-        state: the part of the optimizer's state that belongs to it.
-        grad: the sum of its gradients by earlier micro-batches, or ``()``.
-        index: its place among the leaves of the learned params.
+        state: the part of the optimizer's state that belongs to the param.
+        grad: the sum of its gradients over earlier micro-batches, or ``()``.
+        index: its index among the leaves of the learned params.
     """
 
     param: Array
@@ -32,19 +32,19 @@ class Attached:
 
 
 def is_attached(node: object) -> bool:
-    """Return whether a node of a tree is a param with what goes along with it."""
+    """Return whether a node of a tree is an ``Attached``."""
     return isinstance(node, Attached)
 
 
 def attached(
     params: Params, grads: Params | None, states: Sequence[tuple[Array, ...]] | None = None
 ) -> PyTree:
-    """Return params with what goes along with each that is learned, a tree of places.
+    """Return a tree of places: params, with an ``Attached`` for each one that is learned.
 
     Args:
         params: the net's params, side inputs included.
-        grads: like the learned params, the sums of earlier micro-batches' gradients, or None.
-        states: for each learned param the part of the optimizer's state that belongs to it.
+        grads: a tree like the learned params, the sums over earlier micro-batches, or None.
+        states: for each learned param, the part of the optimizer's state that belongs to it.
     """
     leaves, structure = jax.tree.flatten(for_optimizer(params))
     states = [()] * len(leaves) if states is None else states

@@ -20,7 +20,7 @@ from jaxprop.core.types import Cotangent, Params, PyTree
 def custom_vjp(layer: Layer) -> Callable[[Params, PyTree], PyTree]:
     """Return ``f(params, x) -> y`` whose ``jax.grad`` is ``layer.backward``, for any JAX program.
 
-    An integer x has no cotangent, and gets none; an array that is not learned gets zeros.
+    An integer x gets no cotangent, and an array that is not learned gets zeros.
 
     Args:
         layer: the layer, or a whole net.

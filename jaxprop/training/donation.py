@@ -1,4 +1,4 @@
-"""Arrays whose memory an update may take for its results: JAX calls that donating them."""
+"""Donation: arrays whose memory an update may reuse for its results."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from jax.core import Tracer
 
 
 def owned(init: Callable[[Any], Any], params: Any) -> Any:
-    """A state that can be donated: the optimizer's may hold an array of the caller's, as a rate."""
+    """Return the state that init makes, copied so that it can be donated.
+
+    The original may hold an array of the caller's, such as a learning rate.
+    """
     leaves, structure = jax.tree.flatten(init(params))
-    for place, leaf in enumerate(leaves):  # one after the other, not all of them twice
+    for place, leaf in enumerate(leaves):  # one by one, never two copies of all
         leaves[place] = jnp.copy(leaf) if isinstance(leaf, Array) else leaf
     return jax.tree.unflatten(structure, leaves)
 
 
 def fit_to_donate(tree: Any) -> Any:
-    """The tree, with a copy of each array that it holds a second time.
+    """Return the tree, with a copy in place of every repeated array.
 
-    ``optax.lbfgs`` starts from a state with one array of zeros in two places, and JAX refuses to
+    The initial state of ``optax.lbfgs`` has one array of zeros in two places, and JAX refuses to
     donate an array twice. Raises ``RuntimeError`` for an array that was donated before.
     """
     seen: set[int] = set()

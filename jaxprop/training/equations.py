@@ -1,10 +1,11 @@
-"""The equations of an optax update, sorted by the param that they belong to.
+"""The equations of an optax update, grouped by the param that they belong to.
 
-``optimizer.update`` takes all gradients and all state at once. Traced, it is a list of equations,
-most of which belong to one param: they depend on its gradient and on no other. Sorted by that
-param, and with them the optimizer's state, they update each param alone; what depends on none (a
-step count, a schedule) is shared. Whatever optax composes is taken apart so, masks and partitions
-too, and an update that looks across params is found out, not guessed.
+``optimizer.update`` takes all gradients and all state at once. Its trace is a list of equations,
+most of which belong to a single param: they depend on that param's gradient and on no other. With
+the equations and the optimizer's state grouped by param, each param can be updated alone; whatever
+depends on no param (a step count, a schedule) is shared. This works for anything that optax
+composes, masks and partitions included, and an update that looks across params is detected, not
+guessed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from jaxprop.core.types import Params, PyTree
 
-SHARED, ACROSS = -1, -2  # the owner of what belongs to no param, and of what looks at several
+SHARED, ACROSS = -1, -2  # owners: for what depends on no param, and on several
 ENTRYWISE = frozenset(
     """abs add and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1
     floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow rem
@@ -26,15 +27,15 @@ ENTRYWISE = frozenset(
 
 
 class Equations:
-    """The equations of (grads, state, params, seen) -> (params, state), by their owner.
+    """The equations of the update (grads, state, params, seen) -> (params, state), by owner.
 
     Args:
-        jaxpr: the update, traced.
-        params: the params, for their names in messages.
-        state: the optimizer's state, likewise.
+        jaxpr: the traced update.
+        params: the params, for their names in error messages.
+        state: the optimizer's state, for its names likewise.
 
     Raises:
-        ValueError: where the update of a param depends on another's gradient or state.
+        ValueError: if the update of a param depends on another param's gradient or state.
     """
 
     def __init__(self, jaxpr: Jaxpr, params: Params, state: PyTree) -> None:
@@ -74,7 +75,7 @@ class Equations:
         return dict(zip(defined, values, strict=True))
 
     def hold_entrywise(self, index: int) -> None:
-        """Raise unless each entry of the param is updated by itself, and so a layer of a stack."""
+        """Raise unless the update is entrywise, so that a stack's layers can be updated alone."""
         shape = _shape(self.params_in[index])
         uniform = _uniform(self._equations[SHARED])
 
@@ -108,10 +109,11 @@ class Equations:
                 refuse(f"makes {_dtype(new)}{_shape(new)} of {_dtype(old)}{_shape(old)}")
 
     def _owners(self, equations: list[JaxprEqn]) -> Callable[[Any], int]:
-        """Return the owner of each variable: the param whose gradient, state or value it needs.
+        """Return a function from a variable to its owner, the param that it depends on.
 
-        State belongs to the param that its next value depends on. That may make more depend on
-        it, so the search is repeated until it finds nothing new.
+        A variable depends on a param through the param's value, gradient or state. An array of the
+        state belongs to the param that its next value depends on. That may give more variables an
+        owner, so the search is repeated until it finds nothing new.
         """
         start = {var: index for index, var in enumerate(self.grads_in)}
         start |= {var: index for index, var in enumerate(self.params_in)}
@@ -168,7 +170,7 @@ def _needed(jaxpr: Jaxpr) -> list[JaxprEqn]:
 
 
 def _uniform(equations: list[JaxprEqn]) -> set[Any]:
-    """Return the results that are one scalar, broadcast."""
+    """Return the outputs that hold a single value, computed or broadcast from scalars."""
     uniform: set[Any] = set()
     for equation in equations:
         spread = equation.primitive.name in ENTRYWISE | {"broadcast_in_dim"}

@@ -21,21 +21,21 @@ from jaxprop.training.equations import SHARED, Equations, value_of
 
 
 class FusedUpdate(Replacing):
-    """The visit that replaces each param, and its state, by what the optimizer makes of them.
+    """The visit that replaces each param and its state by the optimizer's new ones.
 
     Args:
         apply: ``apply(grads, state, params, seen, value_fn)`` returns new (params, state).
         params: the net's params, side inputs included.
         state: the optimizer's state.
-        seen: what apply may know of the whole batch, such as the loss.
-        depths: like the learned params, the number of each one's axes of layers.
-        grads: like the learned params, the sums of earlier micro-batches' gradients, or None.
-        micro_batches: how many there are.
-        scale: what the cotangent of the net's output was multiplied by.
+        seen: the facts of the whole batch that apply may use, such as the loss.
+        depths: a tree like the learned params, the number of axes of layers of each.
+        grads: a tree like the learned params, the sums over earlier micro-batches, or None.
+        micro_batches: the number of micro-batches.
+        scale: the loss scale that the cotangent of the net's output was multiplied by.
 
     Raises:
-        ValueError: where the update of a param depends on another's gradient or state, or that of
-            a layer in a ``repeat`` on other layers.
+        ValueError: if the update of a param depends on another param's gradient or state, or the
+            update of a layer in a ``repeat`` depends on other layers.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class FusedUpdate(Replacing):
             return apply(grads, state, params, seen, _no_value_fn)
 
         arrays = for_optimizer(params)
-        with jax.disable_jit():  # all equations side by side, none inside another
+        with jax.disable_jit():  # all equations at the top level, none nested
             closed = jax.make_jaxpr(update)(arrays, state, arrays, seen)
         self._all, self._micro_batches, self._scale = params, micro_batches, scale
         self._params, self._of_params = jax.tree.flatten(arrays)
@@ -68,7 +68,7 @@ class FusedUpdate(Replacing):
         self._shared = equations.run(SHARED, given.__getitem__) | given
 
     def places(self) -> PyTree:
-        """Return the params, each with what goes along with it."""
+        """Return the tree of places: the params, each with its state and sum of gradients."""
         states = [tuple(self._state[slot] for slot in slots) for slots in self._equations.slots]
         return attached(self._all, self._grads, states)
 
@@ -84,7 +84,7 @@ class FusedUpdate(Replacing):
         )
 
     def results(self, places: PyTree) -> tuple[Params, PyTree]:
-        """Return ``(params, state)`` when every place has been replaced; params are the learned."""
+        """Return ``(params, state)`` from the replaced places; params are the learned ones."""
         leaves = filter(is_attached, jax.tree.leaves(places, is_leaf=is_attached))
         params = sorted(leaves, key=lambda leaf: leaf.index)
         equations = self._equations
@@ -99,7 +99,7 @@ class FusedUpdate(Replacing):
         return new_params, jax.tree.unflatten(self._of_state, state)
 
     def _updated(self, place: Attached, grad: Array) -> Attached:
-        """Return a param updated: a whole one, or one layer's part of a stack."""
+        """Return the place with its param updated: a whole one, or one layer's part of a stack."""
         equations, index = self._equations, place.index
         stacked = self._depths[index]
         slots = equations.slots[index]
@@ -112,7 +112,7 @@ class FusedUpdate(Replacing):
             if var in given:
                 return given[var]
             value = self._shared[var]
-            return value[(0,) * stacked] if stacked and value.ndim else value  # its layers' is one
+            return value[(0,) * stacked] if stacked and value.ndim else value  # same for all layers
 
         given |= equations.run(index, read)
         outs = equations.params_out[index], *(equations.state_out[slot] for slot in slots)
@@ -137,11 +137,11 @@ class FusedUpdate(Replacing):
 
 
 class NormsOfMean(Placed):
-    """The visit that takes |mean gradient| of each param, with earlier micro-batches' gradients.
+    """The visit that returns the norm of each param's mean gradient over all micro-batches.
 
     Args:
-        micro_batches: how many there are.
-        scale: what the cotangent of the net's output was multiplied by.
+        micro_batches: the number of micro-batches.
+        scale: the loss scale that the cotangent of the net's output was multiplied by.
     """
 
     def __init__(self, micro_batches: int, scale: float | Array = 1.0) -> None:
@@ -160,10 +160,11 @@ class NormsOfMean(Placed):
 
 
 def norms_of_gradient(step: Step, scale: float | Array = 1.0) -> list[Array]:
-    """Return |gradient| of each of a layer's params, from its factors where these are all of it.
+    """Return the norm of the gradient of each of a layer's params, from factors where they suffice.
 
-    The cotangent that the walk started from was multiplied by the scale. What rounds a gradient to
-    narrower params may make it infinite; in ``jax.shard_map`` it is a sum over devices.
+    A gradient is multiplied out first where it is rounded to a narrower param, which may make it
+    infinite; in ``jax.shard_map``, where it is a sum over devices; and where it is divided by a
+    scale other than 1, by which the first cotangent of the walk was multiplied.
     """
 
     def norm(leaf: Any) -> Array:
@@ -176,7 +177,7 @@ def norms_of_gradient(step: Step, scale: float | Array = 1.0) -> list[Array]:
 
 
 def mean_with(total: Array, grad: Array, micro_batches: int) -> Array:
-    """Return the mean gradient, from the sum of the earlier micro-batches' and the last one's."""
+    """Return the mean over micro-batches, from the total of the earlier ones and the last one."""
     return ((total + wide(grad)) / micro_batches).astype(grad.dtype)
 
 

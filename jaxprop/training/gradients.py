@@ -47,28 +47,28 @@ def value_and_grad(
 ) -> ValueAndGrad:
     """Return ``f(params, x, target) -> (value, grads)`` by the hand-written chain.
 
-    It is the same value and gradient as ``jax.value_and_grad(jp.loss_fn(net, loss))``: value is the
+    Value and gradient equal those of ``jax.value_and_grad(jp.loss_fn(net, loss))``: value is the
     mean of the loss over examples, and grads has the structure, shapes and dtypes of params. Where
-    params hold an ``Unlearned`` array, grads hold ``Unlearned(0)``, and ``()`` for an integer that
-    ``backward`` gives ``()`` and that ``init`` did not mark.
+    params hold an ``Unlearned`` array, grads hold ``Unlearned(0)``. For an integer param that
+    ``init`` did not mark and for which ``backward`` returns ``()``, grads hold ``()``.
 
     Args:
         net: the network.
         loss: the loss.
-        loss_scale: what the cotangent is multiplied by where the walk back starts, and each
-            gradient divided by where it is summed. With a net that computes in float16
-            (``jp.cast``) a scale of 2.0**12, say, keeps small cotangents from becoming zero
+        loss_scale: the factor that multiplies the cotangent at the start of the walk back, and
+            that divides each gradient once it is summed. With a net that computes in float16
+            (``jp.cast``), a scale of 2.0**12, say, keeps small cotangents from becoming zero
             (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
-        micro_batches: into how many equal parts the batch is split, which are gone through one
+        micro_batches: the number of equal parts to split the batch into, which are processed one
             after the other in the memory of one.
-        aux: whether ``f`` returns ``((value, aux), grads)``, with a ``jp.Aux`` that holds the net's
-            output y.
-        also: quantities by name, such as ``{"noise": jp.NoiseScale(parts=True)}``, which come back
-            in ``aux.also`` from the same walk, as those of ``jp.quantities`` do.
+        aux: whether ``f`` returns ``((value, aux), grads)``, where aux is a ``jp.Aux`` with the
+            net's output y.
+        also: quantities by name, such as ``{"noise": jp.NoiseScale(parts=True)}``, as for
+            ``jp.quantities``. They come from the same walk, and are returned in ``aux.also``.
 
     Raises:
-        TypeError: for what is not a net, or not a loss, and for a loss_scale that is no number.
-        ValueError: for a loss_scale that is not positive, for micro-batches or ``also`` of a net
+        TypeError: for a net, loss or loss_scale of the wrong type.
+        ValueError: for a loss_scale that is not positive, for micro-batches or ``also`` with a net
             that couples the examples of a batch, and for ``also`` without ``aux``.
     """
     check_net_and_loss(net, loss)
@@ -99,15 +99,15 @@ def value_and_grad(
 def autodiff(net: Layer, loss: Loss, *, micro_batches: int = 1, aux: bool = False) -> ValueAndGrad:
     """Return ``f(params, x, target) -> (value, grads)`` by ``jax.grad`` of ``jp.loss_fn``.
 
-    What it returns has the structure of ``jp.value_and_grad``'s: it differentiates by what is
-    learned alone, where ``jax.grad`` of the whole tree refuses integers and keys. It raises
-    ``TypeError`` for an integer param that is not marked as ``Unlearned``.
+    The result has the structure of ``jp.value_and_grad``'s. Only learned params are differentiated,
+    whereas ``jax.grad`` of the whole tree refuses integers and keys. An integer param that is not
+    marked as ``Unlearned`` raises ``TypeError``.
 
     Args:
         net: the network.
         loss: the loss.
-        micro_batches: into how many equal parts the batch is split.
-        aux: whether ``f`` returns ``((value, aux), grads)``, as that of ``jp.value_and_grad``.
+        micro_batches: the number of equal parts to split the batch into.
+        aux: whether ``f`` returns ``((value, aux), grads)``, as in ``jp.value_and_grad``.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp

@@ -37,7 +37,7 @@ from jaxprop.quantity.together import alone
 from jaxprop.training.apply import LossOfStep
 from jaxprop.training.shares import in_shares
 
-LEAST, TINY = 1e-8, 1e-30  # of a damping that adapts; of what is divided by
+LEAST, TINY = 1e-8, 1e-30  # the least adapted damping; the least divisor
 
 
 @serializable
@@ -45,11 +45,11 @@ class KfacState(NamedTuple):
     """The state of ``jp.kfac``.
 
     Attributes:
-        steps: how many steps were taken.
-        factors: the moving average of the Kronecker factors, at first the mean so far.
-        basis: an ``Eigen`` for each.
-        step: the last step, like the learned params.
-        damping: what is added to each eigenvalue.
+        steps: the number of steps taken.
+        factors: the bias-corrected moving average of the Kronecker factors.
+        basis: the factors with each ``Kronecker`` decomposed into an ``Eigen``.
+        step: the last step, a tree like the learned params.
+        damping: the damping, added to each eigenvalue.
     """
 
     steps: Int[Array, ""]
@@ -81,15 +81,15 @@ def kfac(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return K-FAC (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671), for optax.
+    """Return K-FAC (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671) as an optimizer.
 
-    Of the gradient g it makes the direction d = -(F + damping)^-1 g, with F the moving average of
-    the Kronecker factors, and the step alpha d + mu (the last step). Without a learning rate alpha
-    and mu minimise the quadratic model <g, s> + <s, (F + damping) s> / 2, whose F is the exact
-    Gauss-Newton matrix of the batch, for large batches (section 7 there). The damping follows
-    Levenberg and Marquardt (section 6.5): it shrinks where the loss falls as the model says. It is
-    added to the eigenvalues of each block, which is exact where the factors are, so that it is not
-    split between them.
+    For a gradient g, the direction is d = -(F + damping)^-1 g, where F is the moving average of the
+    Kronecker factors, and the step is alpha d + mu (the last step). Without a learning rate, alpha
+    and mu minimise the quadratic model <g, s> + <s, (F + damping) s> / 2, in which F is the exact
+    Gauss-Newton matrix of the batch; this is for large batches (section 7 there). The damping
+    follows Levenberg and Marquardt (section 6.5): it shrinks where the loss falls as the model
+    predicts. It is added to the eigenvalues of each block instead of being split between the two
+    factors, so the damped block is exact where the factors are.
 
         optimizer = jp.kfac(net, loss, (params, x, target))
         update = jp.make_update(net, loss, optimizer)
@@ -97,29 +97,31 @@ def kfac(
     In a loop of your own: ``optimizer.update(grads, state, params, batch=(x, target))``.
 
     Args:
-        net: the network. A param that has no factors is given a diagonal.
+        net: the network. A param without Kronecker factors gets a diagonal.
         loss: the loss.
-        like: (params, x, target), for their shapes alone; of any number of examples.
-        learning_rate: alpha, or a schedule of it; None for the quadratic model's.
-        momentum: mu; by default the quadratic model's, and 0.9 beside a learning rate. Without one
-            alpha minimises the model beside it.
-        damping: what is added to each eigenvalue at first.
-        adapt_damping: whether it follows Levenberg and Marquardt then.
-        norm_constraint: bounds -alpha^2 <g, d>, a step's squared length in the metric of F, for an
-            alpha that is given.
-        decay: of the moving average, from 0 to below 1. At first it is the mean so far.
-        samples: how many walks sample F, each from targets that are drawn from the model; None for
-            the exact root, a walk for each output.
+        like: (params, x, target), of which only the shapes matter; any number of examples will do.
+        learning_rate: alpha, or a schedule for it; None for the quadratic model's.
+        momentum: mu; by default the quadratic model's, or 0.9 with a learning rate. With a momentum
+            and no learning rate, alpha minimises the model for this mu.
+        damping: the initial damping.
+        adapt_damping: whether the damping then follows Levenberg and Marquardt.
+        norm_constraint: a bound on -alpha^2 <g, d>, the squared length of alpha d in the metric of
+            F + damping, for a given learning rate.
+        decay: the decay of the moving average, in [0, 1). The average is bias-corrected, so that
+            at first it is about the mean so far.
+        samples: the number of walks that sample F, each with targets drawn from the model; None for
+            the exact root, with one walk for each output.
         positions: "expand" or "reduce", as in ``jp.kronecker_factors``.
-        joint_bias: whether a bias is a further row of its layer's matrix.
-        every: the factors are taken each so many steps.
-        inverse_every: they are decomposed each so many steps.
-        damping_every: the damping is looked at each so many steps, which costs a pass forward.
-        damping_decay: by what it is multiplied, for each of them, where it shrinks, and divided
-            where it grows.
-        micro_batches: into how many parts the batch is split for the factors.
-        seed: of what is drawn.
-        mesh: a mesh of devices, of which each decomposes its share of the factors.
+        joint_bias: whether to treat a bias as a further row of its layer's matrix.
+        every: the number of steps from one computation of the factors to the next.
+        inverse_every: the number of steps from one eigendecomposition of the factors to the next.
+        damping_every: the number of steps from one adaptation of the damping to the next. Each
+            costs a forward pass.
+        damping_decay: the factor for each step. An adaptation multiplies the damping by
+            ``damping_decay**damping_every`` to shrink it, or divides by that to let it grow.
+        micro_batches: the number of parts to split the batch into for the factors.
+        seed: the seed of the targets that are drawn.
+        mesh: a mesh of devices, each of which decomposes its share of the factors.
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -168,11 +170,11 @@ def kfac(
 
 @dataclasses.dataclass(frozen=True)
 class _Kfac:
-    """The two functions of ``kfac``, with what it was given.
+    """The ``init`` and ``update`` that ``kfac`` returns, with its arguments.
 
     Attributes:
         factors: the Kronecker factors as a function of (params, batch).
-        decomposed: how their eigenvectors are taken over a mesh, or None.
+        decomposed: the function that decomposes them over a mesh, or None.
     """
 
     net: Layer
@@ -251,7 +253,7 @@ class _Kfac:
         return like_params(params, step), KfacState(count + 1, factors, basis, step, new)
 
     def _averaged(self, state: KfacState, params: Params, batch: Batch) -> PyTree:
-        """Return the moving average of the factors, with those of this batch."""
+        """Return the moving average of the factors, updated with those of this batch."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.steps)
         new = learned(self.factors(params, batch._replace(key=key)))
         nth = (state.steps // self.every).astype(float)
@@ -261,7 +263,7 @@ class _Kfac:
     def _sizes(
         self, state: KfacState, params: Params, batch: Batch, grads: Params, direction: Params
     ) -> tuple[Float[Array, " 2"], Callable[[Array], Array]]:
-        """Return alpha and mu, and by how much the model says that the loss rises for them."""
+        """Return alpha and mu, and the function of them that predicts the rise of the loss."""
 
         def model() -> _Model:
             vectors = direction, state.step
@@ -277,7 +279,7 @@ class _Kfac:
         return sizes, lambda sizes: model().change(sizes)
 
     def _adapted(self, damping: Array, rise: Array, expected: Array) -> Array:
-        """Return the damping after a step, by how the loss rose beside what the model says."""
+        """Return the damping after a step, from the rise of the loss and the predicted rise."""
         expected = expected.astype(damping.dtype)
         ratio = rise.astype(expected.dtype) / jnp.minimum(expected, -TINY)
         factor = self.damping_decay**self.damping_every
@@ -318,8 +320,8 @@ class _Model(NamedTuple):
     def minimum(self, damping: Array, momentum: float | None = None) -> Float[Array, " 2"]:
         """Return the sizes of both vectors at the minimum of the damped model.
 
-        Where they are one direction, or the second is 0, the second's is 0. With a momentum that
-        is given the second's is it.
+        The second size is the momentum if that is given, and 0 where the vectors are parallel or
+        the second is 0.
         """
         (aa, ab), (_, bb) = self.quadratic + damping.astype(self.linear.dtype) * self.products
         a, b = self.linear
@@ -334,7 +336,7 @@ class _Model(NamedTuple):
         return jnp.stack([first, jnp.where(both, (ab * a - aa * b) / safe, 0)])
 
     def change(self, sizes: Float[Array, " 2"]) -> Float[Array, ""]:
-        """Return by how much the model without damping says that the loss rises."""
+        """Return the rise of the loss that the model without damping predicts."""
         sizes = sizes.astype(self.linear.dtype)
         return self.linear @ sizes + sizes @ self.quadratic @ sizes / 2
 
@@ -342,12 +344,12 @@ class _Model(NamedTuple):
 def _given_sizes(
     rate: ArrayLike, momentum: float | None, bound: float | None, square: Float[Array, ""]
 ) -> Float[Array, " 2"]:
-    """Return alpha and mu where a rate is given.
+    """Return alpha and mu for a given learning rate.
 
     Args:
         rate: alpha, before it is bounded.
         momentum: mu; None for 0.9.
-        bound: what alpha^2 times the square may be, or None.
+        bound: the largest alpha^2 times square, or None.
         square: <g, (F + damping)^-1 g>.
     """
     alpha = jnp.asarray(rate, square.dtype)
@@ -380,7 +382,7 @@ def _mixed(old: Array, new: Array, rest: Array) -> Array:
 
 
 def _at_times(count: Array, every: int, new: Callable[[], PyTree], old: PyTree) -> PyTree:
-    """Return what is new, each so many steps, and else what is old."""
+    """Return ``new()`` if count is a multiple of ``every``, else old."""
     return new() if every == 1 else jax.lax.cond(count % every == 0, new, lambda: old)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers that see only what is learned."""
+"""Optimizers that see only learned params."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxprop.core.types import Params, PyTree
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Raise ``TypeError`` for what is not an optax transformation."""
+    """Raise ``TypeError`` unless the optimizer is an optax transformation."""
     if isinstance(optimizer, optax.MultiSteps):
         raise TypeError("optimizer: write optax.MultiSteps(...).gradient_transformation()")
     if not isinstance(optimizer, optax.GradientTransformation):
@@ -24,12 +24,12 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def check_state(init: Callable[[Params], PyTree], params: Params, state: PyTree) -> None:
-    """Raise ``TypeError`` unless state has the arrays that init makes of params.
+    """Raise ``TypeError`` unless the state has the arrays that init makes for params.
 
     Args:
-        init: what makes a state of params.
+        init: the function that makes a state from params.
         params: the net's params.
-        state: what was given for a state.
+        state: the state to check.
     """
     made, got = (
         {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(t)}
@@ -49,19 +49,19 @@ def check_state(init: Callable[[Params], PyTree], params: Params, state: PyTree)
 def learned_only(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer for trees with arrays that are not learned, which it leaves alone.
+    """Return the optimizer for trees that also hold unlearned arrays, which it leaves alone.
 
-    ``jp.make_update`` does so by itself. In a loop of your own it is the one line that keeps weight
-    decay, noise and optimizer state away from running statistics and from frozen weights: the
-    result is used with whole params and with the gradients that this library returns for them, and
-    so is ``optax.apply_updates``.
+    ``jp.make_update`` does this for you. In a loop of your own, it is the one line that keeps
+    weight decay, noise and optimizer state away from running statistics and frozen weights. Use the
+    result, and ``optax.apply_updates``, with whole params and with the gradients that this library
+    returns for them.
 
     Args:
-        optimizer: any optax transformation. A tree of masks or labels that it was given may be made
-            from whole params, by ``jax.tree.map``.
+        optimizer: any optax transformation. A tree of masks or labels in it may be made from whole
+            params, by ``jax.tree.map``.
 
     Raises:
-        TypeError: for what is not an optax transformation.
+        TypeError: for an optimizer that is not an optax transformation.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, jaxprop as jp

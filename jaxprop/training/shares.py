@@ -1,4 +1,4 @@
-"""Eigenvectors of many matrices on many devices, of which each finds its share."""
+"""Eigendecompositions of many matrices, shared out over devices."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from jaxprop.curvature.algebra import Decomposed
 def in_shares(mesh: Mesh) -> Decomposed:
     """Return a function that decomposes symmetric matrices (..., D, D), each on one device.
 
-    The matrices are on all devices before, and their eigenvectors after. The largest is given out
-    first, each to the device that has least to do, by D^3.
+    All devices hold all matrices before, and all results after. The matrices are assigned from the
+    largest to the smallest, each to the device with the least work so far, which is counted as D^3.
 
     Args:
-        mesh: the devices, by all its axes.
+        mesh: the mesh of devices, all axes of which are used.
     """
     axes = mesh.axis_names
 
@@ -50,7 +50,7 @@ def in_shares(mesh: Mesh) -> Decomposed:
 
 
 def _owners(costs: list[int], devices: int) -> list[int]:
-    """Return which device each is for."""
+    """Return the device that each matrix is assigned to."""
     owners, load = [0] * len(costs), [0] * devices
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         owners[index] = load.index(min(load))

@@ -1,4 +1,4 @@
-"""The running statistics of a BatchNorm: moved in training, used in inference."""
+"""The running statistics of a BatchNorm: updated in training, used in inference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def inference_mode(net: Layer) -> Layer:
 
 
 def holds_batch_stats(net: Layer) -> bool:
-    """Return whether some BatchNorm in the net is in training."""
+    """Return whether any BatchNorm in the net is in training."""
     return any(isinstance(each, BatchNorm) and each.training for each in layers_within(net))
 
 
@@ -51,9 +51,9 @@ def update_batch_stats(
     """Return params with each BatchNorm's running statistics moved towards those of the batch x.
 
     For a BatchNorm in training, running = momentum * running + (1 - momentum) * the batch's, where
-    that is finite; all else is as it was. The update of ``jp.make_update`` does it by itself. In a
-    loop of one's own, in one ``jax.jit`` with ``value_and_grad`` of the same params, the way
-    forward is computed once:
+    that is finite; everything else is unchanged. The update of ``jp.make_update`` does this for
+    you. In a loop of your own, call it in one ``jax.jit`` with ``value_and_grad`` at the same
+    params, so that the forward pass is computed only once:
 
         @jax.jit
         def step(params, state, x, target):
@@ -70,8 +70,8 @@ def update_batch_stats(
         mask: the mask of the step.
 
     Raises:
-        ValueError: for a BatchNorm that is ``shared``, or in a layer that does not say where its
-            statistics are.
+        ValueError: for a BatchNorm that is ``shared``, or inside a layer that does not say where
+            its statistics are.
     """
 
     require(net, Layer, "update_batch_stats: net")

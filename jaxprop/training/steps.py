@@ -1,4 +1,4 @@
-"""One step of training, two ways: all gradients and then all updates, or fused with the walk."""
+"""One training step, in two ways: all gradients and then all updates, or fused with the walk."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def whole_step(
     options: Options,
     differentiate: Callable[[float | Array], ValueAndGrad],
 ) -> Run:
-    """Return a step that finds all gradients, and then updates all params.
+    """Return a step that computes all gradients, and then updates all params.
 
     Args:
         net: the network.
         loss: the loss.
-        apply: what is made of gradients.
-        options: what the update is asked to do.
-        differentiate: how to differentiate, for a loss scale.
+        apply: the function from gradients to new params and state.
+        options: the options of the update.
+        differentiate: a function of a loss scale that returns the ``value_and_grad`` to use.
     """
     mean_loss = loss_fn(net, loss)
 
@@ -85,13 +85,13 @@ def whole_step(
 
 
 def fused_step(net: Layer, loss: Loss, apply: Apply, options: Options) -> Run:
-    """Return a step that updates each layer's params as what the walk back collects.
+    """Return a step that updates each layer's params during the walk back.
 
     Args:
         net: the network.
         loss: the loss.
-        apply: what is made of gradients.
-        options: what the update is asked to do.
+        apply: the function from gradients to new params and state.
+        options: the options of the update.
     """
     micro_batches = options.micro_batches
 
@@ -138,12 +138,12 @@ def fused_step(net: Layer, loss: Loss, apply: Apply, options: Options) -> Run:
 
 
 class Before(NamedTuple):
-    """The sums that all micro-batches but the last leave.
+    """The sums over all micro-batches except the last.
 
     Attributes:
         value: the sum of the losses.
         grads: the sums of the gradients, like the learned params, in at least float32.
-        y: the outputs, behind an axis of micro-batches, or ``()`` where nobody asks.
+        y: the outputs, with a leading axis of micro-batches, or ``()`` if they are not asked for.
     """
 
     value: Array
@@ -154,7 +154,7 @@ class Before(NamedTuple):
 def _all_but_last(
     net: Layer, loss: Loss, params: Params, batch: Batch, options: Options, scale: float | Array
 ) -> tuple[Before, tuple[Params, Batch]]:
-    """Return what all micro-batches but the last leave, and the arguments of that one."""
+    """Return the sums over all micro-batches except the last, and the last one's arguments."""
     batch = dividing(batch, options.micro_batches)
     check_uncoupled(net, params, batch.x)
 
@@ -178,7 +178,7 @@ def _all_but_last(
 
 
 def _interleaved(before: PyTree, last: PyTree) -> PyTree:
-    """Return the outputs of all examples: those of the i-th part are [i::micro_batches]."""
+    """Return the outputs of all examples, of which [i::micro_batches] come from the i-th part."""
 
     def joined(before: Array, last: Array) -> Array:
         parts = jnp.concatenate([before, last[None]])
@@ -226,14 +226,14 @@ def _pair(result: Any) -> tuple[Any, Any]:
 
 
 def _result(value: Array, aux: Any, seen: BatchFacts) -> Any:
-    """Return what an update returns of its step: the value, with aux where that was asked for."""
+    """Return the last result of an update: the value, with aux if that was asked for."""
     if aux is None:
         return value
     return value, aux._replace(norm=seen.norm) if isinstance(aux, Aux) else aux
 
 
 def _check_grads(grads: Params, params: Params) -> None:
-    """Raise ``ValueError`` unless there is a gradient like every param that is learned."""
+    """Raise ``ValueError`` unless every learned param has a gradient of its shape."""
     same = jax.tree.structure(grads) == jax.tree.structure(params)
     if not same or jax.tree.map(jnp.shape, grads) != jax.tree.map(jnp.shape, params):
         raise ValueError(

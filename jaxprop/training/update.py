@@ -1,4 +1,4 @@
-"""The step of a training loop: params, and the optimizer's state, after one batch."""
+"""The step of a training loop: new params and optimizer state from one batch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ from jaxprop.training.steps import fused_step, whole_step
 
 
 class Update:
-    """``update(params, state, x, target, key=None, mask=None) -> (params, state, value)``, jitted.
+    """The jitted update that ``jp.make_update`` returns.
 
-    With ``aux=True`` it returns ``(params, state, (value, aux))``.
-
-    What ``jp.make_update`` returns. ``update.init(params)`` is the state to start from, and
-    ``update.trace(...)`` and ``update.lower(...)`` what ``jax.jit`` calls by these names, so that
-    ``jax.export.export(update)`` takes it too. To write the result to disk the types of optax's
-    state must be known there: ``jax.export.register_namedtuple_serialization``.
+    ``update(params, state, x, target, key=None, mask=None)`` returns ``(params, state, value)``, or
+    with ``aux=True`` ``(params, state, (value, aux))``. ``update.init(params)`` is the state to
+    start from. ``update.trace(...)`` and ``update.lower(...)`` are those of ``jax.jit``, so that
+    ``jax.export.export(update)`` works too. Before its result can be written to disk, the types of
+    optax's state must be registered by ``jax.export.register_namedtuple_serialization``.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Update:
         self._step = jax.jit(checked, donate_argnames=("params", "state") if donate else ())
 
     def init(self, params: Params) -> PyTree:
-        """Return the state to start from, in memory of its own."""
+        """Return the state to start from, in separate memory."""
         return self._init(params)
 
     def __call__(
@@ -70,13 +69,13 @@ class Update:
 
         Args:
             params: the net's params; their memory is used for the result, unless ``donate=False``.
-            state: the optimizer's state, likewise.
+            state: the optimizer's state; its memory is used likewise.
             x: the inputs, with the example on axis 0.
             target: the targets.
             key: a key of ``jax.random.key``, a new one each step, for layers and noise that draw.
             mask: bool (N, T), True where a position is real.
-            weights: (N,), what each example counts in every mean; 1 by default.
-            divisor: what sums over examples are divided by; the sum of the weights by default.
+            weights: (N,), the weight of each example in every mean; 1 by default.
+            divisor: the divisor of sums over examples; the sum of the weights by default.
 
         Raises:
             TypeError: for the state of another optimizer or of other params, and for a divisor that
@@ -119,54 +118,54 @@ def make_update(
     """Return a jitted ``update(params, state, x, target, key, mask) -> (params, state, value)``.
 
     params and state are donated: their memory is used for the results, and the arrays that were
-    passed in cannot be used again. Whoever keeps them (the best params so far, a moving average
-    that starts from them) copies them first, or says ``donate=False``. Arrays that are not learned
-    stay as they are, and have no optimizer state; but the running statistics of each BatchNorm in
+    passed in cannot be used again. To keep them (the best params so far, the start of a moving
+    average), copy them first, or pass ``donate=False``. Arrays that are not learned stay as they
+    are, and have no optimizer state, except that the running statistics of each BatchNorm in
     training are moved towards those of the batch, as by ``jp.update_batch_stats``. A net with a
-    layer that draws, such as ``Dropout``, takes a key each step. In ``jax.shard_map`` ``value`` is
-    the mean over a device's own examples, and the gradient, as that of autodiff there, the sum of
-    what the devices find.
+    layer that draws, such as ``Dropout``, takes a key each step. In ``jax.shard_map``, ``value`` is
+    the mean over a device's own examples, and the gradient is the sum over devices, as with
+    autodiff there.
 
     Args:
         net: the network.
-        loss: the loss; its mean over examples is what is minimised, and ``value`` that mean before
-            the update.
-        optimizer: any optax transformation; start from ``state = update.init(params)``. Those that
-            ask for the value, the gradient or the loss as a function (``optax.lbfgs``,
-            ``optax.polyak_sgd``, ``reduce_on_plateau``) are given them.
+        loss: the loss; its mean over examples is minimised, and ``value`` is that mean before the
+            update.
+        optimizer: any optax transformation; start from ``state = update.init(params)``. One that
+            asks for the value, the gradient or the loss as a function (``optax.lbfgs``,
+            ``optax.polyak_sgd``, ``reduce_on_plateau``) is given them.
         fused: update each layer's params on the walk back, as soon as their gradient exists, so
-            that the gradients of all params are never in memory together. In a ``repeat`` params
-            and state stay where they are, whatever the depth. The optimizer's update of a param
-            must depend on that param alone, as SGD's with momentum, Adam's, AdamW's and Lion's do,
-            with schedules and masks; in a ``repeat`` each entry must be updated by itself. Others
-            raise ``ValueError``, ``optax.MultiSteps`` among them: it looks at all gradients to skip
-            a step, and keeps a sum of them.
+            that the gradients of all params are never in memory together. In a ``repeat``, params
+            and state are updated in place, whatever the depth. The optimizer's update of a param
+            must depend on that param alone, as with SGD with momentum, Adam, AdamW and Lion, with
+            schedules and masks; in a ``repeat``, each entry must be updated independently. Other
+            optimizers raise ``ValueError``. So does ``optax.MultiSteps``, which looks at all
+            gradients to skip a step, and keeps a sum of them.
         max_norm: scale the gradient down to at most this global norm before the optimizer sees it,
-            as ``optax.clip_by_global_norm`` does. With ``fused`` a walk of its own takes the norm
+            as ``optax.clip_by_global_norm`` does. With ``fused``, a separate walk computes the norm
             first.
-        skip_nonfinite: leave params and state as they are, and count the step, where the loss or
-            the norm of the gradient is not finite. The state is then ``Skipping(state, skipped)``.
-            With ``fused`` this too needs the norm's walk.
-        loss_scale: what the walk back is scaled by, as that of ``jp.value_and_grad``, for a net
-            that computes in float16; ``jp.DynamicLossScale()`` finds it as it goes, and skips the
-            steps that overflow. The state is then ``Scaling(state, skipped, scale, steps)``.
-        micro_batches: into how many equal parts the batch is split, which are gone through one
-            after the other in the memory of one. With ``fused`` the gradients of all but the last
+        skip_nonfinite: if the loss or the norm of the gradient is not finite, leave params and
+            state as they are and count the step. The state is then ``Skipping(state, skipped)``.
+            With ``fused``, this too needs the walk for the norm.
+        loss_scale: the factor that scales the walk back, as in ``jp.value_and_grad``, for a net
+            that computes in float16. ``jp.DynamicLossScale()`` adapts it during training, and skips
+            the steps that overflow; the state is then ``Scaling(state, skipped, scale, steps)``.
+        micro_batches: the number of equal parts to split the batch into, which are processed one
+            after the other in the memory of one. With ``fused``, the gradients of all but the last
             are summed first, and that sum is as large as params.
         value_and_grad: how to differentiate: a maker that is called with the net and the loss, and
-            with ``micro_batches=``, ``loss_scale=`` and ``aux=`` where these are asked for; by
-            default ``jp.value_and_grad``. Autodiff is ``jp.autodiff``, and DP-SGD
+            with ``micro_batches=``, ``loss_scale=`` and ``aux=`` where these are asked for. The
+            default is ``jp.value_and_grad``; for autodiff pass ``jp.autodiff``, and for DP-SGD
             ``functools.partial(jp.clipped_grad, max_norm=1.0, noise_multiplier=1.0)``. Not with
             ``fused``.
-        aux: whether ``update`` returns ``(params, state, (value, aux))``, with a ``jp.Aux`` of what
-            the step found: the net's output, the norm that ``max_norm`` took, and from
-            ``jp.clipped_grad`` the norms and the share that was clipped. Any quantity comes along
-            by ``value_and_grad=functools.partial(jp.value_and_grad, also={...})``.
-        donate: whether the memory of params and state is used for the results.
+        aux: whether ``update`` returns ``(params, state, (value, aux))``, where aux is a ``jp.Aux``
+            with the net's output, the norm of the gradient if an option such as ``max_norm`` needs
+            it, and from ``jp.clipped_grad`` the norms and the share that was clipped. Add any
+            quantity by ``value_and_grad=functools.partial(jp.value_and_grad, also={...})``.
+        donate: whether to use the memory of params and state for the results.
 
     Raises:
-        TypeError: for what is not a net, a loss or an optimizer, and for an option of the wrong
-            type. ``update`` raises it for a state that is not of this optimizer and these params.
+        TypeError: for a net, loss, optimizer or option of the wrong type. ``update`` raises it for
+            a state that does not belong to this optimizer and these params.
         ValueError: for a max_norm that is not positive, and for options that exclude each other.
     """
     check_net_and_loss(net, loss)
@@ -202,7 +201,7 @@ def make_update(
 def _maker(
     make: Callable[..., ValueAndGrad], net: Layer, loss: Loss, options: Options
 ) -> Callable[[float | Array], ValueAndGrad]:
-    """Return how to differentiate, for a loss scale, after a check that the maker can."""
+    """Return a function of a loss scale that calls the maker, whose arguments are checked here."""
     if not callable(make) or "params" in inspect.signature(make).parameters:
         raise TypeError(
             f"value_and_grad= is a maker, such as jp.value_and_grad itself, called with the net "
@@ -231,7 +230,7 @@ def _maker(
 def _made(
     make: Callable[..., ValueAndGrad], net: Layer, loss: Loss, **options: Any
 ) -> ValueAndGrad:
-    """Return what the maker makes, and say how it was called where it fails."""
+    """Return the maker's result; if it fails, add a note on how it is called."""
     try:
         made = make(net, loss, **options)
     except Exception as error:
