@@ -69,6 +69,27 @@ def test_a_repeat_keeps_a_tensor_once():
         assert [leaf.shape for leaf in jax.tree.leaves(residuals)] == shapes
 
 
+def test_a_repeated_layer_may_return_a_param():
+    class Table(jp.Layer):
+        """y is the param itself, a number for each example of a batch of known size."""
+
+        def init(self, key, x):
+            return jnp.asarray(normal(*x.shape))
+
+        def forward(self, params, x):
+            return params, (x, params)
+
+        def backward(self, params, residuals, ct):
+            return ct, jnp.zeros_like(ct)
+
+    net, loss = jp.repeat(Table(), 2), jp.HalfSquaredError()
+    x, target = jnp.asarray(normal(3, 4)), jnp.asarray(normal(4, 3).T)
+    params = net.init(jax.random.key(0), x)
+    _, grads = jp.value_and_grad(net, loss)(params, x, target)
+    _, expected = jax.value_and_grad(jp.loss_fn(net, loss))(params, x, target)
+    assert relative_error(grads, expected) < 1e-12
+
+
 def test_uses_of_a_shared_param_are_joined_before_they_are_squared():
     net, loss = jp.shared(jp.Dense(3, bias=False), 2), jp.HalfSquaredError()
     params, x = at(Row(net, normal(2, 3)))

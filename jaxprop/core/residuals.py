@@ -71,7 +71,7 @@ class Distinct(OfLayers):
         leaves, structure = jax.tree.flatten(residuals)
         given = {id(leaf): ~index for index, leaf in enumerate(reversed([*known, x]))}
         distinct = {id(leaf): leaf for leaf in leaves}
-        twice = x is not y and id(x) in distinct and id(y) in distinct
+        twice = x is not y and id(x) in distinct and id(y) in distinct.keys() - given.keys()
         if not twice:
             given.pop(id(x))
         distinct = {key: leaf for key, leaf in distinct.items() if key not in given}
