@@ -7,7 +7,7 @@
     params = net.init(key, x)
     value, grads = jp.value_and_grad(net, loss)(params, x, target)
 
-A layer holds its hand-written ``backward`` next to its ``forward``; ``jp.check_layer`` holds one
+A layer defines a hand-written ``backward`` next to its ``forward``; ``jp.check_layer`` checks one
 against the other. The names, by group:
 
     layers       Dense  Sigmoid LogSigmoid Tanh Relu LeakyRelu Elu Gelu Silu Softplus  Dropout
@@ -31,8 +31,9 @@ against the other. The names, by group:
     to extend    Layer Elementwise Combinator Wrapper Loss Step Unlearned freeze
     modules      curvature forms models plot quantity rules sharding
 
-The quantities' classes are in ``jp.quantity``, with the sources that they start from, and the forms
-in ``jp.forms``; quantities and forms are also here, as ``jp.SqNorms`` and ``jp.Sum``.
+``jp.quantity`` holds the classes of quantities and the sources that their walks start from, and
+``jp.forms`` holds the forms. Most of both are also exported here, such as ``jp.SqNorms`` and
+``jp.Sum``.
 """
 
 import jaxprop._command  # noqa: F401

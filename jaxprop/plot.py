@@ -42,9 +42,9 @@ def scales(
         A figure with two axes, the cotangents on the left and the gradients on the right.
 
     Raises:
-        TypeError: for what is not a sequence of explanations.
-        ValueError: for no explanations, those of different nets, or another number of steps than of
-            explanations.
+        TypeError: for explanations that are not a sequence of ``jp.Explanation``.
+        ValueError: for no explanations, for explanations of different nets, or for a different
+            number of steps than of explanations.
     """
     if not isinstance(explanations, Iterable):
         raise TypeError(f"scales takes a list of explanations, not {type(explanations).__name__}")
@@ -92,7 +92,7 @@ def norms(sq_norms: ArrayLike, max_norm: float | None = None) -> Figure:
 
     Raises:
         TypeError: for sq_norms that are not numbers.
-        ValueError: for another shape of sq_norms, negative ones, or if none of them is finite.
+        ValueError: for sq_norms of another shape, or negative, or without a finite one.
     """
     squares = _array("norms: squared norms", sq_norms)
     if squares.ndim != 1 or not squares.size:
@@ -132,7 +132,7 @@ def gram(inner: ArrayLike, labels: ArrayLike | None = None) -> Figure:
 
     Raises:
         TypeError: for inner products that are not numbers.
-        ValueError: for another shape of inner, or of labels.
+        ValueError: for inner or labels of another shape.
     """
     products = _array("gram: inner products", inner)
     if products.ndim != 2 or products.shape[0] != products.shape[1]:
@@ -164,7 +164,7 @@ def gram(inner: ArrayLike, labels: ArrayLike | None = None) -> Figure:
     return figure
 
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of the colour-blind safe palette of Okabe and Ito
+BLUE, ORANGE = "#0072B2", "#D55E00"  # from the colour-blind safe palette of Okabe and Ito
 
 
 def _array(name: str, values: ArrayLike | Sequence[float]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The arguments of a function that is checked: by name, and parted into what moves and what not."""
+"""The arguments of a checked function, by name, split into floating leaves and all the rest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Arguments(NamedTuple):
     Attributes:
         names: their names.
         values: their values, with floats as arrays.
-        held: the numbers of those that JAX is told not to differentiate (``nondiff_argnums``).
+        held: the indices of those that JAX does not differentiate (``nondiff_argnums``).
     """
 
     names: tuple[str, ...]
@@ -59,7 +59,7 @@ class Arguments(NamedTuple):
         }
 
     def at(self, point: Point) -> tuple[Any, ...]:
-        """Return the arguments with other floating leaves."""
+        """Return the arguments with the floating leaves of a point."""
         return tuple(
             value
             if index in self.held
@@ -71,10 +71,10 @@ class Arguments(NamedTuple):
 
 
 def names_of(f: Callable[..., Any], args: Sequence[Any]) -> tuple[str, ...]:
-    """Return the name of each argument: that of the parameter, or ``args[0]`` where it has none."""
+    """Return the name of each argument: its parameter's, or one like ``args[0]`` without a name."""
     try:
         signature = inspect.signature(f)
-    except ValueError:  # of what is written in C
+    except ValueError:  # a function written in C has no signature
         return tuple(f"args[{index}]" for index in range(len(args)))
     names: list[str] = []
     for name, value in signature.bind(*args).arguments.items():
@@ -89,12 +89,12 @@ def widened(point: Point) -> Point:
 
 
 def _with_arrays(name: str, arg: PyTree) -> PyTree:
-    """Return an argument with its floats as arrays of JAX."""
+    """Return an argument with its floats as JAX arrays."""
     return jax.tree.map_with_path(lambda path, leaf: _given(f"{name}{keystr(path)}", leaf), arg)
 
 
 def _given(name: str, leaf: PyTree) -> PyTree:
-    """Return a leaf, a float as an array."""
+    """Return a leaf, with a Python float as an array; raise for one that cannot be checked."""
     if isinstance(leaf, float):
         leaf = jnp.asarray(leaf)
     dtype = getattr(leaf, "dtype", None)

@@ -49,19 +49,20 @@ def check_layer(
     - have the structure, shape and dtype of its primal,
     - equal ``jax.vjp`` of ``forward``,
     - be linear in ct,
-    - be the sum over the examples of a batch taken one by one; for d_x, their stack,
-    - if it is a form, give each example's share as the example alone does,
-    - if it is a form, give the second moment from another form's ``squares`` (``of_squares`` must
-      not look at the form's own ct),
+    - be the sum of the cotangents for each example alone; for d_x, their stack,
+    - if it is a form, return as each example's share the cotangent for that example alone,
+    - if it is a form, return the second moment from another form's ``squares`` (``of_squares`` must
+      not use the form's own ct),
     - be the same under ``jax.jit``,
     - be the same in a ``jax.lax.scan``, with the residuals stacked between forward and backward,
     - agree with central differences of ``forward`` in a random direction near the point.
 
-    A layer with another rule than the derivative (``jp.rules``) is held to all of this but the
-    first and the last; where its rule is not linear in ct, not to that either.
+    A layer whose rule is not the derivative (``jp.rules``) is not compared with ``jax.vjp`` or with
+    central differences. If the rule is not linear in ct, linearity and the two conditions on forms
+    are not checked either.
 
-    A layer that is ``batch_coupled`` is not asked about single examples, and a param that
-    ``forward`` holds constant by ``jax.lax.stop_gradient`` is not compared with differences.
+    A ``batch_coupled`` layer is not checked on single examples, and a param that ``forward`` holds
+    constant by ``jax.lax.stop_gradient`` is not compared with differences.
 
     Args:
         layer: the layer.
@@ -71,10 +72,11 @@ def check_layer(
         seed: the seed of init, noise and directions.
         rtol: the largest difference allowed in a leaf, relative to the leaf's largest element; for
             d_x, to the example's. It does not grow with the size of the array. Central differences
-            are held to 1e-6.
+            are allowed 1e-6.
 
     Returns:
-        None; for a layer with another rule its cotangents' ``Angles`` to the derivative.
+        None; for a layer whose rule is not the derivative, the ``Angles`` between its cotangents
+        and the derivative.
 
     Raises:
         AssertionError: for the first disagreement. The message names the layer, the leaf
@@ -140,8 +142,8 @@ class Angles(NamedTuple):
     0 where they agree, 90 where they have nothing in common, NaN where one of them is 0 or absent.
 
     Attributes:
-        d_params: of all params together.
-        d_x: of x.
+        d_params: the angle for all params together.
+        d_x: the angle for x.
     """
 
     d_params: float
@@ -149,17 +151,17 @@ class Angles(NamedTuple):
 
     @classmethod
     def between(cls, got: Answer, expected: Answer) -> Angles:
-        """Return those between two answers."""
+        """Return the angles between two answers."""
         return cls(*(float(angle(got[name], expected[name])) for name in ("params", "x")))
 
     @classmethod
     def mean(cls, angles: Sequence[Angles]) -> Angles:
-        """Return the means of several."""
+        """Return the means of several angles."""
         return cls(*(float(np.mean(each)) for each in zip(*angles, strict=True)))
 
 
 def _check_of_more(layer: Layer, params: Params, x: PyTree, examples: int) -> None:
-    """Check the shapes for another batch: a residual's first axis may be N by chance."""
+    """Check the shapes for a larger batch too: a residual's first axis may be N by chance."""
     if any(isinstance(node, Mask) for node in jax.tree.leaves(params, is_leaf=is_not_learned)):
         return
     more = jax.tree.map(
@@ -179,8 +181,8 @@ def _check_forward(layer: Layer, y: PyTree, residuals: Residuals, examples: int)
                     f"{at} is the {type(leaf).__name__} {leaf!r}, which would not survive jit or "
                     "scan; a fact that is known beforehand is a field of the layer"
                 )
-            # The residuals of a combinator may have other axes in front, such as one of layers, and
-            # those of a function are what jax.vjp saves, params included.
+            # The residuals of a combinator may have other leading axes, such as one of layers, and
+            # those of a function are whatever jax.vjp saves, params included.
             inner = name == "residuals" and (
                 isinstance(layer, Combinator) or layer.hands_down_types
             )

@@ -1,4 +1,4 @@
-"""The comparison of cotangents with an oracle's, leaf by leaf, and what is said of a difference."""
+"""The comparison of cotangents with an oracle's, leaf by leaf, and the message on a difference."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def compare(
 
     Args:
         who: what is checked, for the message.
-        got: the cotangents, a dict whose keys name what they are of.
-        expected: those of the oracle, likewise.
-        oracle: its name.
+        got: the cotangents, a dict keyed by the names of their primals.
+        expected: the oracle's cotangents, with the same keys.
+        oracle: the oracle's name.
         rtol: the largest relative difference allowed.
         ct: the cotangent that they were pulled back from.
-        by_example: whether the largest element is that of each example, on axis 0. For a layer's
-            d_x it is so in any case.
-        giver: what got comes from: "backward" of a layer, or another name.
+        by_example: whether a difference is relative to the largest element of its example, on axis
+            0. For a layer's d_x it always is.
+        giver: the name of what computed got: "backward" for a layer, or another name.
 
     Raises:
         AssertionError: for the first leaf that disagrees, with its worst element and both values.

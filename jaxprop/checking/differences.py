@@ -20,7 +20,7 @@ class Precision(NamedTuple):
     """The step sizes and tolerances of central differences.
 
     Attributes:
-        eps: the rounding of the function's floats.
+        eps: the relative rounding of the function's floats.
         step: the step, relative to the direction.
         rtol: the largest relative difference allowed.
     """
@@ -30,21 +30,21 @@ class Precision(NamedTuple):
     rtol: float
 
 
-# Of a step of 1e-6 rounding and truncation are near 1e-10 of the slope.
+# With a step of 1e-6, rounding and truncation errors are near 1e-10 of the slope.
 DOUBLE = Precision(float(np.finfo(np.float64).eps), 1e-6, 1e-6)
-KINK = 1e-3  # of the slope, by which the two one-sided ones may differ where there is no kink
+KINK = 1e-3  # relative to the slope: how far the one-sided slopes may differ without a kink
 
 
 def differences_of(
     layer: Layer, expected_of: Callable[[Params, PyTree, Cotangent, Drawn], Expected]
 ) -> Callable[[np.random.Generator, Params, PyTree, Cotangent, Drawn], None]:
-    """Return ``check(rng, params, x, ct, drawn)``: raise unless backward agrees with differences.
+    """Return ``check(rng, params, x, ct, drawn)``, which compares backward with differences.
 
-    First noise moves the point off any kinks.
+    It first moves the point off any kinks by noise, and raises unless the two agree.
 
     Args:
         layer: the layer.
-        expected_of: the compiled oracles; of them only the layer's own cotangents are asked.
+        expected_of: the compiled oracles, used only for the layer's own cotangents.
     """
     output = jax.jit(lambda params, x: layer.forward(params, x)[0])
 
@@ -55,7 +55,7 @@ def differences_of(
         directions = normal(rng, point)
         cotangents = expected_of(point["params"], point["x"], ct, drawn).answers[JIT]
         moving = {
-            # held constant by forward: jax.vjp, compared before, gave zeros
+            # A param that forward holds constant has zeros here, which jax.vjp confirmed before.
             path: d_leaf
             for path, d_leaf in jax.tree.leaves_with_path(cotangents)
             if path[0].key != "params" or np.any(d_leaf)
@@ -81,25 +81,25 @@ def check_differences(
 ) -> None:
     """Raise unless the cotangents at a point agree with central differences.
 
-    Each leaf p is moved along v, a direction in proportion to each element, so that a positive
-    number stays positive. With d the leaf's cotangent, <d, v> must be <ct, s> with
+    Each leaf p is moved along a direction v that is proportional to the size of each element, so
+    that a positive number stays positive. With d the leaf's cotangent, <d, v> must be <ct, s> with
     s = (f(p + h v) - f(p - h v)) / 2h.
 
-    The error is relative to |ct| |s|: it bounds both sides and, unlike them, cannot cancel. An
+    The error is relative to |ct| |s|, which bounds both sides and, unlike them, cannot cancel. An
     error near eps |ct| (|f| + |p|) / h, which the rounding of f may cause, is allowed.
 
     Args:
         who: what is checked, for the messages.
-        function: what the function is called, likewise.
-        giver: what the cotangents come from, likewise.
+        function: the function's name, for the messages.
+        giver: the name of what computed the cotangents, for the messages.
         output: the function f of a point.
         point: the point.
         directions: a normal number for each element of the point.
         cotangents: the cotangent of each leaf that is moved, by its path.
         ct: the cotangent of the output.
         precision: the step h and what is allowed.
-        kinks: whether the point may be at a kink, where there is no derivative along v. Then a leaf
-            whose slopes to both sides differ is passed over.
+        kinks: whether the point may be at a kink, where there is no derivative along v. A leaf
+            whose slopes on the two sides differ is then not checked.
     """
     y = output(point)
     if not all(np.isfinite(wide(leaf)).all() for leaf in jax.tree.leaves(y)):

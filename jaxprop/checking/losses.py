@@ -30,24 +30,24 @@ DRAWS = 4096  # samples that the covariance is estimated from
 def check_loss(
     loss: Loss, y: PyTree, target: PyTree = None, *, rtol: float = 1e-10, seed: int = 0
 ) -> None:
-    """Hold a loss against autodiff, and raise ``AssertionError`` where it disagrees.
+    """Check a loss against autodiff; raise ``AssertionError`` where they disagree.
 
-    In float64, ``forward`` must give one value an example, that of the example alone. ``backward``
-    must be the gradient of each example's own value by ``jax.grad``. Where the loss has them, S of
-    ``hessian_root`` must give S S^T = ``jax.hessian``, and ``sample`` must have mean 0 and that
-    Hessian for its covariance, within six standard errors of 4096 draws.
+    In float64, ``forward`` must return one value per example, the same as for that example alone.
+    ``backward`` must be the gradient of each example's own value by ``jax.grad``. If the loss
+    defines them, ``hessian_root`` must return an S with S S^T = ``jax.hessian``, and ``sample``
+    must have mean 0 and that Hessian as its covariance, within six standard errors of 4096 draws.
 
     Args:
         loss: the loss.
-        y: an output of the net, (N, ...), floating, or a pytree of such arrays, with few outputs:
-            the Hessian is formed.
+        y: an output of the net, (N, ...), floating, or a pytree of such arrays. It should have few
+            outputs, since the full Hessian is computed.
         target: targets for it, with the example on axis 0; left out for a loss that takes none.
         rtol: the largest relative error allowed.
-        seed: of the draws.
+        seed: the seed of the draws.
 
     Raises:
         AssertionError: where something disagrees.
-        TypeError: for what is not a loss.
+        TypeError: for an argument that is not a loss.
 
     Example:
         >>> import jax.numpy as jnp, jaxprop as jp
@@ -76,11 +76,11 @@ def check_loss(
 
 
 class Found(NamedTuple):
-    """The results of a loss beside the expected ones.
+    """The results of a loss, with the expected ones.
 
     Attributes:
-        pairs: what ``forward`` and so on give, and what the oracle does, by name.
-        draws: how far the moments of ``sample`` are off, and how far chance may take them.
+        pairs: by the name of a method, such as "forward", its result and the oracle's.
+        draws: by the name of a moment of ``sample``, its error and the error that chance allows.
     """
 
     pairs: dict[str, tuple[PyTree, PyTree]]
@@ -89,7 +89,7 @@ class Found(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _found(loss: Loss, y: PyTree, target: PyTree, key: Array) -> Found:
-    """Return all of it from one program, which XLA compiles faster than each by itself."""
+    """Return all results from one program, which XLA compiles faster than one for each."""
     _, unflatten = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], y))
 
     def own(y: PyTree, target: PyTree) -> Array:
@@ -117,7 +117,7 @@ def _found(loss: Loss, y: PyTree, target: PyTree, key: Array) -> Found:
 
 
 def _flat(y: PyTree) -> Float[Array, "n m"]:
-    """Return all outputs of each example in a row."""
+    """Return all outputs of each example, flattened into one row."""
     return jax.vmap(lambda y: ravel_pytree(y)[0])(y)
 
 
@@ -126,8 +126,8 @@ def _has(loss: Loss, *names: str) -> bool:
 
 
 def _off(draws: Array, expected: Array) -> tuple[Array, Array]:
-    """Return how far the mean of the draws is off, and how far chance may take it."""
-    rare = 12 / DRAWS * jnp.max(jnp.abs(draws))  # what is too rare to have been drawn
+    """Return the error of the mean of the draws, and the error that chance allows."""
+    rare = 12 / DRAWS * jnp.max(jnp.abs(draws))  # for values too rare to have been drawn
     return jnp.abs(draws.mean(0) - expected), 6 * draws.std(0) / np.sqrt(DRAWS) + rare
 
 

@@ -1,7 +1,7 @@
-"""The oracles: independent ways to compute the cotangents that ``backward`` should give.
+"""The oracles: independent ways to compute the cotangents that ``backward`` should return.
 
-All of them, and the layer's own cotangents under ``jit``, are one program: XLA compiles it in much
-less time than a program for each.
+All of them, and the layer's own cotangents under ``jit``, are one program, which XLA compiles much
+faster than a program for each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Answer = dict[str, PyTree]
 """The cotangents of "params" and "x"."""
 
 Pair = tuple[dict[str, Array], dict[str, Array]]
-"""Results of a layer's forms and the expected ones, each by the name of the leaf."""
+"""The results of a layer's forms, and the expected results, each by the name of the leaf."""
 
 
 class Drawn(NamedTuple):
@@ -52,7 +52,7 @@ class Expected(NamedTuple):
     """The results that the oracles expect of ``backward`` for one direction.
 
     Attributes:
-        answers: the cotangents by each oracle, by its name.
+        answers: each oracle's cotangents, by the name of the oracle.
         shares: each example's share of the factored leaves; None for a batch-coupled layer.
         squares: the second moments of the factored leaves; None for a batch-coupled layer.
     """
@@ -76,7 +76,7 @@ ORACLES = (
 
 
 def by_oracles(layer: Layer, params: Params, x: PyTree, ct: Cotangent, drawn: Drawn) -> Expected:
-    """Return what the oracles say, in the order of ``ORACLES`` where they apply."""
+    """Return the results of the oracles that apply to the layer."""
     y, pull = jax.vjp(lambda params, x: layer.forward(params, x)[0], params, x)
     del y
     d_params, d_x = pull(ct)
@@ -114,7 +114,7 @@ def backward_of(
 
 
 def in_form(layer: Layer, params: Params, x: PyTree, d_params: Cotangent, d_x: Cotangent) -> Answer:
-    """Return the cotangents, with None for that of an integer.
+    """Return the cotangents, with None for integers.
 
     Raises:
         AssertionError: unless they have the structure, shapes and dtypes of their primals.
@@ -125,11 +125,11 @@ def in_form(layer: Layer, params: Params, x: PyTree, d_params: Cotangent, d_x: C
 
 
 def fitted(who: object, primals: Answer, cotangents: Answer) -> Answer:
-    """Return the cotangents, with None for that of what is not floating.
+    """Return the cotangents, with None for leaves that are not floating.
 
     Args:
-        who: what they are of, for the message.
-        primals: what they are the cotangents of, each by its name.
+        who: what is checked, for the message.
+        primals: the primals, by name.
         cotangents: the cotangents, by the same names.
 
     Raises:
@@ -178,7 +178,7 @@ def _each_alone(layer: Layer, params: Params, x: PyTree, ct: Cotangent) -> Answe
 
 
 def _by_scan(layer: Layer, params: Params, x: PyTree, ct: Cotangent, drawn: Drawn) -> Answer:
-    """Run as the middle step of a scan, as in a ``repeat``, where residuals are stacked."""
+    """Return the cotangents from the middle of a scan, with residuals stacked as in ``repeat``."""
     xs, cts = jax.tree.map(
         lambda leaf, noisy: jnp.stack([noisy, leaf, noisy]), (x, ct), drawn.noisy
     )
@@ -197,7 +197,7 @@ def _by_scan(layer: Layer, params: Params, x: PyTree, ct: Cotangent, drawn: Draw
 def _of_forms(forms: Cotangent, other_forms: Cotangent, each: Params) -> tuple[Pair, Pair]:
     """Return the examples' shares and the second moments, by the layer's forms and as expected.
 
-    The second moment is taken by the form of ct, from the squares of the form of another ct.
+    The form of ct computes the second moment from the squares of the form of another ct.
     """
     shares: Pair = ({}, {})
     squares: Pair = ({}, {})

@@ -1,6 +1,6 @@
 """Points to check at and directions to check in, and the norms and products of such trees.
 
-All is drawn and computed by NumPy, so that nothing has to be compiled for it.
+Everything is drawn and computed by NumPy, so that nothing has to be compiled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxprop.core.types import PyTree
 
 
 def float64(name: str, tree: PyTree) -> PyTree:
-    """Return the tree as arrays of JAX, with its floats in float64.
+    """Return the tree as JAX arrays, with its floats in float64.
 
     Args:
         name: "params" or "x", for messages.
@@ -48,7 +48,7 @@ def float64(name: str, tree: PyTree) -> PyTree:
 
 
 def wide(leaf: PyTree) -> np.ndarray:
-    """Return a leaf of floats as an array of NumPy in float64."""
+    """Return a leaf of floats as a NumPy array in float64."""
     return np.asarray(leaf, np.float64)
 
 
@@ -62,14 +62,14 @@ def _widened(leaf: PyTree) -> PyTree:
 
 
 def normal(rng: np.random.Generator, tree: PyTree) -> PyTree:
-    """Return the tree with standard normal numbers in the place of floats."""
+    """Return the tree with standard normal numbers in place of its floats."""
     return jax.tree.map(
         lambda leaf: _like(leaf, rng.normal(size=leaf.shape)) if is_floating(leaf) else leaf, tree
     )
 
 
 def with_noise(rng: np.random.Generator, tree: PyTree, share: float) -> PyTree:
-    """Return the tree with normal noise added to floats, in proportion to each one's size."""
+    """Return the tree with normal noise added to its floats, in proportion to each one's size."""
 
     def add(leaf: PyTree, noise: PyTree) -> PyTree:
         if not is_floating(leaf):
@@ -80,7 +80,7 @@ def with_noise(rng: np.random.Generator, tree: PyTree, share: float) -> PyTree:
 
 
 def size_of(leaf: PyTree) -> np.ndarray:
-    """Return the size of each element: for a zero the leaf's rms, and in a leaf of zeros 1."""
+    """Return each element's absolute value; for a zero the leaf's rms, or 1 in a leaf of zeros."""
     array = np.abs(wide(leaf))
     typical = np.sqrt(np.mean(array**2)) if array.size else 1.0
     return np.where(array == 0, typical or 1.0, array)

@@ -1,4 +1,4 @@
-"""``jp.check_vjp``: a function's own rule of differentiation compared with each oracle."""
+"""``jp.check_vjp``: a function's custom differentiation rule compared with each oracle."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Exactness(NamedTuple):
 
     Attributes:
         rtol: the relative error of a leaf.
-        large: what ct is multiplied by, to see a rule that is linear for small ct alone.
-        differences: the precision of differences.
+        large: the factor on ct that exposes a rule that is linear only for small ct.
+        differences: the precision of central differences.
     """
 
     rtol: float
@@ -44,7 +44,7 @@ class Exactness(NamedTuple):
     differences: Precision
 
 
-EXACTNESS = {  # by what stands in the text of a program with such floats
+EXACTNESS = {  # by the text that a jaxpr with such floats contains
     "f16[": Exactness(5e-2, -16.0, Precision(2.0**-8, 0.2, 0.2)),  # bf16[ too
     "f32[": Exactness(1e-4, -1024.0, Precision(2.0**-23, 5e-3, 5e-3)),
     "": Exactness(1e-10, -1024.0, DOUBLE),
@@ -52,31 +52,33 @@ EXACTNESS = {  # by what stands in the text of a program with such floats
 
 
 def check_vjp(f: Fn, *args: Any, seed: int = 0, rtol: float | None = None) -> None:
-    """Check the derivative of a function with a rule of its own; raise if it is not right.
+    """Check the derivative of a function with a custom rule; raise if it is wrong.
 
     f is a function decorated by ``jax.custom_vjp`` or ``jax.custom_jvp``, or any other. Its
-    arguments are pytrees; it is differentiated by their floating leaves, and the others (integers,
-    booleans, keys, functions) are held, as is what ``nondiff_argnums`` names. They are converted to
-    float64 if f takes that. For several random cotangents ct of y, every cotangent must
+    arguments are pytrees, and it is differentiated with respect to their floating leaves. Other
+    leaves (integers, booleans, keys, functions) and the arguments that ``nondiff_argnums`` names
+    are held constant. Floats are converted to float64 if f accepts that. For several random
+    cotangents ct of y, every cotangent must
 
     - have the structure, shape and dtype of its argument, also for the dtypes that were given,
-    - be finite, as y is,
+    - be finite, as y must be,
     - be linear in ct, for small ct and for large,
     - be the same under ``jax.jit``,
-    - be the same under ``jax.vmap`` of three points, and of three ct at one point,
-    - equal ``jax.vjp`` of the function that was decorated (its ``fun``), near the point, where that
-      can be differentiated and is finite,
+    - be the same under ``jax.vmap`` over three points, and over three ct at one point,
+    - equal ``jax.vjp`` of the undecorated function (its ``fun``), near the point, where that can be
+      differentiated and is finite,
     - agree with central differences of f in a random direction, leaf by leaf, near the point and,
       unless there is a kink, at it.
 
-    y must be that of f when it is not differentiated. What f holds by ``jax.lax.stop_gradient``, or
-    a rule that is no derivative on purpose, does not agree with differences.
+    y must be the same whether or not f is differentiated. An input that f holds constant by
+    ``jax.lax.stop_gradient`` does not agree with differences, nor does a rule that deliberately is
+    not the derivative.
 
     ``jax.test_util.check_grads`` compares one number: the inner product over all leaves of one
     tangent with the cotangents for one ct, at the dtypes that were given. So it passes a rule that
-    is wrong by less than 1e-5 of that number in float64, and of 2e-3 in float32, which hides a
-    wrong leaf beside a large one; a rule that is right for that ct and not for another; one that
-    ``jit`` or ``vmap`` break; one that gives another dtype:
+    is wrong by less than 1e-5 of that number in float64, or 2e-3 in float32, which hides a wrong
+    leaf next to a large one. It also passes a rule that ``jit`` or ``vmap`` break, one that returns
+    another dtype, and one that is right for that ct but not for another:
 
         >>> import jax, jax.numpy as jnp, jaxprop as jp
         >>> from jax.test_util import check_grads
@@ -98,19 +100,19 @@ def check_vjp(f: Fn, *args: Any, seed: int = 0, rtol: float | None = None) -> No
 
     Args:
         f: the function, which ``jax.jit`` can trace.
-        *args: the arguments to check it at. A kink, such as 0 of a relu, is no place to check at.
+        *args: the arguments to check it at. Do not check at a kink, such as 0 for a relu.
         seed: the seed of noise and directions.
         rtol: the largest difference allowed in a leaf, relative to the leaf's largest element. By
-            default 1e-10, for a function that computes in float32 1e-4, and in 16 bits 5e-2.
-            Central differences are held to 1e-6, 5e-3 and 0.2.
+            default 1e-10, or 1e-4 for a function that computes in float32, or 5e-2 in 16 bits.
+            Central differences are allowed 1e-6, 5e-3 and 0.2.
 
     Raises:
         AssertionError: for the first disagreement. The message names the function, the argument and
             its leaf (``d_params['w']``), the index of the worst element, both values and the
             relative error.
         TypeError: for arguments that f does not take, and for complex numbers.
-        ValueError: if there is nothing to check: no floats in, or none out; and for a float that
-            is not finite.
+        ValueError: if there is nothing to check, since no argument or no output holds floats, and
+            for a float that is not finite.
     """
     if not callable(f):
         raise TypeError(f"check_vjp takes a function, not {given(f)}")
@@ -135,9 +137,9 @@ class _Check:
 
     Attributes:
         who: the function's name.
-        rule: what ``jax.custom_vjp`` or ``jax.custom_jvp`` made of it; None without one.
+        rule: the object that ``jax.custom_vjp`` or ``jax.custom_jvp`` returned; None without one.
         arguments: its arguments.
-        point: their floating leaves.
+        point: the floating leaves of the arguments.
     """
 
     def __init__(
@@ -191,7 +193,7 @@ class _Check:
         return jax.tree.map(lambda a, b: (a - b) / large, of_both, of_other)
 
     def check_form(self) -> None:
-        """Raise unless the rule's cotangents fit the arguments, those of its own backward first."""
+        """Raise unless the cotangents fit the arguments, the rule's own before those from JAX."""
         rule, point, args = self.rule, self.point, self.arguments.at(self.point)
         if isinstance(rule, jax.custom_vjp) and not rule.symbolic_zeros and rule.fwd and rule.bwd:
             fwd, bwd = rule.fwd, rule.bwd
@@ -244,7 +246,7 @@ class _Check:
     def _check_vmap(
         self, pulled: Callable[..., Any], points: Sequence[Point], cts: Sequence[Outputs]
     ) -> None:
-        """Raise unless three at once give what each gives alone."""
+        """Raise unless three at once have the same cotangents as each alone."""
         stacked, of_cts = _stack(points), _stack(cts)
         if not _traces(jax.vmap(self._output), stacked):
             return
@@ -266,7 +268,7 @@ class _Check:
             self._compare(pulled(point, ct)[1], alone, f"{words}, {EACH[index]}", ct)
 
     def _check_fun(self, pulled: Callable[..., Any], point: Point, ct: Outputs) -> None:
-        """Raise unless autodiff of the function that was decorated gives the same."""
+        """Raise unless autodiff of the undecorated function returns the same."""
         if self.rule is None:
             return
         undecorated = functools.partial(_floats_of, self.rule.fun, self.arguments)
@@ -274,7 +276,7 @@ class _Check:
         def by_autodiff(point: Point, ct: Outputs) -> Point:
             return jax.vjp(undecorated, point)[1](ct)[0]
 
-        if not _traces(by_autodiff, point, ct):  # such as a while loop
+        if not _traces(by_autodiff, point, ct):  # not differentiable, such as a while loop
             return
         expected = jax.jit(by_autodiff)(point, ct)
         got = pulled(point, ct)[1]
@@ -303,12 +305,12 @@ class _Check:
 
 
 def name_of(f: Fn) -> str:
-    """Return what a function is called in messages."""
+    """Return the name of a function in messages."""
     return getattr(f, "__name__", None) or repr(f)
 
 
 def _rule_of(f: Fn) -> Rule | None:
-    """Return what ``jax.custom_vjp`` or ``jax.custom_jvp`` made: f, or what ``jax.jit`` is of."""
+    """Return the custom rule that f is, or that ``jax.jit`` wrapped to make f; None without one."""
     for each in (f, getattr(f, "__wrapped__", None)):
         if isinstance(each, jax.custom_vjp | jax.custom_jvp):
             return each
@@ -331,7 +333,7 @@ def _traces(f: Callable[..., Any], *args: Any) -> bool:
     """Return whether f can be traced with these arguments."""
     try:
         jax.eval_shape(f, *args)
-    except Exception:  # whatever f, or JAX, says of them
+    except Exception:  # f or JAX may raise anything
         return False
     return True
 
@@ -349,7 +351,7 @@ def _one(leaf: PyTree) -> PyTree:
 
 
 def _zeros_for_none(d_arg: PyTree, arg: PyTree) -> PyTree:
-    """Return a cotangent with zeros where a rule gives None, which JAX takes for them."""
+    """Return a cotangent with zeros in place of each None, which JAX reads as zeros."""
     if not any(node is None for node in jax.tree.leaves(d_arg, is_leaf=lambda n: n is None)):
         return d_arg
 
@@ -358,7 +360,7 @@ def _zeros_for_none(d_arg: PyTree, arg: PyTree) -> PyTree:
 
     try:
         return jax.tree.map(filled, d_arg, arg, is_leaf=lambda node: node is None)
-    except ValueError:  # of another structure, which is said elsewhere
+    except ValueError:  # another structure, which ``fitted`` reports
         return d_arg
 
 

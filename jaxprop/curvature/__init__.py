@@ -1,8 +1,8 @@
-"""The use of a curvature, ``jp.curvature``: solving, sampling, influence.
+"""Solving, sampling and influence with a curvature: ``jp.curvature``.
 
-A curvature F is a tree like params with a block at each leaf: a ``Kronecker`` of
-``jp.kronecker_factors``, an ``Eigen`` of ``ekfac_factors`` or of ``eigh``, an array like the param
-of ``jp.diag_ggn``, or ``()`` for none. ``jp.kfac`` and ``jp.laplace`` are made of these.
+A curvature F is a tree like params with a block at each leaf: a ``Kronecker`` from
+``jp.kronecker_factors``, an ``Eigen`` from ``ekfac_factors`` or ``eigh``, an array like the param
+from ``jp.diag_ggn``, or ``()`` for no block. ``jp.kfac`` and ``jp.laplace`` are built on these.
 
     algebra      eigh  times  solve  whiten  logdet
     curvatures   ekfac_factors  diag_hessian  Eigen  Kronecker

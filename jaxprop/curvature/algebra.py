@@ -1,12 +1,13 @@
-"""Linear algebra with Kronecker factors on trees like params, ``jp.curvature``.
+"""Linear algebra with Kronecker factors, on trees like params: ``jp.curvature``.
 
 A block a (outer) b of a curvature matrix F acts on a param G (I, O) as a G b. With a = U A U^T and
-b = V B V^T its eigenvectors are the products of theirs, so that any function of F + damping is
-elementwise between: U (f(A B^T) * (U^T G V)) V^T. Nothing here forms a block.
+b = V B V^T, the block's eigenvectors are the products of those of a and b, so that any function of
+F + damping is elementwise in their basis: U (f(A B^T) * (U^T G V)) V^T. No function here
+materializes a block.
 
-A curvature is a tree like params with a block at each leaf: a ``Kronecker`` of
-``jp.kronecker_factors``, an ``Eigen`` of ``eigh`` or of ``ekfac_factors``, an array like the param
-for a diagonal, or ``()`` for none, which counts as 0.
+A curvature is a tree like params with a block at each leaf: a ``Kronecker`` from
+``jp.kronecker_factors``, an ``Eigen`` from ``eigh`` or ``ekfac_factors``, an array like the param
+for a diagonal, or ``()`` for no block, which counts as 0.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ from jaxprop.core.types import Params, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Eigen:
-    """A block by its eigenvectors, the products of a column of ``left`` and one of ``right``.
+    """A block given by its eigenvectors, the products of a column of ``left`` and one of ``right``.
 
     Attributes:
-        values: (I, O), the eigenvalues; of a stack or of groups behind more axes, as the others.
+        values: (I, O), the eigenvalues; like the other arrays, with leading axes for a stack of
+            layers or for groups.
         left: (I, I), or None for the identity.
         right: (O, O).
         place: how the matrix (I, O) lies in the param.
@@ -59,7 +61,7 @@ class Eigen:
 
     @property
     def size(self) -> int:
-        """The number of entries that the block is of."""
+        """The number of param entries that the block covers."""
         return self.values.size
 
     @property
@@ -68,7 +70,7 @@ class Eigen:
         return Sides(self.left, self.right)
 
     def coordinates(self, param: Array, *bias: Array) -> Float[Array, "... i o"]:
-        """Return U^T g V, of what is like the param, and like the bias that is g's last row."""
+        """Return U^T g V, for g like the param; a bias, if given, is the last row of g."""
         *groups, rows, features = self.values.shape
         g = wide(self.place.matrices(param, (*groups, rows - len(bias), features)))
         below = [wide(b).reshape(*groups, 1, features).astype(g.dtype) for b in bias]
@@ -76,7 +78,7 @@ class Eigen:
         return half if self.left is None else self.left.swapaxes(-1, -2) @ half
 
     def params(self, coordinates: Float[Array, "... i o"], like: Sequence[Array]) -> list[Array]:
-        """Return U coordinates V^T like the param, and like the bias if there is one in it."""
+        """Return U coordinates V^T in the shape of the param and, if there is one, of the bias."""
         half = coordinates @ self.right.swapaxes(-1, -2)
         g = half if self.left is None else self.left @ half
         param, *bias = like
@@ -90,11 +92,11 @@ Decomposed = Callable[[list[Array]], Sequence[tuple[Array, Array]]]
 
 
 def eigh(curvature: PyTree, decomposed: Decomposed | None = None) -> PyTree:
-    """Return the curvature with an ``Eigen`` for each ``Kronecker``, to be used more than once.
+    """Return the curvature with an ``Eigen`` for each ``Kronecker``, for repeated use.
 
     Args:
         curvature: a tree like params, with a block at each leaf.
-        decomposed: how matrices are decomposed; by default each by ``jnp.linalg.eigh``.
+        decomposed: a function to decompose matrices; by default ``jnp.linalg.eigh`` on each.
     """
     blocks, structure = jax.tree.flatten(curvature, is_leaf=is_block)
     for block in blocks:
@@ -125,7 +127,7 @@ def _one_by_one(matrices: list[Array]) -> list[tuple[Array, Array]]:
 
 
 def times(curvature: PyTree, tree: Params) -> Params:
-    """Return F tree, like the tree.
+    """Return F times the tree.
 
     Args:
         curvature: F.
@@ -135,13 +137,13 @@ def times(curvature: PyTree, tree: Params) -> Params:
 
 
 def solve(curvature: PyTree, tree: Params, damping: float | Array = 0.0) -> Params:
-    """Return (F + damping I)^-1 tree, like the tree; block by block, nothing approximated.
+    """Return (F + damping I)^-1 times the tree, block by block and without approximation.
 
     Args:
-        curvature: F. Many trees are solved for by ``jax.vmap``, of one ``eigh`` of it.
+        curvature: F. To solve for many trees, pass one ``eigh`` of it under ``jax.vmap``.
         tree: like params, such as a gradient.
-        damping: what is added to each eigenvalue. With 0 the result is not finite, or rounding
-            over rounding, where F is singular, as it is of a softmax's logits.
+        damping: what is added to each eigenvalue. With 0, where F is singular, as it is for softmax
+            logits, the result is either not finite or mere rounding error.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -158,9 +160,9 @@ def solve(curvature: PyTree, tree: Params, damping: float | Array = 0.0) -> Para
 
 
 def whiten(curvature: PyTree, tree: Params, damping: float | Array = 0.0) -> Params:
-    """Return (F + damping I)^-1/2 tree, with the symmetric root.
+    """Return (F + damping I)^-1/2 times the tree, with the symmetric root.
 
-    Of a tree of standard normals it is a sample of the normal distribution with covariance
+    For a tree of standard normals it is a sample of the normal distribution with covariance
     (F + damping I)^-1.
 
     Args:
@@ -196,7 +198,7 @@ def is_block(node: object) -> bool:
     """Return whether a node of a curvature is a block of factors.
 
     Args:
-        node: a node of the tree, such as ``jax.tree.map`` gives to its ``is_leaf``.
+        node: a node of the tree, as ``jax.tree.map`` passes it to ``is_leaf``.
     """
     return isinstance(node, Kronecker | Eigen)
 
@@ -205,7 +207,7 @@ Pairs = list[tuple[Any, list[Any]]]
 
 
 def paired(name: str, curvature: PyTree, tree: Params) -> Pairs:
-    """Return each block with the leaf of a tree like params that it is of, or with two.
+    """Return each block with the leaf that it belongs to, or with the two leaves that share it.
 
     Raises:
         ValueError: for a curvature of other params.
@@ -236,13 +238,13 @@ def paired(name: str, curvature: PyTree, tree: Params) -> Pairs:
 def forms_of_blocks(
     name: str, curvature: PyTree, params: Params, forms: PyTree
 ) -> list[tuple[Any, Factored]]:
-    """Return each block with its form, of a matrix and its bias as one where they share a block.
+    """Return each block with its form; a matrix and a bias that share a block have one form.
 
     Args:
-        name: whose the error is.
+        name: the caller's name, for error messages.
         curvature: a tree like params, with a block at each leaf.
         params: the net's params.
-        forms: a tree like the learned ones, with a form at each leaf.
+        forms: a tree like the learned params, with a form at each leaf.
     """
     each = iter(jax.tree.leaves(forms, is_leaf=is_factored))
     found = []
@@ -262,7 +264,7 @@ def inverse_values(block: Any, damping: float | Array) -> Array:
 
 
 def _check_kind(name: str, block: Any) -> None:
-    """Raise ``TypeError`` for what is no block."""
+    """Raise ``TypeError`` for a node that is not a block."""
     if not (isinstance(block, Kronecker | Eigen | InBlockBefore) or is_array(block)):
         raise TypeError(f"{name}: {given(block)} is no block of a curvature")
 
@@ -280,7 +282,7 @@ def _check_block(name: str, block: Any, leaves: list[Array]) -> None:
 
 
 def _mapped(name: str, f: Callable[[Array], Array], curvature: PyTree, tree: Params) -> Params:
-    """Return f(F) tree, for a function of the eigenvalues."""
+    """Return f(F) times the tree, for a function f of the eigenvalues."""
 
     def of(block: Any, leaves: list[Array]) -> list[Array]:
         if isinstance(block, Kronecker):

@@ -1,4 +1,4 @@
-"""Kronecker factors by their eigenvectors, with the eigenvalues put right: EKFAC."""
+"""EKFAC: Kronecker factors by their eigenvectors, with corrected eigenvalues."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from jaxprop.quantity.together import alone
 
 
 class EigenvalueCorrection(AddedUp):
-    """Eigenvalues of Kronecker factors, put right; like params, with an ``Eigen`` at each leaf.
+    """Corrected eigenvalues of Kronecker factors; like params, with an ``Eigen`` at each leaf.
 
     In the basis of the factors' eigenvectors the diagonal of the block is E (U^T g V)^2, with g the
-    cotangents that the factors are of. It takes the place of the products of the factors'
-    eigenvalues, and no other diagonal there is nearer to the block (EKFAC, George et al. 2018,
+    cotangents that the factors were computed from. It replaces the products of the factors'
+    eigenvalues; no other diagonal in that basis is nearer to the block (EKFAC, George et al. 2018,
     https://arxiv.org/abs/1806.03884).
 
     Attributes:
-        basis: what ``jp.curvature.eigh`` makes of the factors.
+        basis: the result of ``jp.curvature.eigh`` for the factors.
         samples: how many columns are sampled; None for the exact root.
         empirical: whether the source is the loss gradient.
     """
@@ -93,20 +93,22 @@ def ekfac_factors(
     joint_bias: bool = False,
     micro_batches: int = 1,
 ) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, Kronecker factors by their eigenvectors, eigenvalues exact.
+    """Return ``f(params, x, target)``, which computes Kronecker factors with exact eigenvalues.
 
-    Like params, with a ``jp.curvature.Eigen`` at each leaf, for ``jp.curvature.solve`` and the
-    rest there: the eigenvectors of ``jp.kronecker_factors``, and in a second walk the diagonal of
-    the curvature in their basis (``EigenvalueCorrection``).
+    The result is like params, with a ``jp.curvature.Eigen`` at each leaf, for
+    ``jp.curvature.solve`` and the other functions there. It holds the eigenvectors of
+    ``jp.kronecker_factors`` and, from a second walk, the diagonal of the curvature in their basis
+    (``EigenvalueCorrection``).
 
     Args:
         net: the network. A param whose cotangent has no two factors raises ``TypeError``.
         loss: the loss.
-        samples: how many walks a key samples, for each of the two.
-        positions: "expand" or "reduce", what is made of the positions of a sequence or an image.
-        others: what a param without factors has: "raise", "skip" or "diagonal".
-        joint_bias: whether a bias is a further row of its layer's matrix.
-        micro_batches: into how many parts the batch is split. Each draws anew.
+        samples: how many walks to sample if ``f`` is given a key, both for the eigenvectors and for
+            the eigenvalues.
+        positions: "expand" or "reduce", how to treat the positions of a sequence or an image.
+        others: what to do for a param without factors: "raise", "skip" or "diagonal".
+        joint_bias: whether to treat a bias as one more row of its layer's matrix.
+        micro_batches: the number of parts to split the batch into. Each draws its own samples.
     """
     exact, sampled = (
         KroneckerFactors(number, positions=positions, others=others, joint_bias=joint_bias)

@@ -27,7 +27,7 @@ from jaxprop.quantity.source import check_samples
 from jaxprop.quantity.together import SAMPLES
 from jaxprop.traced.function import with_forward_rules
 
-AT_ONCE = 32  # unit vectors, each with a walk of its own in memory
+AT_ONCE = 32  # unit vectors, each with its own walk in memory
 
 
 def diag_hessian(
@@ -38,24 +38,26 @@ def diag_hessian(
     per_example: bool = False,
     micro_batches: int = 1,
 ) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, the diagonal of the Hessian of the mean loss; like params.
+    """Return ``f(params, x, target)``, which computes the diagonal of the mean loss's Hessian.
 
-    Exact it is e_i^T H e_i for each entry i of the params: as many Hessian products as there are
-    entries, 32 at once, which is for small nets. Sampled it is the mean of v * H v over vectors v
-    of random signs, without bias and with the variance sum_{j != i} H_ij^2 / samples (Bekas,
-    Kokiopoulou and Saad 2007, https://doi.org/10.1016/j.apnum.2007.01.003).
+    The result is like params. The exact diagonal is e_i^T H e_i for each entry i of the params: one
+    Hessian product per entry, 32 at once, which suits small nets only. The sampled diagonal is the
+    mean of v * H v over vectors v of random signs, without bias and with the variance
+    sum_{j != i} H_ij^2 / samples (Bekas, Kokiopoulou and Saad 2007,
+    https://doi.org/10.1016/j.apnum.2007.01.003).
 
     Args:
         net: the network.
         loss: the loss.
         samples: how many vectors are drawn, which takes a key; None for the exact diagonal.
-        per_example: whether it is of each example's own loss, behind an example axis. The mean over
-            that axis is the diagonal of the mean loss, drawn with the same key too.
-        micro_batches: into how many parts the batch is split. Each draws anew.
+        per_example: whether to return the diagonal for each example's own loss, with a leading
+            example axis. The mean over that axis is the diagonal for the mean loss, also when both
+            are sampled with the same key.
+        micro_batches: the number of parts to split the batch into. Each draws its own samples.
 
     Raises:
         TypeError: ``f`` raises it for samples without a key.
-        ValueError: for per_example of a net that couples the examples of a batch.
+        ValueError: for per_example with a net that couples the examples of a batch.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -96,7 +98,7 @@ def diag_hessian(
 
 
 def _of_each(net: Layer, loss: Loss, params: Params, batch: Batch) -> Product:
-    """Return the product of each example's own Hessian with v, behind an example axis."""
+    """Return the product of each example's own Hessian with v, with a leading example axis."""
     net = with_forward_rules(net)
 
     def visit(step: Step) -> PyTree:
@@ -110,7 +112,7 @@ def _of_each(net: Layer, loss: Loss, params: Params, batch: Batch) -> Product:
 
 
 def _exact(times: Product, arrays: Params) -> PyTree:
-    """Return e_i^T H e_i for each entry; of several H, on axes in front of those of the params."""
+    """Return e_i^T H e_i for each entry; for several H, with their axes before those of params."""
     leaves, structure = jax.tree.flatten(arrays)
     if not leaves:
         return arrays

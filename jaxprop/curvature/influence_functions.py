@@ -25,7 +25,7 @@ from jaxprop.traced.function import with_forward_rules
 
 
 class Influence(Protocol):
-    """A function of two batches and a curvature, as ``influence(net, loss)`` returns."""
+    """A function of two batches and a curvature, as returned by ``influence(net, loss)``."""
 
     def __call__(
         self,
@@ -42,7 +42,7 @@ class Influence(Protocol):
 
 
 class SelfInfluence(Protocol):
-    """A function of a batch and a curvature, as ``self_influence(net, loss)`` returns."""
+    """A function of a batch and a curvature, as returned by ``self_influence(net, loss)``."""
 
     def __call__(
         self,
@@ -58,18 +58,19 @@ class SelfInfluence(Protocol):
 
 
 def influence(net: Layer, loss: Loss) -> Influence:
-    """Return ``f(params, batch, other, curvature, damping)``, <g_n, (F + damping)^-1 h_m>, (N, M).
+    """Return ``f(params, batch, other, curvature, damping)``, which computes influences (N, M).
 
-    g_n is the gradient of example n's own loss in ``batch``, (x, target), and h_m that of m in
-    ``other``. A positive entry says that example n, counted for more in training, lowers the loss
-    of m: to first order, by it over the number of training examples (Koh and Liang 2017,
-    https://arxiv.org/abs/1703.04730, with the other sign; with Kronecker factors Grosse et al.
-    2023, https://arxiv.org/abs/2308.03296). One h_m after the other is formed and solved for. It is
-    then the direction that the losses of all n are differentiated along, and no g_n is formed.
+    The influences are <g_n, (F + damping)^-1 h_m>, with g_n the gradient of example n's own loss in
+    ``batch``, (x, target), and h_m that of example m in ``other``. A positive entry says that
+    example n, counted for more in training, lowers the loss of m: to first order, by the entry over
+    the number of training examples (Koh and Liang 2017, https://arxiv.org/abs/1703.04730, with the
+    other sign; with Kronecker factors Grosse et al. 2023, https://arxiv.org/abs/2308.03296). The
+    h_m are computed and solved for one at a time. The losses of all n are then differentiated along
+    each solution, so that no g_n is materialized.
 
-    The curvature is F of the mean loss, such as of ``ekfac_factors``, and the damping is added to
-    each of its eigenvalues. ``f`` also takes ``key=`` for layers that draw, ``mask=`` of ``batch``
-    and ``other_mask=`` of ``other``, by default the same.
+    The curvature F is that of the mean loss, such as from ``ekfac_factors``, and the damping is
+    added to each of its eigenvalues. ``f`` also takes ``key=`` for layers that draw, ``mask=`` for
+    ``batch`` and ``other_mask=`` for ``other``, by default the same mask.
 
     Args:
         net: the network. One that couples the examples of a batch raises ``ValueError``.
@@ -129,12 +130,13 @@ def influence(net: Layer, loss: Loss) -> Influence:
 
 
 def self_influence(net: Layer, loss: Loss) -> SelfInfluence:
-    """Return ``f(params, x, target, curvature, damping)``, <g_n, (F + damping)^-1 g_n>, (N,).
+    """Return ``f(params, x, target, curvature, damping)``, which computes self-influences (N,).
 
-    What an example did for itself: large for what is learned from itself alone, such as a wrong
-    label. With the identity in the place of F it is |g_n|^2, ``jp.per_example_sq_norms``. Each
-    gradient is squared in the basis of the factors' eigenvectors, and formed only where factors do
-    not do. ``f`` takes what that of ``influence`` takes, for one batch.
+    The self-influence <g_n, (F + damping)^-1 g_n> says what an example did for itself. It is large
+    for an example that is learned from itself alone, such as a wrong label. With the identity in
+    place of F it is |g_n|^2, ``jp.per_example_sq_norms``. Each gradient is squared in the basis of
+    the factors' eigenvectors, and materialized only where its factors do not suffice. ``f`` takes
+    the same arguments as for ``influence``, but one batch.
 
     Args:
         net: the network. One that couples the examples of a batch raises ``ValueError``.

@@ -1,4 +1,4 @@
-"""The Laplace approximation: a normal distribution of the params around those that were trained."""
+"""The Laplace approximation: a normal distribution of the params around the trained ones."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Posterior(NamedTuple):
 
     Attributes:
         net: the network.
-        loss: the loss that it was trained by.
-        params: its params, the mean.
+        loss: the loss that it was trained with.
+        params: its trained params, the mean.
         curvature: F, by the eigenvectors of its factors, or a diagonal.
-        examples: N, what the examples count.
-        value: the mean of the loss over them, at the mean.
+        examples: N, the number of examples, or their total weight, or the given divisor.
+        value: the mean loss of the examples, at the mean of the params.
         prior: the precision of the prior.
     """
 
@@ -71,10 +71,10 @@ class Posterior(NamedTuple):
         return self._replace(prior=jnp.asarray(precision, self.value.dtype))
 
     def tuned(self, precisions: Float[Array, " k"] | None = None) -> Posterior:
-        """Return the posterior for the prior with the most evidence, of these precisions.
+        """Return the posterior for the prior precision with the most evidence.
 
         Args:
-            precisions: by default 41 from 1e-4 to 1e4.
+            precisions: the precisions to choose from; by default 41 from 1e-4 to 1e4.
         """
         if precisions is None:
             precisions = jnp.logspace(-4, 4, 41)
@@ -86,10 +86,10 @@ class Posterior(NamedTuple):
         return self._replace(prior=precisions[jnp.argmax(evidence)])
 
     def log_evidence(self) -> Float[Array, ""]:
-        """Return log p(training targets), for the choice of a prior, or of a net.
+        """Return log p(training targets), to choose a prior or a net by.
 
-        It is by Laplace's method (MacKay 1992, https://doi.org/10.1162/neco.1992.4.3.415), but for
-        what a loss leaves out of its -log p, such as the constant of a ``HalfSquaredError``.
+        It uses Laplace's method (MacKay 1992, https://doi.org/10.1162/neco.1992.4.3.415), without
+        any term that the loss omits from -log p, such as the constant of a ``HalfSquaredError``.
         """
         leaves = jax.tree.leaves(learned(self.params))
         square = everything([jnp.sum(wide(leaf) ** 2) for leaf in leaves]).astype(self.value.dtype)
@@ -101,11 +101,11 @@ class Posterior(NamedTuple):
         return -self.examples * self.value - (self.prior * square + apart) / 2
 
     def sample(self, key: Array, number: int = 1) -> Params:
-        """Return samples of the params, like them behind an axis of samples.
+        """Return samples of the params, like params with a leading sample axis.
 
         Args:
             key: a key of ``jax.random.key``.
-            number: how many.
+            number: how many samples to draw.
         """
         check_key("sample", key)
         check_count("sample: number", number)
@@ -130,10 +130,10 @@ class Posterior(NamedTuple):
     def outputs(
         self, x: PyTree, *, mask: Array | None = None
     ) -> tuple[Array, Float[Array, "n c c"]]:
-        """Return the net's output, and its covariance where the net is linear in its params.
+        """Return the net's output, and its covariance with the net linearized in its params.
 
-        J_n Sigma J_n^T, with J_n the Jacobian of the output of example n (Immer et al. 2021,
-        https://arxiv.org/abs/2008.08400). More axes of the output than one count as one.
+        The covariance is J_n Sigma J_n^T, with J_n the Jacobian of the output of example n (Immer
+        et al. 2021, https://arxiv.org/abs/2008.08400). Several output axes are treated as one.
 
         Args:
             x: the inputs.
@@ -159,16 +159,16 @@ class Posterior(NamedTuple):
     def probabilities(self, x: PyTree, *, mask: Array | None = None) -> Float[Array, "n c"]:
         """Return the probability of each class, with the logits' variance v taken into account.
 
-        softmax(y / sqrt(1 + pi v / 8)), which stands for the mean of the softmax over the logits'
-        distribution (MacKay 1992, https://doi.org/10.1162/neco.1992.4.5.720); of a net that was
-        trained by ``jp.BinaryCrossEntropy`` the sigmoid of the same.
+        It is softmax(y / sqrt(1 + pi v / 8)), which approximates the mean of the softmax over the
+        logits' distribution (MacKay 1992, https://doi.org/10.1162/neco.1992.4.5.720). For a net
+        trained with ``jp.BinaryCrossEntropy`` the sigmoid replaces the softmax.
 
         Args:
             x: the inputs.
             mask: bool (N, T), True where a position is real.
 
         Raises:
-            TypeError: for a net that was trained by another loss.
+            TypeError: for a net that was trained with another loss.
         """
         if not isinstance(self.loss, CrossEntropy | BinaryCrossEntropy):
             raise TypeError(
@@ -190,26 +190,26 @@ def laplace(
     samples: int | None = None,
     micro_batches: int = 1,
 ) -> OfBatch[Posterior]:
-    """Return ``f(params, x, target)``, a ``Posterior`` of the params around those trained.
+    """Return ``f(params, x, target)``, which computes a ``Posterior`` around the trained params.
 
-    x and target are all training data, in ``micro_batches``; each example's own loss is taken for
-    a negative log likelihood, which those here are where outputs have no positions, and of
-    ``jp.BinaryCrossEntropy``, a mean over outputs, where there is one. It is over what is
-    learned: with ``jp.freeze`` around all but the last layer's params it is that of the last
-    layer (Daxberger et al. 2021, https://arxiv.org/abs/2106.14806). A prior of precision 1
-    comes with it; ``posterior.tuned()`` chooses one by the evidence.
+    x and target are all the training data, split by ``micro_batches``. Each example's own loss is
+    taken as a negative log likelihood. The losses here are one if outputs have no positions;
+    ``jp.BinaryCrossEntropy``, a mean over outputs, also needs a single output. The posterior covers
+    the learned params: with ``jp.freeze`` on all but the last layer's params it is that of the
+    last layer (Daxberger et al. 2021, https://arxiv.org/abs/2106.14806). Its prior has precision 1;
+    ``posterior.tuned()`` chooses a precision by the evidence.
 
         posterior = jp.laplace(net, loss)(params, x, target).tuned()
         p = posterior.probabilities(new)
 
     Args:
-        net: the network, in ``jp.inference_mode`` where a layer draws.
+        net: the network, in ``jp.inference_mode`` if a layer draws random numbers.
         loss: the loss.
         structure: "kronecker" for a block for each param (Ritter et al. 2018,
-            https://openreview.net/forum?id=Skdvd2xAZ), and a diagonal where it has no factors, or
-            "diagonal".
+            https://openreview.net/forum?id=Skdvd2xAZ), or its diagonal where a param has no
+            factors; "diagonal" for diagonals alone.
         samples: how many walks sample the curvature, which takes a key; None for the exact one.
-        micro_batches: into how many parts the data are split.
+        micro_batches: the number of parts to split the data into.
     """
     check_net_and_loss(net, loss)
     check_one_of("laplace: structure", structure, STRUCTURES)
@@ -235,7 +235,7 @@ def laplace(
 
 
 def _covariance(block: Any, form: Factored, damping: Array) -> Float[Array, "n c c"]:
-    """Return <g_nc, (F + damping)^-1 g_nd> of a form with an axis of outputs in front."""
+    """Return <g_nc, (F + damping)^-1 g_nd>, for a form with a leading axis of outputs."""
     entries = inverse_values(block, damping)
     if isinstance(block, Eigen):
         form = jax.vmap(lambda form: form.seen(block.sides))(form)
@@ -247,7 +247,7 @@ def _covariance(block: Any, form: Factored, damping: Array) -> Float[Array, "n c
     _, alone = jax.tree.map(lambda factor: factor[0], form).one_by_one()
 
     def of_example(one: list[Array]) -> Float[Array, "c c"]:
-        """Return the products of one example's, the only ones in memory."""
+        """Return one example's products, so that only its gradients are in memory."""
         g = wide(jax.vmap(alone)(one))
         rows = g.reshape(g.shape[0], math.prod(g.shape[1:]))
         root = jnp.sqrt(entries).astype(g.dtype).ravel()

@@ -31,18 +31,18 @@ Product = Callable[[Params], Params]
 
 
 class OfVector(Protocol):
-    """A function of a batch and of v, such as ``jp.hvp(net, loss)`` returns.
+    """A function of a batch and of a vector v, as returned by ``jp.hvp(net, loss)``.
 
     Args:
         params: the net's params.
         x: the inputs.
         target: the targets.
-        v: like params; None for the product as a function of v, for many of them. What does not
-            depend on v is then computed once.
+        v: like params; None to return the product as a function of v. For many v, this computes
+            once whatever does not depend on v.
         key: a key, as for any function of a batch.
-        mask: likewise.
-        weights: likewise.
-        divisor: likewise.
+        mask: a mask, as for any function of a batch.
+        weights: weights, as for any function of a batch.
+        divisor: a divisor, as for any function of a batch.
     """
 
     def __call__(
@@ -60,11 +60,11 @@ class OfVector(Protocol):
 
 
 def hvp(net: Layer, loss: Loss) -> OfVector:
-    """Return ``f(params, x, target, v)``, the Hessian of the mean loss times v; like params.
+    """Return ``f(params, x, target, v)``, which multiplies v by the Hessian of the mean loss.
 
-    It is the derivative along v of the gradient by the hand-written chain, forward over reverse
-    (Pearlmutter 1994, https://doi.org/10.1162/neco.1994.6.1.147). Without v, ``f`` returns the
-    product as a function, linear in v, for CG or Lanczos:
+    The product, like params, is the derivative along v of the gradient by the hand-written chain,
+    forward over reverse (Pearlmutter 1994, https://doi.org/10.1162/neco.1994.6.1.147). Without v,
+    ``f`` returns the product as a function, linear in v, for CG or Lanczos:
 
         product = jp.hvp(net, loss)(params, x, target)
         lineax.FunctionLinearOperator(product, jax.eval_shape(lambda: params))
@@ -97,11 +97,12 @@ def hessian(net: Layer, loss: Loss, params: Params, batch: Batch) -> Product:
 
 
 def ggn_vp(net: Layer, loss: Loss) -> OfVector:
-    """Return ``f(params, x, target, v)``, the Gauss-Newton matrix times v; like params.
+    """Return ``f(params, x, target, v)``, which multiplies v by the Gauss-Newton matrix.
 
-    The mean over examples of J_n^T H_n J_n v, with J_n the Jacobian of the net's output and H_n the
-    Hessian of the loss by it: forward by the derivative along v, back by the hand-written chain
-    (Schraudolph 2002, https://doi.org/10.1162/08997660260028683).
+    The product, like params, is the mean over examples of J_n^T H_n J_n v, with J_n the Jacobian of
+    the net's output and H_n the Hessian of the loss with respect to it. J_n is applied by the
+    forward derivative along v, and J_n^T by the hand-written chain (Schraudolph 2002,
+    https://doi.org/10.1162/08997660260028683).
 
     Args:
         net: the network.
@@ -119,11 +120,11 @@ def ggn_vp(net: Layer, loss: Loss) -> OfVector:
 def fisher_vp(
     net: Layer, loss: Loss, *, samples: int | None = None, empirical: bool = False
 ) -> OfVector:
-    """Return ``f(params, x, target, v)``, the Fisher information matrix times v; like params.
+    """Return ``f(params, x, target, v)``, which multiplies v by the Fisher information matrix.
 
-    The mean over examples of J_n^T E[s s^T] J_n v, with s the gradient of the loss by the net's
-    output at a target that is drawn from the model. For the losses here the expectation is the
-    Hessian, and the matrix that of ``jp.ggn_vp``.
+    The product, like params, is the mean over examples of J_n^T E[s s^T] J_n v, with s the gradient
+    of the loss with respect to the net's output at a target drawn from the model. For the losses
+    here the expectation is the Hessian, and the matrix is that of ``jp.ggn_vp``.
 
     Args:
         net: the network.
@@ -160,12 +161,12 @@ def fisher_vp(
 
 
 class _Jacobian(NamedTuple):
-    """The Jacobian J of the net's output by its learned params.
+    """The Jacobian J of the net's output with respect to its learned params.
 
     Attributes:
-        ahead: the pass forward.
-        y: the output, also of the examples that count nothing.
-        along: J v, for v like the learned params.
+        ahead: the forward pass.
+        y: the output, including that of examples with weight 0.
+        along: the function from v, like the learned params, to J v.
     """
 
     ahead: Forward
@@ -183,7 +184,7 @@ class _Jacobian(NamedTuple):
         return cls(ahead, y, along)
 
     def hessian(self, loss: Loss, batch: Batch) -> Callable[[PyTree], Cotangent]:
-        """Return the product of the Hessian of each example's own loss by y with what is like y."""
+        """Return the product of each example's loss Hessian in y with u, for u like y."""
 
         def gradient_of(y: PyTree) -> Cotangent:
             _, residuals = loss.forward(y, batch.target)
@@ -200,7 +201,7 @@ class _Jacobian(NamedTuple):
 def quadratic_form(
     net: Layer, loss: Loss, params: Params, batch: Batch, vectors: Sequence[Params]
 ) -> Float[Array, "k k"]:
-    """Return <v_i, F v_j> of the Gauss-Newton matrix F, by passes forward alone.
+    """Return <v_i, F v_j> for the Gauss-Newton matrix F, from forward passes alone.
 
     Args:
         net: the network.
@@ -221,7 +222,7 @@ def quadratic_form(
 
 
 def _inner(u: PyTree, ct: Cotangent) -> Float[Array, " n"]:
-    """Return each example's inner product of what is like y with a cotangent of y."""
+    """Return each example's inner product of u, which is like y, with a cotangent of y."""
 
     def of_leaf(u: Array, ct: Array | None) -> Array | None:
         return None if ct is None else jnp.sum(wide(u) * wide(ct), axis=tuple(range(1, ct.ndim)))

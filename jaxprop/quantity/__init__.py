@@ -1,7 +1,7 @@
-"""Quantities: what may be taken from a walk back besides the gradient, ``jp.quantity``.
+"""Quantities, the results that a walk back can return besides the gradient: ``jp.quantity``.
 
-Each is asked for by ``jp.quantities(net, loss, name=Quantity())``, and most have a function of
-their own, such as ``jp.per_example_sq_norms``.
+Request one by ``jp.quantities(net, loss, name=Quantity())``; most also have their own function,
+such as ``jp.per_example_sq_norms``.
 """
 
 from jaxprop.core.forms import Kronecker, Sides

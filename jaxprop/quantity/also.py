@@ -1,4 +1,4 @@
-"""Quantities that come along with a gradient: from its walk, in its aux."""
+"""Extra quantities, computed in the walk of a gradient and returned in its aux."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def beside(
     aux: bool,
     loss_scale: float | Array = 1.0,
 ) -> Callable[[Params, Batch], tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Return a function's own quantities and those that a user asked for beside, together.
+    """Return a function of (params, batch) that computes its own quantities and the user's.
 
     Args:
         net: the network.
         loss: the loss.
-        own: the function's own, by name.
-        also: those asked for beside, by name, or None.
+        own: the function's own quantities, by name.
+        also: the extra quantities that the user requested, by name, or None.
         micro_batches: as in ``together``.
-        aux: whether the function returns a ``jp.Aux``, in which they come back.
+        aux: whether the user's function returns a ``jp.Aux``, which is where ``also`` comes back.
         loss_scale: as in ``together``.
 
     Raises:
-        TypeError: for what is not a dict of quantities.
+        TypeError: for ``also`` that is not a dict of quantities.
         ValueError: for ``also`` without ``aux``.
     """
     if also is not None and not isinstance(also, Mapping):

@@ -13,17 +13,17 @@ from jaxprop.core.types import PyTree
 
 @serializable
 class Aux(NamedTuple):
-    """The by-products of a step; a field is None where the step had no need of it.
+    """The by-products of a step; a field is None where the step did not need it.
 
     Attributes:
-        y: the net's output, for an accuracy, say.
+        y: the net's output, to compute an accuracy, say.
         norms: (N,), the norm of each example's gradient before it was clipped; with ``per_layer``
-            like params, with (N,) where a layer's params stand, (L, N) inside ``repeat``.
-        clipped: the share of the examples whose gradient was clipped; with ``per_layer`` one for
-            each layer, likewise.
+            like params, with (N,) in place of each layer's params, (L, N) inside ``repeat``.
+        clipped: the share of examples whose gradient was clipped; with ``per_layer`` one for each
+            layer, in the same structure.
         norm: the norm of the gradient before ``max_norm`` bounded it, from an update that needs it
             (``max_norm``, ``skip_nonfinite``, ``jp.DynamicLossScale``).
-        also: the quantities that were asked for beside the gradient (``also=``), by name.
+        also: the extra quantities that ``also=`` requested, by name.
     """
 
     y: PyTree

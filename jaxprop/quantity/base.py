@@ -1,4 +1,4 @@
-"""The base of quantities: a part taken at each layer, and a result made of all parts at the end."""
+"""The base class of quantities: a part from each layer, and a result made from all the parts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from jaxprop.quantity.source import LossGradient, Source
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerExample:
-    """Marks arrays that hold something of each example; what has no mark is a mean over examples.
+    """A mark for arrays with an entry for each example; an unmarked array is a mean over examples.
 
     Attributes:
-        value: an array, or a pytree of them.
-        axis: the axis of the examples. It counts from the end where ``repeat`` may stack the arrays
-            of its layers in front.
+        value: an array, or a pytree of arrays.
+        axis: the example axis, counted from the end where ``repeat`` may stack the arrays of its
+            layers on leading axes.
     """
 
     value: Any
@@ -37,11 +37,11 @@ class PerExample:
 
 
 class Whole(NamedTuple):
-    """The facts of the whole batch that a quantity may use at the end.
+    """Facts about the whole batch that a quantity may use at the end.
 
     Attributes:
         params: the net's params, side inputs included.
-        examples: what the examples count.
+        examples: the number of examples, and their weights in a mean.
         key: the key that was given, or None.
     """
 
@@ -53,23 +53,23 @@ class Whole(NamedTuple):
 class Quantity(Static):
     """A statistic of the cotangents of params: a part from each layer, and a result for the net.
 
-    A per-example quantity is that of each example's *own* loss, so that the mean of the per-example
-    gradients is the gradient: there is no 1/N in them.
+    A per-example quantity refers to each example's *own* loss, without the 1/N of the mean, so that
+    the mean of the per-example gradients is the gradient.
 
-    Subclass it and write ``take``. What it returns is a mean over examples, or marked as
-    ``PerExample``, so that what it returns for micro-batches makes up what it returns for the
-    batch. What is not linear in the examples is left to ``settle`` and ``finish``, which see the
-    batch.
+    Subclass it and write ``take``. It returns means over examples, or arrays marked as
+    ``PerExample``, so that the results for micro-batches can be combined into the result for the
+    batch. Anything that is not linear in the examples belongs in ``settle`` and ``finish``, which
+    see the whole batch.
 
     Attributes:
-        like_params: whether the result has the structure of params. It is then completed by zeros
-            where params are not learned.
-        axes: how many axes such a result has in front of those of params.
-        of_pairs: whether it is of pairs of examples, which micro-batches would keep apart.
-        stacked: whether it has an axis in front for the columns of its source.
-        layerwise: whether what it takes of a stack of layers is what it takes of each, stacked, as
-            whatever is of each param is. A scan over layers in a function is then asked layer by
-            layer, and keeps no forms; else its modules are asked as a whole.
+        like_params: whether the result has the structure of params. Zeros then fill in for params
+            that are not learned.
+        axes: how many leading axes such a result has before those of params.
+        of_pairs: whether it compares pairs of examples, which micro-batches would separate.
+        stacked: whether it has a leading axis for the columns of its source.
+        layerwise: whether its part for a stack of layers is the stack of its parts for each layer,
+            as for anything computed param by param. A scan over layers in a function is then
+            visited layer by layer and keeps no forms; otherwise its modules are visited as a whole.
     """
 
     like_params: ClassVar[bool] = False
@@ -80,24 +80,24 @@ class Quantity(Static):
 
     @property
     def source(self) -> Source:
-        """The cotangent that the walk starts from. Quantities of one source share a walk.
+        """The cotangent that the walk starts from. Quantities with the same source share a walk.
 
-        Where a source has several columns, what is taken of them is stacked (``stacked``), or added
-        up (``jp.quantity.AddedUp``).
+        If a source has several columns, the parts for them are stacked (``stacked``) or added up
+        (``jp.quantity.AddedUp``).
         """
         return LossGradient()
 
     @property
     def before(self) -> Quantity | None:
-        """Another quantity of the same source, taken in a walk of its own first.
+        """Another quantity with the same source, computed first in a separate walk.
 
-        ``take`` is then given its result as ``before=``. With micro-batches it is that of the
-        micro-batch, so that it must be of each example by itself.
+        ``take`` then receives its result as ``before=``. With micro-batches this is the result for
+        the micro-batch, so it must be per example.
         """
         return None
 
     def chosen(self, layer: Layer, tree: PyTree) -> PyTree:
-        """Return a tree like a layer's params with ``()`` for what it is not taken of.
+        """Return the tree with ``()`` in place of the params that this quantity leaves out.
 
         Args:
             layer: the layer.
@@ -108,41 +108,41 @@ class Quantity(Static):
 
     @abc.abstractmethod
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
-        """Return what is taken at one layer.
+        """Return the quantity's part from one layer.
 
         Args:
             params: the layer's learned params.
-            forms: like params, with each example's own cotangent in a form.
-            examples: how many there are (``examples.number``), and what each counts in a mean
-                (``examples.shares()``, as ``form.weighted_sum`` takes it).
+            forms: like params, with a form at each leaf that keeps each example's own cotangent.
+            examples: how many there are (``examples.number``), and their weights in a mean
+                (``examples.shares()``, which ``form.weighted_sum`` takes).
         """
 
     def gather(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
-        """Return what is made of what was taken at all layers, for the same examples.
+        """Return the combined parts of all layers; by default the parts themselves.
 
         Args:
             params: the net's learned params.
-            taken: what ``take`` returned, in the structure of the net's params.
-            examples: what the examples count.
+            taken: the results of ``take``, in the structure of the net's params.
+            examples: the same examples as for ``take``.
         """
         del params, examples
         return taken
 
     def settle(self, taken: PyTree) -> PyTree:
-        """Return what is kept of what was taken.
+        """Return what to keep of the parts that were taken.
 
-        It may be asked at each layer, or of all layers together, so that it goes entry by entry or
-        ends in a ``Total``.
+        It may be called at each layer, or once for all layers, so it must work entry by entry or
+        return a ``Total``.
         """
         return taken
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
-        """Return the result: settled is in the structure of the net's params."""
+        """Return the result, from the settled parts in the structure of the net's params."""
         del examples
         return unmarked(settled)
 
     def end(self, settled: PyTree, batch: Whole) -> PyTree:
-        """Return ``finish`` of settled, completed where params are not learned."""
+        """Return the result of ``finish``, with zeros for unlearned params if it is like params."""
         result = self.finish(settled, batch.examples)
         if not self.like_params:
             return result
@@ -151,21 +151,21 @@ class Quantity(Static):
 
 
 def of_examples(tree: PyTree) -> PyTree:
-    """Return the tree with each array, with the example on axis 0, marked so."""
+    """Return the tree with each array marked as ``PerExample``, with the example on axis 0."""
     return jax.tree.map(lambda leaf: PerExample(leaf, axis=0), tree)
 
 
 def unmarked(tree: PyTree) -> PyTree:
-    """Return the tree with the arrays themselves where they are marked."""
+    """Return the tree with each ``PerExample`` mark replaced by its value."""
     return jax.tree.map(
         lambda node: node.value if is_marked(node) else node, tree, is_leaf=is_marked
     )
 
 
 def examples_at(axis: int, tree: PyTree) -> PyTree:
-    """Return the tree with the arrays that are marked, each with its examples on this axis.
+    """Return the tree without marks, with the example axis of each marked array moved to ``axis``.
 
-    Behind it come the layers of a ``repeat``, as in params.
+    The layer axes of a ``repeat`` come after it, as in params.
     """
 
     def moved(node: Any) -> Any:
@@ -191,7 +191,7 @@ def total(f: Callable[[Factored], Array], forms: PyTree) -> Array | tuple[()]:
 
 
 def everything(taken: PyTree) -> Array:
-    """Return the sum of what was taken at all layers.
+    """Return the sum of the parts of all layers.
 
     Raises:
         ValueError: for a net without params.

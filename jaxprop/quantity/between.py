@@ -26,11 +26,11 @@ from jaxprop.core.walk import check_net_and_loss, forward
 from jaxprop.quantity.base import everything, map_forms
 
 Pair = tuple[PyTree, PyTree]
-OUTPUTS = 16  # walks at a time, for a trace
+OUTPUTS = 16  # how many outputs to walk back from at a time, for a trace
 
 
 class InnerProducts(Protocol):
-    """A function of two batches, as ``jp.inner_products(net, loss)`` returns."""
+    """A function of two batches, as returned by ``jp.inner_products(net, loss)``."""
 
     def __call__(
         self,
@@ -44,7 +44,7 @@ class InnerProducts(Protocol):
 
 
 class TangentKernel(Protocol):
-    """A function of the inputs of one batch or two, as ``jp.ntk(net)`` returns."""
+    """A function of the inputs of one or two batches, as returned by ``jp.ntk(net)``."""
 
     def __call__(
         self,
@@ -58,13 +58,13 @@ class TangentKernel(Protocol):
 
 
 def inner_products(net: Layer, loss: Loss) -> InnerProducts:
-    """Return ``f(params, (x, target), (x2, target2))``, <g_n, h_m> between two batches, (N, M).
+    """Return ``f(params, (x, target), (x2, target2))``, which computes all <g_n, h_m>, (N, M).
 
-    g_n is the gradient of example n's own loss in the first batch, h_m that of m in the second.
-    From factors: for a dense layer (x_n . x_m)(ct_n . ct_m), summed over pairs of positions where
-    that is cheaper than the gradients themselves. TracIn (Pruthi et al. 2020,
-    https://arxiv.org/abs/2002.08484) sums these over checkpoints. ``jp.per_example_sq_norms`` is
-    the self-influence.
+    g_n is the gradient of example n's own loss in the first batch, h_m that of example m in the
+    second. Their products are computed from factors: for a dense layer as
+    (x_n . x_m)(ct_n . ct_m), summed over pairs of positions where that is cheaper than with the
+    gradients themselves. TracIn (Pruthi et al. 2020, https://arxiv.org/abs/2002.08484) sums these
+    products over checkpoints; its self-influence is ``jp.per_example_sq_norms``.
 
     Args:
         net: the network. One that couples the examples of a batch raises ``ValueError``.
@@ -96,16 +96,17 @@ def inner_products(net: Layer, loss: Loss) -> InnerProducts:
 
 
 def ntk(net: Layer, *, full: bool = False) -> TangentKernel:
-    """Return ``f(params, x, x2=None)``, the empirical neural tangent kernel between two batches.
+    """Return ``f(params, x, x2=None)``, which computes the empirical neural tangent kernel.
 
-    With J_n the Jacobian of the output y (C,) of example n by the params, it is
-    tr J_n J_m^T / C, (N, M), or in full J_n J_m^T, (N, M, C, C) (Jacot et al. 2018,
-    https://arxiv.org/abs/1806.07572). A walk back from all outputs at once leaves factors, of which
-    each layer's products are formed without the Jacobian, as in the structured derivatives of Novak
-    et al. 2022, https://arxiv.org/abs/2206.08720; or of the layer's own g_n where that is cheaper.
+    With J_n the Jacobian of example n's output y (C,) with respect to the params, the kernel
+    between two batches is tr J_n J_m^T / C, (N, M), or in full J_n J_m^T, (N, M, C, C) (Jacot et
+    al. 2018, https://arxiv.org/abs/1806.07572). A walk back from many outputs at once leaves
+    factors. Each layer's products are computed from these without the Jacobian, as in the
+    structured derivatives of Novak et al. 2022, https://arxiv.org/abs/2206.08720, or from the
+    layer's g_n where that is cheaper.
 
     Args:
-        net: the network, whose y is one array; more axes than one count as one.
+        net: the network, whose y is one array; several output axes are treated as one.
         full: whether to return the whole kernel instead of the mean over outputs.
 
     Example:
@@ -152,7 +153,7 @@ def ntk(net: Layer, *, full: bool = False) -> TangentKernel:
 
         most = outputs if full else -(-outputs // -(-outputs // OUTPUTS))
         blocks = jnp.arange(-(-outputs // most) * most).reshape(-1, most)
-        # A loop of one step is none: a CPU's convolutions are slow in it.
+        # A single step needs no loop, in which convolutions are slow on a CPU.
         total = over(blocks[0]) if len(blocks) == 1 else sum_over(over, blocks)
         return total if full else total / outputs
 
@@ -163,13 +164,14 @@ def ntk(net: Layer, *, full: bool = False) -> TangentKernel:
 def _over_outputs(outputs: int, full: bool) -> Callable[[Factored, Factored], Array]:
     """Return a function of two forms of one param, for a walk from one output under ``vmap``.
 
-    There the forms' ct have an axis of outputs, and what does not depend on them, as x, has none.
-    It gives the products of equal outputs, summed, (N, M), or of all pairs, (C, N, M, C).
+    Under ``vmap`` the forms' ct have an axis of outputs, and factors that do not depend on the
+    output, such as x, do not. The function returns the products for equal outputs, summed, (N, M),
+    or in full those for all pairs of outputs, (C, N, M, C).
     """
 
     @jax.custom_batching.custom_vmap
     def between(form: Factored, other: Factored) -> Array:
-        products = _products(form, other)  # 0: it is linear in ct, and the same for each output
+        products = _products(form, other)  # 0: linear in ct, yet the same for each output
         return jnp.stack([products] * outputs, axis=-1) if full else products
 
     @between.def_vmap
@@ -201,12 +203,12 @@ def _products(form: Factored, other: Factored) -> Float[Array, "n m"]:
 
 
 def _beside_each_other(ct: Float[Array, "c n ... o"]) -> Float[Array, "n ... co"]:
-    """Return the features of all outputs as those of one."""
+    """Return ct with the features of all outputs side by side on the last axis."""
     return jnp.moveaxis(ct, 0, -2).reshape(*ct.shape[1:-1], ct.shape[0] * ct.shape[-1])
 
 
 def _added(taken: PyTree, axes: int) -> Array:
-    """Return the sum over all params, and over the layers in front where they are stacked."""
+    """Return the sum over all params, and over the leading layer axes of stacked ones."""
     return everything(
         [each.sum(axis=tuple(range(each.ndim - axes))) for each in jax.tree.leaves(taken)]
     )
@@ -218,13 +220,13 @@ def products(forms: PyTree, others: PyTree) -> Float[Array, "n m"]:
 
 
 def _beside(forms: PyTree, others: PyTree) -> list[tuple[Factored, Factored]]:
-    """Return the two forms of each param."""
+    """Return a pair of forms for each param."""
     each, structure = jax.tree.flatten(forms, is_leaf=is_factored)
     return list(zip(each, structure.flatten_up_to(others), strict=True))
 
 
 def _by_output(net: Layer, params: Params, x: PyTree) -> tuple[Callable[..., PyTree], int]:
-    """Return a walk back from one of the outputs, and how many there are."""
+    """Return a function that walks back from one output, and the number of outputs."""
     check_uncoupled(net, params, x)
     y, residuals = net.forward(params, x)
     if not hasattr(y, "shape"):

@@ -23,19 +23,19 @@ from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import PerExample, Quantity, Whole, everything, map_forms, unmarked
 
 Weight: TypeAlias = Callable[[Array, Any], Array]
-NOISE = 0x6E6F6973  # folded into the key, so that noise is drawn apart from what the layers draw
+NOISE = 0x6E6F6973  # folded into the key, so that noise does not depend on what the layers draw
 
 
 @serializable
 class ClippedMean(NamedTuple):
-    """The mean of clipped gradients, and what was clipped.
+    """The mean of clipped gradients, the norms before clipping, and the share that was clipped.
 
     Attributes:
         grads: the mean; like params.
         norms: (N,), the norm of each example's gradient before it was clipped; with ``per_layer``
-            like params, with (N,) where a layer's params stand, (L, N) inside ``repeat``.
-        clipped: the share of the examples whose gradient was clipped; with ``per_layer`` one for
-            each layer, likewise.
+            like params, with (N,) in place of each layer's params, (L, N) inside ``repeat``.
+        clipped: the share of examples whose gradient was clipped; with ``per_layer`` one for each
+            layer, in the same structure.
     """
 
     grads: Params
@@ -44,7 +44,7 @@ class ClippedMean(NamedTuple):
 
 
 class Bounded(NamedTuple):
-    """The mean of some params' clipped gradients, and the norms, as ``Clipped`` takes them."""
+    """The mean of some params' clipped gradients, and the norms, as taken by ``Clipped``."""
 
     mean: PyTree
     norms: PerExample
@@ -55,7 +55,7 @@ class Measured(NamedTuple):
 
     Attributes:
         forms: like a layer's params.
-        norms: (N,), |g_n| of each param; of all together where the layer has a bound of its own.
+        norms: (N,), |g_n| of each param, or over all of them where the layer has its own bound.
     """
 
     forms: PyTree
@@ -65,41 +65,41 @@ class Measured(NamedTuple):
 class Clipped(Quantity):
     """The mean of clipped gradients, 1/N sum_n g_n min(1, max_norm / |g_n|); like params.
 
-    Another ``weight`` may stand in the place of the minimum, such as that of ``automatic`` clipping
-    (Bu et al. 2022, https://arxiv.org/abs/2206.07136); no |g_n| is then larger than max_norm
-    either.
+    Another ``weight`` may replace the minimum, such as that of ``automatic`` clipping (Bu et al.
+    2022, https://arxiv.org/abs/2206.07136); the clipped norms still do not exceed max_norm.
 
-    The g_n are not kept: one walk back leaves the factors, the norms come from them, and so does
-    the weighted sum. An example whose gradient is not finite makes the mean not finite, unless it
-    is dropped.
+    The g_n are not stored: one walk back leaves their factors, from which the norms and the
+    weighted sum are computed. An example whose gradient is not finite makes the mean not finite,
+    unless it is dropped.
 
     With a noise_multiplier it is DP-SGD (Abadi et al. 2016, https://arxiv.org/abs/1607.00133):
     normal noise of standard deviation noise_multiplier * max_norm is added to each entry of the
     *sum* of clipped gradients before the division by N. This is the definition of
     ``optax.contrib.differentially_private_aggregate``, and of the accountants that take a noise
-    multiplier. A Poisson sample has another size each step: pad it with examples that weigh 0, and
-    give its expected size as the ``divisor``; of an empty one the noise is left.
+    multiplier. A Poisson sample has another size each step: pad it with examples of weight 0, and
+    give its expected size as the ``divisor``. An empty sample then returns the noise alone.
 
     Attributes:
-        max_norm: the bound on |g_n|, positive and finite; a number, or a scalar array (which
-            ``jax.jit`` may trace); with per_layer also one for each layer, in a tree with a bound
-            where a layer's params stand (inside ``repeat`` also one for each layer, (L,)), and
-            ``()`` for a layer without.
-        noise_multiplier: the standard deviation of the noise in units of the bound, likewise. With
-            more than 0, or where it is an array, the function takes a key, a new one each step, and
-            raises ``TypeError`` for params narrower than float32, which would round the noise away.
-        per_layer: whether each layer's part of g_n is bounded by max_norm by itself. The whole of L
-            layers with params is then bounded by sqrt(L) max_norm, or the root of the sum of their
-            squared bounds, and the noise is that much larger.
-        two_pass: whether to walk back twice, for the norms and then for the sum, so that no
-            layer's cotangents are needed after it. Through ``repeat`` this saves their memory; for
-            unrolled layers it is up to XLA's schedule, which on a CPU goes back through the whole
+        max_norm: the bound on |g_n|, positive and finite: a number, or a scalar array (which
+            ``jax.jit`` may trace). With per_layer also a tree with a bound in place of each layer's
+            params, and ``()`` for a layer without params; inside ``repeat`` a bound may be an array
+            (L,), one for each layer.
+        noise_multiplier: the standard deviation of the noise in units of the bound, a finite number
+            or a scalar array. If it is above 0 or an array, the function takes a key, a new one
+            each step, and raises ``TypeError`` for params narrower than float32, which would round
+            the noise away.
+        per_layer: whether to bound each layer's part of g_n by max_norm separately. With L layers
+            that have params, the norm over all layers is then at most sqrt(L) max_norm, or the root
+            of the sum of their squared bounds, and the noise is that much larger.
+        two_pass: whether to walk back twice, for the norms and then for the sum, so that no layer's
+            cotangents are needed after that layer. In ``repeat`` this saves their memory. For
+            unrolled layers it depends on XLA's schedule, which on a CPU goes back through the whole
             chain first, and saves nothing.
-        drop_nonfinite: whether an example whose gradient is not finite counts as a gradient of 0;
-            with per_layer, that layer's part of it.
-        norms: whether the result is a ``ClippedMean``, with the norms beside the mean.
-        weight: ``weight(norms, max_norm)``, what g_n is multiplied by, for norms (N,). Its size is
-            held to max_norm / |g_n|, whatever the function says.
+        drop_nonfinite: whether to count a gradient that is not finite as 0; with per_layer, only
+            the layer's part that is not finite.
+        norms: whether to return a ``ClippedMean``, which adds the norms to the mean.
+        weight: a function ``weight(norms, max_norm)`` that returns the factor on each g_n, for
+            norms (N,). The factor's absolute value is limited to max_norm / |g_n|.
     """
 
     max_norm: float | Array | PyTree
@@ -125,7 +125,7 @@ class Clipped(Quantity):
 
     @property
     def _by_tree(self) -> bool:
-        """Whether each layer has a bound of its own, which is known where all layers are."""
+        """Whether each layer has its own bound, to look up once all layers are known."""
         return self.per_layer and not jax.tree_util.all_leaves([self.max_norm])
 
     @property
@@ -157,7 +157,7 @@ class Clipped(Quantity):
             if jax.tree.leaves(norms):
                 params, norms = without_unmarked(params, forms), norms_of_all(norms)
                 taken = self._bounded(params, forms, norms, examples)
-        elif self.two_pass:  # each layer was told all norms
+        elif self.two_pass:  # each layer received the norms over all params
             told = jax.tree.leaves(_each(taken, "norms"))[:1]
             norms = [PerExample(each[(0,) * (each.ndim - 1)], axis=-1) for each in told]
             taken = Bounded(_each(taken, "mean"), *norms) if norms else ()
@@ -181,7 +181,7 @@ class Clipped(Quantity):
         return ClippedMean(grads, norms, self._with_bounds(share, norms))
 
     def _by_layer(self, params: Params, taken: PyTree, examples: Examples) -> PyTree:
-        """Return each layer's mean, by a bound of its own."""
+        """Return each layer's mean, clipped by the layer's own bound."""
 
         def of_layer(measured: Measured, bound: Any, params: Params) -> Bounded:
             if measured.norms.ndim == 1:
@@ -194,11 +194,11 @@ class Clipped(Quantity):
         return self._with_bounds(of_layer, taken, params)
 
     def _with_bounds(self, f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-        """Return ``f(node, bound, ...)`` for what stands at each layer with params.
+        """Return the tree with ``f(node, bound, ...)`` for the node of each layer with params.
 
         Args:
-            f: a function of it, of the layer's bound, and of what stands there in the rest.
-            tree: what was taken, or the norms.
+            f: a function of the node, the layer's bound, and the nodes in the same place of rest.
+            tree: the parts that were taken, or the norms.
             rest: trees of the same structure, or deeper.
         """
         if not self._by_tree:
@@ -222,7 +222,7 @@ class Clipped(Quantity):
         examples: Examples,
         bound: Any = None,
     ) -> Bounded:
-        """Return the mean of the gradients times their weights, and the |g_n|.
+        """Return the mean of the gradients times their weights, and the norms |g_n|.
 
         The bound is max_norm if it is not given.
         """
@@ -258,7 +258,7 @@ class Clipped(Quantity):
         return jax.tree.unflatten(structure, noisy)
 
     def _bound_of_all(self, norms: PyTree) -> Array:
-        """Return the bound on the norm of all that one example adds to the sum."""
+        """Return the bound on the norm, over all params, of what one example adds to the sum."""
 
         def squares(norms: Array, bound: Any) -> Array:
             return jnp.sum(jnp.broadcast_to(bound, norms.shape[:-1]) ** 2)
@@ -268,7 +268,7 @@ class Clipped(Quantity):
 
 
 class Norms(Quantity):
-    """|g_n| over all params, in a way that neither cancels nor overflows; (N,)."""
+    """|g_n| over all params, computed so that it neither cancels nor overflows; (N,)."""
 
     layerwise: ClassVar[bool] = True
 
@@ -281,7 +281,7 @@ class Norms(Quantity):
 
 
 def _norms(forms: PyTree) -> Float[Array, " n"]:
-    """Return |g_n| over all forms of a tree, of which there is one at least."""
+    """Return |g_n| over all forms of a tree, which has at least one."""
     leaves = jax.tree.leaves(forms, is_leaf=is_factored)
     return norms_of_all([form.norms() for form in leaves]) if leaves else everything(())
 
@@ -289,7 +289,7 @@ def _norms(forms: PyTree) -> Float[Array, " n"]:
 def automatic(norms: Array, max_norm: float | Array) -> Array:
     """Return max_norm / (|g_n| + 0.01), the weight of automatic clipping (Bu et al. 2022).
 
-    No gradient is left as it is, and only the product of max_norm and the learning rate matters.
+    It rescales every gradient, so that only the product of max_norm and the learning rate matters.
 
     Args:
         norms: (N,), the |g_n|.
@@ -299,7 +299,7 @@ def automatic(norms: Array, max_norm: float | Array) -> Array:
 
 
 def normalized(norms: Array, max_norm: float | Array) -> Array:
-    """Return max_norm / |g_n|, so that each gradient has the norm max_norm, but for one that is 0.
+    """Return max_norm / |g_n|, which gives each gradient the norm max_norm, except one that is 0.
 
     Args:
         norms: (N,), the |g_n|.
@@ -315,16 +315,16 @@ def next_max_norm(
     quantile: float = 0.5,
     rate: float = 0.2,
 ) -> Array:
-    """Return the bound for the next step, on its way to a quantile of the norms.
+    """Return the bound for the next step, moved towards a quantile of the norms.
 
-    max_norm exp(-rate (share unclipped - quantile)) (Andrew et al. 2021,
-    https://arxiv.org/abs/1905.03871). For differential privacy add noise to ``clipped`` before, and
+    The new bound is max_norm exp(-rate (share unclipped - quantile)) (Andrew et al. 2021,
+    https://arxiv.org/abs/1905.03871). For differential privacy, first add noise to ``clipped``, and
     account for it.
 
     Args:
         max_norm: the bound of this step.
-        clipped: the share of the examples that it clipped, of a ``ClippedMean`` or an ``Aux``.
-        quantile: which one, between 0 and 1.
+        clipped: the share of examples that it clipped, from a ``ClippedMean`` or an ``Aux``.
+        quantile: the quantile to move towards, between 0 and 1.
         rate: how far a step goes.
 
     Example:
@@ -344,7 +344,7 @@ def next_max_norm(
 
 
 def _is_of_layer(node: object) -> bool:
-    """Return whether a node is what was taken of a layer, or nothing, as of one without params."""
+    """Return whether a node holds one layer's result, or nothing, for a layer without params."""
     return isinstance(node, Measured) or not jax.tree.leaves(node)
 
 

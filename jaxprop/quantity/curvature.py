@@ -1,8 +1,9 @@
 """Curvature of the mean loss, from walks that start at a root of the loss Hessian.
 
 The generalised Gauss-Newton matrix (GGN) is the mean over examples of J_n^T H_n J_n, with J_n the
-Jacobian of the net's output and H_n the Hessian of the loss by that output. With H_n = S_n S_n^T
-its root is J_n^T S_n: one walk back for each column of S_n (``HessianRoot``).
+Jacobian of the net's output and H_n the Hessian of the loss with respect to that output. With
+H_n = S_n S_n^T, a root of example n's term is J_n^T S_n: one walk back for each column of S_n
+(``HessianRoot``).
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from jaxprop.quantity.source import HessianRoot, LossGradient, Source, check_sam
 
 
 class AddedUp(Quantity):
-    """A quantity of which a part is added up over the columns of its source.
+    """A quantity whose parts are added up over the columns of its source.
 
-    It is taken in two steps, whether there are several columns or one: ``part`` of each column's
-    walk, and ``whole`` of their sum.
+    It is computed in two steps, even for a single column: ``part`` in each column's walk, and then
+    ``whole`` from the sum of the parts.
     """
 
     layerwise: ClassVar[bool] = True
 
     @abc.abstractmethod
     def part(self, forms: PyTree, examples: Examples) -> PyTree:
-        """Return of one column what is added up over the columns, at one layer."""
+        """Return one column's part at one layer, to be added up over the columns."""
 
     @abc.abstractmethod
     def whole(self, forms: PyTree, parts: PyTree, examples: Examples) -> PyTree:
-        """Return what is taken, from the sum of the parts and the forms of any one column."""
+        """Return the layer's result, from the sum of the parts and the forms of any one column."""
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         return self.whole(forms, self.part(forms, examples), examples)
@@ -49,13 +50,14 @@ class AddedUp(Quantity):
 class DiagGGN(AddedUp):
     """The diagonal of the Gauss-Newton matrix; like params.
 
-    One column of the root after the other, only squares are added up. They meet a layer's input
-    once, at the end: (x^2)^T sum_c ct_c^2, or x_n^2 (outer) sum_c ct_cn^2 of each example.
+    Columns of the root are processed one at a time, and only squares are added up. The layer's
+    squared input is multiplied in once, at the end: (x^2)^T sum_c ct_c^2, or for each example
+    x_n^2 (outer) sum_c ct_cn^2.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.
-        per_example: False for the diagonal of the mean loss; True for that of each example's own
-            loss, like params behind an example axis.
+        per_example: False for the diagonal for the mean loss; True for that of each example's own
+            loss, like params with a leading example axis.
     """
 
     samples: int | None = None
@@ -96,12 +98,12 @@ class DiagGGN(AddedUp):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Means:
-    """Means of what a ``Kronecker`` is made of, over the same number.
+    """The means that make up a ``Kronecker``, all with the same divisor.
 
     Attributes:
-        gram: of the input, summed over positions.
-        rows: of the number of positions.
-        b: of ct, summed over positions.
+        gram: the mean Gram matrix of the input, summed over positions.
+        rows: the mean number of positions.
+        b: the mean Gram matrix of ct, summed over positions.
         place: how the matrix lies in the param.
     """
 
@@ -122,31 +124,32 @@ POSITIONS, OTHERS = ("expand", "reduce"), ("raise", "skip", "diagonal")
 class KroneckerFactors(AddedUp):
     """Two factors for each param's block of the Gauss-Newton matrix; like params.
 
-    A ``Kronecker(a, b)`` at each leaf, whose product stands for that param's block, rows of w
-    outermost. Sampled they are KFAC's (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671),
-    from the exact root KFLR's (Botev et al. 2017, https://arxiv.org/abs/1706.03662), and from the
-    loss gradient those of the empirical Fisher matrix. For one example without positions the
-    product is the block. A bias has a = [[1]].
+    Each leaf is a ``Kronecker(a, b)``, whose product approximates that param's block, with the rows
+    of w outermost. Sampled columns give KFAC's factors (Martens and Grosse 2015,
+    https://arxiv.org/abs/1503.05671), the exact root KFLR's (Botev et al. 2017,
+    https://arxiv.org/abs/1706.03662), and the loss gradient those of the empirical Fisher matrix.
+    For one example without positions the product equals the block. A bias has a = [[1]].
 
-    Along T positions there are two (Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636).
-    "expand" takes positions for independent: a is the mean over examples and positions of
-    x_t x_t^T, and b the mean over examples of sum_c sum_t ct_t ct_t^T, as in Grosse and Martens
-    2016 (https://arxiv.org/abs/1602.01407), where T divides b. "reduce" is of x's mean over
-    positions and of ct's sum, exact where y is linear in the mean of a linear net. Examples and
-    positions that are padding by the target count in neither, nor by a mask (N, T) where the target
-    has no positions.
+    Along T positions there are two variants (Eschenhagen et al. 2023,
+    https://arxiv.org/abs/2311.00636). "expand" treats positions as independent: a is the mean over
+    examples and positions of x_t x_t^T, and b the mean over examples of sum_c sum_t ct_t ct_t^T.
+    This is as in Grosse and Martens 2016 (https://arxiv.org/abs/1602.01407), except that there T
+    divides b. "reduce" uses the mean of x over positions and the sum of ct, and is exact for a
+    linear net whose y is linear in the mean over positions. Examples and positions that the target
+    marks as padding count in neither factor. Where the target has no positions, a mask (N, T) marks
+    them.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.
         empirical: whether the source is the loss gradient.
         positions: "expand" or "reduce".
-        others: what a param has whose cotangent has no two factors, as one that is used in two
-            ways, or is in no form: "raise" for ``TypeError``, "skip" for ``()``, "diagonal" for the
-            diagonal of its block, an array like the param.
-        joint_bias: whether a bias is a further row of the matrix before it, whose x is 1, so that
-            both have one block, with a (I + 1, I + 1), as in KFAC's paper. It is where params are
-            ``jp.AffineParams``, as ``Dense``'s and ``Conv``'s; in the place of b's block stands a
-            mark.
+        others: what to do for a param whose cotangent does not have two factors, such as a param
+            used in two ways or without a form: "raise" for ``TypeError``, "skip" for ``()``,
+            "diagonal" for the diagonal of its block, an array like the param.
+        joint_bias: whether to treat a bias as one more row of the matrix before it, with x = 1, so
+            that both share one block, with a (I + 1, I + 1), as in KFAC's paper. This applies where
+            params are ``jp.AffineParams``, as in ``Dense`` and ``Conv``; a mark takes the place of
+            b's block.
     """
 
     samples: int | None = None
@@ -190,7 +193,7 @@ class KroneckerFactors(AddedUp):
         return jax.tree.unflatten(structure, each)
 
     def _joined(self, forms: PyTree) -> PyTree:
-        """Return the forms with that of a matrix and its bias in the place of the matrix's."""
+        """Return the forms; with ``joint_bias``, one form for each matrix and its bias."""
 
         def is_node(node: Any) -> bool:
             return is_factored(node) or isinstance(node, AffineParams)
@@ -204,7 +207,7 @@ class KroneckerFactors(AddedUp):
         return jax.tree.map(of, forms, is_leaf=is_node) if self.joint_bias else forms
 
     def _pair(self, form: Factored, examples: Examples) -> Factored | None:
-        """Return the form that the factors are of; None for one that has no two."""
+        """Return the form to take the two factors from; None for a form without two."""
         if self.others != "raise" and not form.is_pair:
             return None
         return form if self.positions == "expand" else form.in_one_position(examples.real)
@@ -218,7 +221,7 @@ class KroneckerFactors(AddedUp):
 
 
 def check_source(samples: int | None, empirical: bool, name: str) -> None:
-    """Raise unless a root is exact, or sampled, or of the loss gradient, which is not sampled."""
+    """Raise unless samples and empirical are valid; the loss gradient cannot be sampled."""
     check_samples(samples)
     check_flag(f"{name}: empirical", empirical)
     if empirical and samples is not None:
@@ -226,10 +229,10 @@ def check_source(samples: int | None, empirical: bool, name: str) -> None:
 
 
 class GGNRoot(Quantity):
-    """A root of each example's own Gauss-Newton matrix; like params, behind axes (C, N).
+    """A root of each example's own Gauss-Newton matrix; like params, with leading axes (C, N).
 
-    With V the result, example n's matrix is sum_c V_cn V_cn^T; the mean over n is that of the mean
-    loss. C is the number of columns of the loss Hessian's root.
+    With V the result, example n's matrix is sum_c V_cn V_cn^T; the mean over n is the matrix of the
+    mean loss. C is the number of columns of the loss Hessian's root.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.

@@ -1,13 +1,14 @@
-"""The functions that return one quantity each: ``jp.per_example_sq_norms`` and its like.
+"""Functions for a single quantity each, such as ``jp.per_example_sq_norms``.
 
-The scalar loss is the mean over the N examples. A per-example quantity is that of each example's
-*own* loss, so that the mean of the per-example gradients is the gradient: there is no 1/N in them.
+The scalar loss is the mean over the N examples. A per-example quantity refers to each example's
+*own* loss, without the 1/N of the mean, so that the mean of the per-example gradients is the
+gradient.
 
-Each function here is called as ``jp.value_and_grad`` is, with a net and a loss, and returns a
-function of (params, x, target). A layer whose cotangents are not factored serves as well: its
-backward is then taken one example at a time. A layer that couples the examples of a batch has no
-per-example gradient, and raises ``ValueError``; a layer of one's own that does so without saying so
-is tried on two examples, and found out.
+Like ``jp.value_and_grad``, each function here takes a net and a loss and returns a function of
+(params, x, target). Layers whose cotangents are not factored work too: their backward then runs one
+example at a time. A layer that couples the examples of a batch has no per-example gradient, and
+raises ``ValueError``. A user's own layer is tried on two examples, to detect one that couples them
+without declaring it.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from jaxprop.quantity.together import alone
 
 
 def per_example_grads(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, each example's own gradient, behind an example axis.
+    """Return ``f(params, x, target)``, which computes each example's own gradient.
 
-    Their mean over the example axis is the gradient.
+    The result is like params, with a leading example axis. Its mean over that axis is the gradient.
 
     Args:
         net: the network.
         loss: the loss.
-        micro_batches: into how many parts the batch is split.
+        micro_batches: the number of parts to split the batch into.
     """
     return _of_quantity("per_example_grads", net, loss, PerExampleGrads(), micro_batches)
 
@@ -58,18 +59,18 @@ def per_example_grads(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBa
 def per_example_sq_norms(
     net: Layer, loss: Loss, *, per_layer: bool = False, micro_batches: int = 1
 ) -> OfBatch[PyTree]:
-    """Return ``f(params, x, target)``, the squared norm of each example's own gradient, (N,).
+    """Return ``f(params, x, target)``, which computes each example's squared gradient norm, (N,).
 
-    For a dense layer it is |x_n|^2 |ct_n|^2 (Goodfellow 2015, https://arxiv.org/abs/1510.01799),
-    and along positions <X X^T, C C^T>. A per-example gradient is formed only where that costs less
-    (long sequences, small weights).
+    For a dense layer it is |x_n|^2 |ct_n|^2 (Goodfellow 2015, https://arxiv.org/abs/1510.01799), or
+    along positions <X X^T, C C^T>. Per-example gradients are materialized only where that costs
+    less (long sequences, small weights).
 
     Args:
         net: the network.
         loss: the loss.
-        per_layer: whether the result is like the net's params, with (N,) where a layer's params
-            stand (and ``()`` for a layer without); inside ``repeat``, (L, N).
-        micro_batches: into how many parts the batch is split.
+        per_layer: whether to return a tree like the net's params, with (N,) in place of each
+            layer's params (``()`` for a layer without params); inside ``repeat``, (L, N).
+        micro_batches: the number of parts to split the batch into.
     """
     return _of_quantity("per_example_sq_norms", net, loss, SqNorms(per_layer), micro_batches)
 
@@ -77,43 +78,43 @@ def per_example_sq_norms(
 def gram(
     net: Layer, loss: Loss, *, per_layer: bool = False, micro_batches: int = 1
 ) -> OfBatch[PyTree]:
-    """Return ``f(params, x, target)``, <g_n, g_m> of all pairs of per-example gradients, (N, N).
+    """Return ``f(params, x, target)``, which computes <g_n, g_m> for all pairs of examples, (N, N).
 
     Args:
         net: the network.
         loss: the loss.
-        per_layer: whether the result is like the net's params, with (N, N) where a layer's params
-            stand (and ``()`` for a layer without); inside ``repeat``, (L, N, N).
-        micro_batches: 1; examples of two micro-batches never meet, so that another number raises
-            ``ValueError``.
+        per_layer: whether to return a tree like the net's params, with (N, N) in place of each
+            layer's params (``()`` for a layer without params); inside ``repeat``, (L, N, N).
+        micro_batches: 1; any other number raises ``ValueError``, since the examples of two
+            micro-batches never meet.
     """
     return _of_quantity("gram", net, loss, Gram(per_layer), micro_batches)
 
 
 def second_moment(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, the mean over examples of the squared per-example gradients.
+    """Return ``f(params, x, target)``, which computes the mean of squared per-example gradients.
 
-    Like params, in at least float32. Not the square of the gradient: each example's gradient is
-    squared first.
+    The result is like params, in at least float32. It is not the square of the gradient: each
+    example's gradient is squared before the mean.
 
     Args:
         net: the network.
         loss: the loss.
-        micro_batches: into how many parts the batch is split.
+        micro_batches: the number of parts to split the batch into.
     """
     return _of_quantity("second_moment", net, loss, SecondMoment(), micro_batches)
 
 
 def variance(net: Layer, loss: Loss, *, micro_batches: int = 1) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, the variance over examples of each entry of the gradient.
+    """Return ``f(params, x, target)``, which computes the variance over examples of each entry.
 
-    Like params, in at least float32: ``second_moment`` minus the square of the gradient, with N
-    (not N - 1) below.
+    The result is like params, in at least float32: ``second_moment`` minus the square of the
+    gradient, with N, not N - 1, in the denominator.
 
     Args:
         net: the network.
         loss: the loss.
-        micro_batches: into how many parts the batch is split.
+        micro_batches: the number of parts to split the batch into.
     """
     return _of_quantity("variance", net, loss, Variance(), micro_batches)
 
@@ -127,22 +128,22 @@ def noise_scale(
     axis_name: str | tuple[str, ...] | None = None,
     micro_batches: int = 1,
 ) -> OfBatch[Any]:
-    """Return ``f(params, x, target)``, the simple noise scale tr(S) / |G|^2 from one batch.
+    """Return ``f(params, x, target)``, which estimates the simple noise scale tr(S) / |G|^2.
 
-    S is the covariance of the per-example gradients and G the true gradient, each replaced by its
-    unbiased estimate (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162). It says how large
-    a batch is worth its cost. On a small batch the estimate of |G|^2 may come out negative, and the
-    ratio with it. ``f`` raises ``ValueError`` for a batch of one.
+    S is the covariance of the per-example gradients and G the true gradient; each part is estimated
+    without bias from one batch (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162). The
+    noise scale tells up to what size a batch is worth its cost. On a small batch the estimate of
+    |G|^2, and with it the ratio, may be negative. ``f`` raises ``ValueError`` for a batch of one.
 
     Args:
         net: the network.
         loss: the loss.
-        where: of which params, such as those of ``(jp.LayerNorm, jp.RMSNorm)``; all by default
-            (``jp.quantity.NoiseScale``).
-        parts: whether to return tr(S) and |G|^2, a ``jp.quantity.NoiseParts`` to be averaged over
-            steps by ``jp.quantity.NoiseAverage``, instead of their ratio.
-        axis_name: the axis, or a tuple of axes, of ``jax.shard_map`` that split the batch.
-        micro_batches: into how many parts the batch is split.
+        where: which params to include, such as those of ``(jp.LayerNorm, jp.RMSNorm)``; all by
+            default (``jp.quantity.NoiseScale``).
+        parts: whether to return, instead of the ratio, tr(S) and |G|^2 as a
+            ``jp.quantity.NoiseParts``, which ``jp.quantity.NoiseAverage`` averages over steps.
+        axis_name: the ``jax.shard_map`` axis, or tuple of axes, that splits the batch.
+        micro_batches: the number of parts to split the batch into.
     """
     asked = NoiseScale(parts=parts, where=where, axis_name=axis_name)
     return _of_quantity("noise_scale", net, loss, asked, micro_batches)
@@ -162,32 +163,32 @@ def clipped_grad(
     aux: bool = False,
     also: Mapping[str, Quantity] | None = None,
 ) -> OfBatch[tuple[Any, Params]]:
-    """Return ``f(params, x, target) -> (value, grads)``, the mean of the clipped gradients.
+    """Return ``f(params, x, target) -> (value, grads)``, with the mean of the clipped gradients.
 
     With g_n the gradient of example n's own loss, grads is 1/N sum_n g_n min(1, max_norm / |g_n|).
-    It can stand for ``value_and_grad`` in ``make_update``. An example whose gradient is not finite
-    makes grads not finite, unless it is dropped. Where a net computes in bfloat16, XLA may round an
-    array for one of its uses and not for another, and a norm under ``jit`` comes out a little over
-    its bound (1e-4 of it was seen).
+    It can replace ``value_and_grad`` in ``make_update``. An example whose gradient is not finite
+    makes grads not finite, unless it is dropped. In a net that computes in bfloat16, XLA may round
+    an array for one use and not for another, so that under ``jit`` a clipped norm may slightly
+    exceed its bound (by 1e-4 of it, as measured).
 
     Args:
         net: the network. A layer that couples the examples of a batch raises ``ValueError``.
-        loss: the loss; ``value`` is its mean, not clipped.
-        max_norm: the bound on |g_n|, positive; with ``per_layer`` also a tree with one where each
-            layer's params stand.
-        noise_multiplier: the standard deviation of the noise of DP-SGD, in units of the bound
-            (``jp.quantity.Clipped``). With more than 0, ``f`` takes a key, a new one each step.
-        per_layer: whether each layer's part of g_n is bounded by max_norm by itself.
-        two_pass: whether to walk back twice, which needs less memory through ``repeat``.
-        drop_nonfinite: whether an example whose gradient is not finite counts as a gradient of 0,
-            and one whose loss is not as a loss of 0.
-        weight: ``weight(norms, max_norm)`` in the place of min(1, max_norm / |g_n|), such as
-            ``jp.quantity.automatic`` or ``normalized``; max_norm stays the bound.
-        micro_batches: into how many parts the batch is split. Noise is drawn once.
+        loss: the loss; ``value`` is its mean, without clipping.
+        max_norm: the bound on |g_n|, positive; with ``per_layer`` also a tree with a bound in place
+            of each layer's params.
+        noise_multiplier: the standard deviation of DP-SGD's noise, in units of the bound
+            (``jp.quantity.Clipped``). If it is above 0, ``f`` takes a key, a new one each step.
+        per_layer: whether to bound each layer's part of g_n by max_norm separately.
+        two_pass: whether to walk back twice, which needs less memory in ``repeat``.
+        drop_nonfinite: whether to count a gradient that is not finite as 0, and a loss that is not
+            finite as 0.
+        weight: a function ``weight(norms, max_norm)`` to use instead of min(1, max_norm / |g_n|),
+            such as ``jp.quantity.automatic`` or ``normalized``; max_norm remains the bound.
+        micro_batches: the number of parts to split the batch into. Noise is drawn once.
         aux: whether ``f`` returns ``((value, aux), grads)``, with a ``jp.Aux`` that holds the net's
-            output, the norms, and the share of the examples that was clipped.
-        also: quantities by name, which come back in ``aux.also``, as in ``jp.value_and_grad``.
-            Nothing is clipped in them.
+            output, the norms, and the share of examples that were clipped.
+        also: extra quantities by name, returned in ``aux.also`` as in ``jp.value_and_grad``. They
+            are computed from gradients that are not clipped.
 
     Raises:
         ValueError: for a bound that is not positive, a negative noise_multiplier, per_layer with
@@ -224,17 +225,18 @@ def diag_ggn(
     per_example: bool = False,
     micro_batches: int = 1,
 ) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, the diagonal of the Gauss-Newton matrix; like params.
+    """Return ``f(params, x, target)``, which computes the diagonal of the Gauss-Newton matrix.
 
-    It is exact without a key, by one walk back for each output, and sampled with one.
+    The result is like params. Without a key it is exact, from one walk back per output; with a key
+    it is sampled.
 
     Args:
         net: the network.
         loss: the loss.
-        samples: how many walks a key samples.
-        per_example: whether it is of each example's own loss, behind an example axis. The mean over
-            that axis is the diagonal of the mean loss.
-        micro_batches: into how many parts the batch is split. Each draws anew.
+        samples: how many walks to sample if ``f`` is given a key.
+        per_example: whether to return the diagonal for each example's own loss, with a leading
+            example axis. The mean over that axis is the diagonal for the mean loss.
+        micro_batches: the number of parts to split the batch into. Each draws its own samples.
     """
     exact, sampled = (DiagGGN(number, per_example) for number in (None, samples))
     return _exact_or_sampled("diag_ggn", net, loss, exact, sampled, micro_batches)
@@ -250,19 +252,20 @@ def kronecker_factors(
     joint_bias: bool = False,
     micro_batches: int = 1,
 ) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, the Kronecker factors of each param's Gauss-Newton block.
+    """Return ``f(params, x, target)``, which computes Kronecker factors of Gauss-Newton blocks.
 
-    Like params, with a ``jp.quantity.Kronecker(a, b)`` at each leaf: KFAC's factors with a key, and
-    KFLR's, which are exact, without (``jp.quantity.KroneckerFactors``).
+    The result is like params, with a ``jp.quantity.Kronecker(a, b)`` at each leaf for that param's
+    block: KFAC's factors if ``f`` is given a key, and otherwise KFLR's, which are exact
+    (``jp.quantity.KroneckerFactors``).
 
     Args:
         net: the network. A param whose cotangent has no two factors raises ``TypeError``.
         loss: the loss.
-        samples: how many walks a key samples.
-        positions: "expand" or "reduce", what is made of the positions of a sequence or an image.
-        others: what a param without factors has: "raise", "skip" or "diagonal".
-        joint_bias: whether a bias is a further row of its layer's matrix.
-        micro_batches: into how many parts the batch is split. Each draws anew.
+        samples: how many walks to sample if ``f`` is given a key.
+        positions: "expand" or "reduce", how to treat the positions of a sequence or an image.
+        others: what to do for a param without factors: "raise", "skip" or "diagonal".
+        joint_bias: whether to treat a bias as one more row of its layer's matrix.
+        micro_batches: the number of parts to split the batch into. Each draws its own samples.
     """
     exact, sampled = (
         KroneckerFactors(number, positions=positions, others=others, joint_bias=joint_bias)
@@ -274,16 +277,17 @@ def kronecker_factors(
 def ggn_root(
     net: Layer, loss: Loss, *, samples: int = 1, micro_batches: int = 1
 ) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, V, like params behind axes (C, N), of each example's GGN.
+    """Return ``f(params, x, target)``, which computes a root V of each example's GGN matrix.
 
-    Example n's own Gauss-Newton matrix is sum_c V_cn V_cn^T; the mean over n is that of the mean
-    loss. C is the number of columns of the loss Hessian's root, or with a key of ``samples``.
+    V is like params, with leading axes (C, N). Example n's own Gauss-Newton matrix is
+    sum_c V_cn V_cn^T; the mean over n is the matrix of the mean loss. C is the number of columns of
+    the loss Hessian's root or, if ``f`` is given a key, ``samples``.
 
     Args:
         net: the network.
         loss: the loss.
-        samples: how many walks a key samples.
-        micro_batches: into how many parts the batch is split. Each draws anew.
+        samples: how many walks to sample if ``f`` is given a key.
+        micro_batches: the number of parts to split the batch into. Each draws its own samples.
     """
     return _exact_or_sampled("ggn_root", net, loss, GGNRoot(), GGNRoot(samples), micro_batches)
 
@@ -297,19 +301,19 @@ def projected_grads(
     sides: PyTree = None,
     micro_batches: int = 1,
 ) -> OfBatch[PyTree]:
-    """Return ``f(params, x, target)``, each example's gradient through two thin matrices a param.
+    """Return ``f(params, x, target)``, which projects gradients by two thin matrices per param.
 
-    Like params, with (N, K L) at each leaf: left^T g_n right, which is never larger
-    (``jp.quantity.Projected``). The gradients of two batches are compared by the inner products of
-    these rows, for the same key.
+    The result is like params, with (N, K L) at each leaf: left^T g_n right for each example's
+    gradient g_n, which is never larger than g_n (``jp.quantity.Projected``). Inner products of
+    these rows compare the gradients of two batches, if both use the same key.
 
     Args:
         net: the network.
         loss: the loss.
         rank: how many columns a random matrix has.
-        key: what they are drawn from, the same for all that is compared.
-        sides: given matrices instead, such as those of ``jp.quantity.principal``.
-        micro_batches: into how many parts the batch is split.
+        key: the key to draw the matrices from, the same for all batches that are compared.
+        sides: matrices to use instead of random ones, such as from ``jp.quantity.principal``.
+        micro_batches: the number of parts to split the batch into.
     """
     asked = Projected(rank, key, sides)
     return _of_quantity("projected_grads", net, loss, asked, micro_batches)
@@ -318,7 +322,7 @@ def projected_grads(
 def _of_quantity(
     name: str, net: Layer, loss: Loss, quantity: Quantity, micro_batches: int
 ) -> OfBatch[Any]:
-    """Return the function of a batch that returns one quantity, under the name of its maker."""
+    """Return the function of a batch that computes one quantity, named after its maker."""
     f = alone(net, loss, quantity, micro_batches)
     return of_batch(name, type(quantity).__doc__, net, f)
 
@@ -326,7 +330,7 @@ def _of_quantity(
 def _exact_or_sampled(
     name: str, net: Layer, loss: Loss, exact: Quantity, sampled: Any, micro_batches: int
 ) -> OfBatch[Any]:
-    """Return the function of a batch that samples with a key, and is exact without."""
+    """Return the function of a batch that samples if given a key, and is exact otherwise."""
     without_key, with_key = (
         alone(net, loss, quantity, micro_batches) for quantity in (exact, sampled)
     )
@@ -340,6 +344,6 @@ def _exact_or_sampled(
 
 
 def check_exact(samples: int) -> None:
-    """Raise for samples that are asked for without a key to draw them from."""
+    """Raise ``TypeError`` for samples that are requested without a key to draw them from."""
     if samples != 1:
         raise TypeError("to sample takes a key; without one the whole root is used")

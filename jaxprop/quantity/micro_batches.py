@@ -1,4 +1,4 @@
-"""A batch in micro-batches, one after the other, in the memory of one."""
+"""Micro-batches: the parts of a batch, processed one after the other in the memory of one."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from jaxprop.core.types import Params, PyTree
 from jaxprop.quantity.base import is_marked
 
 Parts = Callable[[Params, Batch], PyTree]
-"""A function of (params, batch) whose result for a batch is made up of those for its parts: arrays
-are means over examples, or marked as ``PerExample``."""
+"""A function of (params, batch) whose result for a batch can be assembled from those for its parts:
+its arrays are means over examples, or marked as ``PerExample``."""
 
 
 def in_micro_batches(net: Layer, parts: Parts, micro_batches: int) -> Parts:
     """Return a function with the result of ``parts``, in the memory of one micro-batch.
 
-    Part i of the batch is ``x[i::micro_batches]``, so that a batch sharded over devices stays so in
-    each part. Results are summed in at least float32, and rounded to their dtype at the end. Each
-    part has keys of its own, folded from those of the batch.
+    Part i of the batch is ``x[i::micro_batches]``, so that if the batch is sharded over devices,
+    each part is too. Results are summed in at least float32, and rounded to their dtype at the end.
+    Each part has its own keys, folded from those of the batch.
 
     Args:
         net: the network.
-        parts: what is done for each micro-batch.
+        parts: the function to call on each micro-batch.
         micro_batches: how many there are; the N examples must divide into them.
 
     Raises:
         TypeError: for micro_batches that is not a whole number.
-        ValueError: for one below 1, and for a net that couples the examples of a batch.
+        ValueError: for micro_batches below 1, and for a net that couples the examples of a batch.
     """
     check_count("micro_batches", micro_batches)
     if micro_batches == 1:
@@ -65,10 +65,10 @@ def in_micro_batches(net: Layer, parts: Parts, micro_batches: int) -> Parts:
 
 
 def dividing(batch: Batch, micro_batches: int) -> Batch:
-    """Return the batch with a divisor such that the mean over it is that of its parts' means.
+    """Return the batch with a divisor such that its mean is the mean of its parts' means.
 
     Raises:
-        ValueError: unless the examples divide into so many equal parts.
+        ValueError: unless the examples divide into that many equal parts.
     """
     check_examples((batch.x, batch.target), micro_batches)
     if batch.weights is None and batch.divisor is None:
@@ -105,7 +105,7 @@ def check_apart(net: Layer) -> None:
 
 
 def check_examples(batch: PyTree, micro_batches: int) -> None:
-    """Raise ``ValueError`` unless a batch's examples divide into so many equal parts."""
+    """Raise ``ValueError`` unless a batch's examples divide into that many equal parts."""
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or () in sizes:
         raise ValueError(
@@ -121,13 +121,13 @@ def check_examples(batch: PyTree, micro_batches: int) -> None:
 
 
 class _Piece(NamedTuple):
-    """One array of the batch's result, and how those of the micro-batches make it up.
+    """One array of the batch's result, and how to assemble it from those of the micro-batches.
 
     Attributes:
         name: its name, for messages.
         whole: its shape and dtype for the batch.
-        axis: that of the examples; None for a mean over them.
-        micro_batches: how many.
+        axis: the example axis; None for a mean over examples.
+        micro_batches: how many micro-batches there are.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The noise scale of the gradient: of chosen layers, over devices, and over steps."""
+"""The noise scale of the gradient, for chosen layers, over devices, and over steps."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ from jaxprop.quantity.per_example import Moments, map_moments
 
 
 class NoiseScale(Quantity):
-    """tr(S) / |G|^2, with S the covariance of g_n and G its mean, each by its unbiased estimate.
+    """tr(S) / |G|^2, with S the covariance of g_n and G its mean, each estimated without bias.
 
     With v the mean of |g_n - g|^2 and g the gradient, E v = (N - 1) / N tr S and
-    E |g|^2 = |G|^2 + tr S / N give tr S = v N / (N - 1) and |G|^2 = |g|^2 - tr S / N: the simple
-    noise scale of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A), from one
-    batch. Where example n counts w_n, E |g|^2 = |G|^2 + tr S sum_n w_n^2 / (sum_n w_n)^2, so that
-    (sum_n w_n)^2 / sum_n w_n^2 stands for N. Small deviations are safe, as in ``Variance``.
+    E |g|^2 = |G|^2 + tr S / N give tr S = v N / (N - 1) and |G|^2 = |g|^2 - tr S / N. This is the
+    simple noise scale of McCandlish et al. 2018 (https://arxiv.org/abs/1812.06162, appendix A),
+    from one batch. If example n has weight w_n,
+    E |g|^2 = |G|^2 + tr S sum_n w_n^2 / (sum_n w_n)^2, so that (sum_n w_n)^2 / sum_n w_n^2 replaces
+    N. Small deviations are computed safely, as in ``Variance``.
 
-    That of a transformer's normalizations alone follows that of all params (Gray et al. 2024,
-    https://arxiv.org/abs/2411.00999), and costs next to nothing beside the gradient:
-    ``where=(jp.LayerNorm, jp.RMSNorm)``, or of a function whose params are named so
-    ``where="LayerNorm"``.
+    The noise scale of a transformer's normalization layers alone follows that of all params (Gray
+    et al. 2024, https://arxiv.org/abs/2411.00999), and costs next to nothing compared with the
+    gradient. Ask for it by ``where=(jp.LayerNorm, jp.RMSNorm)``, or by ``where="LayerNorm"`` in a
+    function whose params have such names.
 
     Attributes:
-        per_param: False for the ratio over all params; True for a ``NoiseParts`` of each, like
-            params and inside ``repeat`` of each layer, whose sums are those over all params. What
-            ``where`` leaves out is ``()``.
-        parts: whether to return a ``NoiseParts`` instead of the ratio. Both parts are without bias,
-            and their ratio is not: average each over steps (``NoiseAverage``), and divide then.
-        where: of which params: a class of layers or several, a predicate of a layer, the path to a
-            layer's params in the net's, as in ``jp.rules``, or a regular expression that is found
-            in a param's path, "params/LayerNorm_0/scale" say; None for all.
-        axis_name: the axis, or a tuple of axes, of ``jax.shard_map`` that split the batch. The
-            result is then that of the whole batch, for which the devices' means are added up.
-            Without it each device has that of its own examples.
+        per_param: False for the ratio over all params; True for a tree like params with a
+            ``NoiseParts`` for each param, and inside ``repeat`` for each layer. Their sums are the
+            parts over all params. Params that ``where`` leaves out are ``()``.
+        parts: whether to return a ``NoiseParts`` instead of the ratio. Both parts are unbiased, but
+            their ratio is not: average each over steps (``NoiseAverage``), and then divide.
+        where: which params to include: a class of layers or several, a predicate of a layer, the
+            path of a layer's params in the net's, as in ``jp.rules``, or a regular expression to
+            search for in a param's path, such as "params/LayerNorm_0/scale"; None for all.
+        axis_name: the ``jax.shard_map`` axis, or tuple of axes, that splits the batch. The devices'
+            means are then combined into the result for the whole batch. Without it each device
+            has the result for its own examples.
     """
 
     layerwise: ClassVar[bool] = True
@@ -114,12 +115,12 @@ class NoiseScale(Quantity):
 
     @property
     def _path(self) -> Path | str | None:
-        """The params by their path, which is known where all layers are."""
+        """``where`` if it is a path or an expression, to look up once all layers are known."""
         where: Any = self.where
         return where if isinstance(where, str) or (where is not None and is_path(where)) else None
 
     def _number(self, examples: Examples) -> Any:
-        """Return how many examples there are, or how many of the same weight are worth as much."""
+        """Return the number of examples, or with weights the equivalent number of equal weight."""
         n, weights = examples.number, examples.weights
         if self.axis_name is not None:
             n *= jax.lax.psum(1, self.axis_name)
@@ -139,8 +140,8 @@ class NoiseParts(NamedTuple):
     """The numerator and the denominator of a noise scale, each without bias.
 
     Attributes:
-        trace: of the covariance of the per-example gradients.
-        square: |G|^2 of the true gradient, which of a small batch may come out negative.
+        trace: the trace of the covariance of the per-example gradients.
+        square: |G|^2 of the true gradient; its estimate from a small batch may be negative.
     """
 
     trace: Float[Array, "..."]
@@ -164,8 +165,8 @@ class Averaged(NamedTuple):
     """The state of a ``NoiseAverage``.
 
     Attributes:
-        parts: the moving averages from 0, in the place of each ``NoiseParts``.
-        weight: what the steps weigh in them together, 1 - decay^t after t steps.
+        parts: the moving averages, which start at 0, in place of each ``NoiseParts``.
+        weight: the total weight of the steps in them, 1 - decay^t after t steps.
     """
 
     parts: PyTree
@@ -173,13 +174,13 @@ class Averaged(NamedTuple):
 
 
 class NoiseAverage(Static):
-    """The noise scale over steps: of moving averages of its two parts, each without bias.
+    """The noise scale over steps, from moving averages of its two parts, each without bias.
 
-    A batch's estimate of |G|^2 may be of any sign, and a mean of ratios is then of no use. Here
-    trace and square are averaged, a <- decay a + (1 - decay) part, and divided by 1 - decay^t, as
-    Adam's moments are (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980); the ratio is taken at
-    the end (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, appendix A.1). A step whose
-    parts are not finite is left out.
+    A batch's estimate of |G|^2 may have either sign, which makes a mean of ratios useless. Here
+    trace and square are averaged, a <- decay a + (1 - decay) part, and divided by 1 - decay^t like
+    Adam's moments (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980). The ratio is taken at the
+    end (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, appendix A.1). A step whose parts
+    are not finite is left out.
 
     Attributes:
         decay: the share that an average keeps at each step, in [0, 1).
@@ -203,8 +204,8 @@ class NoiseAverage(Static):
         """Return the state to start from.
 
         Args:
-            parts: a ``NoiseParts``, or a tree of them as of ``per_param``, of arrays or shapes;
-                None for one of scalars.
+            parts: a ``NoiseParts``, or a tree of them as from ``per_param``, with arrays or their
+                shapes; None for a ``NoiseParts`` of scalars.
         """
         if parts is None:
             parts = NoiseParts(jnp.zeros(()), jnp.zeros(()))
@@ -227,11 +228,11 @@ class NoiseAverage(Static):
         return jax.tree.map(moved, state, new)
 
     def parts(self, state: Averaged) -> PyTree:
-        """Return the averages, a ``NoiseParts`` in the place of each; NaN before the first step."""
+        """Return the averages, in the structure of the parts; NaN before the first step."""
         return jax.tree.map(lambda part: part / state.weight.astype(part.dtype), state.parts)
 
     def value(self, state: Averaged) -> PyTree:
-        """Return the noise scale, in the place of each ``NoiseParts``."""
+        """Return the noise scale, in place of each ``NoiseParts``."""
         return jax.tree.map(
             lambda parts: parts.trace / parts.square,
             self.parts(state),

@@ -1,4 +1,4 @@
-"""Quantities of each example's own gradient: their mean, their norms, their moments."""
+"""Quantities computed from each example's own gradient: mean, norms and moments."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from jaxprop.quantity.base import (
 
 
 class Moments(NamedTuple):
-    """Means over a batch, or over a micro-batch of it.
+    """Means over a batch, or over one of its micro-batches.
 
     Attributes:
-        part: W, what the examples count together, by what their sums are divided by.
+        part: W, the total weight of the examples over the divisor of their sums.
         mean: W times the mean.
-        square: W times the square of the mean, of each entry or of all together; None where there
-            are no other micro-batches for it to vary between.
-        within: W times the variance around it, likewise.
+        square: W times the square of the mean, of each entry or summed over entries; None for a
+            whole batch, where the mean does not vary between micro-batches.
+        within: W times the variance around the mean, of each entry or summed over entries.
     """
 
     part: Array
@@ -53,8 +53,8 @@ class Moments(NamedTuple):
 
         Args:
             form: its form.
-            examples: what the examples count.
-            entries: whether squares are of each entry, or of all entries together.
+            examples: the number of examples, and their weights in a mean.
+            entries: whether to keep the squares of each entry, instead of their sum.
         """
         mean = wide(_mean(form, examples))
         counted = examples.number if examples.weights is None else jnp.sum(examples.weights)
@@ -73,20 +73,20 @@ class Moments(NamedTuple):
         return cls(part, mean, None if examples.whole else square, within)
 
     def variance(self) -> Array:
-        """Return the variance around the mean of all micro-batches, of each entry."""
+        """Return the variance of each entry around the mean over all micro-batches."""
         return self.within + self._between(self.mean**2)
 
     def spread(self) -> Float[Array, "... 2"]:
-        """Return the sum of the variance over all entries, and the squared norm of the mean.
+        """Return the variance summed over all entries, and the squared norm of the mean.
 
-        They are of true means, whatever the sums are divided by.
+        Both are those of true means, whatever the divisor.
         """
         square = jnp.sum(self.mean**2, axis=tuple(range(self.within.ndim, self.mean.ndim)))
         variance, part = self.within + self._between(square), self._whole_part()
         return jnp.stack([variance / part, square / part**2], axis=-1)
 
     def _between(self, square_of_mean: Array) -> Array:
-        """Return the variance of the micro-batches' means; what is no more than rounding is 0."""
+        """Return the variance of the micro-batches' means, or 0 where it is mere rounding."""
         if self.square is None:
             return jnp.zeros((), square_of_mean.dtype)
         square = square_of_mean / self._whole_part()
@@ -94,12 +94,12 @@ class Moments(NamedTuple):
         return jnp.where(apart > 16 * jnp.finfo(apart.dtype).eps * square, apart, 0)
 
     def _whole_part(self) -> Array:
-        """Return W, which is the same of all layers of a stack, or 1 where nothing counts."""
+        """Return W, which is the same for all layers of a stack, or 1 if all weights are 0."""
         part = self.part.reshape(-1)[0]
         return jnp.where(part == 0, 1, part)
 
 
-CANCELLED = 1e-3  # of the mean's square: of a difference that is less, a part is rounding
+CANCELLED = 1e-3  # relative to the mean's square: a smaller difference is partly rounding
 
 
 class Gradient(Quantity):
@@ -113,20 +113,20 @@ class Gradient(Quantity):
 
 
 class OfForward(Quantity):
-    """A quantity that is taken of the pass forward alone."""
+    """A quantity computed from the forward pass alone."""
 
     layerwise: ClassVar[bool] = True
 
     @abc.abstractmethod
     def of_forward(self, ahead: Forward) -> PyTree:
-        """Return what is taken, a mean over examples or marked as ``PerExample``."""
+        """Return the quantity: means over examples, or arrays marked as ``PerExample``."""
 
     def take(self, params: Params, forms: PyTree, examples: Examples) -> PyTree:
         return ()
 
 
 class Output(OfForward):
-    """The net's output y, for an accuracy, say."""
+    """The net's output y, to compute an accuracy, say."""
 
     def of_forward(self, ahead: Forward) -> PyTree:
         return of_examples(ahead.y)
@@ -141,7 +141,7 @@ class FiniteLoss(OfForward):
 
 
 class PerExampleGrads(Quantity):
-    """Each example's gradient g_n; like params, behind an example axis."""
+    """Each example's gradient g_n; like params, with a leading example axis."""
 
     layerwise: ClassVar[bool] = True
     like_params: ClassVar[bool] = True
@@ -155,11 +155,12 @@ class PerExampleGrads(Quantity):
 
 
 class Factors(Quantity):
-    """Each example's gradient as its factors, to be kept: like params, with a form at each leaf.
+    """Each example's gradient, kept as its factors: like params, with a form at each leaf.
 
-    Of a matrix that meets T positions they are of rank T, and exact: T (I + O) numbers where g_n
-    has I O; where that is fewer, g_n itself. A form answers later what a quantity asks it now, as
-    ``form.products_with(other)``, ``form.projected(sides)`` and ``form.per_example()`` do.
+    For a matrix applied at T positions the factors are exact, of rank T, and hold T (I + O) numbers
+    where g_n holds I O. If g_n holds fewer, it is kept itself. A form can later compute anything
+    that a quantity computes from it in a walk, by ``form.products_with(other)``,
+    ``form.projected(sides)`` or ``form.per_example()``.
     """
 
     layerwise: ClassVar[bool] = True
@@ -177,8 +178,8 @@ class SqNorms(Quantity):
     """The squared norm of each example's gradient, |g_n|^2.
 
     Attributes:
-        per_layer: False for (N,), over all params; True for one (N,) a layer, where its params
-            stand.
+        per_layer: False for (N,), over all params; True for one (N,) per layer, in place of its
+            params.
     """
 
     per_layer: bool = False
@@ -203,8 +204,8 @@ class Gram(Quantity):
     """The inner products <g_n, g_m> of all pairs of examples.
 
     Attributes:
-        per_layer: False for (N, N), over all params; True for one (N, N) a layer, where its params
-            stand.
+        per_layer: False for (N, N), over all params; True for one (N, N) per layer, in place of
+            its params.
     """
 
     of_pairs: ClassVar[bool] = True
@@ -238,12 +239,12 @@ class SecondMoment(Quantity):
 class Variance(Quantity):
     """The mean over examples of (g_n - mean)^2, elementwise; like params, in at least float32.
 
-    It is the second moment less the square of the mean, unless that cancels: where deviations are
-    small against the mean, they are squared one example after the other. Between micro-batches it
-    is the difference always, so that of their means what is below rounding, 1e-6 of the mean's
-    square in float32, is 0.
+    It is computed as the second moment minus the square of the mean. Where that would cancel,
+    because deviations are small compared with the mean, the deviations are squared instead, one
+    example at a time. The variance between the means of micro-batches is always such a difference;
+    where it is below rounding, 1e-6 of the mean's square in float32, it counts as 0.
 
-    It raises ``ValueError`` for a divisor that was given: what is divided by it is no mean.
+    It raises ``ValueError`` for a given divisor, since sums divided by it are not means.
     """
 
     layerwise: ClassVar[bool] = True
@@ -265,7 +266,7 @@ class Variance(Quantity):
 
 
 def per_example(params: Params, forms: PyTree) -> PyTree:
-    """Return g_n of each form in its param's dtype, marked, so that ``repeat`` may stack it."""
+    """Return g_n of each form in its param's dtype, marked so that ``repeat`` may stack it."""
 
     def each(p: Array, form: Factored) -> PerExample:
         return PerExample(form.per_example().astype(jnp.result_type(p)), axis=-1 - jnp.ndim(p))
@@ -283,7 +284,7 @@ def _mean_of_squares(form: Factored, examples: Examples) -> Array:
 
 
 def rooted(form: Factored, examples: Examples) -> Factored:
-    """Return the form with the root of its weight in each example, for sums of squares."""
+    """Return the form with each example scaled by the root of its weight, for sums of squares."""
     return form if examples.weights is None else form.scaled(jnp.sqrt(examples.weights))
 
 

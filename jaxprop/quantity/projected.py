@@ -1,4 +1,4 @@
-"""Per-example gradients, seen through thin matrices and never formed."""
+"""Per-example gradients projected by thin matrices, without materializing the gradients."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from jaxprop.quantity.base import PerExample, Quantity, is_marked
 
 
 class Projected(Quantity):
-    """Each example's gradient seen through two thin matrices, left^T g_n right; like params.
+    """Each example's gradient projected by two thin matrices, left^T g_n right; like params.
 
     With g_n = sum_t x_t (outer) ct_t it is sum_t (left^T x_t) (outer) (right^T ct_t), which costs
     two thin products (LoGra, Choe et al. 2024, https://arxiv.org/abs/2405.13954). A leaf is
-    (N, K L), with the rows of a matrix one after the other, (N, layers, K L) inside ``repeat``; K
-    and L are the rank, or the size of a side that is no larger, which is then left as it is. A
-    param of rank above two is a matrix of its last axis; of a function, a param is the matrix that
-    meets the data.
+    (N, K L), the projected matrix flattened row by row, or (N, layers, K L) inside ``repeat``. K
+    and L are the rank; a side of g_n that is no larger than the rank keeps its size and is not
+    projected. A param with more than two axes counts as a matrix whose columns are its last axis.
+    In a ``jp.function``, a param counts as the matrix that multiplies the data.
 
-    The entries of random matrices are normal, of variance 1 / rank, so that the mean of inner
-    products over keys is that of the gradients. They are the same for the same key.
+    The entries of random matrices are normal, of variance 1 / rank, so that the mean over keys of
+    the rows' inner products is that of the gradients. The same key draws the same matrices.
 
     Attributes:
-        rank: how many columns a side has at the most.
-        key: what random matrices are drawn from, of ``jax.random.key``; the same for all batches
+        rank: how many columns a side has at most.
+        key: the key to draw random matrices from, of ``jax.random.key``; the same for all batches
             that are compared.
-        sides: like params, with a ``Sides`` at each leaf, instead of random ones: of given
-            matrices, or of ``jp.quantity.principal``.
+        sides: matrices to use instead of random ones, such as from ``jp.quantity.principal``: like
+            params, with a ``Sides`` at each leaf.
     """
 
     rank: int | None = None
@@ -67,7 +67,7 @@ class Projected(Quantity):
         return jax.tree.map(lambda node: node.value, settled, is_leaf=is_marked)
 
     def _drawn(self, forms: list[Factored]) -> list[Sides]:
-        """Return random sides, cut from one draw: it compiles faster than one for each."""
+        """Return random sides, cut from one draw, which compiles faster than a draw for each."""
         rank = self.rank
         assert rank is not None
         wanted = [
@@ -86,13 +86,13 @@ class Projected(Quantity):
 
 
 def principal(factors: PyTree, rank: int) -> PyTree:
-    """Return ``Sides`` from the eigenvectors of Kronecker factors with the largest eigenvalues.
+    """Return ``Sides`` made of the Kronecker factors' eigenvectors with the largest eigenvalues.
 
-    They keep what the gradients of the data vary in (LoGra's initialization).
+    They keep the directions in which the gradients of the data vary (LoGra's initialization).
 
     Args:
-        factors: what ``jp.kronecker_factors`` returns.
-        rank: how many columns a side has at the most.
+        factors: the result of ``jp.kronecker_factors``.
+        rank: how many columns a side has at most.
     """
     check_count("principal: rank", rank)
 
@@ -122,7 +122,7 @@ def principal(factors: PyTree, rank: int) -> PyTree:
 
 
 def _stacks(form: Factored) -> tuple[int, ...]:
-    """Return the axes of layers of a form."""
+    """Return the sizes of a form's layer axes."""
     stacks: tuple[int, ...] = ()
     while isinstance(form, Repeated):
         stacks = (*stacks, jax.tree.leaves(form)[0].shape[len(stacks)])
@@ -136,7 +136,7 @@ def _rows(form: Factored, sides: Sides) -> Array:
 
 
 def _at(structure: Any, sides: PyTree, forms: list[Factored]) -> list[Sides]:
-    """Return the given sides of each form; raise for another structure or other sizes."""
+    """Return the given sides for each form; raise if their structure or sizes do not fit."""
     each, found = jax.tree.flatten(learned(sides), is_leaf=lambda node: isinstance(node, Sides))
     if found != structure or not all(isinstance(node, Sides) for node in each):
         raise ValueError(f"Projected: sides are like params, with Sides at each leaf, not {found}")

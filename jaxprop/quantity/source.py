@@ -20,8 +20,8 @@ class Columns(NamedTuple):
     """Cotangents of the net's output, made one at a time.
 
     Attributes:
-        number: how many.
-        column: ``column(c)`` is the one numbered c.
+        number: how many columns there are.
+        column: ``column(c)`` returns the column c.
     """
 
     number: int
@@ -33,11 +33,11 @@ class Source(Static):
 
     @abc.abstractmethod
     def columns(self, ahead: Forward, key: Array | None) -> Columns:
-        """Return the cotangents after a pass forward; key is the one that was given, or None."""
+        """Return the cotangents after a forward pass, drawn by key where the source is sampled."""
 
 
 class LossGradient(Source):
-    """The gradient of each example's own loss by the net's output."""
+    """The gradient of each example's own loss with respect to the net's output."""
 
     def columns(self, ahead: Forward, key: Array | None) -> Columns:
         return Columns(1, lambda c: ahead.own_gradient())
@@ -50,16 +50,16 @@ def check_samples(samples: object) -> None:
 
 
 class HessianRoot(Source):
-    """A root of the Hessian of each example's own loss by the net's output.
+    """A root of the Hessian of each example's own loss with respect to the net's output.
 
     With H = S S^T, a walk back from each column of S gives a root of the generalised Gauss-Newton
-    matrix (Schraudolph 2002, https://doi.org/10.1162/08997660260028683). For the losses here it is
-    also the Fisher information matrix, whose root may be sampled: by gradients at targets drawn
+    matrix (Schraudolph 2002, https://doi.org/10.1162/08997660260028683). For the losses here that
+    is also the Fisher information matrix, whose root may be sampled by gradients at targets drawn
     from the model (Martens 2020, https://jmlr.org/papers/v21/17-678.html).
 
     Attributes:
         samples: how many columns are sampled, which takes a key; None for the exact root, which has
-            a column for each output.
+            one column per output.
     """
 
     samples: int | None = None

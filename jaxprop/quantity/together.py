@@ -1,4 +1,4 @@
-"""Quantities that are asked for together: one forward, and one walk back for each source."""
+"""Quantities computed together: one forward pass, and one walk back for each source."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from jaxprop.quantity.per_example import OfForward
 from jaxprop.quantity.source import Columns, LossGradient, Source
 
 FORMS = "jaxprop.forms"
-SAMPLES = 0x73616D70  # folded into the key, so that samples are drawn apart from what layers draw
+SAMPLES = 0x73616D70  # folded into the key, so that samples do not depend on what layers draw
 
 
 def quantities(
     net: Layer, loss: Loss, /, *, micro_batches: int = 1, **asked: Quantity
 ) -> OfBatch[dict[str, Any]]:
-    """Return ``f(params, x, target)``, a dict of the quantities asked for, and the loss as "value".
+    """Return ``f(params, x, target)``, which returns a dict of quantities and the loss, "value".
 
-    They share one pass forward, and one walk back for each source: the loss gradient, or a root of
-    the loss Hessian.
+    The quantities share one forward pass, and one walk back for each source: the loss gradient, or
+    a root of the loss Hessian.
 
     Args:
         net: the network. One that couples the examples of a batch raises ``ValueError``.
         loss: the loss.
-        micro_batches: into how many equal parts the batch is split, which are gone through one
-            after the other in the memory of one. The result is that of the whole batch.
+        micro_batches: the number of equal parts to split the batch into. They are processed one
+            after the other, in the memory of one. The result is that of the whole batch.
         asked: the quantities by name, such as ``norms=jp.SqNorms()``.
 
     Raises:
-        TypeError: for what is not a quantity.
-        ValueError: for a quantity that is called "value", or that is of pairs of examples where
-            there are micro-batches.
+        TypeError: for an argument that is not a quantity.
+        ValueError: for a quantity named "value", or one that compares pairs of examples if there
+            are micro-batches.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -75,15 +75,15 @@ def together(
     micro_batches: int,
     loss_scale: float | Array = 1.0,
 ) -> Callable[[Params, Batch], dict[str, Any]]:
-    """Return the quantities asked for as a function of (params, batch).
+    """Return a function of (params, batch) that computes the quantities asked for.
 
     Args:
         net: the network.
         loss: the loss.
         asked: the quantities by name.
-        micro_batches: into how many parts the batch is split.
-        loss_scale: what the gradient of the mean loss is multiplied by where the walk back starts,
-            and forms are divided by.
+        micro_batches: the number of parts to split the batch into.
+        loss_scale: the factor that multiplies the gradient of the mean loss where the walk back
+            starts, and divides the forms.
     """
     check_net_and_loss(net, loss)
     _check_asked(asked, micro_batches)
@@ -117,7 +117,7 @@ def together(
 def alone(
     net: Layer, loss: Loss, quantity: Quantity, micro_batches: int
 ) -> Callable[[Params, Batch], Any]:
-    """Return one quantity as a function of (params, batch)."""
+    """Return a function of (params, batch) that computes one quantity."""
     f = together(net, loss, {"it": quantity}, micro_batches)
     return lambda params, batch: f(params, batch)["it"]
 
@@ -153,14 +153,14 @@ def _parts(
 
 @dataclasses.dataclass(frozen=True)
 class _Walks:
-    """The walks back that quantities of one source are taken from.
+    """The walks back that compute the quantities with one source.
 
     Attributes:
         asked: the quantities by name.
-        ahead: the pass forward.
+        ahead: the forward pass.
         params: the net's learned params.
-        settle: whether to settle at each layer what was taken there.
-        scale: what each example's own cotangent is multiplied by where a walk starts, or None.
+        settle: whether to settle each layer's part at that layer.
+        scale: the factor on each example's own cotangent where a walk starts, or None.
     """
 
     asked: Mapping[str, Quantity]
@@ -170,7 +170,7 @@ class _Walks:
     scale: float | Array | None = None
 
     def of(self, source: Source, key: Array | None) -> dict[str, PyTree]:
-        """Return what was taken, by name."""
+        """Return the gathered parts, by name."""
         columns = source.columns(self.ahead, key)
         if columns.number > 1:
             return self._one_by_one(columns)
@@ -181,7 +181,7 @@ class _Walks:
         }
 
     def _walk(self, ct: Cotangent, known: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Return what one walk takes."""
+        """Return the gathered parts from one walk, by name."""
 
         def visit(step: Step) -> Taken:
             forms = self._scaled_back(factored(step))
@@ -198,7 +198,7 @@ class _Walks:
         return map_forms(lambda form: form.scaled(back), forms)
 
     def _one_by_one(self, columns: Columns) -> dict[str, PyTree]:
-        """Return what is taken of one column after the other: added up, or stacked."""
+        """Return the parts from one walk per column, by name: added up, or stacked."""
         added: dict[str, AddedUp] = {}
         for name, quantity in self.asked.items():
             if isinstance(quantity, AddedUp):
@@ -244,12 +244,12 @@ class _Walks:
         }
 
     def _paid(self, visit: Visit) -> Visit:
-        """Return the visit, to each layer of a stack where no quantity is of a whole module."""
+        """Return the visit, made ``Layerwise`` unless a quantity needs whole modules."""
         layerwise = all(quantity.layerwise for quantity in self.asked.values())
         return Layerwise(visit) if layerwise else visit
 
     def _take(self, name: str, step: Step, forms: PyTree, known: Mapping[str, PyTree]) -> PyTree:
-        """Return what one quantity takes at one layer."""
+        """Return one quantity's part from one layer."""
         quantity = self.asked[name]
         extra = {"before": known[name]} if name in known else {}
         params, forms = (quantity.chosen(step.layer, tree) for tree in (step.learned, forms))
@@ -263,7 +263,7 @@ class _Walks:
         }
 
     def _before(self, ct: Cotangent) -> dict[str, PyTree]:
-        """Return the results of what some quantities need to know beforehand, from a walk."""
+        """Return the results that some quantities need beforehand, from a separate walk."""
         first = {name: q.before for name, q in self.asked.items() if q.before is not None}
         if not first:
             return {}
@@ -283,15 +283,15 @@ class _Walks:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Taken:
-    """The parts that were taken at one layer, by name."""
+    """The parts taken at one layer, by the name of the quantity."""
 
     by_name: dict[str, Any]
 
 
 def _laid_out_as(x: Array, taken: PyTree) -> PyTree:
-    """Return where what was taken lies on the mesh: what is of each example as the examples of x.
+    """Return the partition specs of what was taken: marked arrays are split as the examples of x.
 
-    All else is on all devices.
+    All other arrays are on all devices.
     """
     of_examples = jax.typeof(x).sharding.spec[0]
 
@@ -312,7 +312,7 @@ def _picked(visited: Visited, name: str) -> PyTree:
 
 
 def _stacked(taken: PyTree, times: int) -> PyTree:
-    """Return what was taken of one column, so many times on a leading axis."""
+    """Return one column's parts, repeated the given number of times on a leading axis."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (times, *leaf.shape)), taken)
 
 
