@@ -1,7 +1,7 @@
 """Elementwise activations, each as ``jax.nn`` defines it.
 
 The Jacobian of an elementwise y = f(x) is diagonal, so d_x = ct f'(x). A layer saves y where f' is
-simplest in y, which costs nothing new (y is the next layer's input), and x otherwise.
+simplest in terms of y, which takes no more memory (y is the next layer's input), and x otherwise.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ X = Float[Array, "n ..."]
 
 
 class Elementwise(Layer):
-    """y_i = f(x_i), with x and y (N, ...), floating; no params.
+    """An elementwise function, y_i = f(x_i), with x and y (N, ...), floating; no params.
 
-    ``backward`` of a cotangent of ones is f' itself, the local derivative.
+    Given a cotangent of ones, ``backward`` returns f' itself, the local derivative.
     """
 
     def init(self, key: Array, x: X) -> tuple[()]:
@@ -31,7 +31,10 @@ class Elementwise(Layer):
 
 
 class Sigmoid(Elementwise):
-    """y = 1 / (1 + exp(-x)), so exp(-x) = (1 - y) / y and f' = exp(-x) y^2 = y (1 - y)."""
+    """The logistic sigmoid, y = 1 / (1 + exp(-x)).
+
+    exp(-x) = (1 - y) / y, so f' = exp(-x) y^2 = y (1 - y).
+    """
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
         y = jax.nn.sigmoid(x)
@@ -42,7 +45,10 @@ class Sigmoid(Elementwise):
 
 
 class Tanh(Elementwise):
-    """y = tanh(x), f' = 1 - y^2, written (1 + y) (1 - y), which cancels less near |y| = 1."""
+    """The hyperbolic tangent, y = tanh(x).
+
+    f' = 1 - y^2, written (1 + y) (1 - y), which cancels less near |y| = 1.
+    """
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
         y = jnp.tanh(x)
@@ -53,7 +59,10 @@ class Tanh(Elementwise):
 
 
 class Relu(Elementwise):
-    """y = max(x, 0), f' = 1 where y > 0, else 0; at x = 0 it is 0, as for ``jax.nn.relu``."""
+    """The rectified linear unit, y = max(x, 0).
+
+    f' = 1 where y > 0, else 0; at x = 0 it is 0, as for ``jax.nn.relu``.
+    """
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
         y = jax.nn.relu(x)
@@ -64,12 +73,13 @@ class Relu(Elementwise):
 
 
 class LeakyRelu(Elementwise):
-    """y = x where x >= 0, else a x, so f' = 1 or a; at x = 0 it is 1, as for ``jax.nn.leaky_relu``.
+    """The leaky rectified linear unit, y = x where x >= 0, else a x.
 
-    The residual is the sign alone: a x may be 0 where x is not.
+    f' = 1 or a; at x = 0 it is 1, as for ``jax.nn.leaky_relu``. The residual is only the sign of x,
+    and not y: a x may be 0 where x is not.
 
     Args:
-        negative_slope: a, a positive number. With a = 0 it is ``Relu``.
+        negative_slope: a, a positive number. (With a = 0 the layer would be ``Relu``.)
 
     Raises:
         TypeError: for a slope that is not a number.
@@ -91,9 +101,9 @@ class LeakyRelu(Elementwise):
 
 
 class Elu(Elementwise):
-    """y = x where x > 0, else a (exp(x) - 1), so f' = 1 or a exp(x).
+    """The exponential linear unit, y = x where x > 0, else a (exp(x) - 1), so f' = 1 or a exp(x).
 
-    f' is y + a as well, but that cancels where exp(x) is small
+    Where x <= 0, f' is also y + a, but that cancels where exp(x) is small
     (Clevert et al. 2016, https://arxiv.org/abs/1511.07289).
 
     Args:
@@ -113,15 +123,15 @@ class Elu(Elementwise):
         return jax.nn.elu(x, float(self.alpha)), x
 
     def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
-        below = jnp.minimum(x, 0)  # the other side's exp may be infinite
+        below = jnp.minimum(x, 0)  # where x > 0, exp(x) may be infinite
         slope = float(self.alpha) * jnp.exp(below)
         return (), jnp.where(x > 0, ct, ct * slope)
 
 
 class Gelu(Elementwise):
-    """y = x P(Z <= x) for a standard normal Z, by default in its tanh approximation.
+    """The Gaussian error linear unit, y = x P(Z <= x) for a standard normal Z.
 
-    JAX and Flax have the same default; PyTorch's is the exact form.
+    The default is its tanh approximation, as in JAX and Flax; PyTorch's is the exact form.
 
     Exact: y = x F(x) with F the normal distribution function and p its density, f' = F + x p.
     Approximate: y = x/2 (1 + t), t = tanh(u), u = c (x + a x^3), c = sqrt(2/pi), a = 0.044715, so
@@ -145,7 +155,7 @@ class Gelu(Elementwise):
         return jax.nn.gelu(x, approximate=self.approximate), x
 
     def backward(self, params: tuple[()], x: X, ct: X) -> tuple[tuple[()], X]:
-        x = jnp.clip(x, -30, 30)  # beyond, f' is 0 or 1, and x^3 may overflow: 0 times infinity
+        x = jnp.clip(x, -30, 30)  # beyond, f' is 0 or 1, but x^3 may overflow: 0 times infinity
         if self.approximate:
             c, a = math.sqrt(2 / math.pi), 0.044715
             t = jnp.tanh(c * (x + a * x**3))
@@ -157,9 +167,10 @@ class Gelu(Elementwise):
 
 
 class Silu(Elementwise):
-    """y = x s, s = sigmoid(x), s' = s (1 - s), so f' = s + x s (1 - s) = s (1 + x (1 - s)).
+    """The sigmoid linear unit, or swish, y = x s with s = sigmoid(x).
 
-    Also called swish (Elfwing et al. 2018, https://arxiv.org/abs/1702.03118).
+    s' = s (1 - s), so f' = s + x s (1 - s) = s (1 + x (1 - s))
+    (Elfwing et al. 2018, https://arxiv.org/abs/1702.03118).
     """
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
@@ -171,7 +182,7 @@ class Silu(Elementwise):
 
 
 class Softplus(Elementwise):
-    """y = log(1 + exp(x)), f' = exp(x) / (1 + exp(x)) = sigmoid(x)."""
+    """The softplus, y = log(1 + exp(x)), with f' = exp(x) / (1 + exp(x)) = sigmoid(x)."""
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:
         return jax.nn.softplus(x), x
@@ -181,9 +192,9 @@ class Softplus(Elementwise):
 
 
 class LogSigmoid(Elementwise):
-    """y = log(1 / (1 + exp(-x))) = -log(1 + exp(-x)), f' = sigmoid(-x) = 1 - exp(y).
+    """The logarithm of the sigmoid, y = log(1 / (1 + exp(-x))) = -log(1 + exp(-x)).
 
-    1 - exp(y) is exact to rounding where it is small too, as y is.
+    f' = sigmoid(-x) = 1 - exp(y). Like y, it is exact to rounding also where it is small.
     """
 
     def forward(self, params: tuple[()], x: X) -> tuple[X, X]:

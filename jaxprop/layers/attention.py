@@ -1,4 +1,4 @@
-"""Attention, with its softmax weights saved for backward or computed again."""
+"""Attention, with its softmax weights saved for backward or recomputed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Save = Literal["weights", "logsumexp"]
 
 
 class Attention(Layer):
-    """y = softmax(q k^T / sqrt(d) + bias) v for each head, with q, k and v packed in x.
+    """Attention, y = softmax(q k^T / sqrt(d) + bias) v for each head, with q, k and v packed in x.
 
     With s = scale q k^T + bias, p = softmax(s) over the keys and y = p v, the chain rule gives
 
@@ -44,59 +44,59 @@ class Attention(Layer):
         dE/dk = scale dE/ds^T q
         dE/dbias = dE/ds
 
-    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762). A sum's transpose is the copy and the
-    other way round: dE/dk and dE/dv are summed over the query heads that share a key (``kv_heads``;
-    Ainslie et al. 2023, https://arxiv.org/abs/2305.13245), and dE/dbias over the heads where one
-    bias is for all of them. ``save`` names the residuals:
+    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762). The transpose of a copy is a sum: dE/dk
+    and dE/dv are summed over the query heads that share a key (``kv_heads``; Ainslie et al. 2023,
+    https://arxiv.org/abs/2305.13245), and dE/dbias over the heads if they share one bias. ``save``
+    names the residuals:
 
     - ``"weights"``: e = exp(s - max s) and 1 / sum e, which multiplies y and ct instead of e.
-      Nothing is computed twice. Causal queries are split into up to 8 parts, each with the keys up
-      to its last query only. That takes little more than half of the N heads T^2 numbers, and of
-      the work. With a window, for either ``save``, a part has the keys near it alone.
-    - ``"logsumexp"``: log sum exp s, (N, heads, T). backward computes p = exp(s - logsumexp) again,
-      at the price of one more product, for ``block`` queries at a time. Memory is linear in T (Rabe
-      and Staats 2021, https://arxiv.org/abs/2112.05682; Dao et al. 2022,
-      https://arxiv.org/abs/2205.14135), but for a bias and a full mask, which are not. GPUs and
-      TPUs have kernels for it (``layers/flash.py``), whose scores never leave the chip.
+      Nothing is computed twice. Causal queries are split into up to 8 parts, each with only the
+      keys up to its last query. That takes little more than half of the N heads T^2 numbers, and of
+      the work. With a window, for either ``save``, a part has only the keys near it.
+    - ``"logsumexp"``: log sum exp s, (N, heads, T). backward recomputes p = exp(s - logsumexp) for
+      ``block`` queries at a time, at the cost of one more product. Memory is linear in T (Rabe and
+      Staats 2021, https://arxiv.org/abs/2112.05682; Dao et al. 2022,
+      https://arxiv.org/abs/2205.14135), except for a bias and a full mask, which are not. For GPUs
+      and TPUs there are kernels (``layers/flash.py``), whose scores never leave the chip.
 
-    x is (N, T, D + 2 kv_heads d), floating, with d = D / heads features a head: the D features of
-    q, then those of k, then of v, each with its heads one after the other; (N, T, 3D) where
-    ``kv_heads`` is left out. It may also be a tuple:
+    x is (N, T, D + 2 kv_heads d), floating, with d = D / heads features per head: the D features of
+    q, then those of k, then those of v, each with its heads one after the other. Without
+    ``kv_heads`` that is (N, T, 3D). x may also be a tuple:
 
-    - ``(x, bias)``, with the bias (N, heads, T, T), or (N, 1, T, T) for all heads alike. Where it
-      is -inf a key is not seen. A learned bias is a layer in front, in a ``jp.branch(...,
-      join="tuple")`` beside the layer that makes x.
+    - ``(x, bias)``, with the bias (N, heads, T, T), or (N, 1, T, T) shared by all heads. Where it
+      is -inf, a key is not seen. A learned bias is a layer before this one, in a ``jp.branch(...,
+      join="tuple")`` next to the layer that makes x.
     - ``(queries, memory)`` for cross attention: (N, T, D) and (N, S, 2 kv_heads d), k and v packed.
     - ``(queries, memory, bias)``.
 
     y is (N, T, D), and scale is 1 / sqrt(d). The softmax is computed in at least float32.
 
     There is nothing to learn: params are ``()``, or a ``jp.Mask`` that ``net.bind(params, mask=)``
-    puts in their place. A padding mask is (N, T), of the memory (N, S): padded positions are taken
-    for zeros, whatever x holds there, and get no weight as keys. A full mask, (N, T, S) or (N,
-    heads, T, S), says which query sees which key; keys that no query sees are taken for zeros. One
-    for all examples is ``jnp.broadcast_to(mask, (N, T, S))``: two axes are those of padding. For a
-    query with no key left, y and the cotangents are 0.
+    puts in their place. A padding mask is (N, T), or (N, S) for a memory: padded positions count as
+    zeros, whatever x holds there, and get no weight as keys. A full mask, (N, T, S) or
+    (N, heads, T, S), says which query sees which key; keys that no query sees count as zeros. A
+    mask shared by all examples is written ``jnp.broadcast_to(mask, (N, T, S))``, since one with two
+    axes is a padding mask. For a query that sees no key, y and the cotangents are 0.
 
     Args:
         heads: the number of heads, which divides D.
         causal: whether position t attends only to the positions up to t.
         save: the residuals, "weights" or "logsumexp".
         block: the largest number of queries that "logsumexp" handles at a time.
-        kv_heads: the number of heads of k and of v, each for as many neighbouring heads of q; None
-            for ``heads``, and 1 for multi-query attention.
-        window: how many positions up to its own a position attends to, and without ``causal`` as
-            many from its own on; None for all.
-        masked: whether the layer takes the step's mask. False is for a layer whose keys the mask
+        kv_heads: the number of heads of k and of v, each shared by equally many neighbouring heads
+            of q; None for ``heads``, 1 for multi-query attention.
+        window: how many positions, up to its own, a position attends to; without ``causal``, also
+            as many from its own on. None for all.
+        masked: whether the layer takes the step's mask. Use False for a layer whose keys the mask
             does not describe, such as a decoder's self-attention where the memory is padded.
-        kernels: whether "logsumexp" is computed by hand-written kernels where there are any: True
-            for always, False for never (XLA computes it), None for always unless JAX's default
-            device is a CPU. There are kernels for GPUs of compute capability 8.0 and later
-            (float32, bfloat16, float16), and for TPUs (float32, bfloat16; in a program for one
-            device, or in ``jax.shard_map``), without a bias and a full mask. A program that is
-            compiled for another device than the default one needs True. ``jax.export`` needs False,
-            or a program for one GPU with its check of custom calls disabled. ``jax.grad`` of the
-            layer differentiates what XLA computes.
+        kernels: whether "logsumexp" uses hand-written kernels where there are any: True for always,
+            False for never (XLA computes it), None for always unless JAX's default device is a CPU.
+            There are kernels for GPUs of compute capability 8.0 and later (float32, bfloat16,
+            float16) and for TPUs (float32, bfloat16; in a program for one device, or in
+            ``jax.shard_map``), for inputs without a bias or a full mask. A program compiled for
+            another device than the default one needs True. ``jax.export`` needs False, or a program
+            for one GPU with its check of custom calls disabled. ``jax.grad`` of the layer
+            differentiates what XLA computes.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -135,12 +135,12 @@ class Attention(Layer):
 
     @property
     def groups(self) -> int:
-        """The number of heads of q that share one of k and v."""
+        """The number of heads of q that share one head of k and v."""
         return self.heads // (self.kv_heads or self.heads)
 
     @property
     def sight(self) -> Sight:
-        """The distances that a query sees."""
+        """The range of positions that a query sees."""
         far = None if self.window is None else self.window - 1
         return Sight(far, 0 if self.causal else far)
 
@@ -175,7 +175,7 @@ class Attention(Layer):
     def _half(
         self, half: Literal["attend", "pull"], x: Inputs, mask: ScoreMask | None, *args: PyTree
     ) -> PyTree:
-        """Return the half that looks at the scores: by XLA, or by kernels where there are any."""
+        """Return the half that needs the scores, by XLA, or by kernels where there are any."""
         by_xla = functools.partial(getattr(by_parts, half), self)
         wanted = jax.default_backend() != "cpu" if self.kernels is None else self.kernels
         if self.save == "weights" or not wanted:

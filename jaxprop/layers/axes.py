@@ -1,4 +1,4 @@
-"""Layers that pick from an axis of x, or put its axes into another order."""
+"""Layers that index an axis of x, or reorder its axes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ X = Float[Array, "n ..."]
 
 
 class Take(Layer):
-    """y = x at one index of an axis, so d_x is ct there and 0 elsewhere.
+    """The entry of x at one index of an axis, so d_x is ct there and 0 elsewhere.
 
-    ``Take(-1)`` is the last step of a sequence, and ``Take(0)`` its first, such as a class token's.
+    ``Take(-1)`` is the last step of a sequence, and ``Take(0)`` its first, such as a class token.
 
-    x is (N, ...), floating, and y is x without the axis. params are ``()``, or for x of (N, T, C) a
-    ``jp.Mask`` that ``net.bind(params, mask=)`` puts in their place. The index then counts an
-    example's real positions alone: -1 is the last real one. y is 0 where the example has no such
+    x is (N, ...), floating, and y is x without the axis. params are ``()``, or for x (N, T, C) a
+    ``jp.Mask`` that ``net.bind(params, mask=)`` puts in their place. The index then counts only an
+    example's real positions: -1 is the last real one. y is 0 for an example that has no such
     position.
 
     Args:
@@ -72,7 +72,7 @@ class Take(Layer):
         return (), jax.lax.pad(ct, jnp.zeros((), ct.dtype), config)
 
     def _at(self, params: Params, x: PyTree) -> Bool[Array, "n t 1"] | None:
-        """Return where the position is that is taken; None without a mask of positions."""
+        """Return where the taken position is, as bools; None without a mask of positions."""
         mask = mask_of(self, params, x) if self.axis == 1 else None
         if mask is None:
             return None
@@ -82,13 +82,13 @@ class Take(Layer):
 
 
 class Moveaxis(Layer):
-    """y = x with some axes moved, as by ``jnp.moveaxis``; d_x is ct with them moved back.
+    """x with some axes moved, as by ``jnp.moveaxis``; d_x is ct with them moved back.
 
     x is (N, ...), floating. Axis 0, the example, stays where it is.
 
     Args:
         source: the axis of x, or a tuple of axes.
-        destination: where each comes to stand in y.
+        destination: the place of each of them in y.
 
     Raises:
         TypeError: for axes that are not whole numbers, and for x that is not floating.

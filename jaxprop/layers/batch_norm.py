@@ -39,11 +39,11 @@ class BatchNormParams(NamedTuple):
 
 
 class BatchNorm(Layer):
-    """y = n * scale + bias, n = (x - mean) / sqrt(var + eps), for each channel.
+    """Batch normalization, y = n * scale + bias with n = (x - mean) / sqrt(var + eps), per channel.
 
-    In training, mean and var are those of the batch, over the M examples and positions of a
-    channel. LayerNorm's derivation holds with these M numbers in the place of a row's features.
-    They all have the same scale, so mean(dn) = scale dE/dbias / M and
+    In training, mean and var are taken over the batch: over the M numbers of a channel, one for
+    each example and position. LayerNorm's derivation holds with these M numbers in place of a row's
+    features. They all have the same scale, so mean(dn) = scale dE/dbias / M and
     mean(dn n) = scale dE/dscale / M:
 
         dE/dscale = sum over examples and positions of ct n
@@ -51,19 +51,18 @@ class BatchNorm(Layer):
         dE/dx     = scale rstd (ct - (dE/dbias + n dE/dscale) / M)
 
     (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167). An example's y then depends on the
-    other examples: no per-example quantity exists, and asking for one raises ``ValueError``.
+    other examples, so no per-example quantity exists, and asking for one raises ``ValueError``.
 
-    In ``jax.shard_map`` a device has its own part of the batch. With ``axis_name`` the means of the
-    D devices' parts make up those of the batch, mean = pmean(mean of x), and var likewise. Each
-    device's loss then depends on each other's x, through the same two means, so that dE/dx takes
-    the sums of all devices. With M examples and positions on each,
+    In ``jax.shard_map`` each device has its own part of the batch. With ``axis_name``, the
+    statistics of the batch are averages over the D devices: mean = pmean(mean of x), and the same
+    for var. Each device's loss then depends on every device's x through these two means, so dE/dx
+    takes the sums of all devices. With M examples and positions on each,
 
         dE/dx = scale rstd (ct - (pmean(dE/dbias) + n pmean(dE/dscale)) / M)
 
     where E is the sum of the devices' losses. dE/dscale and dE/dbias are each device's own part, as
-    those of every layer are, and the gradient adds them up. Without ``axis_name`` a
-    ``jax.shard_map`` over the batch raises ``ValueError``. Under ``jax.jit`` the batch is whole,
-    wherever it lies.
+    in every layer, and the gradient adds them up. Without ``axis_name``, a ``jax.shard_map`` over
+    the batch raises ``ValueError``. Under ``jax.jit`` the batch is whole, however it is sharded.
 
     In inference mode (``training=False``, ``jp.inference_mode``) mean and var are the running
     statistics in params. They are constants, so dE/dx = scale rstd ct, and every per-example
@@ -75,17 +74,17 @@ class BatchNorm(Layer):
     var as ones, in at least float32.
 
     x is (N, ..., C), floating, and y is like x. scale starts as ones, bias as zeros. Only x is
-    saved: backward computes the statistics by the expressions of forward, and under ``jit`` XLA
+    saved: backward computes the statistics by the same expressions as forward, so under ``jit`` XLA
     computes them once.
 
     Args:
-        momentum: the share that a running statistic keeps at each update, in [0, 1). It is 0.99 in
-            Flax; PyTorch names the other share so, with 0.1 as its default.
-        eps: the positive number that is added to the variance.
+        momentum: the share of a running statistic that each update keeps, in [0, 1). Flax's default
+            is 0.99; PyTorch's momentum is the other share, 0.1 by default.
+        eps: the positive number added to the variance.
         training: whether to normalize by the batch's statistics instead of the running ones.
         axis_name: the axis, or a tuple of axes, of ``jax.shard_map`` or ``jax.vmap`` that split the
-            batch. Where there is no such axis, as in ``init``, the batch is whole. ``()`` is for
-            statistics of each device's own part.
+            batch. Outside of these axes, as in ``init``, the batch is whole. ``()`` is for separate
+            statistics of each device's part.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -132,7 +131,7 @@ class BatchNorm(Layer):
             return d_params, (slope * wide_ct).astype(x.dtype)
         d_scale, d_bias = (jnp.sum(d, _all_but_last(x)) for d in (wide_ct * n, wide_ct))
         mean_bias, mean_scale = (aligned(self._over_devices(d), x) for d in (d_bias, d_scale))
-        off_mean = n - self._mean(n)  # n but for what was rounded, so that d_x sums to 0
+        off_mean = n - self._mean(n)  # n except for rounding, so that d_x sums to 0
         along = mean_bias + off_mean * mean_scale
         d_x = slope * (wide_ct - along / (x.size // x.shape[-1]))
         return BatchNormParams(d_scale, d_bias, (), ()), d_x.astype(x.dtype)
@@ -179,7 +178,7 @@ class BatchNorm(Layer):
         return centered * rstd, rstd
 
     def _mean(self, x: X) -> X:
-        """Return the mean over examples and positions, those of other devices included."""
+        """Return the mean over examples and positions, including those of other devices."""
         return self._over_devices(x.mean(_all_but_last(x), keepdims=True))
 
     def _over_devices(self, mean: Array) -> Array:
@@ -191,7 +190,7 @@ class BatchNorm(Layer):
         return () if name is None else name if isinstance(name, tuple) else (name,)
 
     def _check_axes(self, x: X) -> None:
-        """Raise unless it is said what the statistics of a batch in parts are."""
+        """Raise ``ValueError`` unless ``axis_name`` fits the axes that split the batch."""
         if self.axis_name is None and split_over(x):
             raise ValueError(
                 f"{self}: in jax.shard_map over {split_over(x)} a device sees its own part of the "

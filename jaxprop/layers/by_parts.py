@@ -1,4 +1,4 @@
-"""The two halves of attention as XLA computes them, for parts of the queries or blocks of them."""
+"""The two halves of attention as XLA computes them, for parts or blocks of the queries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def attend(layer: Attention, x: Inputs, mask: ScoreMask | None) -> tuple[Heads, Residuals]:
-    """Return y, (N, heads, T, d), and what is kept of each part of the queries."""
+    """Return y, (N, heads, T, d), and the residuals of each part of the queries."""
     parts = [
         _run(layer, functools.partial(scores.attend, layer, keys), (), (queries,))[0]
         for _, queries, keys in _parts(layer, x, mask)
@@ -42,7 +42,7 @@ def pull(
         mask: which scores count, None for all.
         ct: (N, heads, T, d).
         mean: <ct, y>, (N, heads, T, 1) in at least float32.
-        kept: that of ``attend``.
+        kept: the residuals from ``attend``.
     """
     s, zero = x.sizes[2], zero_beside(jax.tree.leaves((x, mask, ct)), mean.dtype)
     d_q, d_k, d_v, d_bias = [], [], [], []
@@ -61,9 +61,10 @@ def pull(
 
 
 def slices(layer: Attention, t: int, s: int) -> list[tuple[slice, slice]]:
-    """Return the parts of t queries, and of s keys those that they may see.
+    """Return the parts of t queries, each with the part of s keys that it may see.
 
-    There are up to 8 parts of at least 64 queries, or one part if all keys are seen.
+    With a window, or for causal queries that save weights, there are up to 8 parts of at least 64
+    queries. Otherwise there is one part.
     """
     apart = layer.window is not None or (layer.causal and layer.save == "weights")
     parts = min(8, max(1, t // 64)) if apart else 1
@@ -94,7 +95,7 @@ def _parts(
 def _run(
     layer: Attention, f: Callable[..., tuple[PyTree, PyTree]], zeros: PyTree, block: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Return f(*block), a pair of values of the queries (axis 2) and of sums over them."""
+    """Return f(*block): a pair of values for each query (axis 2) and sums over the queries."""
     if layer.save == "weights":
         return f(*block)
     t = block[0].q.shape[2]
@@ -118,7 +119,7 @@ def _run(
 
 
 def _placed(z: Array, start: int, size: int, axis: int = 2) -> Array:
-    """Return z from a start on along an axis of this size, with zeros around it."""
+    """Return z placed at ``start`` along an axis of this size, with zeros around it."""
     around = [(0, 0)] * z.ndim
     around[axis] = start, size - start - z.shape[axis]
     return jnp.pad(z, around)

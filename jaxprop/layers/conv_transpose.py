@@ -24,13 +24,13 @@ from jaxprop.layers.windows import AXES, Windows, sizes
 
 
 class ConvTranspose(Layer):
-    """y[t] = sum_k x'[t + k d - low] w[k] + b, where x' is x with input dilation s: x'[h s] = x[h].
+    """A transposed convolution, y[t] = sum_k x'[t + k d - low] w[k] + b over the taps k.
 
-    The other entries of x' are 0, and low is the padding before them. This is ``Conv`` of x' with
-    strides 1, and has its derivatives. d_x is needed at multiples of s only, where it is an
-    ordinary convolution of ct with strides s. y is that of Flax, and of
-    ``jax.lax.conv_transpose`` with ``transpose_kernel=False``: the window is not flipped as in
-    PyTorch, and w's channel axes are not swapped.
+    x' is x with input dilation s: x'[h s] = x[h], and its other entries are 0. low is the padding
+    before x'. This is ``Conv`` of x' with strides 1, and has its derivatives. d_x is needed only at
+    multiples of s, where it is an ordinary convolution of ct with strides s. y is that of Flax, and
+    of ``jax.lax.conv_transpose`` with ``transpose_kernel=False``: unlike in PyTorch, the window is
+    not flipped, and w's channel axes are not swapped.
 
     x is (N, *spatial, C), floating, and y is (N, *outputs, features). w is
     (*window, C / groups, features) and starts as LeCun normal, b is (features,) and starts as
@@ -40,12 +40,13 @@ class ConvTranspose(Layer):
         features: the number of channels of y.
         window: the size of the window along each spatial axis.
         strides: s, one number for all axes or a tuple; None for 1.
-        padding: "SAME" for outputs of size spatial * strides, "VALID" for
-            spatial * strides + max(reach - strides, 0), where the window reaches over
-            (window - 1) * dilation + 1 entries; or how many zeros are added to x' (not taken from
-            y, as in PyTorch), a whole number for all ends or a (low, high) pair for each axis.
+        padding: "SAME" for outputs of size spatial * strides; "VALID" for
+            spatial * strides + max(reach - strides, 0), where the window spans
+            reach = (window - 1) * dilation + 1 entries; or how many zeros to add to x', a whole
+            number for all ends or a (low, high) pair for each axis. (PyTorch's padding is taken
+            from y instead.)
         dilation: d, one number for all axes or a tuple; None for 1.
-        groups: the number of convolutions side by side that split the channels of x and of y.
+        groups: the number of parallel convolutions among which the channels of x and y are split.
         bias: whether to add b.
 
     Raises:
@@ -94,7 +95,7 @@ class ConvTranspose(Layer):
 
 
 def _transposed(padding: str, k: int, s: int) -> tuple[int, int]:
-    """Return the padding of x' for a window that reaches over k entries."""
+    """Return the padding of x' for a window that spans k entries."""
     if padding == "VALID":
         return k - 1, max(k, s) - 1
     total = k + s - 2

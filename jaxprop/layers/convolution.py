@@ -24,43 +24,44 @@ from jaxprop.layers.windows import AXES, Windows, sizes
 
 
 class Conv(Layer):
-    """y[t] = sum_k x[t s + k d] w[k] + b, over the taps k of the window; a cross-correlation.
+    """A convolution, y[t] = sum_k x[t s + k d] w[k] + b over the taps k of the window.
 
-    s is the stride and d the dilation; t, k, s and d have an entry for each spatial axis. At each
-    tap the layer is dense: y[n, t] takes x[n, t s + k d] times the matrix w[k]. Dense layers that
-    share their output add up, so
+    s is the stride and d the dilation; t, k, s and d have an entry for each spatial axis.
+    (Strictly, this is a cross-correlation.) Each tap is a dense layer, which adds x[n, t s + k d]
+    times the matrix w[k] to y[n, t]. Dense layers that share their output add up, so
 
         dE/dw[k]    = sum_n sum_t x[n, t s + k d] (outer) ct[n, t]        ``Patches``
         dE/db       = sum_n sum_t ct[n, t]
         dE/dx[n, h] = sum of ct[n, t] w[k]^T over all t and k with t s + k d = h.
 
-    The last is again a convolution: of ct, with input dilation s, by the flipped window with w's
-    two channel axes swapped (Dumoulin and Visin 2016, https://arxiv.org/abs/1603.07285). For x of
-    few channels a CPU is faster with the sum as written: one matmul for all taps, and each tap's
-    part added where the tap read x. With "CIRCULAR" and "REFLECT" all this holds for x with its own
-    entries repeated around it, and what comes back to a repeated entry is added to the original.
+    dE/dx is again a convolution: of ct, with input dilation s, with the flipped window and w's two
+    channel axes swapped (Dumoulin and Visin 2016, https://arxiv.org/abs/1603.07285). For x with few
+    channels, a CPU is faster with the sum as written: one matmul for all taps, then each tap's part
+    added where that tap read x. With "CIRCULAR" and "REFLECT", all this holds for x padded with its
+    own entries, and the cotangent of a repeated entry is added to that of its original.
 
     x is (N, *spatial, C), floating, with one to three spatial axes, as many as ``window`` has. y is
     (N, *outputs, features). w is (*window, C / groups, features) and starts as LeCun normal, b is
-    (features,) and starts as zeros. Shapes, initial params and "SAME" by default are Flax's;
+    (features,) and starts as zeros. Shapes, initial params and the default "SAME" are as in Flax;
     PyTorch adds no padding by default, has the channels first, and starts w and b as uniform.
 
     Args:
         features: the number of channels of y.
         window: the size of the window along each spatial axis.
         strides: s, one number for all axes or a tuple; None for 1.
-        padding: zeros, as "SAME", "VALID", a whole number for all ends, or a (low, high) pair for
-            each axis; "CAUSAL" for (N, T, C) puts them all before the first step, so that y[t]
-            reads none after it. "CIRCULAR" and "REFLECT" repeat x around it, as Flax does: y is of
-            x's size for strides of 1.
+        padding: "SAME", "VALID", or how many zeros to add: a whole number for all ends, or a
+            (low, high) pair for each axis. "CAUSAL", for x (N, T, C), adds all zeros before the
+            first step, so that y[t] reads no later step. "CIRCULAR" and "REFLECT" pad x with its
+            own entries, as in Flax; with strides of 1, y has the size of x.
         dilation: d, one number for all axes or a tuple; None for 1.
-        groups: the number of convolutions side by side that split the channels of x and of y.
+        groups: the number of parallel convolutions among which the channels of x and y are split.
         bias: whether to add b.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
-        ValueError: for an argument out of range, for x of another rank, smaller than the window or
-            too small to be repeated, and for channels or features that ``groups`` does not divide.
+        ValueError: for an argument out of range, for x that has another rank, is smaller than the
+            window or is too small to be repeated, and for channels or features that ``groups`` does
+            not divide.
     """
 
     features: int
@@ -95,7 +96,7 @@ class Conv(Layer):
         return AffineParams(Patches(padded, ct, windows, self.groups), d_b), d_x.astype(x.dtype)
 
     def _padded(self, x: X) -> tuple[X, Windows]:
-        """Return x, with its entries repeated around it if so asked, and the windows over it."""
+        """Return x, padded with its own entries if the mode says so, and the windows over it."""
         windows = self._windows(x)
         mode = MODES.get(self.padding)
         if mode is None:

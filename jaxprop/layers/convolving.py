@@ -1,4 +1,4 @@
-"""The shared part of both kinds of convolution: y, d_x, the initial params, the checks."""
+"""Code that both kinds of convolution share: y, d_x, the initial params and the checks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 X = Float[Array, "n ... c"]
 Y = Float[Array, "n ... o"]
-FEW = 16  # channels of x: with fewer, a matmul gives d_x faster than XLA's convolution on a CPU
+FEW = 16  # channels of x: with fewer, a matmul computes d_x faster than XLA's convolution on a CPU
 
 
 def convolve(params: AffineParams, x: X, windows: Windows, groups: int) -> Y:
-    """Return the convolution of x by params.w, plus params.b if there is one."""
+    """Return the convolution of x with params.w, plus params.b if there is one."""
     y = jax.lax.conv_general_dilated(
         x,
         params.w,
@@ -101,7 +101,7 @@ def init_affine(layer: Convolution, key: Array, x: PyTree, windows: Windows) -> 
 
 
 def check_fields(layer: Convolution, words: tuple[str, ...] = ("SAME", "VALID")) -> None:
-    """Raise unless the layer's fields are right, its padding one of these words or numbers."""
+    """Raise unless the layer's fields are valid, with padding as numbers or one of these words."""
     name = type(layer).__name__
     check_counts(layer, "features", "groups")
     check_flags(layer, "bias")
@@ -117,7 +117,7 @@ def check_fields(layer: Convolution, words: tuple[str, ...] = ("SAME", "VALID"))
 
 
 def check_ct(layer: Convolution, x: X, ct: Y, windows: Windows) -> None:
-    """Raise ``ValueError`` unless ct has the shape of y, but for the channels."""
+    """Raise ``ValueError`` unless ct has the shape of y, except for the channels."""
     expected = (x.shape[0], *windows.outputs(x.shape[1:-1]))
     if ct.shape[:-1] != expected:
         raise ValueError(f"{layer}: ct has shape {ct.shape}, but x has {x.shape}")

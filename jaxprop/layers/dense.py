@@ -16,7 +16,7 @@ from jaxprop.core.types import PyTree
 
 
 class Dense(Layer):
-    """y = x w + b, along the last axis.
+    """A dense layer, y = x w + b along the last axis.
 
     With y[n, j] = sum_i x[n, i] w[i, j] + b[j], the chain rule gives
 
@@ -24,8 +24,8 @@ class Dense(Layer):
         dE/db[j]    = sum_n ct[n, j]
         dE/dx[n, i] = sum_j ct[n, j] w[i, j]
 
-    (Rumelhart, Hinton and Williams 1986, https://doi.org/10.1038/323533a0). Positions, on the axes
-    between the first and the last, are summed like examples.
+    (Rumelhart, Hinton and Williams 1986, https://doi.org/10.1038/323533a0). Positions, the axes
+    between the first and the last, are summed over like examples.
 
     x is (N, ..., I), floating; y is (N, ..., features). w is (I, features) and starts as LeCun
     normal, b is (features,) and starts as zeros, both as in Flax.

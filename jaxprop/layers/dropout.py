@@ -16,18 +16,19 @@ Kept = Bool[Array, "n ..."] | tuple[()]
 
 
 class Dropout(Layer):
-    """y = x m / (1 - rate), m = 1 with probability 1 - rate, else 0, so d_x = ct m / (1 - rate).
+    """Dropout, y = x m / (1 - rate) where m is 1 with probability 1 - rate, else 0.
 
-    The mean of y is x (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html).
+    d_x = ct m / (1 - rate), and the mean of y is x (Srivastava et al. 2014,
+    https://jmlr.org/papers/v15/srivastava14a.html).
 
-    There is nothing to learn, and randomness is an input. With params ``()`` y is x. Entries are
-    dropped when ``net.bind(params, key=key)`` puts a ``jp.Key`` in the place of ``()``, for a step.
+    There is nothing to learn, and randomness is an input. With params ``()``, y is x. Entries are
+    dropped in a step for which ``net.bind(params, key=key)`` puts a ``jp.Key`` in place of ``()``.
 
     x is (N, ...), floating, and y is like x.
 
     Args:
-        rate: the probability with which an entry is dropped, in [0, 1).
-        training: whether it takes a key, and drops; ``jp.inference_mode`` says False.
+        rate: the probability of dropping an entry, in [0, 1).
+        training: whether to take a key and drop entries; ``jp.inference_mode`` makes it False.
 
     Raises:
         TypeError: for a rate that is not a number, a training that is not a bool, and for x that is

@@ -27,15 +27,15 @@ from jaxprop.core.types import PyTree
 class Rows(Factored):
     """The form of a table (V, D): g_n = sum over positions t of ct[n, t] in the row ids[n, t].
 
-    For squares, the cotangents of equal ids within an example are first added up. The rows left are
-    all different, so that squares need no cross terms. Where the table has at most two rows for
-    each position it is formed for that; else the rows stay where their id came first. A position is
-    compared with no other, so that memory is linear in T. (On a CPU the table takes a third of the
-    time at V = T / 2 and as long at V = 2T; and to look for equal ids in pairs of positions takes
+    For squares, the cotangents of equal ids within an example are added up first. The remaining
+    rows all belong to different ids, so that squares need no cross terms. A table with at most two
+    rows for each position is materialized for this; otherwise each row stays where its id comes
+    first. Positions are not compared in pairs, so that memory is linear in T. (On a CPU the table
+    takes a third of the time at V = T / 2 and as long at V = 2T. Comparing positions in pairs takes
     12 times as long at T = 512, for inner products, and 60 times at 2048, for squares.)
 
     Attributes:
-        ids: (N, ...), integers; an id outside [0, V) is in no row.
+        ids: (N, ...), integers; an id outside [0, V) has no row.
         ct: (N, ..., D), the cotangent of the rows that were looked up.
         vocab: V.
     """
@@ -72,9 +72,9 @@ class Rows(Factored):
         return self
 
     def products_with(self, other: Factored) -> Float[Array, "n m"]:
-        """Return sum_ts [ids_nt = ids_ms] ct_nt . ct_ms, or <g_n, h_m> for a small table.
+        """Return sum_ts [ids_nt = ids_ms] ct_nt . ct_ms, or <g_n, h_m> itself for a small table.
 
-        The ids of one example are sorted, and those of the other batch are looked up in them.
+        For the sum, the ids of one example are sorted, and those of the other batch are looked up.
         """
         if not isinstance(other, Rows) or self._is_small() or other._is_small():
             return super().products_with(other)
@@ -105,7 +105,7 @@ class Rows(Factored):
         return jnp.einsum("ntk,ntl->nkl", rows, through(ct, sides.right))
 
     def seen(self, sides: Sides) -> Factored:
-        """Return the form of g_n right; a side of the ids' counts, a diagonal, is None."""
+        """Return the form of g_n right if the left side is None, as for a diagonal of counts."""
         if sides.left is not None:
             return super().seen(sides)
         ids, ct = self._sequences()
@@ -120,7 +120,7 @@ class Rows(Factored):
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
-        """Return the counts of each id, a diagonal."""
+        """Return the count of each id, a diagonal."""
         ones = jnp.ones(self.ids.shape, wide(self.ct).dtype)
         one = of_real(ones, real, weights, features=0) ** 2
         counts = jnp.zeros(self.vocab, one.dtype)
@@ -128,7 +128,7 @@ class Rows(Factored):
         return OfX(counts.at[ids.ravel()].add(one.ravel(), mode="drop"), one.sum())
 
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Outer:
-        """Return how often each id is there, (N, V), for the input."""
+        """Return a form whose input, (N, V), is the share of positions with each id."""
         ids, ct = self._sequences()
         one = of_real(jnp.ones(self.ids.shape, ct.dtype), real, features=0).reshape(ids.shape)
         shares = one / jnp.maximum(one.sum(axis=1, keepdims=True), 1)
@@ -142,14 +142,14 @@ class Rows(Factored):
         return known(lambda: self.vocab <= 2 * math.prod(self.ids.shape[1:]))
 
     def _different_rows(self) -> Float[Array, "n r d"]:
-        """Return the rows of g_n that are not 0, among others."""
+        """Return all rows of g_n that are not 0, possibly among rows of zeros."""
         return self.per_example() if self._is_small() else self._added_up()
 
     def _added_up(self) -> Float[Array, "n t d"]:
-        """Return ct with those of equal ids added up, each where its id comes first.
+        """Return the sums of ct over equal ids, each where its id comes first, and zeros elsewhere.
 
-        At the others are zeros. V integers tell where an id came first, a fifth of the time of
-        sorting, where they are no more than the entries of ct.
+        If the table has no more rows than an example's ct has entries, V integers tell where each
+        id comes first, in a fifth of the time of sorting.
         """
         ids, ct = self._sequences()
         if ids.shape[1] == 1:
@@ -169,7 +169,7 @@ class Rows(Factored):
         return zeros.at[_inside(ids, self.vocab)].add(ct, mode="drop", out_sharding=whole)
 
     def _sequences(self) -> tuple[Int[Array, "n t"], Float[Array, "n t d"]]:
-        """Return ids and ct, which is 0 where the id is in no row."""
+        """Return ids and ct, with 0 in ct where the id has no row."""
         n, features = self.ids.shape[0], self.ct.shape[-1]
         length = math.prod(self.ids.shape[1:])
         ids, ct = (
@@ -181,14 +181,14 @@ class Rows(Factored):
 
 
 class Embedding(Layer):
-    """y = W[x], the rows of the table W at the ids x.
+    """An embedding, y = W[x], the rows of the table W at the ids x.
 
-    y is one_hot(x) W, so dE/dW = one_hot(x)^T ct: ct in the rows x, added up for equal ids. The
-    one_hot is never formed. The ids have no cotangent: d_x is None.
+    y is one_hot(x) W, so dE/dW = one_hot(x)^T ct: ct in the rows x, added up for equal ids.
+    one_hot(x) is never materialized. The ids have no cotangent: d_x is None.
 
-    x is (N, ...), integers in [0, vocab), and y is (N, ..., features). An id of -1 (or less) is
-    padding: its row is zeros, and nothing goes back from it. One of vocab or more gives a row of
-    NaN. params are the table (vocab, features), of JAX's default float dtype, and start as
+    x is (N, ...), integers in [0, vocab), and y is (N, ..., features). An id of -1 or less is
+    padding: its row is zeros, and no cotangent comes back from it. An id of vocab or more gives a
+    row of NaN. params are the table (vocab, features), in JAX's default float dtype, and start as
     normal with standard deviation 1 / sqrt(features), as in Flax (1 in PyTorch).
 
     Args:
@@ -228,7 +228,7 @@ class Embedding(Layer):
 
 
 def _first(ids: Int[Array, " t"]) -> Int[Array, " t"]:
-    """Return, for each position, the first one with the same id: those of a sorted run share it."""
+    """Return, for each position, the first one with the same id, from runs of sorted ids."""
     order = jnp.argsort(ids, stable=True)
     in_order = ids[order]
     starts = jnp.append(True, in_order[1:] != in_order[:-1])
@@ -237,13 +237,13 @@ def _first(ids: Int[Array, " t"]) -> Int[Array, " t"]:
 
 
 def _first_by_place(ids: Int[Array, " t"], vocab: int) -> Int[Array, " t"]:
-    """Return the same from an array with a place for each id, for those in [0, vocab)."""
+    """Return the same for ids in [0, vocab), from an array with an entry for each id."""
     here, places = jnp.arange(ids.shape[0]), _inside(ids, vocab)
     first = jnp.full(vocab, ids.shape[0], here.dtype).at[places].min(here, mode="drop")
     return first.at[places].get(mode="fill", fill_value=0)
 
 
 def _inside(ids: Int[Array, "..."], vocab: int) -> Int[Array, "..."]:
-    """Return ids with negative ones moved past the end, where JAX does not wrap them around."""
+    """Return ids with negative ones moved past the end, so that JAX does not wrap them around."""
     ids = of_indices(ids)
     return jnp.where(ids < 0, vocab, ids)

@@ -1,22 +1,23 @@
 """Attention whose scores never leave the chip, in three kernels for TPUs and GPUs.
 
-The forward half takes the softmax in one pass over the keys (Milakov and Gimelshein 2018,
-https://arxiv.org/abs/1805.02867). Of the keys that a query has met it knows the largest score, top,
+The forward half computes the softmax in one pass over the keys (Milakov and Gimelshein 2018,
+https://arxiv.org/abs/1805.02867). For the keys that a query has met so far, it holds their largest
+score, top, and
 
     total = sum exp(s - top)
     sums  = sum exp(s - top) v
 
-and a block of keys with a larger top multiplies both by exp(top - larger) first. After the last one
-y = sums / total, and logsumexp = top + log total is all that the backward half needs of the softmax
-(Dao et al. 2022, https://arxiv.org/abs/2205.14135), as p = exp(s - logsumexp). That half goes over
-the scores twice (Dao 2023, https://arxiv.org/abs/2307.08691), so that a program adds up sums of its
-own positions alone, with dE/ds = p (ct v^T - <ct, y>) as ``Attention`` derives it:
+A block of keys with a larger top first multiplies both by exp(top - larger). After the last block
+y = sums / total, and all that the backward half needs of the softmax is logsumexp = top + log total
+(Dao et al. 2022, https://arxiv.org/abs/2205.14135), as p = exp(s - logsumexp). That half passes
+over the scores twice (Dao 2023, https://arxiv.org/abs/2307.08691), so that each program adds up
+sums for its own positions only, with dE/ds = p (ct v^T - <ct, y>) as derived in ``Attention``:
 
     dE/dq = sum over keys dE/ds k         a block of queries meets the keys
     dE/dk = sum over queries dE/ds q      a block of keys meets the queries
     dE/dv = sum over queries p ct
 
-A block of scores is (own, met): its rows are keys where a program's own positions are keys.
+A block of scores is (own, met): its rows are keys if the program's own positions are keys.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ Rows = Float[Array, "n h t"]
 Real = Bool[Array, "n 1 s"]
 Ref = Any  # of an array on the chip
 
-# The top of no keys is finite, since exp(-inf - EMPTY) is 0, and exp(-inf + inf) NaN.
+# The top of no keys is finite, since exp(-inf - EMPTY) is 0, but exp(-inf + inf) is NaN.
 EMPTY = float(jnp.finfo(jnp.float32).min)
 
 
 class Plan(NamedTuple):
-    """The blocks of positions that each kernel goes through.
+    """The blocks of positions that each kernel iterates over.
 
     Attributes:
         attend: forward.
@@ -64,10 +65,10 @@ class Plan(NamedTuple):
 
 
 def plan_of(platform: Platform, q: Array) -> Plan:
-    """Return the plan for queries, on a GPU in up to 96 KiB of a block's shared memory.
+    """Return the plan for these queries; on a GPU it takes up to 96 KiB of shared memory per block.
 
-    All GPUs from compute capability 8.0 on have as much. There the blocks are those of the least
-    time on an H200, of several that were tried.
+    All GPUs of compute capability 8.0 and later have that much. Their blocks are the fastest on an
+    H200 of several that were tried.
     """
     if platform == "tpu":
         return Plan(Blocks(512, 512), Blocks(512, 512), Blocks(512, 512))
@@ -80,9 +81,9 @@ def plan_of(platform: Platform, q: Array) -> Plan:
 
 
 def platforms(layer: Attention, x: Inputs, mask: ScoreMask | None) -> list[Platform]:
-    """Return the platforms that have kernels for these inputs, where they lie.
+    """Return the platforms that have kernels for these inputs, given how they are sharded.
 
-    There are none for a bias, or a mask of each query's own, which are as large as the scores.
+    No kernel takes a bias or a mask for each query, which are as large as the scores.
     """
     known = all(isinstance(size, int) for size in x.sizes)
     if not known or x.bias is not None or (mask is not None and mask.shape[1:3] != (1, 1)):
@@ -98,10 +99,10 @@ def attend(
 
     Args:
         layer: the layer, which saves "logsumexp".
-        platform: what the kernel is for.
+        platform: the platform of the kernel.
         x: its inputs, without a bias.
         mask: which keys are real, (N, 1, 1, S); None for all of them.
-        interpret: whether to run on a CPU, an equation after the other.
+        interpret: whether to run on a CPU, one equation after the other.
     """
 
     def both(q: Heads, k: Heads, v: Heads, real: Real | None) -> list[Array]:
@@ -148,7 +149,7 @@ def pull(
     """Return dE/d(scale q), dE/dk and dE/dv of each head of q, and None, as ``by_parts.pull`` does.
 
     Args:
-        layer: that of ``attend``, like platform, x, mask and interpret.
+        layer: as for ``attend``, like platform, x, mask and interpret.
         ct: (N, heads, T, d).
         mean: <ct, y>.
         kept: the logsumexp.
@@ -206,7 +207,7 @@ def _pull_to_keys(over: Over[Any], *refs: Ref) -> None:
 
 
 def _weights(s: Array, logsumexp: Array) -> Array:
-    """Return p, at most 1 also where s, of another block, is rounded to more than it was before."""
+    """Return p, at most 1 also where s, from another block, is rounded to more than before."""
     return jnp.exp(jnp.minimum(s - logsumexp, np.float32(0)))
 
 

@@ -17,15 +17,15 @@ from jaxprop.layers.normalization import NormParams, X, check_eps, init_norm_par
 
 
 class GroupNorm(Layer):
-    """y = n * scale + bias, n = (x - mean) * rstd, over each group of an example's channels.
+    """Group normalization, y = n * scale + bias, n = (x - mean) * rstd, over groups of channels.
 
-    The C channels are split into ``groups`` of neighbours. mean and var are over all positions and
-    over the channels of a group, so LayerNorm's derivation holds with these numbers in the place of
-    a row's features (Wu and He 2018, https://arxiv.org/abs/1803.08494). One group is layer
-    normalization of the whole example, and C groups are instance normalization.
+    The C channels are split into ``groups`` groups of neighbours. mean and var are over all
+    positions of an example and over the channels of a group, so LayerNorm's derivation holds with
+    these numbers in place of a row's features (Wu and He 2018, https://arxiv.org/abs/1803.08494).
+    One group is layer normalization of the whole example, and C groups are instance normalization.
 
-    Sums over the positions of an example, b = sum_t ct and a = sum_t ct n, both (N, C), serve three
-    times. With P positions and K channels in a group,
+    The sums over the positions of an example, b = sum_t ct and a = sum_t ct n, both (N, C), are
+    used three times. With P positions and K channels in a group,
 
         each example's share of dE/dbias is b, of dE/dscale a
         mean(dn) = sum_group(scale b) / (P K),  mean(dn n) = sum_group(scale a) / (P K)
@@ -36,8 +36,7 @@ class GroupNorm(Layer):
 
     Args:
         groups: the number of groups, which divides C.
-        eps: the positive number that is added to the variance; PyTorch's default too, while Flax's
-            is 1e-6.
+        eps: the positive number added to the variance; PyTorch has the same default, Flax 1e-6.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -80,12 +79,12 @@ class GroupNorm(Layer):
         positions = math.prod(x.shape[1:-1])
         along_ones = self._mean_of_groups(scale * b) / positions
         along_n = self._mean_of_groups(scale * a) / positions
-        mean_n = self._mean_of_groups(_over_positions(jnp.mean, n))  # 0 but for what was rounded
+        mean_n = self._mean_of_groups(_over_positions(jnp.mean, n))  # 0 except for rounding
         d_x = rstd * (ct * scale - along_ones - (n - mean_n) * along_n)
         return NormParams(Sum(a), Sum(b)), d_x.astype(x.dtype)
 
     def _mean_of_groups(self, each: Array) -> Array:
-        """Return the mean over a group's channels, at each of its channels."""
+        """Return the mean over each group's channels, repeated at each of them."""
         groups = each.reshape(*each.shape[:-1], self.groups, each.shape[-1] // self.groups)
         return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(each.shape)
 

@@ -1,4 +1,4 @@
-"""The inputs of attention, taken apart into heads, and their cotangents put together again."""
+"""The inputs of attention, split into heads, and their cotangents joined again."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Inputs(NamedTuple):
     """The parts of attention's x, or of its cotangent.
 
     Attributes:
-        x: (N, T, C), q, k and v packed, or beside a memory q alone.
-        memory: (N, S, 2 kv_heads d), k and v packed; None where they are in x.
-        bias: (N, heads or 1, T, S), what is added to the scores; None for nothing.
+        x: (N, T, C), q, k and v packed, or q alone if there is a memory.
+        memory: (N, S, 2 kv_heads d), k and v packed; None if they are in x.
+        bias: (N, heads or 1, T, S), added to the scores; None for nothing.
     """
 
     x: Array
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
         return cls(x, **{"memory" if z.ndim == 3 else "bias": z for z in beside})
 
     def like(self, x: PyTree) -> Cotangent:
-        """Return the parts in the structure and the dtypes of x."""
+        """Return the parts with the structure and the dtypes of x."""
         parts = [part for part in self if part is not None]
         if not isinstance(x, tuple):
             return parts[0].astype(x.dtype)
@@ -89,10 +89,10 @@ def _fits(layer: Attention, x: Inputs) -> bool:
 
 
 def mask_of_scores(layer: Attention, params: Params, x: Inputs) -> ScoreMask | None:
-    """Return the mask that params are, (N, heads or 1, T or 1, S), False for keys not to be seen.
+    """Return the mask given as params, (N, heads or 1, T or 1, S), False for hidden keys, or None.
 
     Raises:
-        ValueError: for a mask of another shape than ``Attention`` takes.
+        ValueError: for a mask of a shape that ``Attention`` does not take.
     """
     if not isinstance(params, Mask):
         return None
@@ -114,9 +114,9 @@ def mask_of_scores(layer: Attention, params: Params, x: Inputs) -> ScoreMask | N
 
 
 def selected(layer: Attention, x: Inputs, mask: ScoreMask | None) -> Inputs:
-    """Return x, or its cotangent, with zeros at queries that see no key and at keys not seen.
+    """Return x, or its cotangent, with zeros at queries that see no key and at keys never seen.
 
-    A padding mask says so of positions, which are both, and the bias of a padded query is 0.
+    Without a memory, a padded position is both a query and a key. A padded query's bias is 0.
     """
     if mask is None:
         return x
@@ -138,7 +138,7 @@ def selected(layer: Attention, x: Inputs, mask: ScoreMask | None) -> Inputs:
 
 
 def split(layer: Attention, x: Inputs) -> tuple[Heads, Heads, Heads]:
-    """Return scale q, k and v, each (N, heads, positions, d) with kv_heads heads in k and v."""
+    """Return scale q, k and v, each (N, heads, positions, d), with kv_heads heads in k and v."""
     kv_heads = layer.heads // layer.groups
     apart = zip(_apart(layer, x), (layer.heads, kv_heads, kv_heads), strict=True)
     q, k, v = (
@@ -148,9 +148,9 @@ def split(layer: Attention, x: Inputs) -> tuple[Heads, Heads, Heads]:
 
 
 def joined(layer: Attention, x: Inputs, d_q: Heads, d_k: Heads, d_v: Heads) -> Inputs:
-    """Return the cotangents, each (N, heads, positions, d), where ``split`` found q, k and v.
+    """Return the cotangents, each (N, heads, positions, d), packed as ``split`` found q, k and v.
 
-    That of a key or a value is the sum over the query heads of its group.
+    The cotangent of a key or a value is summed over the query heads of its group.
     """
     if layer.groups > 1:
         kv_heads = layer.heads // layer.groups
@@ -163,7 +163,7 @@ def joined(layer: Attention, x: Inputs, d_q: Heads, d_k: Heads, d_v: Heads) -> I
 
 
 def beside(parts: Float[Array, "n t ..."]) -> Float[Array, "n t d"]:
-    """Return the parts of each position, of its heads say, on one axis."""
+    """Return the parts of each position, such as its heads, joined on one axis."""
     n, t, *sizes = parts.shape
     return parts.reshape(n, t, math.prod(sizes))
 
@@ -174,7 +174,7 @@ def scale(q: Heads) -> float:
 
 
 def positions(start: int, stop: int) -> Array:
-    """Return the positions of queries as the scores have them, (1, 1, T, 1)."""
+    """Return the positions of queries, (1, 1, T, 1), along the axes of the scores."""
     return jnp.arange(start, stop).reshape(1, 1, -1, 1)
 
 

@@ -1,4 +1,4 @@
-"""One part of an x that is a dict or a tuple."""
+"""A layer that selects one part of a dict or a tuple."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jaxprop.core.types import Cotangent, PyTree, Residuals
 
 
 class Item(Layer):
-    """y = x_i, one part of x, so dE/dx_i = ct, and 0 for the other parts.
+    """One part of x, y = x_i, so dE/dx_i = ct, and 0 for the other parts.
 
-    x is a dict or a tuple, as ``jp.branch(..., join="tuple")`` gives one, or as the net is given.
+    x is a dict or a tuple: the net's input, or the output of ``jp.branch(..., join="tuple")``.
     There are no params.
 
     Args:
-        part: i, a key of a dict, an index of a tuple, or a field of a named tuple.
+        part: i, a key of a dict, an index of a tuple, or the name of a field of a named tuple.
 
     Raises:
         ValueError: for an x without that part.
@@ -54,7 +54,7 @@ class Item(Layer):
 
 
 def _zeros(empty: Array) -> Any:
-    """Return zeros of the shape that ``empty_like`` kept; None for what has no cotangent."""
+    """Return zeros of the shape that ``empty_like`` kept; None unless it is floating."""
     if not jnp.issubdtype(empty.dtype, jnp.floating):
         return None
     return jnp.zeros((empty.shape[0], *empty.shape[2:]), empty.dtype)

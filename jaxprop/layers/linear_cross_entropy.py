@@ -1,4 +1,4 @@
-"""The last dense layer and the cross-entropy in one, for more classes than logits fit into."""
+"""The last dense layer and the cross-entropy in one, for logits that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Running(NamedTuple):
     """The running sums of a position after some of the chunks.
 
     Attributes:
-        top: the largest logit of another class than the target's.
+        top: the largest logit of a class other than the target.
         total: the sum of exp(logit - top) over those classes.
-        own: the target's logit; NaN before it was met, and 0 for padding.
+        own: the target's logit; NaN before its chunk, and 0 for padding.
     """
 
     top: Each
@@ -38,9 +38,9 @@ class Running(NamedTuple):
 
 
 class LinearCrossEntropy(Layer):
-    """``jp.CrossEntropy`` of h w + b, a chunk of the classes at a time; the logits are never there.
+    """``jp.CrossEntropy`` of h w + b, by chunks of the classes, so never with all logits in memory.
 
-    It is a net's last layer, with ``jp.Mean()`` for the loss, and takes the target with x:
+    It is a net's last layer, with ``jp.Mean()`` for the loss, and takes the target along with x:
 
         net = jp.chain(jp.on(0, body), jp.LinearCrossEntropy(50257))
         value, grads = jp.value_and_grad(net, jp.Mean())(params, (tokens, targets))
@@ -49,29 +49,32 @@ class LinearCrossEntropy(Layer):
 
         E = log(1 + exp(L - z_t)),  dE/dz_t = -r,  dE/dz_j = r exp(z_j - L),  r = sigmoid(L - z_t)
 
-    which is p_j - [j = t] without cancellation. Forward, L and z_t are gathered chunk by chunk,
-    with a running maximum (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), and they
-    are all that is saved beside x. Backward computes each chunk's z again, and from it that chunk's
-    dE/dz and its parts of dE/dw = h^T dE/dz, dE/db and dE/dh = dE/dz w^T (as Wijmans et al. 2024,
-    https://arxiv.org/abs/2411.09009). The price is four matrix products in the place of three.
+    which is p_j - [j = t] without cancellation. ``forward`` accumulates L and z_t chunk by chunk,
+    with a running maximum (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), and
+    saves only these and x. ``backward`` recomputes each chunk's z, and from it that chunk's dE/dz
+    and its parts of dE/dw = h^T dE/dz, dE/db and dE/dh = dE/dz w^T (as in Wijmans et al. 2024,
+    https://arxiv.org/abs/2411.09009). The price is four matrix products instead of three.
 
     x is a pair (h, target): h (N, ..., D), floating, and target (N, ...), integers in [0, classes),
-    -1 for padding. y is (N,): each example's mean over its positions that are not padding, in at
-    least float32. One of ``classes`` or more gives NaN. params are those of ``jp.Dense(classes)``.
+    or -1 for padding; a target of ``classes`` or more gives NaN. y is (N,): each example's mean
+    over its positions that are not padding, in at least float32. params are those of
+    ``jp.Dense(classes)``.
 
-    It computes in the dtype of h, with sums in at least float32, so that it is best left out of
-    ``jp.cast``, which would round the cotangent 1 / N. The cotangents of params are sums already:
-    per-example quantities come from ``backward`` of single examples, with a gradient of w for each.
+    It computes in the dtype of h, with sums in at least float32. It is best left out of
+    ``jp.cast``, which would round the cotangent 1 / N. The cotangents of params are sums over
+    examples already: per-example quantities come from ``backward`` of single examples, with a
+    gradient of w for each.
 
     Args:
-        classes: how many classes there are.
+        classes: the number of classes.
         bias: whether to add b.
-        chunk: how many of the classes are gone through at once.
+        chunk: the number of classes that are processed at once.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not such a pair.
-        ValueError: for a number below 1, for a target of another shape than h without its last
-            axis, and where it is known (outside of ``jax.jit``) for one of ``classes`` or more.
+        ValueError: for a number below 1, for a target that does not have the shape of h without its
+            last axis, and where its values are known (outside of ``jax.jit``) for a target of
+            ``classes`` or more.
     """
 
     classes: int
@@ -150,13 +153,13 @@ class LinearCrossEntropy(Layer):
 
         start = jax.tree.map(lambda leaf: wide(jnp.zeros_like(leaf)), (h, params.w, params.b))
         firsts = self._firsts()
-        if shard_map_axes():  # each device has sums of its own, and their type says so
+        if shard_map_axes():  # each device has its own sums, and their type says so
             start = jax.tree.map(jnp.zeros_like, of_chunk(start, firsts[0])[0])
         (d_h, d_w, d_b), _ = jax.lax.scan(of_chunk, start, firsts)
         return AffineParams(d_w, d_b), (d_h.astype(h.dtype), None)
 
     def _firsts(self) -> Int[Array, " k"]:
-        """Return the first class of each chunk. All are of one size: the last may overlap."""
+        """Return the first class of each chunk. All have one size, so the last may overlap."""
         width = self._width()
         return jnp.minimum(jnp.arange(0, self.classes, width), self.classes - width)
 
@@ -169,7 +172,7 @@ class LinearCrossEntropy(Layer):
     def _logits(
         self, params: AffineParams, h: H, first: Array
     ) -> tuple[Float[Array, "n ... c"], Int[Array, "n ... c"], Bool[Array, "n ... c"]]:
-        """Return a chunk's logits, its classes, and which of them no chunk before it had."""
+        """Return a chunk's logits, its classes, and which of these are in no earlier chunk."""
         z = h @ self._chunk(params.w, first).astype(h.dtype)
         if params.b is not None:
             b = self._chunk(params.b, first).astype(h.dtype)
@@ -179,7 +182,7 @@ class LinearCrossEntropy(Layer):
 
 
 def _error(seen: Running) -> tuple[Each, Each]:
-    """Return E, and r, relative to the largest of all logits as ``jp.CrossEntropy`` does."""
+    """Return E and r, relative to the largest of all logits as in ``jp.CrossEntropy``."""
     top = jax.lax.stop_gradient(jnp.maximum(seen.top, seen.own))
     own = jnp.where((seen.own == top) & jnp.isinf(top), 0, seen.own - top)
     others = seen.total * jnp.exp(seen.top - top)

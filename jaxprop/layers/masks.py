@@ -1,4 +1,4 @@
-"""The mask of padding that a layer finds in the place of its params."""
+"""The padding mask that a layer finds in place of its params."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxprop.core.types import Params, PyTree
 
 
 def mask_of(layer: Layer, params: Params, x: PyTree) -> Bool[Array, "n t"] | None:
-    """Return the mask that params are, True where a position of x is real; None for none.
+    """Return the mask given as params, True where a position of x is real; None without a mask.
 
     Args:
-        layer: the layer, for the message.
+        layer: the layer, for the error message.
         params: a ``Mask``, or anything else.
         x: (N, T, C).
 

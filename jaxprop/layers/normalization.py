@@ -40,18 +40,18 @@ class NormParams(NamedTuple):
 
 
 class LayerNorm(Layer):
-    """y = n * scale + bias, n = (x - mean) * rstd, with mean and var over the last axis.
+    """Layer normalization, y = n * scale + bias with n = (x - mean) * rstd, over the last axis.
 
-    With dn = ct * scale the cotangent of n, and D features, n reaches x_i in three ways: directly,
-    through mean, and through rstd. From n_j = (x_j - mean) * rstd,
+    Let dn = ct * scale be the cotangent of n, and D the number of features. n depends on x_i in
+    three ways: directly, through mean, and through rstd. From n_j = (x_j - mean) * rstd,
 
         d mean / d x_i = 1 / D
-        d var  / d x_i = 2 (x_i - mean) / D             (the mean's part: sum_j (x_j - mean) = 0)
+        d var  / d x_i = 2 (x_i - mean) / D          (through mean it is 0: sum_j (x_j - mean) = 0)
         d rstd / d x_i = -1/2 rstd^3 d var / d x_i = -rstd^2 n_i / D
         d n_j  / d x_i = ([i = j] - 1/D) rstd + (x_j - mean) (-rstd^2 n_i / D)
                        = rstd ([i = j] - 1/D - n_j n_i / D)
 
-    and the sum over j of dn_j times it is
+    and the sum of dn_j d n_j / d x_i over j is
 
         dE/dx_i     = rstd (dn_i - mean_j(dn_j) - n_i mean_j(dn_j n_j))
         dE/dscale_i = sum over examples and positions of ct_i n_i
@@ -59,17 +59,17 @@ class LayerNorm(Layer):
 
     For eps = 0 this removes dn's components along (1, ..., 1) and along n, because shifting or
     stretching x does not change y (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450).
-    The mean of a rounded n is not 0, the less so the further the x_i are from 0. It is taken off:
-    dE/dx is to sum to 0, as the gradient of a bias before this layer.
+    With rounding, the mean of n is not exactly 0, and the further the x_i are from 0 the larger it
+    is. It is subtracted from n_i, so that dE/dx sums to 0, as must the gradient of a bias before
+    this layer.
 
     x is (N, ..., D), floating, and y is like x. scale is (D,) and starts as ones, bias is (D,) and
-    starts as zeros. The residuals are x, which costs nothing where another layer keeps it too, and
-    two numbers a row. n would be a worse residual: for a bfloat16 x it is twice as large in
+    starts as zeros. The residuals are x, which costs nothing if another layer keeps it too, and two
+    numbers per row. n would be a worse residual: for x in bfloat16, it is twice as large in
     float32, and rounded in bfloat16.
 
     Args:
-        eps: the positive number that is added to the variance; PyTorch's default too, while Flax's
-            is 1e-6.
+        eps: the positive number added to the variance; PyTorch has the same default, Flax 1e-6.
 
     Raises:
         TypeError: for an eps that is not a number, and for x that is not floating.
@@ -102,10 +102,11 @@ class LayerNorm(Layer):
 
 
 class RMSNorm(Layer):
-    """y = n * scale, n = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps), over the last axis.
+    """Root mean square normalization, y = n * scale with n = x * rstd, over the last axis.
 
-    This is LayerNorm without the mean. d rstd / d x_i = -rstd^2 n_i / D, so that
-    d n_j / d x_i = rstd ([i = j] - n_j n_i / D), and with dn = ct * scale
+    This is LayerNorm without the mean, with rstd = 1 / sqrt(mean(x^2) + eps). From
+    d rstd / d x_i = -rstd^2 n_i / D follows d n_j / d x_i = rstd ([i = j] - n_j n_i / D), and with
+    dn = ct * scale
 
         dE/dx_i     = rstd (dn_i - n_i mean_j(dn_j n_j))
         dE/dscale_i = sum over examples and positions of ct_i n_i
@@ -113,11 +114,11 @@ class RMSNorm(Layer):
     (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
 
     x is (N, ..., D), floating, and y is like x. scale is (D,) and starts as ones; there is no bias.
-    The residuals are x and one number a row.
+    The residuals are x and one number per row.
 
     Args:
-        eps: the positive number that is added to the mean square; Flax's default too, while
-            PyTorch's is the dtype's machine epsilon.
+        eps: the positive number added to the mean square; Flax has the same default, PyTorch the
+            dtype's machine epsilon.
 
     Raises:
         TypeError: for an eps that is not a number, and for x that is not floating.
@@ -149,8 +150,9 @@ class RMSNorm(Layer):
 def _mean_along(x: Array, v: Array | None = None) -> Array:
     """Return mean_j(x_j v_j) over the last axis, kept with length 1; v is ones by default.
 
-    On a CPU it is a matrix-vector product. There XLA writes the terms of a sum over the last axis
-    to memory, as many as x has entries, and a layer of many rows takes more than twice as long.
+    On a CPU it is a matrix-vector product. For a sum over the last axis XLA would write all its
+    terms to memory there, as many as x has entries, and a layer with many rows would take more than
+    twice as long.
     """
 
     def product(x: Array, v: Array) -> Array:
@@ -167,9 +169,9 @@ def rstd_of(x: Array, mean: Callable[[Array], Array], eps: float) -> Array:
     """Return 1 / sqrt(mean(x^2) + eps), also where x^2 would overflow.
 
     Args:
-        x: at least float32.
-        mean: how to take the mean of an array like x.
-        eps: the number that is added to the mean square.
+        x: an array in at least float32.
+        mean: a function that takes the mean of an array like x.
+        eps: the number added to the mean square.
     """
     small = 2.0 ** -(jnp.finfo(x.dtype).maxexp * 5 // 8)
     var, of_large = mean(x**2), mean((x * small) ** 2)
@@ -185,14 +187,14 @@ def scaled(params: Params, n: Array, x: Array) -> Array:
 
 
 def init_norm_params(layer: Layer, x: PyTree) -> NormParams:
-    """Return ones and zeros for the channels of x, and raise for an x that layer does not take."""
+    """Return ones and zeros for the channels of x; raise for an x that the layer does not take."""
     check_x(layer, x, "N, ..., C")
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     return NormParams(jnp.ones(x.shape[-1], dtype), jnp.zeros(x.shape[-1], dtype))
 
 
 def check_eps(layer: Layer, eps: object) -> None:
-    """Raise unless eps is a positive number, and no number of features as elsewhere."""
+    """Raise unless eps is positive, and not the number of features that other libraries take."""
     name = f"{type(layer).__name__}: eps"
     if is_whole(eps) and eps != 0:
         raise TypeError(f"{name} is a float, not {eps}; the number of features is that of x")

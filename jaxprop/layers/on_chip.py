@@ -1,8 +1,8 @@
-"""Kernels in Pallas, for TPUs and GPUs, that go over positions in blocks.
+"""Pallas kernels, for TPUs and GPUs, that process positions in blocks.
 
-A program of such a kernel has a block of positions of its own, and meets those others that they see
-a block at a time. Numbers in kernels have a dtype of their own: with x64 others are of 64 bits, and
-a TPU has none.
+A program of such a kernel has its own block of positions, and meets the others that these see one
+block at a time. Constants in kernels have an explicit dtype: with x64 they would be 64 bits wide,
+which a TPU does not have.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxprop.core.mesh import is_explicit, shard_map_axes, struct_beside
 from jaxprop.core.types import PyTree
 from jaxprop.layers.scores import Sight
 
-try:  # which JAX is to drop
+try:  # JAX plans to remove it
     from jax.experimental.pallas import triton
 except ImportError:
     triton = None
@@ -34,18 +34,18 @@ Near = Callable[[Array], Array]
 Turn = Callable[[Any, Near, Carry], Carry]
 Over = Callable[[Turn[Carry], Carry], Carry]
 
-VMEM = 64 * 2**20  # bytes of a TPU's memory on the chip that a program may take
+VMEM = 64 * 2**20  # bytes of a TPU's on-chip memory that a program may take
 LANES = 128
 
 
 class Blocks(NamedTuple):
-    """The blocks of positions that a kernel goes through.
+    """The blocks of positions that a kernel iterates over.
 
     Attributes:
-        own: how many are a program's own.
-        met: how many of the others it meets at a time.
-        warps: how many warps of a GPU work on them.
-        stages: how many blocks a GPU has under way from its memory.
+        own: the number of a program's own positions.
+        met: the number of other positions that it meets at a time.
+        warps: the number of a GPU's warps that work on them.
+        stages: the number of blocks that a GPU has in flight from its memory.
     """
 
     own: int
@@ -55,16 +55,16 @@ class Blocks(NamedTuple):
 
 
 def platforms(x: Array, t: int, d: int) -> list[Platform]:
-    """Return the platforms on which kernels can meet all of t positions of d numbers.
+    """Return the platforms on which kernels can meet t positions of d numbers each.
 
-    XLA splits a kernel over GPUs (``spread``) and not over TPUs, where kernels are in programs for
-    one device and in ``jax.shard_map``. A TPU has all positions that a program meets on the chip; a
-    GPU has some, and before compute capability 8.0 no kernels.
+    XLA splits a kernel over GPUs (``spread``) but not over TPUs, where kernels run in programs for
+    one device and in ``jax.shard_map``. A TPU holds all positions that a program meets on the chip;
+    a GPU holds some of them, and has no kernels before compute capability 8.0.
 
     Args:
-        x: an array that is given to the kernel.
-        t: how many positions.
-        d: how many numbers each has.
+        x: an array that the kernel takes.
+        t: the number of positions.
+        d: how many numbers each position has.
     """
     axes, manual = jax.sharding.get_abstract_mesh().axis_names, shard_map_axes()
     if is_explicit(x) or (manual and len(manual) < len(axes)):
@@ -72,7 +72,7 @@ def platforms(x: Array, t: int, d: int) -> list[Platform]:
     device = jax.devices()[0]
     old = getattr(device, "compute_capability", "").split(".")[0] in ("5", "6", "7")
     alone = bool(manual) or (device.platform == "tpu" and jax.device_count() == 1)
-    # of the two arrays that are met, two blocks each: one at work, one under way
+    # two blocks of each of the two arrays that are met: one in use, one being loaded
     on_chip = 4 * t * -(-d // LANES) * LANES * x.dtype.itemsize
     both_have = x.dtype in (jnp.float32, jnp.bfloat16)
     cuda = triton is not None and not old and d * x.dtype.itemsize <= 1024
@@ -86,7 +86,7 @@ def platforms(x: Array, t: int, d: int) -> list[Platform]:
 def instead(
     plain: Callable[..., PyTree], kernels: Mapping[Platform, Callable[..., PyTree]], *args: PyTree
 ) -> PyTree:
-    """Return plain(*args), or what a platform's kernel makes of them; JAX derives plain itself."""
+    """Return plain(*args), by a platform's kernel if it has one; JAX differentiates plain."""
 
     @jax.custom_jvp
     def chosen(*args: PyTree) -> PyTree:
@@ -109,23 +109,24 @@ def launch(
     met: Sequence[Any],
     outs: Sequence[DTypeLike | None],
 ) -> list[Array]:
-    """Return what a kernel makes of all positions, with a program for each block of them.
+    """Return the results of a kernel for all positions, with a program for each block of them.
 
     Args:
-        platform: what the kernel is for.
-        interpret: whether to run on a CPU, an equation after the other.
-        kernel: a function of ``over`` and of references to own, met and its results.
-        blocks: how it goes through positions.
-        sight: which others an own position sees.
-        own: arrays of the positions that programs have for their own, (N, heads, positions, d) or
-            (N, heads, positions); the first has the former shape. An array of booleans, of what is
-            real, or None for all, gets to the kernel as what hides a score: 0 or -inf, or None.
-        met: arrays of the others.
-        outs: the dtypes of results that have d numbers for each own position; None for one number,
-            in float32.
+        platform: the platform of the kernel.
+        interpret: whether to run on a CPU, one equation after the other.
+        kernel: a function of ``over`` and of references to own, met and the results.
+        blocks: the blocks of positions that it iterates over.
+        sight: which of the others an own position sees.
+        own: arrays of the programs' own positions, (N, heads, positions, d) or
+            (N, heads, positions); the first has the former shape. An array of booleans says which
+            positions are real, and None that all are. The kernel gets it as what to add to a score,
+            0 or -inf, and None as None unless positions are padded.
+        met: arrays of the other positions.
+        outs: for each result with d numbers for each own position, its dtype; None for a result
+            with one number, in float32.
     """
     (n, h, length, d), (_, g, others, _) = own[0].shape, met[0].shape
-    heads, least = max(h, g), LANES if platform == "tpu" else 16  # what a matmul takes at least
+    heads, least = max(h, g), LANES if platform == "tpu" else 16  # the least that a matmul takes
     block, step = _fitting(least, blocks.own, length), _fitting(least, blocks.met, others)
     width = d if platform == "tpu" else max(least, pl.next_power_of_2(d))
     sight = Sight(*(far if far is not None and far < length + others else None for far in sight))
@@ -133,7 +134,7 @@ def launch(
     padded, all_met, zero = own[0].shape[2], met[0].shape[2], np.int32(0)
 
     def spec(z: Any, size: int, number: Callable[[Any], Any]) -> pl.BlockSpec | None:
-        """Return what part of z a program has: of an example and a head, a block of this size."""
+        """Return the part of z that a program has: ``size`` positions of one example and head."""
         if z is None:
             return None
         row, (examples, group) = z.shape[2] == 1, (n // z.shape[0], heads // z.shape[1])
@@ -177,10 +178,11 @@ def _params(platform: Platform, blocks: Blocks) -> Any:
 
 
 def _over(sight: Sight, own: int, met: int, count: int, step: Turn[Carry], carry: Carry) -> Carry:
-    """Return what ``step(positions, near, carry)`` makes of a carry, over what own positions see.
+    """Return the carry of ``step(positions, near, carry)`` over all blocks that own positions see.
 
-    ``near`` takes scores and makes those -inf that are not seen. Blocks from ``clear`` to ``last``
-    are seen by all own positions, and need none of it; others from ``first`` to ``end`` by some.
+    ``near`` sets the scores of positions that are not seen to -inf. Blocks from ``clear`` to
+    ``last`` are seen by all own positions and do not need it; the others from ``first`` to ``end``
+    are seen by some.
     """
     start = pl.program_id(2) * own
     clear, last, end = map(jnp.int32, (0, count, count))
@@ -217,12 +219,12 @@ def _over(sight: Sight, own: int, met: int, count: int, step: Turn[Carry], carry
 
 
 def _quotient(a: Any, b: int) -> Array:
-    """Return a // b, of an a that is not negative: one division, in 32 bits with x64 too."""
+    """Return a // b for an a that is not negative: one division, in 32 bits with x64 too."""
     return jax.lax.div(a, jnp.int32(b))
 
 
 def _fitting(least: int, size: int, length: int) -> int:
-    """Return a block of at most this size for a length, smaller where it were half padding."""
+    """Return the size of blocks for a length, at most ``size``; less if one were half padding."""
     size = min(size, max(least, pl.next_power_of_2(length)))
     while size > LANES and -length % size >= size // 2:
         size //= 2
@@ -230,7 +232,7 @@ def _fitting(least: int, size: int, length: int) -> int:
 
 
 def _padded(arrays: Sequence[Any], block: int, width: int) -> list[Any]:
-    """Return the arrays with whole blocks of positions, and rows as (N, heads, 1, positions)."""
+    """Return the arrays padded to whole blocks, with rows as (N, heads, 1, positions)."""
     length = arrays[0].shape[2]
     more = -length % block
 

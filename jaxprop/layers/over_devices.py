@@ -1,4 +1,4 @@
-"""Functions of examples and heads, mapped or split over devices, whose kernels know of neither."""
+"""Functions of examples and heads, mapped or split over devices without their kernels knowing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from jaxprop.core.mesh import shard_map_axes
 
 
 def spread(f: Callable[..., list[Array]], *args: Array | None, by_xla: bool) -> list[Array]:
-    """Return f(*args), where ``jax.vmap`` adds examples, and devices have examples and heads each.
+    """Return f(*args), where ``jax.vmap`` adds examples, and devices split examples and heads.
 
     Args:
-        f: a function of arrays whose first axes are examples and heads, as are those of its
+        f: a function of arrays whose first two axes are examples and heads, as are those of its
             results.
         args: its arguments; the first has all heads.
         by_xla: whether XLA may split them over devices.
@@ -45,10 +45,10 @@ def spread(f: Callable[..., list[Array]], *args: Array | None, by_xla: bool) -> 
 
 
 def _partitioned(f: Callable[..., list[Array]], *args: Any) -> list[Array]:
-    """Return f(*args), where XLA may give each device examples and heads of its own.
+    """Return f(*args), where XLA may give each device its own examples and heads.
 
-    What has fewer heads, each for a group of the first argument's, is whole on every device, which
-    takes those of its own groups from it.
+    An argument with fewer heads, each for a group of the first argument's heads, has them all on
+    every device, which takes those of its own groups.
     """
     n, heads = args[0].shape[:2]
     groups = jax.tree.map(lambda z: heads // z.shape[1], args)
@@ -95,7 +95,7 @@ def _partitioned(f: Callable[..., list[Array]], *args: Any) -> list[Array]:
 
 
 def _splits(mesh: Any, x: Any, axis: int) -> tuple[str, ...]:
-    """Return the mesh axes that split an axis of x, or none where they split it in part."""
+    """Return the mesh axes that split an axis of x, or none where one of them splits it in part."""
     if mesh.empty:
         return ()
     start = {at: z[axis].start or 0 for at, z in x.sharding.devices_indices_map(x.shape).items()}

@@ -1,4 +1,4 @@
-"""Padding: how much is added at each end of an axis, and what, with the transpose of adding it."""
+"""Padding: how many entries are added at each end of an axis, which ones, and the transpose."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def pairs_of(
 
 
 def whole_pairs(padding: int | Pairs, rank: int) -> Pairs:
-    """Return (low, high) pairs, of one number for all ends or as they are."""
+    """Return padding as (low, high) pairs; one number stands for all ends."""
     return padding if isinstance(padding, tuple) else ((int(padding), int(padding)),) * rank
 
 
 def extended(x: Float[Array, "n ... c"], pairs: Pairs, mode: Mode) -> Float[Array, "n ... c"]:
-    """Return x with its own entries repeated around it, as ``jnp.pad`` does it in this mode.
+    """Return x padded with its own entries, as ``jnp.pad`` does in this mode.
 
     Args:
-        x: an array with an axis for each pair between the first and the last.
+        x: an array with an axis for each pair, between the first axis and the last.
         pairs: how many entries are added at the (low, high) end of each of these axes.
-        mode: "wrap" goes on at the other end, "reflect" goes back without a repetition of the
-            outermost entry, and "edge" repeats that one.
+        mode: "wrap" continues from the other end, "reflect" mirrors x without repeating the
+            outermost entry, and "edge" repeats the outermost entry.
     """
     for axis, widths in enumerate(pairs, start=1):
         if any(widths):
@@ -61,9 +61,9 @@ def extended(x: Float[Array, "n ... c"], pairs: Pairs, mode: Mode) -> Float[Arra
 
 
 def folded_back(ct: Float[Array, "n ... c"], pairs: Pairs, mode: Mode) -> Float[Array, "n ... c"]:
-    """Return the transpose of ``extended``: each repeated entry's part, added where it was read.
+    """Return the transpose of ``extended``: ct, with the part of each copy added to its original.
 
-    They are added in at least float32, and the sum is of ct's dtype.
+    The sum is computed in at least float32, and has ct's dtype.
     """
     total = wide(ct)
     for axis, widths in enumerate(pairs, start=1):
@@ -82,7 +82,7 @@ def folded_back(ct: Float[Array, "n ... c"], pairs: Pairs, mode: Mode) -> Float[
 
 
 def _ends(x: Array, axis: int, widths: tuple[int, int], mode: Mode) -> tuple[Sizes, Sizes]:
-    """Return from where to where x is read for what is added before it, and after it."""
+    """Return the (start, stop) in x of the entries that are repeated before it, and after it."""
     n, (low, high) = x.shape[axis], widths
     if mode == "wrap":
         return (n - low, n), (0, high)
@@ -104,7 +104,7 @@ def _turned_back(part: Array, axis: int, mode: Mode) -> Array:
 
 
 def check_room(layer: object, shape: tuple[int, ...], pairs: Pairs, mode: Mode) -> None:
-    """Raise ``ValueError`` where more is to be repeated than x, of this shape, has."""
+    """Raise ``ValueError`` if more entries are to be repeated than x of this shape has."""
     for n, (low, high) in zip(shape[1:-1], pairs, strict=True):
         most = n - 1 if mode == "reflect" else n
         if max(low, high) > most and (mode != "edge" or not n):
@@ -120,7 +120,7 @@ def check_padding(
     """Raise ``ValueError`` unless padding is one of the words, a whole number or rank pairs.
 
     Args:
-        name: the layer's name, with which an error message begins.
+        name: the layer's name, which error messages begin with.
         padding: the argument.
         rank: the number of spatial axes.
         words: the words that the layer takes.

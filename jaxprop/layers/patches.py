@@ -39,7 +39,7 @@ from jaxprop.core.serialization import serializable
 from jaxprop.layers.windows import Windows
 
 BLOCK_BYTES = {"cpu": 2**22, "default": 2**28}  # of patches at a time; on a CPU they fit into cache
-WIDE = 32  # channels of x: from here on a matmul for each tap is as fast as one for all
+WIDE = 32  # channels of x: with at least as many, a matmul per tap is as fast as one for all
 
 
 @serializable
@@ -47,10 +47,10 @@ class Patches(Factored):
     """The form of a convolution's weights: g_n[k] = sum over t of x[n, t s + k d] (outer) ct[n, t].
 
     The weights are (*window, C / groups, O), with a matrix for each tap k of the window. The inputs
-    of one window are a patch. With a row for each patch the form is ``Outer(patches of x, ct)``,
-    and all that holds for a dense layer along positions holds here. The patches of a batch are many
-    times as large as x, so they are made for a block of examples at a time. Groups split the
-    channels of x and of ct, and each is a convolution of its own.
+    of one window are a patch. With a row for each patch, the form is ``Outer(patches of x, ct)``,
+    and everything that holds for a dense layer along positions holds here. The patches of a batch
+    are many times as large as x, so they are made for a block of examples at a time. Groups split
+    the channels of x and of ct; each is a separate convolution.
 
     Attributes:
         x: (N, ..., C), the input.
@@ -64,7 +64,7 @@ class Patches(Factored):
     windows: Windows = field(metadata={"static": True, "read": Windows._make})
     groups: int = field(default=1, metadata={"static": True})
     is_pair: ClassVar[bool] = True
-    room: ClassVar[int] = 2  # patches, of which all else is made, are several times as large as x
+    room: ClassVar[int] = 2  # all else is made from patches, which are several times as large as x
 
     def per_example(self) -> Float[Array, "n ..."]:
         def of_examples(x: Array, ct: Array) -> Array:
@@ -78,7 +78,7 @@ class Patches(Factored):
             if as_convolution:
                 return by_xla(Patches._convolved, lambda g: PartitionSpec(), self)
             return self._in_one()
-        one = known(lambda: self.x.shape[0] == 1)  # as in a loop, whose lanes are groups to XLA
+        one = known(lambda: self.x.shape[0] == 1)  # as in a loop, whose lanes become groups in XLA
         if (self.groups > 1 or one) and devices_by_xla(self.x) > 1:
             return self._by_patches()
         if as_convolution:
@@ -158,7 +158,7 @@ class Patches(Factored):
 
     @property
     def place(self) -> Place:
-        """Of groups the matrices are (groups, I, O / groups)."""
+        """The layout of the matrices, which for several groups are (groups, I, O / groups)."""
         return Place.of((Transposed((1, 0, 2)),) if self.groups > 1 else ())
 
     @property
@@ -179,12 +179,12 @@ class Patches(Factored):
     ) -> OfX:
         """Return the Gram matrix of the patches, summed over examples and positions.
 
-        With that of ct it is the factor of Grosse and Martens 2016,
-        https://arxiv.org/abs/1602.01407. Groups have one each, on an axis in front.
+        With the Gram matrix of ct it makes the factors of Grosse and Martens 2016,
+        https://arxiv.org/abs/1602.01407. Each group has its own, on a leading axis.
 
         Args:
-            real: False where an example is padding, or where a position of y is.
-            weights: what each example counts; 1 by default.
+            real: False where an example, or a position of y, is padding.
+            weights: the weight of each example; 1 by default.
         """
 
         def grams_of(x: Array, *roots: Array) -> Array:
@@ -201,14 +201,14 @@ class Patches(Factored):
     def _roots(
         self, real: Bool[Array, "n ..."] | None, weights: Float[Array, " n"] | None
     ) -> Float[Array, "n ..."]:
-        """Return the root of what each position of y counts; 0 for padding."""
+        """Return the square root of the weight of each position of y; 0 for padding."""
         ones = jnp.ones_like(wide(self.ct[..., 0]))
         return of_real(ones, real, weights, features=0)
 
     def sum_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> Float[Array, "... i"]:
-        """Return the sum of the patches over examples and positions; of each group's."""
+        """Return the sum of the patches over examples and positions, for each group."""
         axes = tuple(range(self.x.ndim - 1))
         counts = self._roots(real, weights)[..., None] ** 2
         taps = self.windows.shifted(wide(self.x))
@@ -218,10 +218,10 @@ class Patches(Factored):
         return sums if self.groups > 1 else sums[0]
 
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Factored:
-        """Return the mean patch and the sum of ct of each example, as a convolution of one window.
+        """Return each example's mean patch and sum of ct, as a convolution with one window.
 
         Args:
-            real: False where an example is padding, or where a position of y is: its ct is 0.
+            real: False where an example, or a position of y, is padding, with a ct of 0.
         """
         axes = tuple(range(1, self.x.ndim - 1))
         counts = self._roots(real, None)[..., None]
@@ -238,7 +238,7 @@ class Patches(Factored):
         return grams if self.groups > 1 else grams[0]
 
     def _outers(self, f: Callable[[Outer], Array], x: Array, ct: Array) -> Array:
-        """Return f of each group's ``Outer``, on a leading axis."""
+        """Return f of each group's ``Outer``, with the group on a leading axis."""
         ct = jnp.moveaxis(_in_groups(ct, self.groups), 2, 0)
         outer = Outer(_patches(x, self.windows, self.groups), ct)
         if self.groups > 1:
@@ -246,7 +246,7 @@ class Patches(Factored):
         return f(Outer(outer.x[0], outer.ct[0]))[None]
 
     def _folded(self, g: Float[Array, "g n i o"]) -> Float[Array, "n ..."]:
-        """Return g, with a row for each tap and channel of a group, in the shape of w."""
+        """Return g, which has a row for each tap and channel of a group, in the shape of w."""
         groups, n, rows, features = g.shape
         channels = rows // self.windows.taps
         g = g.reshape(groups, n, *self.windows.window, channels, features)
@@ -260,7 +260,8 @@ class Patches(Factored):
     def _block_by_block(self) -> Array:
         """Return the sum by blocks of examples, with one matmul for all taps of a block.
 
-        For x of many channels it is one matmul for each tap, which copies nothing but its slice.
+        For x with many channels it takes one matmul for each tap, which copies only that tap's
+        slice.
         """
 
         def total(x: Array, ct: Array) -> Array:
@@ -274,10 +275,10 @@ class Patches(Factored):
         return self._folded(rows[None, None])[0]
 
     def _by_patches(self) -> Array:
-        """Return the sum by patches, for what XLA takes for a convolution in groups, on a mesh.
+        """Return the sum by patches, where XLA would see a convolution in groups on a mesh.
 
-        On a mesh of two axes it makes wrong numbers of those, up to JAX 0.12 at least: jax.grad of
-        a grouped convolution is multiplied by the devices that have the same examples.
+        On a mesh of two axes XLA computes these wrongly, up to JAX 0.12 at least: jax.grad of a
+        grouped convolution is multiplied by the number of devices that have the same examples.
         """
 
         def sums(x: Array, ct: Array) -> Array:
@@ -287,7 +288,7 @@ class Patches(Factored):
         return self._folded(total[:, None])[0]
 
     def _convolved(self) -> Array:
-        """Return the sum as a convolution of x by ct, with taps as output, examples as channels."""
+        """Return the sum as a convolution of x with ct: taps are the output, examples channels."""
         config = []
         for h, t, k, s, (low, _), d, e in zip(
             self.x.shape[1:-1], self.ct.shape[1:-1], *self.windows, strict=True
@@ -310,9 +311,9 @@ class Patches(Factored):
     def _by_platform(
         self, by_blocks: Callable[[Patches], Array], by_taps: Callable[[Patches], Array]
     ) -> Float[Array, " n"]:
-        """Return norms by blocks of patches, or on a TPU of ``_by_taps``, where g_n is formed.
+        """Return norms by blocks of patches, or on a TPU from ``_by_taps``, which computes g_n.
 
-        There the square of g_n is taken where its matmul ends, and to move patches costs the most.
+        A TPU squares g_n at the end of its matmul, and moving patches costs the most there.
         """
         t, (i, o) = math.prod(self.ct.shape[1:-1]), self.sizes
         grams = known(lambda: DEARER * t * (i + o) < i * o)
@@ -321,7 +322,7 @@ class Patches(Factored):
         return jax.lax.platform_dependent(self, tpu=by_taps, default=by_blocks)
 
     def _by_taps(self) -> list[Outer]:
-        """Return a form for each tap; of few channels one for all, its patches by a convolution."""
+        """Return a form for each tap, or one for few channels, with patches by a convolution."""
         x, ct = wide(self.x), wide(self.ct)
         if x.shape[-1] >= WIDE:
             return [Outer(tap, ct) for tap in self.windows.shifted(x)]
@@ -358,7 +359,7 @@ class Patches(Factored):
         return jax.lax.platform_dependent(*arrays, **each)
 
     def _block(self, platform: str) -> int:
-        """Return how many examples' patches a device makes at a time, a divisor of its own N."""
+        """Return for how many examples a device makes patches at a time, a divisor of its own N."""
         n, *positions, _ = self.ct.shape
         if is_explicit(self.x):
             return n
@@ -369,7 +370,7 @@ class Patches(Factored):
             row *= t
         most, own = max(1, BLOCK_BYTES[platform] // max(row, 1)), n // lanes_of(self.x)
         if platform == "cpu":
-            most = min(most, max(1, own // 2))  # a loop, before which XLA makes no patches
+            most = min(most, max(1, own // 2))  # a loop, so that XLA makes no patches before it
         sizes = (size for size in range(1, own + 1) if own % size == 0 and size <= most)
         return max(sizes, default=0)
 
@@ -380,7 +381,7 @@ def _patches(x: Float[Array, "n ... c"], windows: Windows, groups: int) -> Float
 
 
 def _counted(rows: Array, counts: Array) -> Array:
-    """Return rows times what each counts, with 0 for padding, whatever stands there."""
+    """Return rows times their weights, with 0 for padding, whatever the rows hold there."""
     return jnp.where(counts != 0, rows * counts, 0)
 
 
@@ -390,7 +391,7 @@ def _in_groups(x: Float[Array, "n ... c"], groups: int) -> Float[Array, "n t g i
 
 
 def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
-    """Return the sum of f over blocks of size examples."""
+    """Return the sum of f over blocks of ``size`` examples."""
     if known(lambda: size >= arrays[0].shape[0]):
         return f(*arrays)
     if lanes_of(arrays) > 1:
@@ -401,7 +402,7 @@ def _added(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
 
 
 def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
-    """Return f of each example, by blocks of size examples."""
+    """Return f of each example, by blocks of ``size`` examples."""
     lanes = lanes_of(arrays)
     if known(lambda: size * lanes == arrays[0].shape[0]):
         return f(*arrays)
@@ -413,5 +414,5 @@ def _stacked(f: Callable[..., Array], size: int, *arrays: Array) -> Array:
 
 
 def _block(start: Array, size: int, arrays: tuple[Array, ...]) -> list[Array]:
-    """Return size examples, as slices: for a reshaped x XLA computes the layer before it twice."""
+    """Return ``size`` examples as slices: XLA would compute the layer before a reshaped x twice."""
     return [jax.lax.dynamic_slice_in_dim(array, start, size) for array in arrays]

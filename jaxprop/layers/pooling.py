@@ -28,25 +28,25 @@ Y = Float[Array, "n ... c"]
 
 
 class MaxPool(Layer):
-    """y[t] = max over the taps k of the window of x[t s + k].
+    """Max pooling, y[t] = max over the taps k of the window of x[t s + k].
 
     s is the stride. With k* the tap of the maximum, the first one among equals, y[t] = x[t s + k*]
     and
 
         dE/dx[h] = sum of ct[t] over the windows t with t s + k* = h.
 
-    The residual is the number of the tap k*. For one tap after the other, backward takes ct where
-    k* is that tap, and adds it where the tap read x. This vectorizes, whereas XLA's
-    select-and-scatter searches one window after the other. On a TPU, where
-    the compiler gives it a fifth of the cycles, backward is select-and-scatter, with x as residual.
+    The residual is the index of the tap k*. For each tap in turn, backward takes ct where k* is
+    that tap, and adds it where the tap read x. This vectorizes, whereas XLA's select-and-scatter
+    searches one window after the other. On a TPU backward is select-and-scatter, with x as
+    residual: there it takes a fifth of the cycles, by the compiler's count.
 
     x is (N, *spatial, C), floating, with as many spatial axes as ``window`` has, and y is
     (N, *outputs, C).
 
     Args:
         window: the size of the window along each spatial axis.
-        strides: s, one number for all axes or a tuple; None for the window, as in PyTorch, not
-            for 1, as in Flax.
+        strides: s, one number for all axes or a tuple; None for the window, as in PyTorch (not for
+            1, as in Flax).
         padding: "SAME", "VALID", or how many entries of minus infinity are added: a whole number,
             or a (low, high) pair for each axis, each smaller than the window.
 
@@ -78,7 +78,7 @@ class MaxPool(Layer):
             return jnp.zeros_like(y, _of_taps(windows))
 
         at_once = jax.vmap(lambda x, y: _first(x, y, windows))
-        if is_explicit(x):  # a loop over the examples would want them all on each device
+        if is_explicit(x):  # a loop over the examples would need them all on each device
             first = at_once(x, y)
         else:
             first = jax.lax.platform_dependent(x, y, cpu=in_loop, tpu=unread, default=at_once)
@@ -98,26 +98,27 @@ class MaxPool(Layer):
         return windows.put_back(parts, x.shape[1:-1])
 
     def _scattered(self, first: Array, x: X, ct: Y) -> X:
-        """Return d_x by select-and-scatter, which JAX has for the transpose of the maximum."""
+        """Return d_x by select-and-scatter, to which JAX transposes the maximum over windows."""
         windows = _windows(self, x.shape[1:-1])
         _, pull = jax.vjp(lambda x: _reduced(x, -jnp.inf, jax.lax.max, windows), x)
         return pull(ct)[0]
 
 
 class AvgPool(Layer):
-    """y[t] = 1/K sum_k x[t s + k] over the K taps of the window, with zeros for padding.
+    """Average pooling, y[t] = 1/K sum_k x[t s + k] over the K taps of the window.
 
-    dE/dx[h] = 1/K sum of ct[t] over all t and k with t s + k = h. By default K counts the taps in
-    the padding too, as in Flax and PyTorch. With ``count_include_pad=False`` the mean is over
-    entries of x alone, so that K depends on t and stays within the sum.
+    The padding is zeros, and dE/dx[h] = 1/K sum of ct[t] over all t and k with t s + k = h. By
+    default K counts the taps in the padding too, as in Flax and PyTorch. With
+    ``count_include_pad=False`` the mean is over entries of x alone, so that K depends on t and
+    stays within the sum.
 
     x is (N, *spatial, C), floating, with as many spatial axes as ``window`` has, and y is
     (N, *outputs, C).
 
     Args:
         window: the size of the window along each spatial axis.
-        strides: s, one number for all axes or a tuple; None for the window, as in PyTorch, not
-            for 1, as in Flax.
+        strides: s, one number for all axes or a tuple; None for the window, as in PyTorch (not for
+            1, as in Flax).
         padding: "SAME", "VALID", or how many zeros are added: a whole number, or a (low, high)
             pair for each axis, each smaller than the window.
         count_include_pad: whether K counts the taps that lie in the padding.
@@ -165,11 +166,11 @@ class AvgPool(Layer):
 
 
 class GlobalAvgPool(Layer):
-    """y = the mean of x over its P positions, so dE/dx = ct / P at each of them.
+    """Global average pooling, the mean of x over its P positions, so dE/dx = ct / P at each.
 
     x is (N, ..., C), floating, with at least one axis of positions, and y is (N, C). params are
-    ``()``, or for x of (N, T, C) a ``jp.Mask`` that ``net.bind(params, mask=)`` puts in their
-    place. The mean is then over an example's real positions, and 0 where it has none.
+    ``()``, or for x (N, T, C) a ``jp.Mask`` that ``net.bind(params, mask=)`` puts in their place.
+    The mean is then over an example's real positions, and 0 if it has none.
 
     Raises:
         TypeError: for x that is not floating.
@@ -205,10 +206,10 @@ class GlobalAvgPool(Layer):
 
 
 def _first(x: Float[Array, "... c"], y: Float[Array, "... c"], windows: Windows) -> Array:
-    """Return the number of the first tap at which one example's x is y.
+    """Return the index of the first tap at which one example's x equals y.
 
-    On a CPU this runs in a loop over the examples, which XLA does not fuse into ``backward``.
-    Fused, it would run again for each tap.
+    On a CPU this runs in a loop over the examples, which XLA does not fuse into ``backward``. If it
+    were fused, it would run again for each tap.
     """
     first = jnp.full(y.shape, windows.taps - 1, _of_taps(windows))
     for tap, there in reversed(list(enumerate(windows.shifted(x[None], -jnp.inf)))):
@@ -217,7 +218,7 @@ def _first(x: Float[Array, "... c"], y: Float[Array, "... c"], windows: Windows)
 
 
 def _of_taps(windows: Windows) -> Any:
-    """Return a dtype that counts the taps."""
+    """Return a dtype that holds the index of any tap."""
     return jnp.int8 if windows.taps < 128 else jnp.int32
 
 

@@ -74,7 +74,7 @@ class Leading(Factored):
         return OfX(self._padded(one.sum(axis=0)), one.sum())
 
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Leading:
-        """Return the form itself: each position has a row of its own."""
+        """Return the form itself: each position has its own row."""
         return self
 
     def gram_of_ct(self) -> Float[Array, "d d"]:
@@ -85,7 +85,7 @@ class Leading(Factored):
 
 
 class Positions(Layer):
-    """y[n, t] = x[n, t] + table[t], with a learned row of the table for each position.
+    """Learned positions, y[n, t] = x[n, t] + table[t], with a row of the table for each position.
 
     dE/dx = ct. dE/dtable[t] = sum_n ct[n, t] for the first T rows, and 0 for the others.
 
@@ -122,8 +122,9 @@ class Positions(Layer):
 
 
 class SinusoidalPositions(Layer):
-    """y[n, t] = x[n, t] + table[t], with sines and cosines of t at D / 2 frequencies; dE/dx = ct.
+    """Sinusoidal positions, y[n, t] = x[n, t] + table[t], so dE/dx = ct.
 
+    The table has the sines and cosines of t at D / 2 frequencies:
     table[t, 2i] = sin(t / 10000^(2i/D)) and table[t, 2i + 1] = cos(t / 10000^(2i/D))
     (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5).
 
@@ -150,11 +151,11 @@ class SinusoidalPositions(Layer):
 
 
 class Rotary(Layer):
-    """y = x with its queries and keys rotated by angles that grow with the position t.
+    """Rotary positions, which rotate the queries and keys in x by angles that grow with position t.
 
-    A head of d features is d/2 pairs (i, j), the points of as many planes: by default j = i + d/2,
-    so that the halves of the head are paired, as in GPT-NeoX and Llama. At position t, with the
-    angle a = t base^(-2i/d) of the i-th pair,
+    The d features of a head are d/2 pairs (i, j), each a point in a plane. By default j = i + d/2,
+    which pairs the halves of the head, as in GPT-NeoX and Llama. At position t, with the angle
+    a = t base^(-2i/d) of the i-th pair,
 
         y[i] = x[i] cos a - x[j] sin a
         y[j] = x[i] sin a + x[j] cos a
@@ -162,8 +163,8 @@ class Rotary(Layer):
     so that <q_t, k_s> depends on t and s only through t - s. v is left as it is. A rotation's
     transpose is its inverse, so dE/dx is ct rotated by -a (Su et al. 2021,
     https://arxiv.org/abs/2104.09864). ``interleaved`` pairs neighbours, features 2i and 2i + 1, as
-    the paper does, and GPT-J: the same rotation of features in another order, which trained weights
-    know.
+    do the paper and GPT-J. That is the same rotation with the features in another order, so trained
+    weights need the pairing that they were trained with.
 
     x and y are (N, T, 3D), or (N, T, D + 2 kv_heads d), floating, with q, k and v packed as
     ``Attention(heads, kv_heads=)`` takes them, and d = D / heads. There are no params.
@@ -171,7 +172,7 @@ class Rotary(Layer):
     Args:
         heads: the number of heads, with an even number of features each.
         base: the base of the angles, a positive number.
-        interleaved: whether neighbours are paired, instead of the halves of a head.
+        interleaved: whether to pair neighbours instead of the halves of a head.
         kv_heads: the number of heads of k and of v; None for ``heads``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The base of recurrent layers: their params, what they are given and what they return."""
+"""The base of recurrent layers: their params, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Kept(NamedTuple):
 
     Attributes:
         x: (N, T, I), with zeros where a step is not real.
-        start: the states (N, F) that x came with; empty if it came alone.
+        start: the states (N, F) that came with x; empty if x came alone.
         h: (N, T, F), the state after each step.
-        slopes: what the layer's step has left, (N, T, ...).
+        slopes: the slopes from the layer's step, (N, T, ...).
     """
 
     x: X
@@ -65,21 +65,21 @@ class Kept(NamedTuple):
 class Recurrence(Layer):
     """The base of the recurrent layers, from x (N, T, I) to the hidden states h (N, T, features).
 
-    x may be a pair of such an x and the state to start from, in the place of zeros. The state is h
+    x may also be a pair: such an x, and the state to start from in place of zeros. The state is h
     (N, F), or (h, c) for ``Lstm``. d_x is then such a pair too. In a chain, a layer whose output is
-    "both" gives the next one its last state to start from.
+    "both" hands the next one its last state to start from.
 
     A ``jp.Mask``, which ``net.bind(params, mask=)`` puts into the params, says which steps are
-    real. The others do not count, wherever they stand: the state goes past them as it is, y is 0
+    real. Other steps do not count, wherever they are: the state passes them unchanged, y is 0
     there, and no cotangent comes back from them.
 
     w starts as LeCun normal, each gate's block of u as orthogonal, and b as zeros.
 
     Attributes:
         features: the size of the hidden state.
-        reverse: whether the last step comes first. y[:, t] stays that of x[:, t].
-        output: y is "sequence", all h; "last", the h (N, F) after the last real step (the first
-            one, if reverse); or "both", the pair of all h and the last state.
+        reverse: whether to start from the last step; y[:, t] still belongs to x[:, t].
+        output: what y is: "sequence", all h; "last", the h (N, F) after the last real step (the
+            first one, if reverse); or "both", the pair of all h and the last state.
         gates: the number of gates.
         states: the number of arrays in the state.
     """
@@ -184,7 +184,7 @@ class Recurrence(Layer):
         return d_params, (d_x, self._state(d_start))
 
     def _parts(self, x: PyTree) -> tuple[Any, States]:
-        """Return the sequence, and the arrays of the state that comes with it, if one does."""
+        """Return the sequence, and the arrays of the state that comes with it, if there is one."""
         if not isinstance(x, tuple):
             return x, ()
         if len(x) != 2 or jax.tree.structure(x[1]) != jax.tree.structure(
@@ -195,7 +195,7 @@ class Recurrence(Layer):
         return x[0], self._arrays(x[1])
 
     def _state(self, arrays: tuple[Any, ...]) -> Any:
-        """Return the arrays of a state as users meet it: one alone, or a pair."""
+        """Return the arrays of a state as users see it: one array, or a pair."""
         return arrays[0] if self.states == 1 else arrays
 
     def _arrays(self, state: Any) -> Any:

@@ -13,10 +13,10 @@ The sums over time are not part of the scan. With z_t = x_t w + h_(t-1) u + b th
 each of them one matmul or one sum, in the forms of ``Dense`` along a sequence (Werbos 1990,
 https://doi.org/10.1109/5.58337).
 
-The formulas are those of ``output="sequence"``, where y_t = h_t, from a state of zeros. The last
-state's cotangent is where the reverse scan starts from, and the cotangent of a state that is given
-is where it ends. At a step that a mask says is padding the state is the one before, so that its
-cotangent goes past it as it is, and d_z_t is 0. With ``reverse`` both scans run the other way.
+The formulas are those for ``output="sequence"``, where y_t = h_t, from a state of zeros. The
+reverse scan starts from the cotangent of the last state, and ends at the cotangent of the first
+state, if one is given. At a step that a mask marks as padding the state does not change, so that
+its cotangent passes unchanged, and d_z_t is 0. With ``reverse`` both scans run the other way.
 
 For x of a narrow dtype, the scans carry and add in float32.
 """
@@ -41,27 +41,27 @@ States = tuple[Array, Array]
 
 
 class Rnn(Recurrence):
-    """h_t = tanh(z_t) with z_t = x_t w + h_(t-1) u + b: the simple recurrent network.
+    """The simple recurrent network, h_t = tanh(z_t) with z_t = x_t w + h_(t-1) u + b.
 
     h_t is the output y_t and enters z_(t+1), so from the last step to the first
 
         d_h_t = ct_t + d_z_(t+1) u^T,        d_z_t = d_h_t (1 - h_t^2).
 
-    The slopes are a function of y, so nothing new is saved (Elman 1990,
+    The slopes are a function of y, so nothing more is saved (Elman 1990,
     https://doi.org/10.1207/s15516709cog1402_1).
 
     x is (N, T, I), floating, and y is (N, T, F) with F = ``features``; x may be a pair (x, h) with
-    the state to start from. params are ``RecurrentParams``: w (I, F), LeCun normal at first; u
-    (F, F), orthogonal; b (F,), zeros (PyTorch has two, which add up).
+    the state to start from. params are ``RecurrentParams``: w (I, F) starts as LeCun normal, u
+    (F, F) as orthogonal, b (F,) as zeros (PyTorch has two biases, which add up).
 
-    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts there too, says which steps are real. At
-    the others the state stays as it is, and y is 0.
+    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts into the params, says which steps are
+    real. At other steps the state does not change, and y is 0.
 
     Args:
         features: the size of the hidden state.
-        reverse: whether the last step comes first; y[:, t] stays that of x[:, t].
-        output: y as above for "sequence"; "last" for the h (N, F) after the last real step; "both"
-            for the pair of the sequence and the last state.
+        reverse: whether to start from the last step; y[:, t] still belongs to x[:, t].
+        output: what y is: "sequence", as above; "last", the h (N, F) after the last real step; or
+            "both", the pair of the sequence and the last state.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -93,11 +93,11 @@ class Rnn(Recurrence):
 
 
 class Lstm(Recurrence):
-    """h_t = o_t tanh(c_t) with c_t = f_t c_(t-1) + i_t g_t: long short-term memory.
+    """Long short-term memory, h_t = o_t tanh(c_t) with c_t = f_t c_(t-1) + i_t g_t.
 
-    z_t = x_t w + h_(t-1) u + b is cut into four parts. The gates i, f and o are the sigmoids of
-    theirs, and g is the tanh of its own. c_t reaches the loss through h_t and c_(t+1), and h_t
-    through y_t and z_(t+1):
+    z_t = x_t w + h_(t-1) u + b is split into four parts. The gates i, f and o are the sigmoids of
+    their parts, and g is the tanh of its part. c_t reaches the loss through h_t and c_(t+1), and
+    h_t through y_t and z_(t+1):
 
         d_h_t = ct_t + d_z_(t+1) u^T,        d_c_t = d_c_(t+1) f_(t+1) + d_h_t o_t (1 - tanh^2 c_t)
 
@@ -111,20 +111,20 @@ class Lstm(Recurrence):
     Schmidhuber and Cummins 2000, https://doi.org/10.1162/089976600300015015).
 
     x is (N, T, I), floating, and y is (N, T, F) with F = ``features``; x may be a pair (x, (h, c))
-    with the state to start from. params are ``RecurrentParams``: w (I, 4F), LeCun normal at first;
-    u (F, 4F), orthogonal for each gate; b (4F,), zeros but for the part of f, which starts as ones
-    so that a new cell remembers. The parts stand in the order i, f, g, o, as in PyTorch, which has
-    two biases, to be added up, and starts them at random. Flax starts all of b as zeros, and its
-    carry is (c, h).
+    with the state to start from. params are ``RecurrentParams``: w (I, 4F) starts as LeCun normal,
+    u (F, 4F) as orthogonal for each gate, and b (4F,) as zeros, except for the part of f, which
+    starts as ones so that a new cell remembers. The parts are in the order i, f, g, o, as in
+    PyTorch, which has two biases, to be added up, and starts them at random. Flax starts all of b
+    as zeros, and its carry is (c, h).
 
-    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts there too, says which steps are real. At
-    the others the state stays as it is, and y is 0.
+    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts into the params, says which steps are
+    real. At other steps the state does not change, and y is 0.
 
     Args:
         features: the size of the hidden state.
-        reverse: whether the last step comes first; y[:, t] stays that of x[:, t].
-        output: y as above for "sequence"; "last" for the h (N, F) after the last real step; "both"
-            for the pair of the sequence and the last state.
+        reverse: whether to start from the last step; y[:, t] still belongs to x[:, t].
+        output: what y is: "sequence", as above; "last", the h (N, F) after the last real step; or
+            "both", the pair of the sequence and the last state.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
@@ -174,14 +174,14 @@ class Lstm(Recurrence):
 
 
 class Gru(Recurrence):
-    """h_t = (1 - z_t) n_t + z_t h_(t-1): the gated recurrent unit.
+    """The gated recurrent unit, h_t = (1 - z_t) n_t + z_t h_(t-1).
 
-    With a_t = x_t w + b and s_t = h_(t-1) u, each cut into three parts r, z and n,
+    With a_t = x_t w + b and s_t = h_(t-1) u, each split into three parts r, z and n,
 
         r_t = sigmoid(a_r + s_r),   z_t = sigmoid(a_z + s_z),   n_t = tanh(a_n + r_t q_t),
 
     where q_t = s_n + b_u. The reset gate r scales the recurrent product, not the state, as in
-    cuDNN, PyTorch and Flax. (A recurrent bias of the other gates would only repeat b.) The chain
+    cuDNN, PyTorch and Flax. (A recurrent bias for the other gates would only repeat b.) The chain
     rule starts from d_h_t = ct_t + d_h_(t+1) z_(t+1) + d_s_(t+1) u^T, and each part of the
     cotangents of a and s is d_h_t times a slope that forward computes,
 
@@ -193,17 +193,17 @@ class Gru(Recurrence):
     https://arxiv.org/abs/1406.1078).
 
     x is (N, T, I), floating, and y is (N, T, F) with F = ``features``; x may be a pair (x, h) with
-    the state to start from. params are ``RecurrentParams``: w (I, 3F), LeCun normal at first; u
-    (F, 3F), orthogonal for each gate; b (3F,) and b_u (F,), zeros.
+    the state to start from. params are ``RecurrentParams``: w (I, 3F) starts as LeCun normal, u
+    (F, 3F) as orthogonal for each gate, b (3F,) and b_u (F,) as zeros.
 
-    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts there too, says which steps are real. At
-    the others the state stays as it is, and y is 0.
+    A ``jp.Mask``, which ``net.bind(params, mask=)`` puts into the params, says which steps are
+    real. At other steps the state does not change, and y is 0.
 
     Args:
         features: the size of the hidden state.
-        reverse: whether the last step comes first; y[:, t] stays that of x[:, t].
-        output: y as above for "sequence"; "last" for the h (N, F) after the last real step; "both"
-            for the pair of the sequence and the last state.
+        reverse: whether to start from the last step; y[:, t] still belongs to x[:, t].
+        output: what y is: "sequence", as above; "last", the h (N, F) after the last real step; or
+            "both", the pair of the sequence and the last state.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.

@@ -1,4 +1,4 @@
-"""The scores of a block of queries, their softmax, and what it pulls back."""
+"""The scores of a block of queries, their softmax, and its vector-Jacobian product."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ScoreMask = Bool[Array, "n h t s"]
 
 
 class Sight(NamedTuple):
-    """The distances that a position sees.
+    """The range of positions that a position sees.
 
     Attributes:
         before: how many positions before its own, None for all.
@@ -32,7 +32,7 @@ class Sight(NamedTuple):
     after: int | None = None
 
     def sees(self, behind: Array) -> Array | None:
-        """Return where a position sees one that is so far behind it; None for everywhere."""
+        """Return where a position sees the one this far behind it; None for everywhere."""
         seen = None if self.before is None else behind <= self.before
         if self.after is None:
             return seen
@@ -44,10 +44,10 @@ class Queries(NamedTuple):
     """A block of queries.
 
     Attributes:
-        q: scale q, (N, heads, B, d).
+        q: the queries times scale, (N, heads, B, d).
         at: their positions, (1, 1, B, 1).
         seen: which keys each may see, (N, heads or 1, B, K); None for all of them.
-        bias: what is added to the scores, (N, heads or 1, B, K); None for nothing.
+        bias: added to the scores, (N, heads or 1, B, K); None for nothing.
     """
 
     q: Heads
@@ -62,8 +62,8 @@ class Keys(NamedTuple):
     Attributes:
         k: (N, heads, K, d).
         v: (N, heads, K, d).
-        start: the position of the first one.
-        real: which of them are real, (N, 1, 1, K); None for all of them.
+        start: the position of the first key.
+        real: which keys are real, (N, 1, 1, K); None for all of them.
     """
 
     k: Heads
@@ -75,10 +75,10 @@ class Keys(NamedTuple):
 def attend(
     layer: Attention, keys: Keys, queries: Queries
 ) -> tuple[tuple[Heads, Residuals], tuple[()]]:
-    """Return ``((y, residuals), ())`` of a block of queries."""
+    """Return ``((y, residuals), ())`` for a block of queries."""
     s, seen = _scores(layer, queries, keys)
     top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
-    if queries.bias is not None:  # it may be -inf for every key
+    if queries.bias is not None:  # the bias may be -inf for every key
         top = jnp.maximum(top, jnp.finfo(s.dtype).min)
     e = jnp.exp(s - top)
     if _sees_a_key(queries, keys):
@@ -118,7 +118,7 @@ def pull(
 
 
 def _scores(layer: Attention, queries: Queries, keys: Keys) -> tuple[Heads, ScoreMask | None]:
-    """Return s, and where a query sees a key (None if everywhere); elsewhere s is minimal."""
+    """Return s, and where a query sees a key (None for everywhere); elsewhere s is minimal."""
     s = _product("nhqd,nhkd->nhqk", queries.q, keys.k)
     if queries.bias is not None:
         s = s + queries.bias.astype(s.dtype)
@@ -132,7 +132,7 @@ def _scores(layer: Attention, queries: Queries, keys: Keys) -> tuple[Heads, Scor
 
 
 def _sees_a_key(queries: Queries, keys: Keys) -> bool:
-    """Return whether every query surely has a key left, so that all others have no weight."""
+    """Return whether every query is sure to see a key, next to which unseen ones have no weight."""
     return keys.real is None and queries.seen is None and queries.bias is None
 
 

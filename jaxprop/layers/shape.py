@@ -20,7 +20,7 @@ X = Float[Array, "n ..."]
 
 
 class Flatten(Layer):
-    """y[n] = the entries of x[n] in a row, with the last axis fastest; d_x is ct in x's shape.
+    """Flattening, y[n] = the entries of x[n] in row-major order; d_x is ct in x's shape.
 
     x is (N, ...), floating, and y is (N, D).
 
@@ -43,7 +43,7 @@ class Flatten(Layer):
 
 
 class Reshape(Layer):
-    """y[n] = x[n] in another shape; d_x is ct in x's shape.
+    """Reshaping, y[n] = x[n] in another shape; d_x is ct in x's shape.
 
     x is (N, ...), floating, and y is (N, *shape).
 
@@ -80,23 +80,23 @@ class Reshape(Layer):
 
 
 class Pad(Layer):
-    """y = x with more entries around it: a constant, or entries of x that are repeated.
+    """Padding, y = x with a constant or repeated entries of x around it.
 
-    d_x is the part of ct that lies over x. What lies over a repeated entry is added to it.
+    d_x is the part of ct that lies over x. The part over a copy is added to its original.
 
-    x is (N, ..., C), floating. y has its axes between the first and the last widened.
+    x is (N, ..., C), floating. y is x with its axes between the first and the last widened.
 
     Args:
         widths: how many entries are added, as a (low, high) pair for each of these axes.
         value: the constant.
-        mode: what is added, named as by ``jnp.pad``. "constant" is the value; "wrap" goes on at the
-            other end of x, "reflect" goes back without a repetition of the outermost entry, and
-            "edge" repeats that one.
+        mode: what is added, as in ``jnp.pad``: "constant" adds the value, "wrap" continues from the
+            other end of x, "reflect" mirrors x without repeating the outermost entry, and "edge"
+            repeats the outermost entry.
 
     Raises:
         TypeError: for an argument of the wrong type, and for x that is not floating.
-        ValueError: for another mode, for a value that the mode has no use for, and for x with
-            another number of axes or with less to repeat than is asked.
+        ValueError: for another mode, for a value with a mode that does not use it, and for x with
+            the wrong number of axes or too few entries to repeat.
     """
 
     widths: tuple[tuple[int, int], ...]

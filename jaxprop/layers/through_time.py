@@ -31,8 +31,8 @@ def along_time(
             pre-activations. The slopes are a tuple of arrays (N, ...).
         from_x: the inputs' part of all pre-activations.
         start: the states before the first step.
-        real: True where a step is real; a state goes past the others as it is.
-        reverse: whether the last step comes first.
+        real: True where a step is real; the states pass other steps unchanged.
+        reverse: whether to start from the last step.
 
     Returns:
         The states after the last step, h after each step, and the slopes, (N, T, ...) in the dtype
@@ -64,18 +64,18 @@ def through_time(
 
     d_t is written over slopes_t, so that their memory serves twice. XLA does this in place if a
     step uses each of slopes_t and d_t whole, not in slices. ct is read with the example first, as
-    it lies in memory. The other arrays lie time first there, as the scan along time has left them.
+    it lies in memory. The other arrays lie there with time first, as the scan along time left them.
 
     Args:
         step: a function whose d_t is like slopes_t, an array or a tuple of arrays. Its states are
-            the cotangents of the layer's, arrays (N, F).
+            the cotangents of the layer's states, arrays (N, F).
         ct: the cotangent of h at each step; None for zeros.
         ends: the cotangents of the states after the last step.
         slopes: the slopes of all steps, (N, T, ...).
         kept: other residuals, (N, T, ...).
-        real: True where a step is real. Past the others the cotangents go as the states went, and
-            there d_t is 0.
-        reverse: whether the first step comes last on the way forward.
+        real: True where a step is real. The cotangents of the states pass other steps unchanged,
+            and d_t is 0 there.
+        reverse: whether the forward scan started from the last step.
 
     Returns:
         The cotangents of the states before the first step, and d_t for all steps, in the structure
@@ -111,9 +111,9 @@ def before(
 
     Args:
         h: the state after each step.
-        start: that before the first step; None for zeros.
+        start: the state before the first step; None for zeros.
         real: True where a step is real.
-        reverse: whether the last step comes first.
+        reverse: whether the scan started from the last step.
     """
     others = h[:, 1:] if reverse else h[:, :-1]
     if start is None:
@@ -135,7 +135,7 @@ def swap(x: Float[Array, "a b c"]) -> Float[Array, "b a c"]:
 
 
 def turned(u: Float[Array, "k m"]) -> Float[Array, "m k"]:
-    """Return u^T. Without the barrier XLA transposes u in the matmul, and so at every step."""
+    """Return u^T. Without the barrier XLA would transpose u in the matmul, at every step."""
     return jax.lax.optimization_barrier(u.T)
 
 
@@ -148,7 +148,7 @@ def dot(x: Float[Array, "n k"], u: Float[Array, "k m"]) -> Float[Array, "n m"]:
     x = x.astype(u.dtype)
     if wide(u).dtype == u.dtype:
         return product(x, u)
-    # A CPU multiplies in float32 in any case, but in a fusion XLA of jax 0.8 does not see that.
+    # A CPU multiplies in float32 in any case, but XLA in jax 0.8 does not see that in a fusion.
     return jax.lax.platform_dependent(
         x, u, cpu=lambda x, u: product(wide(x), wide(u)), default=product
     )

@@ -1,8 +1,8 @@
 """Windows over positions: the entries that a convolution or a pooling reads, and the transpose.
 
-Along an axis with stride s and dilation d, output t reads at tap k the entry t s + k d of the
-padded input. All outputs together read one strided slice of the input at each tap (``shifted``).
-The transpose adds a part for each tap where the slice came from (``put_back``).
+Along an axis with stride s and dilation d, output t reads the entry t s + k d of the padded input
+at tap k. At each tap, all outputs together read one strided slice of the input (``shifted``). The
+transpose adds each tap's part where its slice came from (``put_back``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AXES = {1: "N, T, C", 2: "N, H, W, C", 3: "N, H, W, D, C"}
 
 
 class Windows(NamedTuple):
-    """The windows over an input, with an entry of each field for each spatial axis.
+    """The windows over an input; each field has an entry for each spatial axis.
 
     Attributes:
         window: the size of the window.
@@ -58,7 +58,7 @@ class Windows(NamedTuple):
         )
 
     def counts(self, spatial: Sizes) -> np.ndarray:
-        """Return how many taps of each window lie in an input of these sizes, (*outputs)."""
+        """Return how many taps of each window lie inside an input of these sizes, as (*outputs)."""
         counts = np.ones((), int)
         for h, outputs, k, s, (low, _), d in zip(
             spatial, self.outputs(spatial), *self[:4], strict=True
@@ -73,7 +73,7 @@ class Windows(NamedTuple):
         return math.prod(self.window)
 
     def shifted(self, x: Float[Array, "n ... c"], fill: float = 0) -> list[Float[Array, "n ... c"]]:
-        """Return the slice of x that all windows read, for each tap in row-major order."""
+        """Return, for each tap in row-major order, the slice of x that all windows read there."""
         lows_and_highs = [
             (low, high, e - 1) for (low, high), e in zip(self.padding, self.spread, strict=True)
         ]
@@ -98,9 +98,9 @@ class Windows(NamedTuple):
     def put_back(
         self, parts: Sequence[Float[Array, "n ... c"]], spatial: Sizes
     ) -> Float[Array, "n ... c"]:
-        """Return the transpose of ``shifted``: the parts of the taps, added where each read x.
+        """Return the transpose of ``shifted``: each tap's part, added where that tap read x.
 
-        They are added in at least float32, and the sum is of their dtype.
+        The parts are added in at least float32, and the sum has their dtype.
         """
         total = None
         for tap, part in zip(itertools.product(*map(range, self.window)), parts, strict=True):
@@ -118,16 +118,16 @@ class Windows(NamedTuple):
 
 
 def sizes(name: str, value: object, rank: int) -> Sizes:
-    """Return value as a positive whole number for each spatial axis.
+    """Return value as a tuple of positive whole numbers, one for each spatial axis.
 
     Args:
-        name: the argument's name, with which an error message begins.
+        name: the argument's name, which error messages begin with.
         value: a tuple of rank numbers, one number for all axes, or None for 1.
         rank: the number of spatial axes.
 
     Raises:
         TypeError: for a value of the wrong type.
-        ValueError: for another number of entries, or one below 1.
+        ValueError: for the wrong number of entries, or one below 1.
     """
     if value is None:
         return (1,) * rank

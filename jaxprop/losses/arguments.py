@@ -1,4 +1,4 @@
-"""Checks of y, the target and weights for losses, and the parts of an example's output."""
+"""Checks of a loss's y, target and weights, and helpers for the outputs of an example."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Y = Float[Array, "n ..."]
 
 
 def in_pair(loss: Loss, target: PyTree) -> tuple[Any, Array | None]:
-    """Return a target and its weights, None for a target that is not a pair (target, weights)."""
+    """Return the target and its weights, which are None unless it is a pair (target, weights)."""
     if type(target) is not tuple:
         return target, None
     if len(target) != 2:
@@ -35,14 +35,14 @@ def in_pair(loss: Loss, target: PyTree) -> tuple[Any, Array | None]:
 def check_arrays(
     loss: Loss, y: Array, target: Array, *kinds: type, of_classes: bool = False
 ) -> None:
-    """Raise unless y is floating, and the target of y's shape and one of these kinds of dtype.
+    """Raise unless y is floating, and target has y's shape and a dtype of one of these kinds.
 
     Args:
-        loss: the loss, for the message.
+        loss: the loss, for the error message.
         y: the net's output.
         target: the target.
-        kinds: such as ``jnp.floating``.
-        of_classes: whether the target has not the last axis of y.
+        kinds: kinds of dtype, such as ``jnp.floating``.
+        of_classes: whether the target lacks the last axis of y.
     """
     if not hasattr(y, "dtype"):
         raise TypeError(
@@ -69,7 +69,7 @@ def check_weights(loss: Loss, weights: Array | None, shape: tuple[int, ...]) -> 
     """Raise unless weights are None, or real numbers of this shape.
 
     Raises:
-        TypeError: for what is not an array of real numbers or bools.
+        TypeError: for weights that are not an array of real numbers or bools.
         ValueError: for another shape, and for a weight that is known to be negative or not finite.
     """
     if weights is None:
@@ -84,7 +84,7 @@ def check_weights(loss: Loss, weights: Array | None, shape: tuple[int, ...]) -> 
 
 
 def counted(weights: Array, dtype: Any) -> Array:
-    """Return weights in the dtype, with NaN for one that is negative."""
+    """Return weights in the dtype, with NaN in place of negative ones."""
     weights = weights.astype(dtype)
     return jnp.where(weights >= 0, weights, jnp.nan)
 
@@ -92,13 +92,13 @@ def counted(weights: Array, dtype: Any) -> Array:
 def check_target(
     words: str, target: Array, weights: Array | None, right: Callable[[Any], Any]
 ) -> None:
-    """Raise ``ValueError`` for a target that is known not to be right, and has a weight.
+    """Raise ``ValueError`` for a target that is known to be wrong and has a nonzero weight.
 
     Args:
-        words: what is taken, with which the message begins.
+        words: what the loss takes, which the message begins with.
         target: the target.
         weights: None, or the weights.
-        right: a function that says of each target, in the shape of weights, whether it is right.
+        right: a function that returns whether each target is right, in the shape of weights.
     """
     if weights is None:
         check_values(words, target, right)
@@ -107,11 +107,11 @@ def check_target(
 
 
 def check_plain_number(name: str, value: object, most: float = math.inf) -> None:
-    """Raise unless value is a number, no array, from 0 to ``most`` and finite.
+    """Raise unless value is a finite number from 0 to ``most``, and not an array.
 
     Raises:
-        TypeError: for what is not a number, or an array, which a field cannot hold.
-        ValueError: for another number. Both messages begin with name.
+        TypeError: for a value that is not a number, or is an array, which a field cannot hold.
+        ValueError: for a number out of range. Both messages begin with name.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} is a number, not {value!r}")
@@ -126,7 +126,7 @@ def times(weight: Y, value: Y) -> Y:
 
 
 def only(c: int | Array, root: Y) -> Y:
-    """Return root with zeros for all of an example's outputs but the one numbered c."""
+    """Return root with zeros for all of an example's outputs except number c."""
     one = jnp.arange(math.prod(root.shape[1:])) == c
     return jnp.where(one.reshape(1, *root.shape[1:]), root, 0)
 
@@ -137,5 +137,5 @@ def outputs(y: Array) -> int:
 
 
 def positions(y: Array) -> tuple[int, ...]:
-    """Return all axes but that of the examples."""
+    """Return all axes except that of the examples."""
     return tuple(range(1, y.ndim))

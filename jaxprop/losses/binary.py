@@ -1,4 +1,4 @@
-"""The cross-entropy of yes and no."""
+"""The cross-entropy of binary targets."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ Residuals = tuple[Y, Y, Y, Bool[Array, "n ..."] | tuple[()]]
 
 
 class BinaryCrossEntropy(Loss):
-    """E = (1 - t) log(1 + exp(y)) + t log(1 + exp(-y)) for logits y and targets t.
+    """Binary cross-entropy of logits y and targets t, a mean over an example's M outputs.
 
-    A mean over an example's M outputs. This is -t log s - (1 - t) log(1 - s) with s = sigmoid(y),
-    without its overflow and without cancellation. The derivative of log(1 + exp(y)) is s, and
-    sigmoid(-y) is 1 - s, so dE/dy = ((1 - t) s - t (1 - s)) / M = (s - t) / M. The Hessian is
-    diagonal, s (1 - s) / M: the variance of a target that is 1 with probability s, over M.
+    E = (1 - t) log(1 + exp(y)) + t log(1 + exp(-y)). This is -t log s - (1 - t) log(1 - s) with
+    s = sigmoid(y), without its overflow and without cancellation. The derivative of log(1 + exp(y))
+    is s, and sigmoid(-y) is 1 - s, so dE/dy = ((1 - t) s - t (1 - s)) / M = (s - t) / M. The
+    Hessian is diagonal, s (1 - s) / M: the variance of a target that is 1 with probability s, over
+    M.
 
-    With a weight a of the positive class and weights w of the outputs, w a t stands for t and
-    w (1 - t) for 1 - t, and the mean is over sum_j w_j instead of M.
+    With a weight a of the positive class and weights w of the outputs, w a t replaces t and
+    w (1 - t) replaces 1 - t, and the mean is over sum_j w_j instead of M.
 
     y is (N, ...), floating. target has the same shape, with values in [0, 1] of any real dtype or
-    bool. It may be a pair (target, weights), the weights of any real dtype in the shape of y. Of an
-    output with weight 0 neither y nor the target is looked at, and an example of such outputs alone
-    has value 0. In a traced program a target outside [0, 1] or a negative weight makes the loss and
-    the cotangent NaN.
+    bool. It may be a pair (target, weights), with weights of any real dtype in the shape of y. For
+    an output with weight 0, neither y nor the target is looked at; an example with only such
+    outputs has value 0. In a traced program a target outside [0, 1] or a negative weight makes the
+    loss and the cotangent NaN.
 
     Attributes:
         positive_weight: a, not negative.
@@ -87,7 +88,7 @@ class BinaryCrossEntropy(Loss):
         return ct if isinstance(real, tuple) else jnp.where(real, ct, 0)
 
     def real(self, residuals: Residuals) -> Bool[Array, "n ..."] | None:
-        """Return False at a position all of whose outputs have weight 0."""
+        """Return False at positions whose outputs all have weight 0."""
         real = residuals[-1]
         if isinstance(real, tuple):
             return None
@@ -108,7 +109,7 @@ class BinaryCrossEntropy(Loss):
         return self._weighted(residuals, error / math.sqrt(outputs(s)))
 
     def _weighted(self, residuals: Residuals, root: Y) -> Y:
-        """Return what has the variance of a target, times the root of its weight."""
+        """Return ``root``, for a target of weight 1, times the root of the target's weight."""
         _, yes, no, real = residuals
         if self.positive_weight == 1 and isinstance(real, tuple):
             return root

@@ -34,13 +34,13 @@ Target = Int[Array, "n ..."] | Logits
 
 
 class CrossEntropy(Loss):
-    """E = log sum_j exp(y_j) - y_t for logits y and the target class t; a mean over positions.
+    """Cross-entropy E = log sum_j exp(y_j) - y_t of logits y and a class t, a mean over positions.
 
     The derivative of log-sum-exp is the softmax, p_j = exp(y_j) / sum_k exp(y_k), so
     dE/dy_j = p_j - [j = t] (Bridle 1990, https://doi.org/10.1007/978-3-642-76153-9_28). For a
-    target that is almost certain both would cancel. With r the sum of exp(y_j - max y) over the
-    other classes, E = log(1 + r) for the largest y, and 1 - p_t = r / (r + exp(y_t - max y)). The
-    Hessian is diag(p) - p p^T = sum_c p_c (e_c - p)(e_c - p)^T, the covariance of e_c - p for a
+    target that is almost certain, both would cancel. With r the sum of exp(y_j - max y) over the
+    other classes, E = log(1 + r) if y_t is the largest, and 1 - p_t = r / (r + exp(y_t - max y)).
+    The Hessian is diag(p) - p p^T = sum_c p_c (e_c - p)(e_c - p)^T, the covariance of e_c - p for a
     class c drawn from p.
 
     In general E = -sum_j a_j log p_j with a_j = c_j ((1 - s) q_j + s / C), for a distribution q
@@ -49,29 +49,29 @@ class CrossEntropy(Loss):
     dE/dy_j = A p_j - a_j, and the Hessian is A (diag(p) - p p^T).
 
     y is (N, C) or (N, T, C), floating. The target is (N,) or (N, T), integers in [0, C), or
-    floating in the shape of y: the probability of each class. A class of -1 (or less) is padding:
-    it weighs nothing, whatever its logits are, and the mean is over an example's other positions.
-    An example that is all padding has value 0 and still counts in N.
+    floating in the shape of y: the probability of each class. A class of -1 or less is padding: it
+    has no weight, whatever its logits are, and the mean is over an example's other positions. An
+    example that is all padding has value 0 and still counts in N.
 
-    The target may be a pair (target, weights), the weights of the positions (N, T), of any real
-    dtype. An example's loss is then sum_t w_t E_t / sum_t w_t over its positions (0 where that sum
-    is), and a position of weight 0 is padding. (Weights of whole examples are ``weights=`` of the
-    functions that take the batch.) Class weights do not enter the mean: E_t counts once
-    and is larger. (PyTorch divides by the batch's sum of class weights.)
+    The target may be a pair (target, weights), with weights (N, T) of the positions, of any real
+    dtype. An example's loss is then sum_t w_t E_t / sum_t w_t over its positions (0 if the sum of
+    weights is 0), and a position with weight 0 is padding. (Weights of whole examples are
+    ``weights=`` of the functions that take the batch.) Class weights scale E_t, but do not enter
+    the mean, in which each E_t counts once. (PyTorch divides by the batch's sum of class weights.)
 
-    In a traced program a class of C or more, and a probability or a weight that is negative, make
-    the value and the cotangent NaN, and the sum of probabilities is not looked at.
+    In a traced program, a class of C or more, a negative probability and a negative weight each
+    make the value and the cotangent NaN, and the sum of probabilities is not checked.
 
     Attributes:
         label_smoothing: s, from 0 to 1.
         class_weights: c, a tuple of C numbers that are not negative; None for ones. A position
-            whose class has weight 0 still counts in the mean, and to curvature it is padding.
+            whose class has weight 0 still counts in the mean, but is padding to curvature.
 
     Raises:
         TypeError: for y that is not floating, and a target that is not an array of numbers.
         ValueError: for a target of another shape, for weights of a target without positions, for
-            another number of class weights, and where values are known (outside of ``jax.jit``) for
-            a class of C or more, probabilities that are negative or whose sum is not 1 within
+            the wrong number of class weights, and where values are known (outside of ``jax.jit``)
+            for a class of C or more, probabilities that are negative or whose sum is not 1 within
             0.001 (or 8 eps of their dtype), and weights that are negative or not finite.
     """
 
@@ -113,7 +113,7 @@ class CrossEntropy(Loss):
             of_class = jnp.take(jnp.asarray(self.class_weights, logits.dtype), chosen)
             weight = times(weight, of_class)
         if weights is not None or self.class_weights is not None:
-            chosen = jnp.where(weight == 0, -1, chosen)  # where a weight is 0 is padding too
+            chosen = jnp.where(weight == 0, -1, chosen)  # a weight of 0 makes padding, too
         values = jnp.sum(times(weight, each)[..., 0], axis=positions(valid))
         return values, (y, top, total, others, chosen, weight, soft)
 
@@ -155,7 +155,7 @@ class CrossEntropy(Loss):
     def _read(
         self, logits: Logits, target: Target
     ) -> tuple[Soft, Bool[Array, "n ..."], Int[Array, "n ... 1"]]:
-        """Return the probabilities, what is no padding, and the class, or the likeliest one."""
+        """Return the probabilities, which positions are not padding, and the (likeliest) class."""
         if jnp.issubdtype(target.dtype, jnp.integer):
             if jnp.issubdtype(target.dtype, jnp.unsignedinteger):
                 target = jnp.minimum(of_indices(target), logits.shape[-1]).astype(jnp.int32)
@@ -228,25 +228,25 @@ def _softmax(residuals: Residuals) -> Logits:
 def _exps(residuals: Residuals) -> Logits:
     y, top, *_ = residuals
     logits = wide(y)
-    infinite = (logits == top) & jnp.isinf(logits)  # else the top too has a derivative
+    infinite = (logits == top) & jnp.isinf(logits)  # only there: a finite top has a derivative, too
     return jnp.exp(jnp.where(infinite, 0, logits - top))
 
 
 def _less_one(p: Logits, at: Array) -> Logits:
-    """Return p - 1 at one class of each position, and p elsewhere: p - 1 is minus all other p."""
+    """Return p - 1 at one class of each position, as minus all other p, and p elsewhere."""
     others = jnp.sum(p, axis=-1, keepdims=True, where=~at)
     return jnp.where(at, -others, p)
 
 
 def _gathered(logits: Logits, chosen: Int[Array, "n ... 1"]) -> One:
-    """Return the chosen logit, NaN for a class of C or more; of padding what is not read."""
+    """Return the chosen logit, NaN for a class of C or more; for padding it is not used."""
     return jnp.take_along_axis(logits, chosen, axis=-1)
 
 
 def _picked(logits: Logits, chosen: Int[Array, "n ... 1"]) -> One:
-    """Return what ``_gathered`` does, in the pass over the classes that the other sums take.
+    """Return the chosen logit as ``_gathered`` does, in the same pass as the other sums.
 
-    A TPU's gather is four programs more.
+    On a TPU a gather would be four more programs.
     """
     own = jnp.sum(jnp.where(_is(chosen, logits), logits, 0), axis=-1, keepdims=True)
     return jnp.where(chosen < logits.shape[-1], own, jnp.nan)
@@ -255,12 +255,13 @@ def _picked(logits: Logits, chosen: Int[Array, "n ... 1"]) -> One:
 def _is_padding(chosen: Int[Array, "n ... 1"], y: Logits) -> Array:
     """Return where the class is negative, in the shape of y.
 
-    It is found for each entry: a TPU would find it for each position in a program of its own.
+    It is computed for each entry, since a TPU would compute it for each position in a separate
+    program.
     """
     classes = jax.lax.broadcasted_iota(chosen.dtype, y.shape, y.ndim - 1)
     return (chosen | classes) < 0
 
 
 def _is(chosen: Int[Array, "n ... 1"], y: Logits) -> Array:
-    """Return where on the last axis of y the chosen class is."""
+    """Return where the last axis of y is at the chosen class."""
     return jax.lax.broadcasted_iota(chosen.dtype, y.shape, y.ndim - 1) == chosen

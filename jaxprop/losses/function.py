@@ -1,4 +1,4 @@
-"""A loss of any function."""
+"""A loss from any function."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Residuals = tuple[PyTree, PyTree]  # y in at least float32, and the target
 
 
 class FunctionLoss(Loss):
-    """E = fn(y, t) for each example, with its derivatives by autodiff.
+    """The loss E = fn(y, t) for each example, with its derivatives by autodiff.
 
-    With H = V diag(l) V^T the Hessian by all of an example's C outputs, and l not negative for a
-    convex fn, S = V diag(l)^(1/2) is a root of it. ``sample`` is S r for random signs r, since
-    E r r^T is the identity. A Gauss-Newton matrix takes a convex loss: where an eigenvalue is
-    negative, by more than rounding, the example's root and sample are NaN.
+    Let H = V diag(l) V^T be the Hessian with respect to all of an example's C outputs. For a convex
+    fn, l is not negative, and S = V diag(l)^(1/2) is a root of H. ``sample`` is S r for random
+    signs r, since E r r^T is the identity. A Gauss-Newton matrix needs a convex loss: if an
+    eigenvalue is negative by more than rounding, the example's root and sample are NaN.
 
     Attributes:
         fn: a function of one example's y and target that returns a scalar. The cotangent of a leaf
-            of y that is of integers or bools is None.
+            of y that holds integers or bools is None.
     """
 
     fn: Callable[..., Array]
@@ -72,7 +72,7 @@ class FunctionLoss(Loss):
         return like_y(gradient)
 
     def _root(self, y: PyTree, target: PyTree) -> Cotangent:
-        """Return the root of one example's Hessian: like y, behind an axis of columns."""
+        """Return the root of one example's Hessian: like y, with a leading axis of columns."""
         moving, like_y = _moving(y)
         flat, unflatten = ravel_pytree(moving)
 
@@ -90,8 +90,8 @@ class FunctionLoss(Loss):
 def _moving(y: PyTree) -> tuple[list[Array], Callable[..., PyTree]]:
     """Return the leaves of y that have a derivative, and ``like_y(moving, others=None)``.
 
-    That is a tree like y with these leaves. In the place of integers and bools it has the leaves of
-    others, another tree like y, or None.
+    ``like_y`` returns a tree like y with these leaves. In place of integers and bools it has the
+    leaves of others, another tree like y, or None.
     """
     leaves, structure = jax.tree.flatten(y)
     moves = list(map(is_inexact, leaves))
@@ -109,19 +109,19 @@ def _moving(y: PyTree) -> tuple[list[Array], Callable[..., PyTree]]:
 def loss(fn: Callable[..., Array]) -> FunctionLoss:
     """Return the loss whose value for an example is ``fn(y, target)``.
 
-    Its derivatives are by autodiff: ``jax.grad`` for the cotangent, and for curvature the
-    eigenvectors of ``jax.hessian`` by an example's outputs, which costs their number cubed.
+    Its derivatives come from autodiff: ``jax.grad`` for the cotangent, and for curvature the
+    eigenvectors of ``jax.hessian`` with respect to an example's outputs, at a cost cubic in their
+    number.
 
-    The net and the loss are static to ``jax.jit``, and two functions are the same if they are one
-    object. A lambda that is written anew for each call is compiled anew: define fn once.
+    The net and the loss are static to ``jax.jit``, and two functions count as the same only if they
+    are one object. A new lambda for each call is compiled each time: define fn once.
 
     Args:
         fn: a function of y and target of *one* example, without the example axis, that returns a
-            scalar; of y alone where the target is left out. Both may be pytrees; y is in at least
-            float32.
+            scalar; of y alone if there is no target. Both may be pytrees; y is in at least float32.
 
     Raises:
-        TypeError: for what cannot be called, and in ``forward`` for an fn that does not return a
+        TypeError: for an fn that is not callable, and in ``forward`` for one that does not return a
             floating scalar.
 
     Example:

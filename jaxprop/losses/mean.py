@@ -1,4 +1,4 @@
-"""The mean of what a net computes, for a net that ends in its own loss."""
+"""The mean of a net's output, for a net that ends in its own loss."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jaxprop.losses.arguments import Y, outputs, positions
 
 
 class Mean(Loss):
-    """E = 1/M sum_j y_j over an example's M outputs, so dE/dy_j = 1/M; the target is left out.
+    """The mean of an example's M outputs, E = 1/M sum_j y_j, so dE/dy_j = 1/M.
 
-    It is for a net whose output is a loss already, such as ``jp.LinearCrossEntropy``. The Hessian
-    is 0, and with it the Gauss-Newton matrix: curvature is of a net and the loss that it ends in,
-    and refused here.
+    It takes no target, and is for a net whose output is a loss already, such as
+    ``jp.LinearCrossEntropy``. The Hessian is 0, and so is the Gauss-Newton matrix: curvature needs
+    a net without its loss, and is refused here.
 
     y is (N, ...), floating.
 

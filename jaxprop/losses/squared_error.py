@@ -21,20 +21,20 @@ from jaxprop.losses.arguments import (
     positions,
 )
 
-Residuals = tuple[Y, Y | tuple[()]]  # the error, and the weights where there are some
+Residuals = tuple[Y, Y | tuple[()]]  # the error, and the weights if there are any
 
 
 class HalfSquaredError(Loss):
-    """E = 1/2 sum_j (y_j - t_j)^2 for each example, so dE/dy_j = y_j - t_j.
+    """Half the squared error, E = 1/2 sum_j (y_j - t_j)^2 for each example, so dE/dy_j = y_j - t_j.
 
     The Hessian is the identity. ``sample`` draws the target from a normal distribution with mean y
     and unit variance. With weights it is E = 1/2 sum_j w_j (y_j - t_j)^2, whose derivative is
     w_j (y_j - t_j) and whose Hessian is diag(w).
 
-    y and target are both (N, ...), floating. All axes but the first are summed. The target may be a
-    pair (target, weights), the weights of any real dtype in the shape of y. Of an output with
-    weight 0 neither y nor the target is looked at. In a traced program a negative weight makes the
-    loss and the cotangent NaN.
+    y and target are both (N, ...), floating. All axes except the first are summed over. The target
+    may be a pair (target, weights), with weights of any real dtype in the shape of y. For an output
+    with weight 0, neither y nor the target is looked at. In a traced program a negative weight
+    makes the loss and the cotangent NaN.
 
     Raises:
         TypeError: for y or a target that is not a floating array.
@@ -59,7 +59,7 @@ class HalfSquaredError(Loss):
         return error if isinstance(weights, tuple) else weights * error
 
     def real(self, residuals: Residuals) -> Bool[Array, "n ..."] | None:
-        """Return False at a position all of whose outputs have weight 0."""
+        """Return False at positions whose outputs all have weight 0."""
         _, weights = residuals
         if isinstance(weights, tuple):
             return None
@@ -77,6 +77,6 @@ class HalfSquaredError(Loss):
         return drawn if isinstance(weights, tuple) else self._root(residuals) * drawn
 
     def _root(self, residuals: Residuals) -> Y:
-        """Return the diagonal of the root."""
+        """Return the diagonal of the Hessian's root."""
         error, weights = residuals
         return jnp.ones_like(error) if isinstance(weights, tuple) else jnp.sqrt(weights)

@@ -21,11 +21,11 @@ Weighted: TypeAlias = Loss | tuple[float, Loss]
 
 
 class Part(NamedTuple):
-    """A loss of one part of the output.
+    """The loss on one part of the output.
 
     Attributes:
         name: the part's key, or index.
-        weight: what the loss is multiplied by.
+        weight: the factor of the loss.
         loss: the loss.
     """
 
@@ -35,10 +35,10 @@ class Part(NamedTuple):
 
 
 class TotalLoss(Loss):
-    """E = sum_i a_i E_i(y_i, t_i), so dE/dy_i = a_i dE_i/dy_i, and the Hessian is block diagonal.
+    """A weighted sum of losses, E = sum_i a_i E_i(y_i, t_i), so dE/dy_i = a_i dE_i/dy_i.
 
-    Its root has the columns of all parts one after the other, each sqrt(a_i) times the part's and
-    zero elsewhere. ``sample`` samples each part by itself.
+    The Hessian is block diagonal. Its root has the columns of all parts one after the other, each
+    sqrt(a_i) times the part's column, and zero elsewhere. ``sample`` samples each part separately.
 
     Attributes:
         parts: the parts.
@@ -73,7 +73,7 @@ class TotalLoss(Loss):
     def real(self, residuals: tuple[Residuals, ...]) -> Bool[Array, "n ..."] | None:
         """Return False where all parts say that an example, or a position, is padding.
 
-        None where one of them has no padding, or where they have other positions.
+        None if one of them has no padding, or if their positions differ.
         """
         each = [part.loss.real(r) for part, r in zip(self.parts, residuals, strict=True)]
         known = [real for real in each if real is not None]
@@ -108,7 +108,7 @@ class TotalLoss(Loss):
         return self._output(drawn)
 
     def _output(self, parts: list[PyTree]) -> PyTree:
-        """Return a tree like y of what belongs to the parts."""
+        """Return a tree like y, from a list with an entry for each part."""
         if isinstance(self.parts[0].name, int):
             return tuple(parts)
         return {part.name: leaf for part, leaf in zip(self.parts, parts, strict=True)}
@@ -132,8 +132,8 @@ class TotalLoss(Loss):
 def total_loss(*parts: Weighted, **named: Weighted) -> TotalLoss:
     """Return the weighted sum of a loss on each part of an output that is a tuple or a dict.
 
-    The target has a part for each too; that of a loss that takes none is None, or left out of the
-    dict. Every part of the output has its loss.
+    Every part of the output needs a loss. The target has the same parts; for a loss that takes no
+    target, the part is None, or left out of the dict.
 
     Args:
         parts: for an output that is a tuple: a loss, or a pair (weight, loss), for each part. The
@@ -141,9 +141,9 @@ def total_loss(*parts: Weighted, **named: Weighted) -> TotalLoss:
         named: for an output that is a dict, the same by key.
 
     Raises:
-        TypeError: for what is not a loss, or not a number.
-        ValueError: for no losses, or some by name and some not; in ``forward`` for an output or a
-            target of other parts.
+        TypeError: for a part that is not a loss, or a weight that is not a number.
+        ValueError: for no losses, or some by name and some not; in ``forward``, for an output or a
+            target with other parts.
 
     Example:
         >>> import jaxprop as jp

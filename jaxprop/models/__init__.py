@@ -1,4 +1,4 @@
-"""Well-known networks, built of this library's layers."""
+"""Well-known networks, built from this library's layers."""
 
 from jaxprop.models.generation import decoder, generate
 from jaxprop.models.images import all_cnn_c, three_c3d

@@ -1,8 +1,8 @@
-"""The step of each kind of layer from position to position.
+"""Running each kind of layer position by position.
 
-Most layers are applied to the new positions alone, and attention keeps the keys and values of those
-before. This has nothing to do with backpropagation, and so it is no method of the layers: ``step``
-has a rule for each class that needs one.
+Most layers are applied to the new positions alone, and attention keeps the keys and values of the
+previous ones. This is unrelated to backpropagation, and so it is not a method of the layers:
+``step`` has a rule for each class that needs one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from jaxprop.layers.recurrence import Recurrence
 from jaxprop.layers.scores import Keys, Queries, attend
 
 State: TypeAlias = Any
-"""The state that a layer keeps of the positions before: a pytree of arrays, ``()`` for nothing."""
+"""The state that a layer keeps of previous positions: a pytree of arrays, ``()`` for nothing."""
 
 
 class Now(NamedTuple):
@@ -58,14 +58,14 @@ class Now(NamedTuple):
 def step(
     layer: Layer, params: Params, state: State | None, x: PyTree, now: Now
 ) -> tuple[PyTree, State]:
-    """Return ``(y, state)``: the layer at the next positions, given what it keeps of the others.
+    """Return ``(y, state)`` of the layer at the next positions, given its state from the others.
 
     Args:
-        layer: the layer, by whose class a rule is chosen. A layer without one is applied to x.
+        layer: the layer, whose class chooses the rule. A layer without a rule is applied to x.
         params: its params.
-        state: what it returned for the positions before; None at the start.
+        state: the state that it returned for the previous positions; None at the start.
         x: its input at the next positions.
-        now: where these are.
+        now: the place of these positions.
     """
     if not _is_by_position(layer):
         hint = "; take jp.inference_mode(net)" if layer.batch_coupled else ""
@@ -77,7 +77,7 @@ def step(
 
 
 def _is_by_position(layer: Layer) -> bool:
-    """Return whether a layer without a rule, and all that it is made of, does the same anywhere."""
+    """Return whether a layer without a rule, and every layer in it, treats all positions alike."""
     has_rule = step.dispatch(type(layer)) is not step.dispatch(object)
     if has_rule and not isinstance(layer, Combinator | Cast | Shared):
         return False
@@ -89,9 +89,9 @@ def _is_by_position(layer: Layer) -> bool:
 def _attention(
     layer: Attention, params: Params, state: State | None, x: PyTree, now: Now
 ) -> tuple[PyTree, State]:
-    """Keep k and v, (N, kv_heads, length, d), in which the later positions are not seen.
+    """Keep k and v, (N, kv_heads, length, d), of which later positions are not seen.
 
-    The query heads that share a key are further queries at the same positions.
+    The query heads that share a key become further queries at the same positions.
     """
     if isinstance(x, tuple) and not layer.causal and Inputs.of(x).bias is None:
         return layer.forward(params, x)[0], ()
@@ -119,7 +119,7 @@ def _attention(
 def _recurrent(
     layer: Recurrence, params: Params, state: State | None, x: PyTree, now: Now
 ) -> tuple[PyTree, State]:
-    """Keep the last state, from which the layer then starts."""
+    """Keep the last state, from which the layer starts at the next call."""
     masked = isinstance(params.mask, Mask)
     if isinstance(x, tuple) or layer.reverse or layer.output != "sequence" or masked:
         raise ValueError(

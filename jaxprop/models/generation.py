@@ -1,4 +1,4 @@
-"""A net that goes on from position to position, and the tokens with which it goes on."""
+"""Running a net position by position, and generating tokens with it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jaxprop.models.decoding import Now, State, step
 
 
 class Decoder(NamedTuple):
-    """A net that goes on from position to position, two pure functions.
+    """A net that runs position by position, as two pure functions.
 
     Attributes:
-        start: ``start(params, x) -> state``, from the first positions' x or their shapes.
-        step: ``step(params, state, x) -> (y, state)``, for the T next positions x (N, T, ...).
+        start: ``start(params, x) -> state``, for x at the first positions, or its shapes.
+        step: ``step(params, state, x) -> (y, state)``, for x (N, T, ...) at the T next positions.
     """
 
     start: Callable[[Params, PyTree], State]
@@ -32,28 +32,29 @@ class Decoder(NamedTuple):
 
 
 def decoder(net: Layer, length: int) -> Decoder:
-    """Return the net as a function of the next positions and of a state that keeps the others.
+    """Return the net as a function of the next positions and of a state of the previous ones.
 
-    Going through a sequence in any pieces gives what ``net.forward`` gives at once, in ``jit`` and
-    ``lax.scan`` too. A position costs what the layers cost on that position, but attention and
-    ``Rotary`` go through ``length`` of them. Past ``length`` y is NaN.
+    Running a sequence in pieces of any length returns what ``net.forward`` returns for the whole,
+    also in ``jit`` and ``lax.scan``. A position costs what the layers cost on that position, except
+    that attention and ``Rotary`` run over ``length`` positions. Past ``length``, y is NaN.
 
-    Every layer must let a position depend on those before alone: ``Attention`` is causal, or of a
-    memory that is given whole with every step, as in ``(x of the next positions, memory)`` or a
-    dict of both. Layers that know where they are, such as ``Positions``, take the memory for next
-    positions: apply them to it before. Each part of y is of the next positions, which are counted
-    there. A layer of your own is applied to the new positions, unless it says ``mixes_positions``;
-    how it goes on then is registered as ``jp.models.decoding.step.register(MyLayer)``.
+    In every layer a position must depend only on itself and those before it: ``Attention`` is
+    causal, or attends to a memory that is given whole at every step, as in
+    ``(x of the next positions, memory)`` or a dict of both. Layers that depend on where a position
+    is, such as ``Positions``, would take the memory for next positions: apply them to it
+    beforehand. Each part of y has an axis of the next positions, by which they are counted. A layer
+    of your own is applied to the new positions, unless it sets ``mixes_positions``; register a rule
+    for it with ``jp.models.decoding.step.register(MyLayer)``.
 
     Args:
         net: the network.
         length: the number of positions that there is room for.
 
     Raises:
-        TypeError: for what is not a net, or not a whole number.
-        ValueError: for a length below 1, and where the functions are used for a layer that needs
-            later positions, couples examples, or mixes positions in a way that is not known; and
-            for a y whose parts have different numbers of positions.
+        TypeError: for a net that is not a layer, and a length that is not a whole number.
+        ValueError: for a length below 1, and when the functions are used, for a layer that needs
+            later positions, couples examples, or mixes positions without a rule, and for a y whose
+            parts have different numbers of positions.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprop as jp
@@ -97,7 +98,7 @@ def generate(
     key: Array | None = None,
     temperature: float | Array = 1.0,
 ) -> Int[Array, "n p+s"]:
-    """Return the prompt and the tokens with which the net goes on, (N, P + steps).
+    """Return the prompt and the tokens with which the net continues it, (N, P + steps).
 
     A token is -1 where the logits are NaN, as they are after an id that the net's table lacks.
 
@@ -105,14 +106,14 @@ def generate(
         net: a network from token ids (N, T) to logits (N, T, vocab), as ``decoder`` takes it.
         params: its params.
         prompt: (N, P), integers, of at least one token.
-        steps: how many tokens are added.
-        key: a key of ``jax.random.key`` with which they are drawn; without one each is the most
-            likely.
+        steps: the number of tokens to add.
+        key: a key of ``jax.random.key`` to draw them with; without it, each is the most likely
+            token.
         temperature: what the logits are divided by before a token is drawn.
 
     Raises:
         TypeError: for ids that are not integers, steps that are not a whole number, a temperature
-            that is not a number, and what is not a key.
+            that is not a number, and a key of another kind.
         ValueError: for a prompt without tokens, steps below 1 and a temperature that is not
             positive; and as ``decoder`` does.
 

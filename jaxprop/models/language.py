@@ -48,24 +48,23 @@ def gpt2(
     It has learned positions, pre-norm blocks of causal attention and of a dense layer four times as
     wide, the tanh form of gelu, and a last LayerNorm. The embedding's own table gives the logits.
 
-    Dropout takes effect where a key is given (``net.bind(params, key=key)``). Attention weights are
+    Dropout takes effect if a key is given (``net.bind(params, key=key)``). Attention weights are
     not dropped.
 
     Args:
         config: the sizes.
-        scan: whether the blocks are one ``repeat``, whose params are stacked, instead of a layer
-            each.
+        scan: whether the blocks are one ``repeat`` with stacked params, instead of separate layers.
         recomputing: whether a block saves only its input, and the walk back recomputes the rest
             (remat).
         save: what attention saves for backward, "weights" or "logsumexp".
-        kernels: whether attention that saves "logsumexp" takes kernels, as ``Attention`` has it.
+        kernels: whether attention that saves "logsumexp" uses kernels, as for ``Attention``.
 
     Returns:
         A net from token ids (N, T), integers, to logits (N, T, vocab), with T at most
         ``config.length``.
 
     Raises:
-        TypeError: for what is not a ``Gpt2Config``, and for an entry of the wrong type.
+        TypeError: for a config that is not a ``Gpt2Config``, and for an entry of the wrong type.
         ValueError: for an entry out of range, heads that do not divide the features, and another
             ``save``.
 

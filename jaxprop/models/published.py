@@ -32,7 +32,7 @@ def gpt2_params(tensors: Mapping[str, ArrayLike]) -> Params:
 
     Raises:
         KeyError: for a tensor that is missing.
-        TypeError: for what is not a mapping.
+        TypeError: for tensors that are not a mapping.
         ValueError: for a tensor that a GPT-2 does not have, or of another shape, and for a head
             that is not the table.
     """
@@ -65,11 +65,11 @@ IN_BLOCK = tuple(
     for layer in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     for kind in ("weight", "bias")
 )
-IGNORED = ("attn.bias", "attn.masked_bias")  # masks, which are no params
+IGNORED = ("attn.bias", "attn.masked_bias")  # masks, which are not params
 
 
 def _check_names(named: Mapping[str, ArrayLike]) -> int:
-    """Return the number of blocks, once every tensor has a place and every place a tensor."""
+    """Return the number of blocks, after checking that tensors and places match one to one."""
     blocks = {name.split(".")[1] for name in named if name.startswith("h.")}
     layers = len(blocks)
     places = {*ENDS, *(f"h.{layer}.{name}" for layer in range(layers) for name in IN_BLOCK)}
@@ -153,8 +153,8 @@ def _is_scanned(params: Params) -> bool:
 def load_gpt2(path: str | PathLike[str], *, heads: int | None = None) -> tuple[Layer, Params]:
     """Return ``(net, params)`` from a safetensors file of a GPT-2; needs the extra ``[models]``.
 
-    The sizes, all but ``heads``, are read off the tensors. A ``config.json`` beside the file, as
-    the published models have one, must agree with them, and with what ``gpt2`` computes.
+    All sizes except ``heads`` are read from the tensors. If there is a ``config.json`` next to the
+    file, as for the published models, it must agree with ``heads`` and with what ``gpt2`` computes.
 
     Args:
         path: the file.
@@ -192,7 +192,7 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
 
 
 def _heads(path: Path, heads: int | None) -> int | None:
-    """Return the number of heads, held against the ``config.json`` if there is one."""
+    """Return the number of heads, checked against the ``config.json`` if there is one."""
     if heads is not None:
         check_count("heads", heads)
     if not path.is_file():
