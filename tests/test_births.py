@@ -572,7 +572,7 @@ def test_another_example_that_overflows_later():
     assert birth.cause == "The sum overflows: float64 goes to 1.8e+308."
 
 
-@pytest.mark.parametrize("name, value", [("maximum", "-inf"), ("minimum", "inf")])
+@pytest.mark.parametrize(("name", "value"), [("maximum", "-inf"), ("minimum", "inf")])
 def test_a_reduction_over_nothing(name, value):
     reduced, initial = {"maximum": (jnp.max, -jnp.inf), "minimum": (jnp.min, jnp.inf)}[name]
 

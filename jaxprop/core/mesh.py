@@ -96,7 +96,7 @@ def _varying(x: Array) -> frozenset[str]:
     return of_x.manual_axis_type.varying if hasattr(of_x, "manual_axis_type") else of_x.vma
 
 
-def struct_beside(
+def varying_struct(
     arrays: Sequence[Array], shape: Sequence[int], dtype: DTypeLike
 ) -> jax.ShapeDtypeStruct:
     """Return the struct of a result of arrays; in ``jax.shard_map`` it varies along their axes."""
@@ -119,7 +119,7 @@ def is_bound(axis: str) -> bool:
     return True
 
 
-def zero_beside(arrays: Sequence[Array], dtype: DTypeLike) -> Array:
+def varying_zero(arrays: Sequence[Array], dtype: DTypeLike) -> Array:
     """Return a zero; in ``jax.shard_map`` its type varies along the axes of the arrays' types.
 
     There the cotangent of a value that is the same on all devices is summed over them, which must

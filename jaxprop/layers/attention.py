@@ -19,10 +19,10 @@ from jaxprop.core.types import Cotangent, Params, PyTree, Residuals
 from jaxprop.layers import by_parts
 from jaxprop.layers.heads import (
     Inputs,
-    beside,
     check_inputs,
     joined,
     mask_of_scores,
+    merged,
     scale,
     selected,
 )
@@ -153,7 +153,7 @@ class Attention(Layer):
         mask = mask_of_scores(self, params, given)
         given = selected(self, given, mask)
         y, kept = self._half("attend", given, mask)
-        y = beside(y.swapaxes(1, 2))
+        y = merged(y.swapaxes(1, 2))
         return y, (x if mask is None else given.like(x), y, kept)
 
     def backward(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxprop.core.mesh import zero_beside
+from jaxprop.core.mesh import varying_zero
 from jaxprop.core.types import PyTree, Residuals
 from jaxprop.layers import scores
 from jaxprop.layers.heads import Inputs, positions, split
@@ -44,7 +44,7 @@ def pull(
         mean: <ct, y>, (N, heads, T, 1) in at least float32.
         kept: the residuals from ``attend``.
     """
-    s, zero = x.sizes[2], zero_beside(jax.tree.leaves((x, mask, ct)), mean.dtype)
+    s, zero = x.sizes[2], varying_zero(jax.tree.leaves((x, mask, ct)), mean.dtype)
     d_q, d_k, d_v, d_bias = [], [], [], []
     for (rows, queries, keys), saved in zip(_parts(layer, x, mask), kept, strict=True):
         zeros = (jnp.zeros_like(keys.k, mean.dtype) + zero,) * 2

@@ -156,13 +156,13 @@ def joined(layer: Attention, x: Inputs, d_q: Heads, d_k: Heads, d_v: Heads) -> I
         kv_heads = layer.heads // layer.groups
         apart = kv_heads, layer.groups
         d_k, d_v = (z.reshape(z.shape[0], *apart, *z.shape[2:]).sum(2) for z in (d_k, d_v))
-    d_q, d_k, d_v = (beside(z.swapaxes(1, 2)) for z in (d_q, d_k, d_v))
+    d_q, d_k, d_v = (merged(z.swapaxes(1, 2)) for z in (d_q, d_k, d_v))
     if x.memory is not None:
         return Inputs(d_q, jnp.concatenate([d_k, d_v], -1))
     return Inputs(jnp.concatenate([d_q, d_k, d_v], -1))
 
 
-def beside(parts: Float[Array, "n t ..."]) -> Float[Array, "n t d"]:
+def merged(parts: Float[Array, "n t ..."]) -> Float[Array, "n t d"]:
     """Return the parts of each position, such as its heads, joined on one axis."""
     n, t, *sizes = parts.shape
     return parts.reshape(n, t, math.prod(sizes))

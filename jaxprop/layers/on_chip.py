@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 from jax.typing import DTypeLike
 
-from jaxprop.core.mesh import is_explicit, shard_map_axes, struct_beside
+from jaxprop.core.mesh import is_explicit, shard_map_axes, varying_struct
 from jaxprop.core.types import PyTree
 from jaxprop.layers.scores import Sight
 
@@ -145,7 +145,7 @@ def launch(
 
         return pl.BlockSpec((None, None, *((1, size) if row else (size, z.shape[3]))), at)
 
-    struct = functools.partial(struct_beside, [z for z in (*own, *met) if z is not None])
+    struct = functools.partial(varying_struct, [z for z in (*own, *met) if z is not None])
     structs = [
         struct((n, heads, 1, padded), jnp.float32)
         if out is None

@@ -16,7 +16,7 @@ from jaxprop.quantity.base import Quantity
 from jaxprop.quantity.together import together
 
 
-def beside(
+def alongside(
     net: Layer,
     loss: Loss,
     own: Mapping[str, Quantity],

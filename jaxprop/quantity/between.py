@@ -144,7 +144,7 @@ def ntk(net: Layer, *, full: bool = False) -> TangentKernel:
             walk2, _ = _by_output(net, bound, x2)
 
             def of_output(c: Array) -> PyTree:
-                pairs = _beside(walk(c, factored), walk2(c, factored))
+                pairs = _paired(walk(c, factored), walk2(c, factored))
                 return [between(f.for_products(o), o.for_products(f)) for f, o in pairs]
 
         def over(outputs: Array) -> Array:
@@ -187,7 +187,7 @@ def _over_outputs(outputs: int, full: bool) -> Callable[[Factored, Factored], Ar
             products = rows[0].products_with(rows[1]).reshape(*g.shape[:2], *h.shape[:2])
             return jnp.moveaxis(products, 1, 0), True
         if kinds == {Outer} and not full and not (has[0].x or has[1].x):
-            wider = [Outer(each.x, _beside_each_other(each.ct)) for each in (form, other)]
+            wider = [Outer(each.x, _columns_as_outputs(each.ct)) for each in (form, other)]
             return wider[0].products_with(wider[1]), False
         axes, others = jax.tree.map(lambda has: 0 if has else None, tuple(has))
         if full:
@@ -202,7 +202,7 @@ def _products(form: Factored, other: Factored) -> Float[Array, "n m"]:
     return form.products_with(other)
 
 
-def _beside_each_other(ct: Float[Array, "c n ... o"]) -> Float[Array, "n ... co"]:
+def _columns_as_outputs(ct: Float[Array, "c n ... o"]) -> Float[Array, "n ... co"]:
     """Return ct with the features of all outputs side by side on the last axis."""
     return jnp.moveaxis(ct, 0, -2).reshape(*ct.shape[1:-1], ct.shape[0] * ct.shape[-1])
 
@@ -216,10 +216,10 @@ def _added(taken: PyTree, axes: int) -> Array:
 
 def products(forms: PyTree, others: PyTree) -> Float[Array, "n m"]:
     """Return the inner products of two batches' gradients, over all params."""
-    return everything([_products(*pair) for pair in _beside(forms, others)])
+    return everything([_products(*pair) for pair in _paired(forms, others)])
 
 
-def _beside(forms: PyTree, others: PyTree) -> list[tuple[Factored, Factored]]:
+def _paired(forms: PyTree, others: PyTree) -> list[tuple[Factored, Factored]]:
     """Return a pair of forms for each param."""
     each, structure = jax.tree.flatten(forms, is_leaf=is_factored)
     return list(zip(each, structure.flatten_up_to(others), strict=True))

@@ -24,7 +24,7 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.where import Where
-from jaxprop.quantity.also import beside
+from jaxprop.quantity.also import alongside
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import Quantity
 from jaxprop.quantity.clipping import Clipped, Weight
@@ -204,7 +204,7 @@ def clipped_grad(
         asked["y"] = Output()
     if drop_nonfinite:
         asked["finite"] = FiniteLoss()
-    f = beside(net, loss, asked, also, micro_batches, aux)
+    f = alongside(net, loss, asked, also, micro_batches, aux)
 
     def value_and_clipped(params: Params, batch: Batch) -> tuple[Any, Params]:
         result, quantities = f(params, batch)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprop.core.describe import shapes
-from jaxprop.core.mesh import shard_map_axes, zero_beside
+from jaxprop.core.mesh import shard_map_axes, varying_zero
 from jaxprop.core.tree import arrays, is_not_learned, map_modules, numbered
 from jaxprop.core.types import Params, PyTree
 from jaxprop.traced.equations import Program, for_tracing
@@ -84,7 +84,7 @@ class Example:
         xs, of_x = jax.tree.flatten(x)
         if shard_map_axes():  # a param needs the type of an example's own zero
             for index in learned:
-                each[index] += zero_beside(xs, each[index].dtype)
+                each[index] += varying_zero(xs, each[index].dtype)
         found: list[Any] = []
 
         def flat(each: list[Any], xs: list[Any]) -> list[Any]:

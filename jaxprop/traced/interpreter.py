@@ -13,7 +13,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxprop.core.arrays import is_floating, is_inexact
 from jaxprop.core.forms import Scanned
-from jaxprop.core.mesh import zero_beside
+from jaxprop.core.mesh import varying_zero
 from jaxprop.traced.ends import ends_of
 from jaxprop.traced.equal import Equal
 from jaxprop.traced.equations import (
@@ -247,7 +247,7 @@ def _switch(equation: JaxprEqn, ins: list[Any], taps: Taps) -> list[Any] | None:
                 inner.xs if n == number else jax.tree.map(jnp.zeros_like, other.xs)
                 for n, other in enumerate(found)
             ]
-            xs = jax.tree.map(lambda x: x + zero_beside(data, x.dtype), xs)
+            xs = jax.tree.map(lambda x: x + varying_zero(data, x.dtype), xs)
             return outs, [x for each in xs for x in each]
 
         return f

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxprop.core.arrays import is_inexact
-from jaxprop.core.mesh import shard_map_axes, zero_beside
+from jaxprop.core.mesh import shard_map_axes, varying_zero
 from jaxprop.core.residuals import Distinct
 from jaxprop.core.types import Cotangent, PyTree
 from jaxprop.traced.equations import evaluate, first_of, struct
@@ -49,7 +49,7 @@ class TapeOfLayers:
 
 
 def layers_ahead(
-    layers: Layers, params: Sequence[Array], slots: dict[int, Array], beside: Sequence[Array]
+    layers: Layers, params: Sequence[Array], slots: dict[int, Array], batched: Sequence[Array]
 ) -> TapeOfLayers:
     """Run the scan, put its outputs into their slots, and return its residuals.
 
@@ -57,14 +57,14 @@ def layers_ahead(
         layers: the scan.
         params: all params.
         slots: the data, with all examples on axis 0.
-        beside: arrays of all examples, as in ``Piece.ahead``.
+        batched: arrays of all examples, as in ``Piece.ahead``.
     """
     flow, each = layers.flow, iter(layers.before.run(params, evaluate))
     views = [next(each) for _ in flow.learned]
     fixed = [next(each) for _ in range(flow.fixed)]
     fixed_stacks = [next(each) for _ in range(flow.fixed_stacks)]
     carry = [
-        _of_all(next(each), beside) if slot is None else _beside(slots[slot], beside)
+        _of_all(next(each), batched) if slot is None else _varying(slots[slot], batched)
         for slot in flow.carry
     ]
     consts = [slots[slot] for slot in flow.consts]
@@ -79,7 +79,7 @@ def layers_ahead(
         data = [*consts, *carry, *stacks]
         of_layer = dict(zip(flow.learned, views, strict=True))
         piece = Piece(layers.body, of_layer, [*fixed, *fixed_stacks], list(map(first_of, data)))
-        outs, saved = piece.ahead(data, beside)
+        outs, saved = piece.ahead(data, batched)
         found.append(tuple(map(struct, outs)))
         kept = Distinct.of(saved, tape.known(views, fixed_stacks), (), ())
         return outs[: len(carry)], (outs[len(carry) :], kept)
@@ -97,7 +97,7 @@ def layers_ahead(
 def layers_back(
     tape: TapeOfLayers,
     cts: dict[int, Cotangent],
-    beside: Sequence[Array],
+    batched: Sequence[Array],
     own: PyTree,
     visit: Callable[[PyTree, Shares, list[Cotangent], list[Cotangent], Tape], Any],
 ) -> Any:
@@ -106,7 +106,7 @@ def layers_back(
     Args:
         tape: what ``layers_ahead`` saved.
         cts: the cotangents by slot.
-        beside: arrays of all examples.
+        batched: arrays of all examples.
         own: a tree of stacks, whose entries for a layer are passed to the layer's visit.
         visit: called with a layer's entries of ``own``, its shares, the cotangents of its outputs
             and of its data, and what it saved.
@@ -122,13 +122,13 @@ def layers_back(
         if slot is not None and slot in cts:
             ct = cts.pop(slot)
             return jnp.moveaxis(ct, 1, 0) if stack else ct
-        return _beside(jnp.zeros((*stack, *like.shape), like.dtype), beside)
+        return _varying(jnp.zeros((*stack, *like.shape), like.dtype), batched)
 
     length = dict(flow.options)["length"]
     ct_carry = [ct_of(slot, like) for slot, like in pairs[:carried]]
     ct_ys = [ct_of(slot, like, length) for slot, like in pairs[carried:]]
     d_consts = [
-        _beside(jnp.zeros(const.shape, const.dtype), [const]) if is_inexact(const) else None
+        _varying(jnp.zeros(const.shape, const.dtype), [const]) if is_inexact(const) else None
         for const in tape.consts
     ]
 
@@ -162,16 +162,16 @@ def add(cts: dict[int, Cotangent], slot: int, ct: Cotangent) -> None:
         cts[slot] = cts[slot] + ct if slot in cts else ct
 
 
-def _of_all(value: Array, beside: Sequence[Array]) -> Array:
+def _of_all(value: Array, batched: Sequence[Array]) -> Array:
     """Return a value repeated for each example."""
-    return _beside(jnp.broadcast_to(value, (beside[0].shape[0], *value.shape)), beside)
+    return _varying(jnp.broadcast_to(value, (batched[0].shape[0], *value.shape)), batched)
 
 
-def _beside(value: Array, arrays: Sequence[Array]) -> Array:
+def _varying(value: Array, arrays: Sequence[Array]) -> Array:
     """Return a value; in ``jax.shard_map`` its type varies along each axis that an array's does."""
     if not shard_map_axes() or jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return value
-    return value + zero_beside(arrays, value.dtype)
+    return value + varying_zero(arrays, value.dtype)
 
 
 def _split(values: list[Any], *lengths: int) -> list[list[Any]]:

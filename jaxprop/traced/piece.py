@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxprop.core.arrays import is_inexact
 from jaxprop.core.forms import Factored, Moves, Sum
-from jaxprop.core.mesh import zero_beside
+from jaxprop.core.mesh import varying_zero
 from jaxprop.core.types import Cotangent
 from jaxprop.traced.equations import Program, for_tracing
 from jaxprop.traced.interpreter import run
@@ -62,23 +62,23 @@ class Piece:
         self.uses: tuple[Use, ...] = tuple(taps.uses)
         self.taps: list[Any] = taps.zeros
 
-    def ahead(self, data: Sequence[Array], beside: Sequence[Array]) -> tuple[list[Array], Tape]:
+    def ahead(self, data: Sequence[Array], batched: Sequence[Array]) -> tuple[list[Array], Tape]:
         """Return the outputs for all examples, and the residuals of the walk back.
 
         Args:
             data: the data of all examples, which are on axis 0.
-            beside: arrays of all examples. In ``jax.shard_map`` their types vary along every mesh
+            batched: arrays of all examples. In ``jax.shard_map`` their types vary along every mesh
                 axis along which the type of any of the data does.
         """
         moving = tuple(map(is_inexact, data))
 
         def of_batch(taps: Any, owns: Any, some: list[Array]) -> tuple[list[Array], Any]:
-            each = jax.vmap(self._tapped, axis_size=beside[0].shape[0])
+            each = jax.vmap(self._tapped, axis_size=batched[0].shape[0])
             outs, xs = each(taps, owns, placed(some, moving, data))
             return list(filter(is_inexact, outs)), (outs, xs)
 
-        taps = jax.tree.map(lambda struct: zeros(beside, struct), self.taps)
-        owns = {index: zeros(beside, self._views[index]) for index in self.owned}
+        taps = jax.tree.map(lambda struct: zeros(batched, struct), self.taps)
+        owns = {index: zeros(batched, self._views[index]) for index in self.owned}
         some = list(filter(is_inexact, data))
         moved, pull, (outs, xs) = jax.vjp(of_batch, taps, owns, some, has_aux=True)
         moves = tuple(map(is_inexact, outs))
@@ -175,7 +175,7 @@ class Tape:
         return each, owns, d_some
 
 
-def zeros(beside: Sequence[Array], like: Any) -> Array:
-    """Return zeros of an array's shape for each example, with a type that suits ``beside``."""
-    zero = zero_beside(beside, like.dtype)
-    return jnp.broadcast_to(zero, (beside[0].shape[0], *like.shape))
+def zeros(batched: Sequence[Array], like: Any) -> Array:
+    """Return zeros of an array's shape for each example, with a type that suits ``batched``."""
+    zero = varying_zero(batched, like.dtype)
+    return jnp.broadcast_to(zero, (batched[0].shape[0], *like.shape))

@@ -130,15 +130,15 @@ def walk_ahead(one: Example, x: PyTree) -> tuple[PyTree, Walked]:
 
 
 def _stage_ahead(
-    one: Example, stage: Straight | Layers, slots: dict[int, Array], beside: Sequence[Array]
+    one: Example, stage: Straight | Layers, slots: dict[int, Array], batched: Sequence[Array]
 ) -> TapeOfRun | TapeOfLayers:
     """Run a stage, put its outputs into their slots, and return its residuals."""
     if isinstance(stage, Layers):
-        return layers_ahead(stage, one.params, slots, beside)
+        return layers_ahead(stage, one.params, slots, batched)
     data = [slots[slot] for slot in stage.ins]
     alone = len(one.stages) == 1
     piece = one.whole if alone else one.piece(stage.program, list(map(first_of, data)))
-    outs, tape = piece.ahead(data, beside)
+    outs, tape = piece.ahead(data, batched)
     slots |= zip(stage.outs, outs, strict=True)
     return TapeOfRun(tape, stage.ins, stage.outs)
 
@@ -148,7 +148,7 @@ class Back:
 
     def __init__(self, walked: Walked, ct: Cotangent) -> None:
         self._walked, self._cts = walked, walked.cts(ct)
-        self._beside = list(self._cts.values())
+        self._batched = list(self._cts.values())
         self._shares: Shares = {number: [] for number in walked.facts.learned}
         self._of_layers: dict[int, Cotangent] = {}
 
@@ -190,19 +190,19 @@ class Back:
             return list(map(visit, steps))
 
         params = [module.params for module in modules]
-        return over_layers(layers_back(tape, self._cts, self._beside, params, at_layer))
+        return over_layers(layers_back(tape, self._cts, self._batched, params, at_layer))
 
     def d_params(self, module: Module) -> Cotangent:
         """Return the cotangents of a module's params, with ``()`` for any that is not learned."""
         shares, of_layers = self._shares, self._of_layers
-        return _d_params(module.params, module.numbers, shares, self._beside, of_layers)
+        return _d_params(module.params, module.numbers, shares, self._batched, of_layers)
 
     def d_x(self) -> list[Cotangent]:
         """Return the cotangents of the leaves of x, None for integers."""
         each = [self._cts.get(slot) for slot in range(len(self._walked.facts.x))]
         for slot, like in enumerate(self._walked.facts.x):
             if each[slot] is None and is_inexact(like):  # y does not depend on it
-                each[slot] = zeros(self._beside, like)
+                each[slot] = zeros(self._batched, like)
         return [None if d is None else jnp.squeeze(d, 1) for d in each]
 
 
@@ -210,7 +210,7 @@ def _d_params(
     params: Params,
     numbers: PyTree,
     shares: Shares,
-    beside: Sequence[Array],
+    batched: Sequence[Array],
     of_layers: Mapping[int, Cotangent] = MappingProxyType({}),
 ) -> Cotangent:
     """Return the cotangents of params, from their shares or from the layers of a scan."""
@@ -221,7 +221,7 @@ def _d_params(
         if number not in shares:
             return ()
         if not shares[number]:  # y does not depend on it
-            return Own(zeros(beside, param))
+            return Own(zeros(batched, param))
         return together(shares[number])
 
     each, structure = jax.tree.flatten(numbers)

@@ -19,7 +19,7 @@ from jaxprop.core.step import Layerwise, Step
 from jaxprop.core.tree import check_learned, learned, like_params, merged
 from jaxprop.core.types import OfBatch, Params, PyTree
 from jaxprop.core.walk import check_net_and_loss, forward
-from jaxprop.quantity.also import beside
+from jaxprop.quantity.also import alongside
 from jaxprop.quantity.aux import Aux
 from jaxprop.quantity.base import Quantity, of_examples, unmarked
 from jaxprop.quantity.micro_batches import Parts, in_micro_batches
@@ -75,7 +75,7 @@ def value_and_grad(
     check_number("loss_scale", loss_scale, positive=True)
     if also is not None:
         own = {"grads": Gradient(), "y": Output()}
-        f = beside(net, loss, own, also, micro_batches, aux, loss_scale)
+        f = alongside(net, loss, own, also, micro_batches, aux, loss_scale)
 
         def with_also(params: Params, batch: Batch) -> tuple[Any, Params]:
             result, quantities = f(params, batch)
