@@ -1,13 +1,13 @@
-"""Strict settings for every test: float64 on, nothing promoted by itself, eight CPU devices."""
+"""Strict settings for every test: float64, no implicit promotion, eight CPU devices."""
 
 import collections
 import gc
 import importlib.metadata
 import os
 
-# The tests compile far more than they run: LLVM is told not to optimize, and where XLA has another
-# emitter of kernels that compiles faster, it is told to take that one, on one thread. Eight devices
-# share few cores, so that a collective may wait for long.
+# The tests compile far more than they run, so LLVM does not optimize, and where XLA has another
+# emitter of kernels that compiles faster, that one is used, on one thread. Eight devices share few
+# cores, so a collective may wait for long.
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
@@ -26,9 +26,9 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-gc.set_threshold(200_000, 50, 100)  # tracing makes many objects, and leaves few of them
+gc.set_threshold(200_000, 50, 100)  # tracing makes many objects, and few survive
 
-# Shapes compile; a deadline would only time the compiler. The same examples every time.
+# Every new shape compiles, so a deadline would only time the compiler. Examples are repeatable.
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=8)
 settings.register_profile("full", deadline=None, derandomize=True, max_examples=40)
 
@@ -69,14 +69,14 @@ def _mark_what_few_leaves(items):
 
 @pytest.fixture
 def standard_promotion():
-    """JAX's defaults, for what is not ours: optax's adam multiplies integers by floats."""
+    """JAX's default promotion, for code that is not ours: optax's adam multiplies int by float."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, started once a module."""
+    """Chromium, started once per module."""
     from reading import CHROMIUM
 
     sync_api = pytest.importorskip("playwright.sync_api")
@@ -88,7 +88,7 @@ def browser():
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Open a page; at the end, nothing went wrong in it and nothing was asked of the network."""
+    """Open a page; at the end, assert that it logged nothing and asked nothing of the network."""
     wrong, asked, contexts = [], [], []
 
     def opened(text, **options):

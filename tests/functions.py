@@ -1,4 +1,4 @@
-"""What ``jp.function`` is held against: the function itself, differentiated by JAX alone."""
+"""Oracles for ``jp.function``: the function itself, differentiated by JAX alone."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ NOTHING = 1e-12  # what rounding leaves of a gradient that is 0
 
 
 class Untapped(jp.Layer):
-    """The function as a layer for the oracles, which only go forward."""
+    """The function as a layer for the oracles, which call only its forward."""
 
     fn: Any
 
@@ -72,7 +72,7 @@ def own_shares(net: jp.Layer, params: Any, x: Any) -> dict[str, tuple[int, ...]]
 
 
 def hold_coverage(net: jp.Layer, params: Any, x: Any, *, owned: str = NEVER) -> None:
-    """Assert that of rank two or more only params of these names have an own share."""
+    """Assert that of the params of rank two or more, only those of these names have own shares."""
     without_need = [n for n in own_shares(net, params, x) if not re.search(owned, n)]
     assert without_need == [], net.coverage(params, x)
 
@@ -91,7 +91,7 @@ def hold(
     tolerance: float = TOLERANCE,
     nothing: float = NOTHING,
 ) -> None:
-    """Assert that every quantity of the function is that of vmap(grad), and its coverage.
+    """Assert that the function has the quantities of vmap(grad), and the expected coverage.
 
     Args:
         fn: the function.
@@ -100,7 +100,7 @@ def hold(
         target: for the loss.
         loss: by default the squared error, or ``jp.Mean()`` without a target.
         owned: a regular expression: params of rank two or more that have an own share.
-        zero: one for params whose gradient is 0 for all examples.
+        zero: a regular expression: params whose gradient is 0 for all examples.
         moments: whether to ask for the variance and the noise scale too.
         diagonal: whether to ask for the diagonal of the Gauss-Newton matrix too.
         tolerance: the largest relative error of a leaf.
@@ -134,7 +134,7 @@ def hold_curvature(net: jp.Layer, loss: jp.Loss, params: Any, x: Any, target: An
 def both(
     fn: Any, loss: Any, moments: bool, diagonal: bool, params: Any, x: Any, target: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the quantities in one walk, and by oracles."""
+    """Return the quantities, computed in one walk, and those of the oracles."""
     plain = Untapped(fn)
     each = oracles.per_example_grads(plain, loss)(params, x, target)
     norms = oracles.per_example_sq_norms.of(each)
@@ -165,7 +165,7 @@ def both(
         want |= {"diagonal": oracles.diagonal(params, blocks)}
         want |= {"diagonals": oracles.diagonals(params, blocks)}
     got = jp.quantities(jp.function(fn), loss, **asked)(params, x, target)
-    if moments:  # a difference of moments: its error is to be held against those
+    if moments:  # a difference of moments: its error is relative to those
         for side in (got, want):
             side["variance"] = jax.tree.map(jnp.add, learned(side["variance"]), want["moment"])
     return {name: learned(got[name]) for name in want}, want
@@ -179,13 +179,13 @@ def hold_leaves(
     tolerance: float = TOLERANCE,
     nothing: float = NOTHING,
 ) -> None:
-    """Assert that leaves are equal, by the largest entry of each.
+    """Assert that leaves are equal, relative to the largest entry of each.
 
     Args:
         got: a tree.
         want: what is right.
-        zero: a regular expression of paths at which all is 0 but for rounding.
-        tolerance: the largest error by the largest entry.
+        zero: a regular expression for the paths of leaves that are 0 except for rounding.
+        tolerance: the largest error, relative to the largest entry.
         nothing: the largest number that counts as 0.
     """
     got, want = learned(got), learned(want)

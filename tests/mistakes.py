@@ -1,7 +1,7 @@
-"""What the tables of mistakes share: small nets, and what a row is.
+"""Helpers for the tables of mistakes: small nets, and the type of a row.
 
-A row is a plausible mistake and its sentence: what was given, what is taken, what to write. It is
-in the user's words, and in none of JAX's. Add a row for each mistake that somebody makes.
+A row is a plausible mistake and the sentence that answers it: what was given, what is taken, what
+to write. It is in the user's words, and not in JAX's. Add a row for each mistake that users make.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ CE, SE, BCE = jp.CrossEntropy(), jp.HalfSquaredError(), jp.BinaryCrossEntropy()
 
 
 class Mistake(NamedTuple):
-    """What somebody wrote, and what is said to it."""
+    """A mistake in a user's code, and the error that answers it."""
 
     wrong: Callable[[], Any]
     error: type[Exception]
@@ -40,7 +40,7 @@ def mistakes(error: type[Exception], **rows: tuple[Callable[[], Any], str]) -> d
 
 
 def check(mistake: Mistake) -> None:
-    """The mistake raises its error, which says its sentence, in the message or in a note."""
+    """Assert that the mistake raises its error, with its sentence in the message or in a note."""
     with pytest.raises(mistake.error) as caught:
         mistake.wrong()
     said = "\n".join(map(str, [*caught.value.args, *getattr(caught.value, "__notes__", ())]))
@@ -48,12 +48,12 @@ def check(mistake: Mistake) -> None:
 
 
 def value(net=NET, loss=CE, params=PARAMS, x=X, target=TARGET, **options):
-    """The loss and its gradient, of a batch that is right but for what is given."""
+    """The loss and its gradient, on arguments that are right except for those given."""
     return traced(jp.value_and_grad(net, loss), params, x, target, **options)
 
 
 def traced(f, *args, **options):
-    """f of values that are known, without a compiled program."""
+    """The shapes that f returns for concrete arguments, without compiling it."""
     return jax.eval_shape(lambda: f(*args, **options))
 
 

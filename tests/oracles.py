@@ -1,7 +1,7 @@
-"""The quantities as ``jax.grad``, ``jax.vmap`` and ``jax.jacrev`` of ``loss_fn`` give them.
+"""The quantities by ``jax.grad``, ``jax.vmap`` and ``jax.jacrev`` of ``loss_fn``.
 
-The same interface as jaxprop's functions, written without any of its backward passes. Results are
-like the params that are learned.
+The interface is that of jaxprop's functions, but none of its backward passes is used. Results have
+the structure of the learned params.
 """
 
 import jax
@@ -27,7 +27,7 @@ def per_example_grads(net, loss):
 
 
 def of_grads(f):
-    """The oracle that f makes of the per-example gradients; ``oracle.of(grads)`` is f itself."""
+    """The oracle that applies f to the per-example gradients; ``oracle.of(grads)`` is f itself."""
 
     def oracle(net, loss, *options):
         return lambda *args: f(per_example_grads(net, loss)(*args), *options)
@@ -85,7 +85,7 @@ def clipped_grad(net, loss, max_norm):
 
 
 def ggn_blocks(net, loss):
-    """For each example and each param, J^T H J of that param alone: like params, (N, P, P)."""
+    """J^T H J for each example and for each param alone: a tree like params of (N, P, P)."""
 
     def own(params, x, target):
         _, unflatten = ravel_pytree(net.forward(params, one(x))[0])
@@ -110,7 +110,7 @@ def ggn_blocks(net, loss):
 
 
 def diagonals(params, blocks):
-    """The blocks' diagonals, of each example; like params behind an example axis."""
+    """The blocks' diagonals for each example, shaped like params after an example axis."""
     return jax.tree.map(
         lambda p, b: jnp.diagonal(b, axis1=1, axis2=2).reshape(len(b), *p.shape),
         learned(params),
@@ -119,5 +119,5 @@ def diagonals(params, blocks):
 
 
 def diagonal(params, blocks):
-    """The blocks' diagonals, the mean over examples; like params."""
+    """The mean over examples of the blocks' diagonals, shaped like params."""
     return jax.tree.map(lambda each: each.mean(0), diagonals(params, blocks))

@@ -1,4 +1,4 @@
-"""Random networks, each with a batch and a loss that fit it: the case's number draws all of it."""
+"""Random networks, each with a batch and a loss that fit it, all drawn from the case's number."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from jaxprop.core.tree import learned
 
 VOCAB = 7
 RECURRENT = (jp.Rnn, jp.Lstm, jp.Gru)
-DTYPES = {  # what params and x are of, and what the net is cast to
+DTYPES = {  # the dtype of params and x, and the dtype that the net is cast to
     "float64": (jnp.float64, None),
     "float32": (jnp.float32, None),
     "bfloat16": (jnp.bfloat16, None),
@@ -27,16 +27,16 @@ DTYPES = {  # what params and x are of, and what the net is cast to
 
 
 class Case(NamedTuple):
-    """A network and what it is given.
+    """A network and its arguments.
 
     Attributes:
         net: the network, as it computes.
         exact: the same network without a ``jp.cast``, for the oracle in float64.
         loss: a loss that fits its output.
-        params: of the dtype that was drawn, as are x and what floats in the target.
+        params: of the dtype that was drawn, as are x and the floating leaves of the target.
         x: the batch.
         target: for the loss.
-        given: key, mask, weights and divisor, those that were drawn.
+        given: those of key, mask, weights and divisor that were drawn.
         narrowest: the narrowest dtype that anything is computed in.
     """
 
@@ -58,7 +58,7 @@ def draw_case(rng: np.random.Generator, dtype: str) -> Case:
     ids = len(shape) == 2 and _takes_ids(net)
     x = rng.integers(-1, VOCAB, shape) if ids else rng.normal(size=shape)
     params, x = at(Row(net, x), floating)
-    params = rounded(params, floating) if ids else params  # of ids init takes the default dtype
+    params = rounded(params, floating) if ids else params  # for ids, init uses the default dtype
     y, _ = jax.eval_shape(net.forward, params, x)
     loss, target = draw_target(rng, y.shape)
     computing = net if narrow is None else jp.cast(net, narrow)
@@ -68,7 +68,7 @@ def draw_case(rng: np.random.Generator, dtype: str) -> Case:
 
 
 def draw_shape(rng: np.random.Generator) -> tuple[int, ...]:
-    """Return the shape of a batch of vectors (or ids), sequences or images; a 1 in any place."""
+    """Return the shape of a batch of vectors (or ids), sequences or images; any size may be 1."""
     examples = int(rng.choice([1, 2, 3, 4, 6], p=[0.15, 0.25, 0.1, 0.3, 0.2]))
     rank = int(rng.choice([1, 2, 3], p=[0.35, 0.4, 0.25]))
     return (examples, *(_size(rng, 5) for _ in range(rank)))
@@ -101,7 +101,7 @@ def shape_after(layer: jp.Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def draw_target(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[jp.Loss, Any]:
-    """Return a loss and a target for y of this shape; with padding, where positions have it."""
+    """Return a loss and a target for y of this shape, with padding if the target may have it."""
     kind = rng.integers(3)
     if kind == 1:
         return jp.BinaryCrossEntropy(), rng.integers(0, 2, shape)
@@ -118,7 +118,7 @@ def draw_target(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[jp.Lo
 
 
 def draw_given(rng: np.random.Generator, net: jp.Layer, x: Any) -> dict[str, Any]:
-    """Return side inputs that the net takes, and whole weights of which one may be 0."""
+    """Return side inputs that the net takes, and integer weights, some of which may be 0."""
     given: dict[str, Any] = {}
     if takes_side_input(net, jp.Key) and rng.random() < 0.7:
         given["key"] = jax.random.key(int(rng.integers(99)))
@@ -215,7 +215,7 @@ def _in_place(rng: np.random.Generator, shape: tuple[int, ...]) -> jp.Layer:
 
 
 def _attention(rng: np.random.Generator) -> jp.Layer:
-    """Return attention behind the layers that make q, k and v of x."""
+    """Return attention after the layers that compute q, k and v from x."""
     heads, each = _size(rng, 4), _size(rng, 3)
     kv_heads = _divisor(rng, heads)
     rotary = [jp.Rotary(heads, interleaved=bool(rng.random() < 0.5), kv_heads=kv_heads)]

@@ -1,4 +1,4 @@
-"""What is right for a random network, from autodiff, and how far a result may be from it."""
+"""The right results for a random network, by autodiff, and how far others may be from them."""
 
 import functools
 from typing import Any
@@ -14,22 +14,22 @@ from jaxprop.core.arrays import rounded
 from jaxprop.core.tree import learned, merged
 
 BOUND = 0.3  # on the norm of a gradient
-TIMES, ROUNDINGS = 3, 8  # of the error of autodiff in the same dtype, and of its precision
-HOPELESS = 0.05  # such an error of autodiff leaves nothing to compare
+TIMES, ROUNDINGS = 3, 8  # allowed multiples of autodiff's error in the dtype, and of its eps
+HOPELESS = 0.05  # an error of autodiff that leaves nothing to compare
 
 
 def answers(case: Case, net: jp.Layer, names: tuple[str, ...], dropped: int | None = None) -> Any:
-    """Return a jitted f(params, batch), the quantities by their names.
+    """Return a jitted f(params, batch) that returns the quantities by their names.
 
-    They come from the gradients of single examples, or, where a key or the net itself couples
-    examples, from the Jacobian of all losses. A whole weight is so many copies of an example, and
-    a divisor scales what is a mean.
+    They come from the gradients of single examples or, if a key or the net itself couples
+    examples, from the Jacobian of all losses. An integer weight counts copies of an example, and
+    a divisor scales every mean.
 
     Args:
         case: the case.
         net: the network to differentiate: ``case.net`` or ``case.exact``.
         names: the quantities.
-        dropped: an example whose loss and gradient are taken for 0.
+        dropped: an example whose loss and gradient are replaced by 0.
     """
     examples = len(case.x)
     weights = np.asarray(case.given.get("weights", np.ones(examples, int)))
@@ -74,7 +74,7 @@ def answers(case: Case, net: jp.Layer, names: tuple[str, ...], dropped: int | No
 
 
 def of_each(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any], f: Any) -> Any:
-    """Return f(y, target), one thing for each example, and its Jacobian by the learned params."""
+    """Return f(y, target), with one result per example, and its Jacobian by the learned params."""
 
     def of_batch(arrays: Any, batch: dict[str, Any]) -> Any:
         bound = net.bind(params, mask=batch.get("mask"), key=batch.get("key"))
@@ -98,7 +98,7 @@ def losses_of(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any]) -> 
 
 
 def hvp(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any], times: Any) -> Any:
-    """Return the Hessian of the mean loss, with each example so often, times the params."""
+    """Return the Hessian of the mean loss of the examples in ``times``, applied to the params."""
 
     def mean(arrays: Any) -> Any:
         bound = net.bind(params, mask=batch.get("mask"), key=batch.get("key"))
@@ -110,7 +110,7 @@ def hvp(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any], times: An
 
 
 def ggn_product(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any], times: Any) -> Any:
-    """Return the mean of J^T H J, with each example so often, times the params."""
+    """Return the mean of J^T H J of the examples in ``times``, applied to the params."""
     jacobian, hessian = curvatures(case, net, params, batch)
     along = jax.tree.map(lambda j, p: j @ jnp.ravel(wide(p)), jacobian, learned(params))
     ends = jnp.einsum("nop,np->no", hessian, sum(jax.tree.leaves(along)))
@@ -140,13 +140,13 @@ def curvatures(case: Case, net: jp.Layer, params: Any, batch: dict[str, Any]) ->
 
 
 def automatic(each: Any) -> Any:
-    """Return the mean of each, with every gradient weighed by the bound over its norm and 0.01."""
+    """Return the mean of the gradients, each weighted by the bound over its norm plus 0.01."""
     weights = BOUND / (jnp.sqrt(oracles.per_example_sq_norms.of(each)) + 0.01)
     return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1) / len(weights), each)
 
 
 def clipped_by_layer(case: Case, net: jp.Layer, params: Any, batch: Any, each: Any) -> Any:
-    """Return the mean of each, with each layer's part of a gradient clipped by itself."""
+    """Return the mean of the gradients, with each layer's part of each clipped separately."""
     walk = jp.walk(net, case.loss, lambda step: jnp.zeros(()))
     sides = {name: batch[name] for name in ("key", "mask") if name in batch}
     walk = functools.partial(walk, **sides)
@@ -167,7 +167,7 @@ def clipped_by_layer(case: Case, net: jp.Layer, params: Any, batch: Any, each: A
 
 
 def comparable(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the library's results in a form that has one right answer, and no cancellation."""
+    """Return the library's results in a form with one right answer and no cancellation."""
 
     def block(v: Any) -> Any:
         v = v.reshape(*v.shape[:2], -1).astype(jnp.float64)
@@ -190,16 +190,16 @@ def comparable(result: dict[str, Any]) -> dict[str, Any]:
 def bounded(noise_scale: Any) -> Any:
     """Return n / (1 + |n|), which moves little where the estimate of |G|^2 is close to 0.
 
-    Of gradients that are all 0 it is 0 / 0, and then -1.
+    If all gradients are 0, the noise scale is 0 / 0, and the result -1.
     """
     return jnp.nan_to_num(1 + noise_scale / (1 + abs(noise_scale)), nan=-1)
 
 
 class Judge:
-    """Holds results against the oracle: in float64, or no further from it than autodiff goes.
+    """A comparison with the oracle: tight in float64, otherwise allowing about autodiff's error.
 
-    A kink may lie a rounding away, and so autodiff is also asked where params and x are moved by
-    one.
+    A kink may be one rounding away, so autodiff's error is also taken with params and x moved by
+    one rounding.
     """
 
     def __init__(self, narrowest: Any, exact: Any, same: Any) -> None:
@@ -217,8 +217,8 @@ class Judge:
     def allowed(self, want: dict[str, Any], params: Any, batch: dict[str, Any]) -> Any:
         """Return the largest errors that are allowed, by name.
 
-        Where autodiff is off by more than a part, all that is asked is a finite number, if it
-        gives one.
+        Where autodiff itself is hopelessly wrong, the result only has to be finite, and only if
+        autodiff's is.
         """
         others = [self.same(params, batch)]
         for seed in range(3):
@@ -232,7 +232,7 @@ class Judge:
         }
 
     def moved(self, tree: Any, seed: int) -> Any:
-        """Return the tree with each number a rounding up or down."""
+        """Return the tree with each number moved up or down by one rounding."""
         rng = np.random.default_rng(seed)
 
         def of(leaf: Any) -> Any:
@@ -245,12 +245,12 @@ class Judge:
 
 
 def error(got: Any, want: Any, by_leaf: bool = False) -> float:
-    """Return the largest error of a leaf by the norm of the tree; inf for NaN.
+    """Return the largest error of a leaf, relative to the norm of the tree; inf for NaN.
 
     Args:
-        got: what is held against the other.
+        got: the result.
         want: what is right.
-        by_leaf: whether by the norm of the leaf, unless it is tiny in the tree, or in itself.
+        by_leaf: whether relative to the leaf's norm instead, except for tiny leaves.
     """
     got, want = learned(got), learned(want)
     assert jax.tree.structure(got) == jax.tree.structure(want)
@@ -269,12 +269,12 @@ def error(got: Any, want: Any, by_leaf: bool = False) -> float:
 
 
 def wide(tree: Any) -> Any:
-    """Return the tree with what floats in float64."""
+    """Return the tree with its floating leaves in float64."""
     return rounded(tree, jnp.float64)
 
 
 def on(examples: np.ndarray, tree: Any) -> Any:
-    """Return the tree with zeros for the other examples."""
+    """Return the tree with zeros for all but these examples."""
     return jax.tree.map(
         lambda leaf: jnp.where(examples.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), tree
     )

@@ -1,4 +1,4 @@
-"""The page in a real browser, read: what stands on it, and what the walkthrough says should."""
+"""Reading the page in a real browser: what it shows, and what the walkthrough says it should."""
 
 import re
 import shutil
@@ -67,17 +67,17 @@ def shown(texts):
 
 
 def exactly(numbers):
-    """As eight decimals show them, or an exponent with four."""
+    """Approximately the numbers, as eight decimals show them, or an exponent with four."""
     return [pytest.approx(n, rel=5.1e-5 if abs(n) < 1e-4 else 0, abs=5.1e-9) for n in numbers]
 
 
 def roughly(number):
-    """As the drawing shows it: four decimals, or an exponent with one."""
+    """Approximately the number, as the drawing shows it: four decimals, or an exponent with one."""
     return pytest.approx(number, rel=0.051, abs=5.1e-5 if 1e-3 <= abs(number) < 1e4 else 0)
 
 
 def expected(walk, by_jax=True):
-    """(key, numbers of the formula, of the table) of every stage, from the walkthrough alone.
+    """Yield (key, numbers in the formula, in the table) of every stage, from the walkthrough alone.
 
     Without by_jax, the last number of a weight's stage is left out.
     """
@@ -117,7 +117,7 @@ def expected(walk, by_jax=True):
 
 
 def check_drawing(seen, walk):
-    """Of the nodes and weights, those numbers that are there."""
+    """Assert that the numbers that the drawing shows are the walkthrough's."""
     after, updated = seen["key"] == "after", seen["key"] in ("update", "after")
     for name, value in zip(walk.stages[0].inputs, walk.config.inputs, strict=True):
         assert number(seen["nodes"][name][0]) == roughly(value)

@@ -54,7 +54,7 @@ def weights(*shape: int) -> Any:
 
 
 class Around(jp.Layer):
-    """A user's: it holds a layer, and is neither a Wrapper nor a Combinator."""
+    """A user's layer that holds a layer, and is neither a Wrapper nor a Combinator."""
 
     inner: jp.Layer
 
@@ -69,7 +69,7 @@ class Around(jp.Layer):
 
 
 class Doubled(jp.Wrapper):
-    """A user's: 2 f(x)."""
+    """A user's wrapper: 2 f(x)."""
 
     def forward(self, params, x):
         y, residuals = self.layer.forward(params, x)
@@ -285,7 +285,7 @@ def row_id(row: Any) -> str:
 
 
 def first_of_their_kind(rows: list[Row], most: int = 1) -> list[Any]:
-    """The rows, those marked as exhaustive whose kind of layer has come so often before."""
+    """The rows, marked as exhaustive after the first ``most`` of each kind of layer."""
     seen: Counter[type] = Counter()
 
     def marked(row: Row) -> Any:
@@ -297,14 +297,14 @@ def first_of_their_kind(rows: list[Row], most: int = 1) -> list[Any]:
 
 
 def of_size(examples: int, batch: Any) -> Any:
-    """A batch with the examples of another one, each again if they are too few."""
+    """A batch of this size with the examples of another one, repeated if they are too few."""
     return jax.tree.map(lambda leaf: jnp.resize(leaf, (examples, *leaf.shape[1:])), batch)
 
 
 def at(row: Row, dtype: Any = jnp.float64) -> tuple[Any, Any]:
-    """(params, x) of the dtype; params as init shapes them, of numbers that hide no mistake.
+    """(params, x) of the dtype; params have init's shapes, and numbers that hide no mistake.
 
-    They are drawn by NumPy, since to compile each row's init takes longer than most tests.
+    They are drawn by NumPy, since compiling each row's init takes longer than most tests.
     """
 
     def given(x: Any) -> Any:

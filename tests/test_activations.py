@@ -28,7 +28,7 @@ SLOPES = {  # the layer: f and f', in numpy's longest floats
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layer", SLOPES, ids=str)
 def test_from_minus_infinity_to_infinity(layer, dtype):
-    """Each value and each slope to a few units of its own last place, not of the largest one's."""
+    """Each value and slope is right to a few units in its own last place, not in the largest's."""
     limits = jnp.finfo(dtype)
     large = np.array([jnp.inf, limits.max, 1e4, 70, 9, 1, 0.1, 1e-3, 0], np.longdouble)
     x = jnp.asarray(np.concatenate([-large, large[::-1]]).astype(float), dtype)

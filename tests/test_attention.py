@@ -25,7 +25,7 @@ def both_ways(layer, params, x, ct):
 
 
 def by_definition(layer, mask, x):
-    """All scores at once, and no care taken; a padded position is one of zeros."""
+    """All scores at once, without regard for overflow; padded positions are zeros."""
     n, t, c = x.shape
     x = jnp.where(mask[..., None], x, 0)
     d = c // (3 * layer.heads)
@@ -71,7 +71,7 @@ def test_against_the_definition(t, save, causal):
 @causals
 @saves
 def test_padding_changes_nothing(save, causal):
-    """What stands at padded positions, even infinity, does not reach the real ones, nor NaN."""
+    """What padded positions hold, even infinity or NaN, does not reach the real ones."""
     layer = jp.Attention(2, causal, save, block=4)
     x, ct = problem(2, 6, 12)
     y, d_x = both_ways(layer, (), x, ct)
@@ -244,7 +244,7 @@ def test_sinusoidal_positions_are_vaswani_s():
 
 
 def test_positions_shares():
-    """Rows from T on have no part in any example's gradient."""
+    """Rows from T on have a gradient of 0 for every example."""
     layer, x = jp.Positions(5), normal(3, 2, 4)
     params = jax.jit(layer.init)(jax.random.key(0), x)
     form, _ = jax.jit(layer.backward)(params, (), x)

@@ -25,7 +25,7 @@ def both_ways(layer, params, x, ct):
 
 
 def by_jax(layer, mask, x):
-    """jax.nn.dot_product_attention of the same x, whose softmax is in float32."""
+    """``jax.nn.dot_product_attention`` of the same x; its softmax is in float32."""
     x, *beside = x if isinstance(x, tuple) else (x,)
     memory = [z for z in beside if z.ndim == 3]
     (bias,) = [z for z in beside if z.ndim == 4] or [None]
@@ -55,7 +55,7 @@ def crossed(t, s, kv_heads=HEADS):
 
 
 def some(*shape):
-    """A mask in which every query sees a key: that of its own position, or the first one."""
+    """A random mask in which every query sees the first key and the one at its own position."""
     *_, t, s = shape
     own = np.eye(t, s, dtype=bool) | (np.arange(s) == 0)
     return (np.random.default_rng(3).uniform(size=shape) < 0.5) | own
@@ -147,7 +147,7 @@ def test_a_key_that_no_query_sees_and_a_query_that_sees_none_do_not_matter(heads
 
 @saves
 def test_a_key_that_mask_and_causality_hide_together_does_not_matter(save):
-    """The mask shows the first query the last key alone, and the last key to no other query."""
+    """By the mask, the first query sees only the last key, and no other query sees that key."""
     mask, x = np.ones((1, 3, 3), bool), normal(1, 3, 3 * FEATURES)
     mask[:, 0, :2], mask[:, 1:, 2] = False, False
     spoiled = x.copy()
@@ -204,7 +204,7 @@ def test_a_padded_memory_is_no_memory(save):
 @saves
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_window_takes_memory_linear_in_t(save, causal):
-    """What is kept is T times the window (and a part of the queries), or T alone."""
+    """Forward saves T times the window (plus part of a block), or T alone for the logsumexp."""
 
     def kept(t):
         layer = jp.Attention(2, causal, save, block=32, window=16)
@@ -224,7 +224,7 @@ def test_a_window_takes_memory_linear_in_t(save, causal):
 
 
 class Scale(jp.Layer):
-    """A user's, whose cotangent is a plain array: in ``shared`` it is taken again by example."""
+    """A user's layer with a plain array as cotangent, so ``shared`` recomputes it by example."""
 
     def init(self, key, x):
         return jnp.ones(x.shape[-1], x.dtype)
@@ -243,7 +243,7 @@ MASKS = {"of examples": (4, 5, 5), "of heads": (4, 2, 5, 5), "padding": (4, 5)}
 @pytest.mark.few(1)
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
 def test_masks_reach_every_layer_and_go_with_the_examples(shape):
-    """Under repeat and shared, in micro-batches, and where an example is taken alone."""
+    """Under repeat and shared, in micro-batches, and for single examples."""
     attend = jp.chain(jp.Dense(6), jp.Attention(2, causal=False), Scale(), jp.Dense(4))
     twice = jp.skip(jp.recompute(jp.shared(jp.chain(Scale(), jp.Dense(6), *attend.layers[1:]), 2)))
     deep = jp.repeat(jp.repeat(jp.skip(attend), 2), 3)
@@ -345,7 +345,7 @@ def test_errors():
 
 
 class Near(jp.Layer):
-    """A user's learned bias, a number for each head and each distance up to T."""
+    """A user's learned bias, with a number for each head and each distance below T."""
 
     heads: int
 

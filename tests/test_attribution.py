@@ -1,4 +1,4 @@
-"""Attribution: each method beside its equation, written out in plain JAX."""
+"""Attribution: each method against its equation, written out in plain JAX."""
 
 import functools
 
@@ -20,7 +20,7 @@ def close(got, want, rtol=1e-11, atol=1e-13):
 
 
 def pixels(*shape, seed=0):
-    """Between 0 and 1, with some that are exactly 0, as a black pixel is."""
+    """Numbers between 0 and 1, some of them exactly 0, like black pixels."""
     x = np.random.default_rng(seed).uniform(size=shape)
     return jax.device_put(np.where(x < 0.2, 0.0, x))
 
@@ -51,7 +51,7 @@ def output(net, params, x, target):
     return net(params, x)[jnp.arange(len(x)), target]
 
 
-# Relevance as the papers write it: R itself walks back, and each layer shares out what it is given.
+# Relevance as in the papers: R itself is walked back, and each layer shares out what it receives.
 
 
 def by_epsilon(w, b, x, r, epsilon=1e-6):
@@ -173,7 +173,7 @@ def _grads(net, params, saved, ct):
 @pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_an_encoder_has_the_rules_of_attnlrp():
-    """LayerNorm, skip, attention and GELU beside relevance that is passed on step by step."""
+    """LayerNorm, skip, attention and GELU against relevance that is passed on step by step."""
     heads, d = 2, 4
     net = jp.chain(
         jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(3 * 4), jp.Attention(heads, causal=False))),
@@ -234,7 +234,7 @@ ATTENDING = [
     ("layer", "x"), [row[1:] for row in ATTENDING], ids=[r[0] for r in ATTENDING]
 )
 def test_halves_of_attention(layer, x):
-    """Half of the relevance of y is v's; what the scores are given is a half of the rest."""
+    """Half of y's relevance goes to v and half to the scores, which halve it between q and k."""
     net = rules.lrp(layer)
     jp.check_layer(net, x)
     y, saved = jax.jit(net.forward)((), x)

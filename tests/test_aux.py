@@ -1,4 +1,4 @@
-"""What a step returns beside the loss and the gradient: outputs, norms, what was clipped."""
+"""What a step returns besides the loss and the gradient: outputs, norms, what was clipped."""
 
 import functools
 
@@ -118,7 +118,7 @@ def test_any_quantity_comes_along_with_the_gradient(name, scale, micro_batches):
     asked = jp.quantities(net, loss, **{f"{name} too": asked for name, asked in ALSO.items()})
     want = jax.jit(asked)(params, x, target, key=KEY, **given)
     for name, got in aux.also.items():
-        if micro_batches == 1 or name in ("noise", "norms"):  # each part draws anew
+        if micro_batches == 1 or name in ("noise", "norms"):  # each part draws its own samples
             assert relative_error(got, want[f"{name} too"]) <= CLOSE, name
     plain = jax.jit(jp.value_and_grad(net, loss))(params, x, target, **given)
     assert relative_error((value, grads), plain) <= CLOSE
@@ -161,7 +161,7 @@ def test_an_update_has_the_noise_scale_of_its_own_walk():
 
 @pytest.mark.full
 def test_what_comes_along_in_float16_is_scaled_back():
-    """Cotangents of 1e-8, which without a scale are 0 in float16."""
+    """Cotangents of 1e-8 are 0 in float16 without a loss scale."""
     wide = jp.chain(jp.Dense(4), jp.Tanh(), jp.Dense(3))
     net, x = jp.cast(wide, jnp.float16), jax.random.normal(KEY, (4, 5), jnp.float32)
     params, zeros = net.init(KEY, x), jnp.zeros((4, 3), jnp.float32)
@@ -302,7 +302,7 @@ def test_a_dynamic_loss_scale_stays_finite():
     scale = jp.DynamicLossScale(initial=2.0**126, interval=1)
     update = jp.make_update(net, jp.CrossEntropy(), optax.sgd(0.1), loss_scale=scale, donate=False)
     state = update.init(params)
-    for _ in range(4):  # of padding alone, with a gradient of 0
+    for _ in range(4):  # steps on padding alone, with a gradient of 0
         params, state, _ = update(params, state, x, target, weights=jnp.zeros(2))
     assert jnp.isfinite(state.scale)
     assert int(state.skipped) == 0

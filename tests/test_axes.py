@@ -1,4 +1,4 @@
-"""Layers that pick from an axis, or move axes, against numpy."""
+"""Layers that pick from an axis, or move axes, against NumPy."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The measuring command: its figures, its table, and its verdict on a baseline."""
+"""``jaxprop bench``: its figures, its table, and its comparison with a baseline."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from jaxprop.cli import main
 
 @pytest.fixture
 def small(monkeypatch):
-    """Rows that take no time, and a matmul as small."""
+    """Rows that take no time, and a small matmul."""
     small_rows = {
         "mlp-small": lambda: rows.mlp(8, 16, 4, batch=4),
         "worked-example": lambda: rows.worked_example(steps=10),
@@ -42,7 +42,7 @@ def test_rows_compute_the_same_by_hand_and_by_autodiff():
 @pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_every_row_traces():
-    """With arrays of the rows' own shapes, that nothing is computed for."""
+    """With the shapes of the rows' own arrays; nothing is computed."""
 
     def shapes(row):
         case = row()

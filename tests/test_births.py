@@ -1,8 +1,8 @@
-"""A number that is not finite is found in the equation that made it, on the user's own line.
+"""The first non-finite number is found in the equation that made it, on the user's own line.
 
 Ten classical cases, in the styles of plain JAX, Flax and Equinox. ``jax.debug_nans`` stops at the
-first primitive with a NaN in its result and says its name: on the way back that of an equation that
-nobody wrote, after an overflow that of the first NaN behind it, and in a scan that of the scan.
+first primitive with a NaN in its result and names it: in the backward pass, an equation that nobody
+wrote; after an overflow, the equation of the first NaN downstream; in a scan, the scan itself.
 """
 
 import re
@@ -24,7 +24,7 @@ X = jnp.asarray(normal(4, 3))
 
 
 class Case(NamedTuple):
-    """A function that fails at an example, and what is to be said of it."""
+    """A function that fails at an example, and the expected report."""
 
     fn: Any
     params: Any
@@ -245,7 +245,7 @@ def test_the_scope_of_a_module():
 
 
 def each(one):
-    """A function of a batch, from that of one example."""
+    """A function of a batch, from a function of one example."""
 
     def fn(params, x):
         return jax.vmap(lambda x: one(params, x))(x)
@@ -269,7 +269,7 @@ def test_the_step_of_a_scan_on_the_way_back():
 
     birth = find_in(each(one), jnp.ones(()), jnp.ones((3, 7)).at[1, 5].set(0).at[1, 2].set(0))
     assert (birth.source, birth.back) == ("root = jnp.sqrt(x_t * params)", True)
-    assert ([step.at for step in birth.steps], birth.example) == ([5], 1)  # back from the end
+    assert ([step.at for step in birth.steps], birth.example) == ([5], 1)  # backward from the end
     assert "takes its other value" in birth.cause
 
 
@@ -343,7 +343,7 @@ def test_a_rule_of_one_s_own():
 
 
 def test_what_jax_does_not_multiply():
-    """What is cut off, rounded or not used has no cotangent that 0 · inf could be of."""
+    """Values that are cut off, rounded or unused have no cotangent that could be 0 · inf."""
 
     def fn(params, x):
         zero = jnp.sqrt(jax.lax.stop_gradient(x * 0))
@@ -549,7 +549,7 @@ def test_whatever_is_around(seed):
     birth = find_in(fn, jnp.ones(()), jnp.asarray(normal(3, 2, 2, 2)))
     source = {ahead: "return h + jnp.log(h - h)", back: "root = jnp.sqrt(h - h)"}[core]
     names = [around.__name__ for around in chosen]
-    if birth.rule:  # JAX gives the equations of a custom_jvp's rule the line of the call
+    if birth.rule:  # JAX gives a custom_jvp rule's equations the line of the call
         assert with_a_rule in chosen
         assert (birth.rule, source) == ("ruled", "root = jnp.sqrt(h - h)")
         source = "return lambda h: ruled(h)"
@@ -562,7 +562,7 @@ def test_whatever_is_around(seed):
 
 @pytest.mark.full
 def test_another_example_that_overflows_later():
-    """Example 1 overflows in the sum alone, example 0 in the square before it."""
+    """Example 1 overflows only in the sum, example 0 already in the square before it."""
     x = jnp.full((2, 20), 1.0).at[0].set(1e155).at[1].set(1.2e154)
     params = jp.AffineParams(jnp.eye(20), jnp.zeros(20))
     birth = jp.find_nonfinite(jp.Dense(20), LOSS, params, x, x * 0).birth

@@ -1,4 +1,4 @@
-"""check_vjp passes rules that are right, and names what is wrong with the others."""
+"""``check_vjp`` accepts rules that are right, and names what is wrong with the others."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def normal(*shape, seed=0):
 
 
 def ruled(fn, forward, backward, **options):
-    """Return fn with a rule of its own."""
+    """Return fn with its own ``custom_vjp`` rule."""
     decorated = jax.custom_vjp(fn, **options)
     decorated.defvjp(forward, backward)
     return decorated
@@ -37,7 +37,7 @@ ARGS = {"w": normal(3, 3), "b": normal(3, seed=1)}, normal(3, 3, seed=2)
 
 
 def changed(change):
-    """Return the affine map whose backward is changed: change(residuals, ct, d_params, d_x)."""
+    """Return the affine map with its backward changed by change(residuals, ct, d_params, d_x)."""
 
     def backward(residuals, ct):
         return change(residuals, ct, *right(residuals, ct))
@@ -46,7 +46,7 @@ def changed(change):
 
 
 def coupling(x):
-    """x, less the mean of all that is seen at once: 0 for one at a time, not in a batch."""
+    """x less the mean over all points seen at once, or x itself for one point at a time."""
 
     def seen(x):
         x = np.asarray(x)
@@ -114,7 +114,7 @@ def test_a_rule_that_jit_breaks_is_found():
 
 
 def test_a_rule_that_couples_the_cotangents_of_one_point_is_found():
-    """Under vmap of ct the residuals are one, which a rule of batching may mistake."""
+    """Under vmap of ct alone the residuals are not batched, and the batching rule here errs."""
 
     @jax.custom_batching.custom_vmap
     def times(x, ct):
@@ -275,7 +275,7 @@ def test_in_float32_a_wrong_factor_is_found_too():
 
 
 def test_central_differences_are_an_oracle_of_their_own():
-    """The undecorated function has a part that autodiff does not see; the rule neither."""
+    """Neither autodiff of the undecorated function nor the rule sees a part of the derivative."""
 
     def half(x):
         return x * jax.lax.stop_gradient(x)
@@ -286,7 +286,7 @@ def test_central_differences_are_an_oracle_of_their_own():
 
 
 def test_a_wrong_value_at_a_point_where_autodiff_gives_none_is_found():
-    """sin(x) / x: its derivative at 0 is 0, and that of what is written is not finite."""
+    """sin(x) / x: its derivative at 0 is 0, and autodiff's of the code is not finite."""
 
     def sinc(x):
         return jnp.where(x == 0, 1.0, jnp.sin(x) / x)

@@ -1,4 +1,4 @@
-"""check_layer finds each kind of mistake, names it, and passes what is right."""
+"""``check_layer`` finds each kind of mistake, names it, and accepts what is right."""
 
 import re
 
@@ -13,7 +13,7 @@ X = np.random.default_rng(0).normal(size=(5, 4))
 
 
 class Scale(jp.Layer):
-    """y = x w, with one mistake of choice."""
+    """y = x w, with a mistake to choose."""
 
     mistake: str = ""
 
@@ -100,7 +100,7 @@ def test_passes_what_is_right():
 
 
 class Lie(jp.Layer):
-    """Autodiff is told that half of the derivative is not there, and backward believes it."""
+    """Half of the derivative is hidden from autodiff, and backward leaves it out as well."""
 
     def forward(self, params, x):
         return x * jax.lax.stop_gradient(x), x
@@ -115,7 +115,7 @@ def test_central_differences_are_an_oracle_of_their_own():
 
 
 class Coupled(jp.Layer):
-    """Centred over the batch: right as a whole, and not the sum of its examples."""
+    """Centred over the batch: right for the batch, but not the sum over its examples."""
 
     def forward(self, params, x):
         return x - x.mean(0, keepdims=True), x
@@ -165,7 +165,7 @@ def test_a_param_held_constant_has_no_cotangent():
 
 
 class Moody(jp.Layer):
-    """Another answer for one of: traced code, scanned code, cotangents that are not small."""
+    """A layer whose backward is wrong under tracing, or for cotangents that are not small."""
 
     when: str = ""
 
@@ -191,7 +191,7 @@ def test_what_vjp_at_one_point_cannot_see():
 
 def test_batch_of_one_and_integers_pass():
     class Lookup(jp.Layer):
-        """Integers in, no cotangent out of them."""
+        """A layer whose input is integers, with no cotangent for them."""
 
         def init(self, key, x):
             return jax.random.normal(key, (7, 3))
@@ -240,7 +240,7 @@ class Log(jp.Layer):
 
 
 class Shift(jp.Layer):
-    """softmax(x + w): the gradient by w is zero, and rounding is not."""
+    """softmax(x + w): the gradient by w is zero except for rounding."""
 
     def init(self, key, x):
         return jnp.ones((), x.dtype)
@@ -261,7 +261,7 @@ def test_a_narrow_domain_and_a_gradient_of_zero_pass():
 
 
 class Exp(jp.Layer):
-    """Wrong wherever it is small beside the largest."""
+    """exp(x), with a wrong derivative wherever it is small compared with the largest."""
 
     def forward(self, params, x):
         return jnp.exp(x), x
@@ -271,7 +271,7 @@ class Exp(jp.Layer):
 
 
 class Share(jp.Layer):
-    """The right sum over examples, of wrong shares."""
+    """A scale whose examples' shares are wrong, though their sum is right."""
 
     def init(self, key, x):
         return jnp.ones(x.shape[-1], x.dtype)
@@ -349,7 +349,7 @@ def test_a_first_factor_that_depends_on_ct_is_caught():
 
 
 class Scaled(jp.Loss):
-    """Half the squared error times 3, with what is wrong in it."""
+    """Half the squared error times 3, with a mistake to choose."""
 
     wrong: str = ""
 

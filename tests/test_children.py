@@ -1,4 +1,4 @@
-"""Layers made of layers declare them once; side inputs, order and names follow from it."""
+"""Layers made of layers declare them once; side inputs, order and names follow from that."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ class Times(jp.Layer):
 
 
 class Two(jp.Combinator):
-    """A user's: y = second(first(x)), with params in a dict, and the default children's names."""
+    """A user's combinator, y = second(first(x)), with params in a dict and default names."""
 
     first: jp.Layer
     second: jp.Layer
@@ -55,7 +55,7 @@ class Two(jp.Combinator):
 
 
 class Pair(jp.Combinator):
-    """The same with a tuple of params, which is what children are by default."""
+    """The same with its params in a tuple, which is the default for children."""
 
     first: jp.Layer
     second: jp.Layer
@@ -163,7 +163,7 @@ rows = pytest.mark.parametrize("row", MADE_OF_LAYERS, ids=row_id)
 
 @rows
 def test_runs_are_what_the_way_forward_comes_to(row):
-    """The layers in the order in which forward calls them, and the walk in reverse."""
+    """``runs`` has the layers in the order in which forward calls them; the walk reverses it."""
     met = []
 
     class Noted(jp.Wrapper):
@@ -364,7 +364,7 @@ def test_children_in_a_tuple_of_one():
 
 
 class Somewhere(jp.Combinator):
-    """A user's, which does not say where its layer's params stand."""
+    """A user's combinator that does not say where its layer's params are."""
 
     layer: jp.Layer
 

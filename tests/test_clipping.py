@@ -1,4 +1,4 @@
-"""Other clippings: bounds for each layer, other weights, a bound that finds its quantile."""
+"""Other clippings: bounds for each layer, other weights, a bound that adapts to a quantile."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def mean_of(tree, weights):
 
 
 def by_hand(bounds):
-    """Clipped by layer, and each layer of the stack by itself."""
+    """The mean of gradients clipped by layer, with each layer of the stack on its own."""
     first, middle, last = bounds
     stack = EACH[2]
     middle = np.broadcast_to(middle, (3,))
@@ -86,7 +86,7 @@ def test_equal_bounds_are_one_bound():
 
 @pytest.mark.full
 def test_noise_is_of_the_bound_of_all():
-    """sqrt(0.5^2 + 3 * 0.3^2 + 0.2^2) times the multiplier, by the number of examples."""
+    """It is sqrt(0.5^2 + 3 * 0.3^2 + 0.2^2) times the multiplier over the number of examples."""
     net = jp.chain(jp.Dense(200), jp.repeat(jp.Dense(200), 3), jp.Dense(200))
     x = jnp.zeros((2, 200))
     params = net.init(jax.random.key(0), x)
@@ -151,7 +151,7 @@ def test_derivatives_of_clipped_gradients_know_no_padding():
 
 @pytest.mark.parametrize("size", [1e20, 1e-25])
 def test_norms_whose_squares_float32_does_not_hold(size):
-    """Of one position, of several and of a batch with an example whose x is 0."""
+    """For one position and for several, with an example in the batch whose x is 0."""
 
     def loss(y, target):
         return size * jnp.sum(y * target)

@@ -1,4 +1,4 @@
-"""What is particular to each layer made of layers, beside what the table asks of all."""
+"""The particulars of each layer made of layers, beyond what the table checks for all."""
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +183,7 @@ def test_dropout_in_a_shared_layer_drops_the_same_each_time():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_mask_inside_a_shared_layer_without_forms():
-    """Where backward gives a plain array it is taken again for each example, with its mask."""
+    """If backward returns a plain array, it is rerun for each example, with the example's mask."""
 
     class Scale(jp.Layer):
         def init(self, key, x):
@@ -261,7 +261,7 @@ def test_cast_takes_ids_without_positions():
 
 
 def test_cast_mixes_dtypes_where_x_is_wide_yet():
-    """A skip's x and a branch's outputs, before the first layer that rounds; a table's two uses."""
+    """A skip's x and a branch's outputs before the first layer that rounds; a table's two uses."""
     first = jp.chain(jp.skip(jp.Dense(3)), jp.branch(jp.skip(jp.Dense(3)), jp.Tanh()))
     beside = jp.branch(jp.skip(jp.Dense(3)), jp.Tanh(), join="concatenate")
     tied = jp.tied(jp.Embedding(7, 4), jp.Tanh())
@@ -315,7 +315,7 @@ def test_cast_leaves_running_statistics_as_they_are():
 
 
 class Lookup(jp.Layer):
-    """An embedding of 4 features that gives its table's cotangent summed."""
+    """An embedding of 4 features whose table's cotangent is summed over examples."""
 
     vocab: int
 
@@ -379,7 +379,7 @@ def test_errors():
 
 
 def test_ids_masks_and_targets_have_one_padding():
-    """A sequence with -1 for ids and targets, masked, is the sequence without its end."""
+    """A sequence that ends in ids and targets of -1, masked, is the sequence without its end."""
     net = jp.chain(jp.Embedding(7, 4), jp.Dense(12), jp.Attention(2, causal=False), jp.Dense(7))
     ids, targets = np.array([[1, 2, 1, -1, -1]]), np.array([[2, 3, 4, -1, -1]])
     params, _ = at(Row(net, ids))
@@ -441,7 +441,7 @@ def test_what_is_asked_of_an_embedding_takes_memory_linear_in_t(of, vocab):
 @pytest.mark.parametrize("vocab", [7, 40, 400])
 @pytest.mark.parametrize("length", [1, 6])
 def test_rows_of_a_table_of_any_size_against_the_table(vocab, length):
-    """With ids that are in no row, one id only, and others that are all the same."""
+    """With ids that have no row, repeated ids, and an example whose ids are all the same."""
     table_of = jp.forms.Stacked
     ids = np.random.default_rng(0).integers(-2, vocab + 2, (4, length))
     ids[1], ids[2, :2], ids[3, -2:] = 5, 3, 3
@@ -473,7 +473,7 @@ def test_rows_of_a_table_of_any_size_against_the_table(vocab, length):
 
 
 class Plain(jp.Layer):
-    """y = tanh(x w), with a cotangent of w that has lost its examples."""
+    """y = tanh(x w), with a cotangent of w that is summed over examples."""
 
     def init(self, key, x):
         return jax.random.normal(key, (x.shape[-1], x.shape[-1]), x.dtype)
@@ -504,7 +504,7 @@ AROUND_STACKS = [
 @pytest.mark.parametrize("examples", [2, 5])
 @pytest.mark.parametrize("net", AROUND_STACKS, ids=repr)
 def test_examples_one_by_one_of_a_layer_around_a_stack(net, examples):
-    """The examples of what a stack saves lie behind its layers, of which there may be as many."""
+    """A stack's residuals have the example after the layer, also if both axes are equally long."""
     x, target = jax.random.normal(jax.random.key(1), (2, examples, 3, 4))
     loss, params = jp.HalfSquaredError(), net.init(jax.random.key(0), x)
     mask = None

@@ -1,4 +1,4 @@
-"""The switches that are to become JAX's defaults: what depends on them is tested once more."""
+"""JAX's switches that will become defaults: tests that depend on them run again with them on."""
 
 import os
 import subprocess
@@ -21,11 +21,11 @@ FILES = (
 
 @pytest.mark.full
 def test_with_the_coming_switches():
-    """In a process of its own, since they are looked at on import too."""
+    """In a separate process, since some are read on import."""
     there = [name for name in SWITCHES if name.lower() in jax.config.values]
     if not there:
         pytest.skip("this JAX has none of them")
-    if len(there) < len(SWITCHES):  # until all were there, a custom_vjp had no forward mode
+    if len(there) < len(SWITCHES):  # before all existed, custom_vjp had no forward mode
         there = there[:1]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", *FILES],

@@ -1,7 +1,7 @@
-"""What examples/coming_from.md says of other libraries: each row beside their definition.
+"""The claims of examples/coming_from.md on other libraries: each row against their definition.
 
-Their packages are not needed. Each function here is what theirs gives by its documentation, in
-plain JAX; the expressions of the page are run, and what it says theirs is has to be equal.
+Their packages are not needed. Each function here computes, in plain JAX, what theirs returns by its
+documentation; the page's expressions are run, and have to give the same.
 """
 
 import math
@@ -79,7 +79,7 @@ NAMES = {
 
 
 def row(theirs, net=NET, params=PARAMS):
-    """Say what a row's call of theirs gives: a function of nothing, or a check of what is said."""
+    """Register a row's oracle: a function without arguments, or a check of what is claimed."""
 
     def named(function):
         assert theirs not in THEIRS
@@ -124,7 +124,7 @@ def clipped_sum(grads, real=True):
 
 
 def roots(params, x):
-    """S_n^T J_n of each example: (C, N, ...), with H_n = S_n S_n^T that of the cross-entropy."""
+    """S_n^T J_n of each example, (C, N, ...), with the cross-entropy's Hessian H_n = S_n S_n^T."""
 
     def one(x):
         p = jax.nn.softmax(forward(params, x)[0])
@@ -142,7 +142,7 @@ def close(got, expected, rtol=1e-10):
 
 
 def deviates(noisy, clean, deviation):
-    """Hold the noise to its standard deviation, over some 1300 entries."""
+    """Assert that the noise has this standard deviation, over some 1300 entries."""
     difference = jax.tree.map(lambda a, b: np.ravel(a - b), noisy, clean)
     noise = np.concatenate(jax.tree.leaves(difference))
     assert len(noise) > 1200
@@ -282,7 +282,7 @@ def sqrt_ggn(claimed):
 
 
 def of_outputs(params, x, rows):
-    """Σ ct ct^T / N at each layer's output, of cotangents (…, N, C) at the last."""
+    """Σ ct ct^T / N at each layer's output, from cotangents (…, N, C) at the last."""
     (_, _), _, (w2, _) = params
     slope = 1 - forward(params, x)[1] ** 2
     before = jnp.einsum("cno,ho,nh->cnh", rows, w2, slope)
@@ -295,7 +295,7 @@ def softmax_rows():
 
 
 def factors(rows):
-    """(A, B) of each dense layer, kfac-jax's: A has the ones that a bias multiplies."""
+    """kfac-jax's (A, B) for each dense layer; A includes the ones that the bias multiplies."""
     ones = jnp.ones((N, 1))
     inputs = [jnp.concatenate([a, ones], 1) for a in (X, forward(PARAMS, X)[1])]
     return list(zip([a.T @ a / N for a in inputs], of_outputs(PARAMS, X, rows), strict=True))
@@ -309,7 +309,7 @@ def kflr(claimed):
 
 
 def sampled(claimed, order):
-    """Hold Kronecker factors to those of which they are an estimate."""
+    """Compare sampled Kronecker factors with the exact ones."""
     for layer, (a, b) in zip(claimed[::2], factors(softmax_rows()), strict=True):
         got = dict(zip(order, layer.w, strict=True))
         close(got["a"], a[:-1, :-1])
@@ -353,7 +353,7 @@ def values():
 
 
 def zeroed(grads):
-    """What ``nan_safe`` does before clipping."""
+    """The gradients after what ``nan_safe`` does before clipping."""
     return jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0), grads)
 
 
@@ -459,14 +459,14 @@ def test_every_row_of_the_page_is_tested():
 
 
 def test_gradients_that_are_clipped_and_that_are_not():
-    """Else the rows on clipping would hold without it, or with any bound."""
+    """Otherwise the rows on clipping would also pass without it, or with any bound."""
     for grads in (each(), *([g] for g in jax.tree.leaves(each(BARE_PARAMS)))):
         assert 0 < (norms(grads) > C).sum() < N
 
 
 @pytest.mark.full
 def test_a_gradient_that_is_nan_in_part_is_dropped_whole():
-    """And jax-privacy's ``nan_safe`` keeps what is finite in it."""
+    """In contrast, jax-privacy's ``nan_safe`` keeps its finite entries."""
 
     def model(params, x):
         return params["a"] * x[:, 0] + jnp.sqrt(params["b"] * x[:, 1])

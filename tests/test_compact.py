@@ -1,4 +1,4 @@
-"""Forms that are asked for more than one thing: g_n itself, where there is room for it."""
+"""Forms that have to answer more than one question, from g_n itself if there is room for it."""
 
 import dataclasses
 
@@ -94,7 +94,7 @@ def test_a_narrow_form_is_formed_in_float32():
     ids=["a matrix", "positions", "a table"],
 )
 def test_the_product_with_another_form_of_the_same_param(form):
-    """So it is of one that is used in two ways; and seen from both sides."""
+    """As for a param that is used in two ways; also projected from both sides."""
     other, sides = Stacked(normal(2, 5, 4)), Sides(normal(5, 2), normal(4, 3))
     got = form.for_products(other).products_with(other.for_products(form))
     g = form.per_example()
@@ -116,7 +116,7 @@ def test_a_bias_joins_its_matrix_alone():
     x, ct = normal(2, N, 5), normal(2, N, 4)
     both = with_bias(Repeated(jp.Outer(x, ct)), Repeated(Sum(ct)))
     np.testing.assert_array_equal(both.form.x, np.concatenate([x, np.ones((2, N, 1))], axis=-1))
-    assert with_bias(Leading(ct, 7), Sum(ct)) is None  # of what multiplies no x
+    assert with_bias(Leading(ct, 7), Sum(ct)) is None  # a form without an x
 
 
 def test_two_uses_of_a_table_are_no_product_over_more_positions():
@@ -138,7 +138,7 @@ def test_a_bias_is_added_up_over_positions():
 
 
 def test_clipping_forms_the_gradient_of_an_example_once():
-    """One product of x and ct in place of two, and no <X X^T, C C^T>, for a square matrix."""
+    """For a square matrix: one product of x and ct instead of two, and no <X X^T, C C^T>."""
     net, loss = jp.Dense(8), jp.HalfSquaredError()
     x = normal(N, 8, 8)
     params = net.init(jax.random.key(0), x)

@@ -37,7 +37,7 @@ def forms(draw):
 
 
 def by_vjp(form):
-    """g_n as ``jax.vjp`` of the convolution gives it."""
+    """g_n by ``jax.vjp`` of the convolution."""
     windows = form.windows
     axes = "HWD"[: len(windows.window)]
 
@@ -81,7 +81,7 @@ def test_every_question_is_answered_as_by_the_generic_rule(form):
 
 
 def test_what_is_asked_of_the_patches_of_groups():
-    """Beside what quantities ask; the patches are the gradients of a ct of ones."""
+    """Questions beyond those of the quantities; patches are the gradients for a ct of ones."""
     windows = Windows.over((4, 3), (3, 2), (1, 1), "SAME", (1, 1))
     form = jp.Patches(normal(3, 4, 3, 4), normal(3, 4, 3, 6, seed=1), windows, 2)
     other = jp.Patches(normal(2, 4, 3, 4, seed=2), normal(2, 4, 3, 6, seed=3), windows, 2)
@@ -156,7 +156,7 @@ def test_both_platforms_rules_agree():
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", 1])
 def test_both_ways_back_through_max_pooling_agree(padding):
-    """The first of equal entries is taken by each; small integers have many equals."""
+    """Both take the first of equal entries, of which small integers have many."""
     pool = jp.MaxPool((3, 2), strides=2, padding=padding)
     x = np.random.default_rng(0).integers(0, 3, (2, 7, 6, 3)).astype(float)
     y, residuals = jax.jit(pool.forward)((), x)
@@ -167,7 +167,7 @@ def test_both_ways_back_through_max_pooling_agree(padding):
 
 
 def test_kronecker_factors_of_one_position_are_the_ggn_block():
-    """A window over the whole image is a dense layer of its pixels."""
+    """A window over the whole image is a dense layer on its pixels."""
     net, loss = jp.chain(jp.Conv(3, (2, 3), padding="VALID"), jp.Flatten()), jp.CrossEntropy()
     dense = jp.chain(jp.Flatten(), jp.Dense(3))
     params, x = at(Row(net, np.asarray(normal(1, 2, 3, 2))))
@@ -180,7 +180,7 @@ def test_kronecker_factors_of_one_position_are_the_ggn_block():
 
 @pytest.mark.full
 def test_each_group_has_kronecker_factors():
-    """A group of a window over the whole image is a dense layer of its channels."""
+    """With a window over the whole image, a group is a dense layer on its channels."""
     net = jp.chain(jp.Conv(4, (2, 3), padding="VALID", groups=2), jp.Flatten())
     loss = jp.HalfSquaredError()
     params, x = at(Row(net, np.asarray(normal(3, 2, 3, 6))))
@@ -207,7 +207,7 @@ def test_each_group_has_kronecker_factors():
     ],
 )
 def test_padding_is_that_of_numpy(layer, shape, widths, mode):
-    """y and the gradients of ``jnp.pad`` in front of the same convolution of "VALID" windows."""
+    """y and the gradients are those of ``jnp.pad`` before the same convolution with "VALID"."""
     valid = jp.Conv(layer.features, layer.window, layer.strides, "VALID", layer.dilation)
     params, x = at(Row(layer, np.asarray(normal(*shape))))
     widths = ((0, 0), *widths, (0, 0))
@@ -305,7 +305,7 @@ def test_groups_of_a_transpose_are_transposes_side_by_side():
 
 
 def test_first_of_equals_wins():
-    """All elements of a window are equal, and the first of them has the whole cotangent."""
+    """All elements of a window are equal, and the first gets the whole cotangent."""
     layer, x = jp.MaxPool((2, 2)), np.ones((1, 2, 2, 1))
     _, residuals = jax.jit(layer.forward)((), x)
     _, d_x = jax.jit(layer.backward)((), residuals, np.full((1, 1, 1, 1), 3.0))
@@ -499,7 +499,7 @@ def test_the_mean_of_equal_numbers_is_that_number(layer, size, dtype):
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_windows_that_overlap_add_up_in_float32(dtype):
-    """An entry is read by 81 windows, whose cotangents of 1 sum up to 81, not to 64 or less."""
+    """An entry is in 81 windows, whose cotangents of 1 sum up to 81, not to 64 or less."""
     layer = jp.AvgPool((9, 9), strides=1)
     _, residuals = layer.forward((), jnp.ones((1, 17, 17, 1), dtype))
     _, d_x = layer.backward((), residuals, jnp.full((1, 9, 9, 1), 81, dtype))

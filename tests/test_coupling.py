@@ -1,4 +1,4 @@
-"""A layer that couples the examples of a batch says so, or is found out; others are left alone."""
+"""A layer that couples the examples of a batch says so or is detected; others are left alone."""
 
 import functools
 
@@ -18,7 +18,7 @@ FOUND = r"Centered\(\): an example's y depends on the other examples of the batc
 
 
 class Centered(jp.Layer):
-    """y = x - mean over the batch, which is linear and symmetric: d_x is the same of ct."""
+    """y = x - mean over the batch, which is linear and symmetric: d_x is the same map of ct."""
 
     def forward(self, params, x):
         return x - x.mean(0, keepdims=True), x[:, :0]
@@ -28,7 +28,7 @@ class Centered(jp.Layer):
 
 
 class Mine(jp.Layer):
-    """A user's layer of any function of x, with autodiff for its backward."""
+    """A user's layer for any function of x, with autodiff as its backward."""
 
     f: object
 
@@ -40,13 +40,13 @@ class Mine(jp.Layer):
 
 
 def members(cls):
-    """What a class defines, for a class like it."""
+    """The members of a class, to define another class like it."""
     names = ("__annotations__", "__module__", "forward", "walk", "centered")
     return {name: vars(cls)[name] for name in names}
 
 
 class Gated(jp.Combinator):
-    """A user's combinator, y = f(x) less the mean over the batch of f(x) where it is centered."""
+    """A user's combinator, y = f(x), less its mean over the batch if it is centered."""
 
     layer: jp.Layer
     centered: bool = True
@@ -61,7 +61,7 @@ class Gated(jp.Combinator):
 
 
 def norms(layer, x=X, **options):
-    """The norms of a layer behind a dense one."""
+    """The shapes of the norms for a layer after a dense one."""
     net = jp.chain(jp.Dense(3), layer)
     params = net.init(jax.random.key(0), x)
     y = jax.eval_shape(lambda: net.forward(params, x)[0])
@@ -164,7 +164,7 @@ def test_it_is_found_while_tracing(transformed):
 
 
 def noisy(x):
-    """Noise by a key that is fixed: another for each place in the batch, whatever x."""
+    """Noise by a fixed key: different at each place in the batch, whatever x is."""
     return x + jax.random.normal(jax.random.key(3), x.shape, x.dtype)
 
 
@@ -222,7 +222,7 @@ def test_the_layers_of_the_library_say_what_they_are(row):
 def test_what_is_not_tried(capfd):
     assert not coupling.couples(Mine(printing), (), X)
     assert not coupling.couples(Centered(), (), jax.ShapeDtypeStruct((4, 10**6), jnp.float32))
-    assert not coupling.couples(jp.Dense(3), (), X)  # these are no params of it
+    assert not coupling.couples(jp.Dense(3), (), X)  # () are no params of it
     assert capfd.readouterr().out == ""
 
 

@@ -1,4 +1,4 @@
-"""Going on from position to position is the whole sequence at once."""
+"""Decoding position by position gives the same as the whole sequence at once."""
 
 import functools
 
@@ -74,7 +74,7 @@ def test_in_pieces_and_one_by_one(name):
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gpt2_generates_what_its_logits_say(scan, dtype):
-    """The most likely token of the whole forward, each time, and at a low temperature too."""
+    """Each token is the most likely one by the whole forward pass; also at a low temperature."""
     net = jp.cast(gpt2(GPT, scan=scan, recomputing=not scan), dtype)
     prompt = jnp.array([[1, 7, 3], [2, 2, 10]], jnp.int32)
     params = jax.tree.map(lambda p: 10 * p.astype(jnp.float32), net.init(jax.random.key(0), prompt))
@@ -127,7 +127,7 @@ def test_generate_compiles_once():
 
 @pytest.mark.full
 def test_a_decoder_with_a_memory():
-    """The memory is given whole with every step, and padded: the first of an encoder."""
+    """Every step gets the whole memory, an encoder's output with padding."""
     cross = jp.chain(
         jp.branch(
             jp.chain(jp.Item(0), jp.LayerNorm(), jp.Dense(4)),
@@ -182,7 +182,7 @@ def test_past_the_room_is_nan():
 
 
 class Mixing(jp.Layer):
-    """A user's: the sum of the positions up to each."""
+    """A user's layer: the sum over all positions up to each."""
 
     mixes_positions = True
 

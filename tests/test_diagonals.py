@@ -32,7 +32,7 @@ OF_TABLE = [
 
 
 def hessian_diagonals(net, loss):
-    """The diagonal of each example's own Hessian by ``jax.hessian``, like params behind (N,)."""
+    """The diagonal of each example's own Hessian by ``jax.hessian``, like params after (N,)."""
 
     def own(params, x, target):
         flat, back = ravel_pytree(learned(params))

@@ -1,4 +1,4 @@
-"""Training by several processes, and what is left of it when one of them fails."""
+"""Training by several processes, and what remains when one of them fails."""
 
 import os
 import shutil
@@ -17,15 +17,15 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--length", 16, "--features", 32, "--layers", 2, "--heads", 2, "--batch", 8)
 TINY += ("--steps", 6, "--reports", 3)
-WAIT = 150  # seconds: for what takes ten on a quiet machine
+WAIT = 150  # seconds, for what takes ten on an idle machine
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 TIMEOUT, BOUND = ("--timeout", 20), 20 + 30
 unix = pytest.mark.skipif(os.name == "nt", reason="signals")
 
-# Runs in place of the script in the process at fault, whose two devices read twice a step. When it
-# fails, the checkpoint of step 2 of 6 is whole, and that of step 4 too, unless the other process
-# does not come to it for waiting for this one (as with jax 0.8).
+# Runs instead of the script in the process at fault, whose two devices read twice a step. When it
+# fails, the checkpoint of step 2 of 6 is complete, and that of step 4 too, unless the other process
+# never gets there because it waits for this one (as with jax 0.8).
 AT_STEP_5 = """
 import os, resource, signal, sys, time
 from pathlib import Path
@@ -49,7 +49,7 @@ distributed.windows = windows
 KILL = "def fail():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
 STOP = "def fail():\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
 RAISE = "def fail():\n    raise OSError('the disk under the text is gone')\n"
-# The others have begun to write the checkpoint of step 4, this one never will.
+# The others have begun to write the checkpoint of step 4; this process never will.
 AT_SAVE = """
 save = checkpoints.Checkpoints.save
 def killed(self, done, run):
@@ -59,7 +59,7 @@ def killed(self, done, run):
     save(self, done, run)
 checkpoints.Checkpoints.save = killed
 """
-# glibc gives large arrays back when they are freed, so that the next step has to ask again.
+# glibc returns large freed arrays to the system, so the next step has to ask for memory again.
 EXHAUST = """
 def fail():
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -70,7 +70,7 @@ def fail():
 
 @pytest.fixture(scope="module")
 def launch():
-    """``launch(directory, processes, *argv)`` starts them, the one ``at`` with a ``fault``."""
+    """``launch(directory, processes, *argv)`` starts processes, the one ``at`` with a ``fault``."""
     started = []
 
     def launch(directory, processes, *argv, fault=None, at=-1):
@@ -103,7 +103,7 @@ def launch():
 
 
 def finish(run):
-    """What process 0 reported, of a run in which nothing failed."""
+    """The report of process 0 from a run in which nothing failed."""
     ends = [process.communicate(timeout=WAIT) for process in run]
     assert [process.returncode for process in run] == [0] * len(run), ends
     assert not any("bits per byte" in out for out, _ in ends[1:])
@@ -125,10 +125,10 @@ def final_state(directory):
 
 
 def assert_same_to_rounding(one, other):
-    """To 2e-6 of each leaf's norm: float32's sums over the batch, of six steps, in another order.
+    """To 2e-6 of each leaf's norm: float32 sums over the batch in another order, for six steps.
 
-    But for the bias of attention's keys, and Adam's moments of it: softmax does not see it, its
-    gradient is zero but for rounding, and of that Adam makes steps of full length.
+    Except for the bias of attention's keys, and Adam's moments for it: softmax does not depend on
+    it, so its gradient is only rounding, which Adam turns into steps of full length.
     """
     assert one.keys() == other.keys()
     for name, a in one.items():
@@ -141,7 +141,7 @@ def assert_same_to_rounding(one, other):
 
 @pytest.fixture(scope="module")
 def whole(launch, tmp_path_factory):
-    """The report and the final state of two processes that nothing befell."""
+    """The report and the final state from two processes without a fault."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     return finish(launch(directory, 2)), final_state(directory)[1]
 
@@ -164,7 +164,7 @@ def test_two_processes_train_as_one_does(launch, tmp_path, whole):
 
 
 def failed(run, at):
-    """(seconds from the end of the process at fault to that of the other, what both said)."""
+    """(Seconds from the end of the process at fault to the other's end, the former's stderr)."""
     _, cause = run[at].communicate(timeout=WAIT)
     start = time.perf_counter()
     _, other = run[1 - at].communicate(timeout=WAIT)

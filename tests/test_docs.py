@@ -1,4 +1,4 @@
-"""The site's sources: every name that a page has exists, and every name has its place and example.
+"""The site's sources: every name on a page exists, and every name has its place and an example.
 
 Nothing is built here: the workflow builds the site, with warnings as errors.
 """
@@ -26,7 +26,7 @@ NAMES = set(re.findall(r"\bjp((?:\.[A-Za-z_]\w*)+)", TEXT))
 
 @pytest.fixture
 def site(monkeypatch):
-    """The site's own modules can be imported."""
+    """Make the site's own modules importable."""
     monkeypatch.syspath_prepend(str(DOCS))
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -65,7 +65,7 @@ def test_the_tests_the_rows_and_the_files_that_it_names_are_there():
 
 
 def public():
-    """The names that the reference owes a place: of the package, and of its modules."""
+    """The ids of the objects that the reference has to list, in the package and in its modules."""
     modules = (jp.curvature, jp.forms, jp.models, jp.plot, jp.quantity, jp.rules)
     values = {id(getattr(module, name)) for module in modules for name in module.__all__}
     values |= {id(value) for value in vars(jp.sharding).values() if is_of(value, jp.sharding)}

@@ -24,7 +24,7 @@ def widen():
 
 
 def cross():
-    """x + f(x, memory) in the place of x, beside the memory."""
+    """(x, memory) to (x + f(x, memory), memory)."""
     read = jp.branch(
         jp.chain(jp.Item(0), jp.LayerNorm(), jp.Dense(D)),
         jp.chain(jp.Item(1), jp.Dense(2 * D)),

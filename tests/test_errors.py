@@ -1,4 +1,4 @@
-"""What is wrong is said in the user's words: the layer, the leaf, both shapes."""
+"""Errors name what is wrong in the user's words: the layer, the leaf, both shapes."""
 
 from collections.abc import Callable
 
@@ -241,7 +241,7 @@ def test_an_error_inside_a_user_s_layer_says_where():
 
 
 class Returns(jp.Layer):
-    """A layer by the functions that it is given, and (), an array or more for its params."""
+    """A layer made of given functions, whose params are (), floats or integers."""
 
     forward_as: Callable
     backward_as: Callable

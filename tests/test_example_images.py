@@ -1,4 +1,4 @@
-"""The two scripts on images of 32 x 32, in tiny configurations."""
+"""The two scripts on 32 x 32 images, in tiny configurations."""
 
 import re
 

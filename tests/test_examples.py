@@ -1,4 +1,4 @@
-"""The examples, run as a reader would run them: each in a process of its own."""
+"""The examples, run as a reader would run them: each in its own process."""
 
 import functools
 import os
@@ -35,7 +35,7 @@ def run(script, *argv, environment=ENVIRONMENT):
 
 
 def refused(script, argv, monkeypatch, capsys):
-    """Run a script in this process, to where it refuses its arguments; return what it says."""
+    """Run a script in this process until it rejects its arguments; return its message."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SystemExit) as stopped:
@@ -240,7 +240,7 @@ def test_digits_killed_at_any_moment_ends_bitwise_the_same(tmp_path):
     run("digits.py", "--epochs", epochs, "--checkpoints", tmp_path / "whole")
     killed = ["digits.py", "--epochs", epochs, "--checkpoints", tmp_path / "killed", "--resume"]
     kills = 0
-    # Before the first epoch, and some milliseconds after the third line, into an epoch or its save.
+    # Kills before the first epoch, and milliseconds after the third line: in an epoch or its save.
     for lines, delay in ((0, 0.0), (3, 0.0), (3, 0.004), (3, 0.02), (3, 0.05)):
         with subprocess.Popen(command(*killed), env=ENVIRONMENT, stdout=subprocess.PIPE) as running:
             for _ in range(lines):
@@ -361,7 +361,7 @@ def test_digits_on_a_terminal_shows_what_goes_on():
         while True:
             try:
                 shown += os.read(here, 65536)
-            except OSError:  # Linux says so when the other end is closed
+            except OSError:  # on Linux, when the other end is closed
                 break
         assert running.stderr.read() == b""
     os.close(here)

@@ -1,4 +1,4 @@
-"""An explanation holds what jax.vjp, jax.vmap(jax.grad) and numpy say of the same walk."""
+"""An explanation holds what jax.vjp, jax.vmap(jax.grad) and NumPy compute for the same walk."""
 
 import io
 
@@ -18,7 +18,7 @@ CLOSE = 1e-11
 
 
 class Coupled(jp.Layer):
-    """y = x - mean over the batch, times a param; it has no gradient for one example."""
+    """y = x - mean over the batch, times a param; single examples have no gradient."""
 
     batch_coupled = True
 
@@ -35,7 +35,7 @@ class Coupled(jp.Layer):
 
 
 class Plain(jp.Layer):
-    """y = x w, with the cotangent of w summed by itself."""
+    """y = x w, with a cotangent of w that is summed over examples."""
 
     def init(self, key, x):
         return jnp.ones(x.shape[-1], x.dtype)
@@ -230,7 +230,7 @@ def test_a_coupled_layer_has_grads_and_no_chain_of_one_example():
 @pytest.mark.full
 def test_integer_inputs_and_narrow_dtypes():
     class Rows(jp.Layer):
-        """y = the rows of params that x names."""
+        """y = the rows of params at x."""
 
         def init(self, key, x):
             return jax.random.normal(key, (5, 2), jnp.float32)

@@ -1,4 +1,4 @@
-"""Explanations of a function: of each weight by its path, and of each named scope."""
+"""Explanations of a function: each weight by its path, and each named scope."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def normal(*shape, seed=0):
 
 
 def shares_of(net, params, x, target):
-    """Return each example's gradient, by autodiff of what the net computes for it alone."""
+    """Return each example's gradient, by autodiff of the net on that example alone."""
 
     def alone(x, target):
         x, target = x[None], target[None]
@@ -27,7 +27,7 @@ def shares_of(net, params, x, target):
 
 
 def check_every_entry(net, params, x):
-    """Hold each entry's product, and that of its factors, to autodiff; return who has an x."""
+    """Check each entry and the product of its factors by autodiff; return the names with an x."""
     target = normal(*jax.eval_shape(lambda: net.forward(params, x)[0]).shape, seed=9)
     terms = jp.explain(net, LOSS, params, x, target, keep=10**9)
     shares = jax.device_get(shares_of(net, params, x, target))
@@ -151,7 +151,7 @@ def test_a_tied_table_has_the_factors_of_both_uses():
     terms = jp.explain(net, LOSS, params, ids, jnp.zeros((2, 2, 4)))
     factors, _ = terms.example(1)["table"][2, 0]
     assert factors["x"].shape == factors["ct"].shape == (4,)
-    assert np.count_nonzero(np.asarray(factors["x"]) == 1) == 2  # where the id stands
+    assert np.count_nonzero(np.asarray(factors["x"]) == 1) == 2  # where the id is
     assert terms.names == ["scale", "table"]
 
 
@@ -221,7 +221,7 @@ def test_a_flax_model_is_indexed_by_its_paths(standard_promotion):
 
 
 def scoped(params, x, zeros=(0.0, 0.0, 0.0)):
-    """Three scopes, with what may be added to the result of each."""
+    """Three scopes, each with a zero added to its result."""
     with jax.named_scope("first"):
         h = x @ params["w"]
         h = h + params["b"][None] + zeros[0]
@@ -272,7 +272,7 @@ def wrapped(transform):
 
 
 def branched(params, x):
-    """Of two branches that are scoped one is taken, in which data are not negated."""
+    """Two scoped branches, of which the one without the negation is taken."""
     return jax.lax.cond(params["w"][0, 0] > -9, scoped, lambda p, x: scoped(p, -x), params, x)
 
 
@@ -383,11 +383,11 @@ def test_prints_in_80_columns(keep, standard_promotion):
     assert "Attention_0/query" in text
     if not keep:
         (line,) = (line for line in text.splitlines() if "Model/Dense_0" in line)
-        assert len(line.split()) == 8  # all columns but that of saturated slopes
+        assert len(line.split()) == 8  # all columns except saturated slopes
 
 
 def test_what_stands_beside_a_program_with_scopes_has_its_own_line():
-    """A relu before a part that is computed again, in one scope with it."""
+    """A relu before a checkpointed part, in the same scope."""
 
     def fn(params, x):
         with jax.named_scope("net"):

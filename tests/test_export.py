@@ -1,4 +1,4 @@
-"""Programs for any batch size, written to bytes, read back by a fresh process, and the same."""
+"""Programs exported for any batch size are the same when a fresh process reads their bytes."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from jaxprop.core.tree import learned
 
 pytest.importorskip("flatbuffers")
 
-for state in (optax.TraceState, optax.EmptyState):  # of optax.sgd with momentum
+for state in (optax.TraceState, optax.EmptyState):  # states of optax.sgd with momentum
     export.register_namedtuple_serialization(state, serialized_name=f"optax.{state.__name__}")
 
 LOSS = jp.HalfSquaredError()
@@ -32,20 +32,20 @@ rows = pytest.mark.parametrize(
 
 
 def for_any_batch(*trees: Any) -> Any:
-    """Structs like the arrays, whose axis 0 is b."""
+    """Structs like the arrays, with a symbolic b as axis 0."""
     (b,) = export.symbolic_shape("b")
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((b, *leaf.shape[1:]), leaf.dtype), trees)
 
 
 def read_back(f, params, x, target):
-    """F exported for any batch size, written and read."""
+    """F, exported for any batch size to bytes, and read back."""
     fixed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     program = export.export(jax.jit(f))(fixed, *for_any_batch(x, target))
     return export.deserialize(program.serialize()).call
 
 
 def everything(row, has_params):
-    """A function of a batch that returns all that may be asked of the row's layer."""
+    """A function of a batch that returns every quantity that the row's layer has."""
     net = row.layer
     asked: dict[str, jp.Quantity] = {}
     if has_params and not net.batch_coupled:

@@ -1,4 +1,4 @@
-"""Attention in kernels: run on the CPU an equation at a time, and lowered for TPUs and GPUs."""
+"""Attention in kernels: interpreted on the CPU, and lowered for TPUs and GPUs."""
 
 import functools
 
@@ -21,13 +21,13 @@ platforms = pytest.mark.parametrize("platform", ["cuda", "tpu"])
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks that do not divide one another's, so that few positions are many blocks."""
+    """Small blocks of different sizes, so that few positions make many blocks."""
     plan = flash.Plan(Blocks(32, 16), Blocks(16, 32), Blocks(32, 16))
     monkeypatch.setattr(flash, "plan_of", lambda platform, q: plan)
 
 
 def problem(layer, n=2, t=50, d=6, memory=None, masked=False, dtype=jnp.float64, seed=0):
-    """Inputs, (ct, y's mean with it) of a layer, and a padding mask or None."""
+    """Inputs of a layer, a padding mask or None, and the cotangent by head."""
     rng = np.random.default_rng(seed)
     kv = 2 * (layer.kv_heads or layer.heads) * d
     s = memory or t
@@ -117,7 +117,7 @@ def test_narrow_floats_are_no_worse_than_by_xla(platform, dtype, small_blocks):
 
 @platforms
 def test_large_scores_leave_finite_cotangents(platform, small_blocks):
-    """Rounded otherwise in backward than in forward, by much more than exp can take."""
+    """Scores so large that forward and backward round them apart by more than exp can take."""
     x, _, ct = cast(problem(saving(2), t=40), jnp.float32)
     run = jax.jit(functools.partial(by_kernels, saving(2), platform))
     (y, _), (d_q, d_k, *_) = run(Inputs(1e8 * x.x), None, ct)
@@ -181,7 +181,7 @@ def test_xla_splits_examples_and_heads_over_gpus(layer, small_blocks):
 
 @pytest.mark.parametrize("spec", ["none", "positions", "features", "a part of an axis", "unknown"])
 def test_gpus_may_hold_other_parts(spec, small_blocks):
-    """Such as positions, more parts of the features than heads, or nothing on a mesh yet."""
+    """Such as positions, more parts of the features than heads, or an unknown sharding."""
     layer = saving(4)
     (x, *_), _, ct = cast(problem(layer, n=4, t=20), jnp.float32)
     run = jax.jit(lambda x, ct: by_kernels(layer, "cuda", Inputs(x), None, ct))
@@ -221,7 +221,7 @@ def test_a_memory_may_be_the_same_on_all_devices(kernels):
 
 
 def test_derivatives_of_both_halves_are_those_of_the_plain_ones():
-    """Forward over reverse, and reverse over forward, on a CPU: no kernel in sight."""
+    """Forward over reverse, and reverse over reverse, on a CPU without kernels."""
     kept, plain = saving(2), jp.Attention(2)
     x = jax.random.normal(jax.random.key(0), (2, 9, 12), jnp.float32)
 
@@ -266,14 +266,14 @@ def test_a_gpu_has_kernels_where_they_fit():
     assert not has(saving(2), (x, jnp.ones((2, 2, 20, 20), jnp.float32)))
     assert not has(saving(1), jnp.ones((1, 2, 3 * 512), jnp.float32))
     assert not has(saving(2, kernels=False), x)
-    assert not has(saving(2, kernels=None), x)  # JAX's default device is a CPU here
+    assert not has(saving(2, kernels=None), x)  # JAX's default device here is a CPU
     rows = jax.export.symbolic_shape("n, 20, 24")
     assert not has(saving(2), jax.ShapeDtypeStruct(rows, jnp.float32))
     assert CALL["cuda"] not in exported(saving(2), "cpu", x)
 
 
 def test_a_tpu_has_kernels_in_shard_map_where_positions_fit(monkeypatch):
-    """XLA does not split them, and the number of devices that a program is for is not known."""
+    """XLA does not split kernels, and a program's number of devices is not known."""
     x = jnp.ones((2, 20, 24), jnp.float32)
     mesh = jax.make_mesh((1,), ("n",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("n")

@@ -1,4 +1,4 @@
-"""``jp.function`` of plain JAX: networks, and every way in which a param may meet data."""
+"""``jp.function`` on plain JAX: networks, and every way in which a param may meet data."""
 
 import gc
 import itertools
@@ -222,7 +222,7 @@ def through_layers(w, x, turn=lambda w: w):
 
 
 def layers_of_time(w, x):
-    """A scan through layers, each with a scan through time."""
+    """A scan over layers, each with a scan over time."""
 
     def layer(x, w):
         def step(h, x):
@@ -235,7 +235,7 @@ def layers_of_time(w, x):
 
 
 def time_of_layers(w, x):
-    """A scan through time, each step a scan through layers."""
+    """A scan over time, with each step a scan over layers."""
 
     def step(h, x):
         h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w + x), None), h, w)
@@ -264,7 +264,7 @@ def looped(w, x):
 
 
 def looped_over_rows(w, x):
-    """Each step takes its layer of a stack by a step's number."""
+    """A loop whose steps index a stack of layers by the step's number."""
     return lax.fori_loop(0, 2, lambda i, x: jnp.tanh(x @ w[i]), x)
 
 
@@ -278,7 +278,7 @@ def either(w, x):
 
 
 def switched(w, x):
-    """A switch by a number that is of no example."""
+    """A switch by a number that does not depend on the example."""
     branches = [lambda x: jnp.tanh(x @ w["a"]), lambda x: x @ w["b"], lambda x: x]
     return lax.switch(w["which"].astype(int), branches, x)
 
@@ -312,7 +312,7 @@ def twos(*names):
     return {name: struct(3, 3) for name in names}
 
 
-# A name: a function, its params, the shape of x (or ids), and the params that have an own share.
+# By name: a function, its params, the shape of x (or ids), and the params that have own shares.
 X, SEQUENCE, IMAGES = (4, 3), (3, 5, 3), (2, 6, 5, 4)
 DATA = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
 NWC = ("NWC", "WIO", "NWC")
@@ -783,7 +783,7 @@ BATCH = normal(6, 4), integers(3, 6)
 
 
 def oracle(fn, loss, *args, bound=None):
-    """The mean loss, the mean of the gradients clipped at a bound, and each example's."""
+    """The mean loss, the mean of the clipped gradients, and each example's gradient."""
     plain = Untapped(fn)
 
     @jax.jit
@@ -808,7 +808,7 @@ def mean_loss(params, batch):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("loss_fn", [mean_loss, example_losses])
 def test_a_whole_loss_of_a_batch(loss_fn):
-    """It gives what the same network with the library's loss gives, and takes no target."""
+    """It gives the same results as the network with the library's loss, and takes no target."""
     hold(loss_fn, MLP, BATCH)
     got = jax.jit(jp.clipped_grad(jp.function(loss_fn), jp.Mean(), 0.4))(MLP, BATCH)
     want = jax.jit(jp.clipped_grad(jp.function(mlp), LOSS, 0.4))(MLP, *BATCH)
@@ -875,7 +875,7 @@ def loss_and_hits(params, batch):
 
 
 def test_ids_of_eight_bits():
-    """A gather that clips them knows tables of more rows than they can count."""
+    """A gather that clips its ids takes them from tables with more rows than uint8 can count."""
     ids, table = np.array([[0, 255], [200, 7], [3, 43]], np.uint8), drawn(struct(300, 2))
 
     def fn(w, x):
@@ -938,7 +938,7 @@ def test_what_nothing_reads_before_a_scan_through_layers():
 
 
 def test_what_a_loss_function_returns_beside_its_value():
-    """Integers and bools among it have no cotangent."""
+    """Integers and booleans in it have no cotangent."""
     net, loss = jp.function(loss_and_hits), jp.loss(operator.itemgetter(0))
     alone = jp.function(example_losses)
     for of in (jp.value_and_grad, jp.per_example_sq_norms, jp.second_moment):
@@ -951,7 +951,7 @@ def test_what_a_loss_function_returns_beside_its_value():
 
 
 def test_a_loss_of_complex_numbers():
-    """They have a cotangent, as they have one between two functions."""
+    """Complex outputs have a cotangent, as they have between two functions."""
 
     def loss(y, target):
         return jnp.sum((y["h"] - target) ** 2) + jnp.sum(y["wave"].real * target)
@@ -1000,7 +1000,7 @@ def reversed_on_the_way(params, x):
 
 
 def test_hessian_products_of_a_function_with_a_rule_of_its_own():
-    """Forward over reverse sees the rule, as jax.jvp of jax.grad does."""
+    """Forward over reverse uses the rule, as ``jax.jvp`` of ``jax.grad`` does."""
     params = {"first": normal(4, 4), "rest": MLP}
     net = jp.function(reversed_on_the_way)
     plain = jp.loss_fn(Untapped(reversed_on_the_way), LOSS)
@@ -1009,7 +1009,7 @@ def test_hessian_products_of_a_function_with_a_rule_of_its_own():
 
 
 def test_complex_params_are_refused():
-    """Those that are not learned are not."""
+    """Those that are not learned are accepted."""
 
     def fn(params, x):
         return jnp.abs(lax.complex(x, x) @ params["c"]) @ params["w"]
@@ -1044,7 +1044,7 @@ def test_an_x_of_floats_ids_and_a_key_for_each_example():
 
 
 def test_params_that_are_no_floats():
-    """Integers, booleans and keys are given to the function, and have no gradient."""
+    """Integers, booleans and keys reach the function, and have no gradient."""
 
     def f(params, x):
         noise = jax.random.normal(params["key"], (3,), jnp.float64)
@@ -1111,7 +1111,7 @@ def test_micro_batches():
 
 @pytest.mark.full
 def test_weights_of_examples_and_padding():
-    """An example of weight 2 is two of it, and one of weight 0 may hold anything."""
+    """An example of weight 2 counts as two copies, and one of weight 0 may hold anything."""
     x, target = BATCH
     weights = jnp.array([1, 2, 1, 0, 1, 3])
     times = np.repeat(np.arange(6), weights)
@@ -1176,7 +1176,7 @@ def test_a_whole_loss_is_trained(standard_promotion):
 
 @pytest.mark.full
 def test_private_gradients():
-    """The noise is that of any layer with the same params, and both ways of clipping agree."""
+    """The noise is that for layers with the same params, and both ways of clipping agree."""
     net, key = jp.function(mlp), jax.random.key(3)
     clean = jp.clipped_grad(net, LOSS, 0.4)(MLP, *BATCH)
     noisy = [
@@ -1205,7 +1205,7 @@ def test_clipped_in_one_walk_and_in_two():
 
 
 def test_each_module_of_params_is_clipped_by_itself():
-    """A module is what stands together in the tree, or an array beside modules."""
+    """A module is a group of arrays in the tree, or an array next to modules."""
 
     def fn(params, x):
         return mlp(params["layers"], x) * as_row(params["scale"], x)
@@ -1303,7 +1303,7 @@ def test_beside_layers_written_by_hand(name):
 
 
 def test_cast_to_bfloat16():
-    """The products are those of bfloat16, and the gradients of the params' dtype."""
+    """Products are computed in bfloat16, and gradients have the params' dtype."""
     narrow = jp.cast(jp.function(mlp), jnp.bfloat16)
     params, x = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (MLP, BATCH[0]))
     got = jax.jit(jp.clipped_grad(narrow, LOSS, 0.4))(params, x, BATCH[1])
@@ -1414,7 +1414,7 @@ def mesh_of(devices):
 
 
 def summed_over_time(w, x):
-    """A scan without params, beside a product with one."""
+    """A scan without params, over a product with one."""
     zero = jnp.zeros_like(x[:, 0])
     return lax.scan(lambda h, x: (jnp.tanh(h + x), None), zero, jnp.moveaxis(x @ w, 1, 0))[0]
 
@@ -1466,7 +1466,7 @@ def test_in_shard_map_each_device_has_its_examples(fn, check_vma):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("fn", [numbered, lambda w, x: numbered(w, x[::-1])], ids=["first", "last"])
 def test_in_shard_map_one_array_of_x_may_be_the_same_on_all_devices(fn):
-    """Numbers of positions, say, that each device counts by itself."""
+    """For example, positions that each device numbers from 0."""
     w, x, target, split = drawn(struct(3, 2)), normal(6, 3), normal(6, 2), PartitionSpec("data")
     norms = jp.per_example_sq_norms(jp.function(fn), jp.HalfSquaredError())
 
@@ -1554,7 +1554,7 @@ COUPLED = {
 
 @pytest.mark.parametrize("fn", COUPLED)
 def test_a_function_that_couples_examples_is_refused(fn):
-    """The sentence names the operation and its line."""
+    """The error names the operation and its line."""
     params, net = {"w": drawn(struct(4, 3))}, jp.function(fn)
     y = jax.eval_shape(fn, params, BATCH[0])
     loss = jp.Mean() if y.ndim == 1 else jp.HalfSquaredError()
@@ -1599,7 +1599,7 @@ def test_a_function_that_calls_back_and_couples_examples_is_refused(fn):
 
 
 def test_one_key_for_all_examples_is_refused():
-    """A mask of the batch's shape is another one for a batch of one."""
+    """A mask that is drawn with the batch's shape differs for a batch of one."""
     params = {"w": drawn(struct(4, 3)), "key": jp.Unlearned(jax.random.key(0))}
     norms = jp.per_example_sq_norms(jp.function(one_mask_for_all), jp.HalfSquaredError())
     with pytest.raises(ValueError, match="give x a key for each example"):
@@ -1607,7 +1607,7 @@ def test_one_key_for_all_examples_is_refused():
 
 
 def test_a_sum_over_examples_is_refused():
-    """A loss is the mean over examples: its sum is not what it is for a batch of one."""
+    """A loss is the mean over examples; a sum has another value than for batches of one."""
     norms = jp.per_example_sq_norms(jp.function(the_sum_over_examples), jp.Mean())
     with pytest.raises(ValueError, match="another y in a batch than alone"):
         norms({"w": drawn(struct(4, 3))}, BATCH[0])
@@ -1624,7 +1624,7 @@ def test_little_coupling_is_found_in_float64():
 
 
 def test_coupled_in_a_scan_is_refused():
-    """The operation stands in the body of a scan."""
+    """The coupling operation is in the body of a scan."""
 
     def fn(params, x):
         def step(h, w):
@@ -1671,7 +1671,7 @@ def mean_of_marked(params, batch):
     ids=["-100", "marked"],
 )
 def test_a_mean_over_what_counts_in_the_batch_is_refused(fn, batch):
-    """How many count in the other examples says what each of this one counts."""
+    """An example's weight then depends on how many positions count in the others."""
     norms = jp.per_example_sq_norms(jp.function(fn), jp.Mean())
     with pytest.raises(ValueError, match="another y in a batch than alone"):
         norms(normal(3, 2), batch)
@@ -1757,11 +1757,11 @@ def test_wrong_shapes_raise_what_jax_raises():
 
 
 def factors_by_taps(product, loss, params, x, target):
-    """For each product the means of mean_t x_t x_t^T and of sum_t J_t^T H J_t, by jacrev.
+    """For each product, the means over examples of mean_t x_t x_t^T and sum_t J_t^T H J_t.
 
     Args:
-        product: a function of (params, x, zeros) of one example that adds a zero to each product
-            and returns y and the operand of each, (positions, features).
+        product: a function of (params, x, zeros) for one example that adds a zero to each product
+            and returns y, the operand of each, (positions, features), and the products.
         loss: the loss.
         params: its params.
         x: a batch.
@@ -1787,7 +1787,7 @@ def factors_by_taps(product, loss, params, x, target):
 
 
 class Tapped:
-    """Products whose operands are kept, and to each of which a zero is added."""
+    """A product that keeps its operands and results, and adds a zero to each result."""
 
     def __init__(self, zeros):
         self.zeros, self.operands, self.products = zeros, [], []
@@ -1815,7 +1815,7 @@ def tapped_attention(params, x, zeros=None):
 
 
 def tapped_convolution(params, x, zeros=None):
-    """A convolution of sequences as the product of its windows."""
+    """A convolution over sequences, written as a product with its windows."""
     tapped = Tapped(zeros)
     windows = jnp.concatenate([x[start : start + 3] for start in range(3)], 1)
     h = jnp.tanh(tapped(windows, params["conv"].reshape(9, 2)))

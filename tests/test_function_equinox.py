@@ -1,4 +1,4 @@
-"""``jp.function`` of models written in Equinox, per example, and in Haiku."""
+"""``jp.function`` on models written in Equinox, for single examples, and in Haiku."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ VOCAB, WIDTH, HEADS, LENGTH = 7, 8, 2, 4
 
 
 def function_of(model, call=None):
-    """A model as a function of its arrays and of a batch, and arrays in float64."""
+    """A model as a function of its arrays and a batch, and random arrays for it in float64."""
     arrays, static = eqx.partition(model, eqx.is_inexact_array)
 
     def fn(params, x):
@@ -164,7 +164,7 @@ def test_a_recurrent_network_by_scan(kind):
 
 
 def test_the_weight_is_scaled_by_a_constant():
-    """As Equinox users write equalized learning rates: a linear layer whose weight is w * c."""
+    """Equinox users write equalized learning rates like this: a linear layer with weight w * c."""
     linear = eqx.nn.Linear(4, 3, key=jax.random.key(0))
     scaled = eqx.tree_at(lambda layer: layer.weight, linear, replace_fn=lambda w: w / 0.5)
     arrays, static = eqx.partition(scaled, eqx.is_inexact_array)
@@ -192,7 +192,7 @@ def test_dropout_with_a_key_for_each_example():
 
 
 def test_the_whole_model_may_be_the_params():
-    """A model is a pytree: what are no arrays are static, and its integers are not learned."""
+    """A model is a pytree: leaves that are no arrays are static, and integers are not learned."""
 
     class Counting(eqx.Module):
         linear: eqx.nn.Linear

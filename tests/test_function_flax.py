@@ -1,4 +1,4 @@
-"""``jp.function`` of models written in Flax, Linen and NNX, as they come."""
+"""``jp.function`` on models written in Flax, Linen and NNX, without changes."""
 
 import functools
 
@@ -15,7 +15,7 @@ nnx = pytest.importorskip("flax.nnx")
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 VOCAB, WIDTH, HEADS, LENGTH = 7, 8, 2, 4
-# Positions are added to x, biases of heads too; a scan stacks the biases and scales of its layers.
+# Positions and biases of heads are added to x; a scan stacks the biases and scales of its layers.
 ADDED = r"positions|(query|key|value)/bias|scale$|bias$"
 
 
@@ -154,7 +154,7 @@ def test_a_linen_gpt(name):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", GPTS)
 def test_what_of_a_linen_gpt_has_own_shares(name):
-    """Unrolled: positions, and biases of heads; by scan also what is a stack of vectors."""
+    """Unrolled, positions and biases of heads; with scan, stacks of vectors too."""
     model, (ids, _) = GPTS[name], tokens()
     owned = own_shares(jp.function(model.apply), params_of(model, ids), ids)
     kinds = {path.rsplit("/", 2)[-2] + "/" + path.rsplit("/", 2)[-1] for path in owned}
@@ -297,7 +297,7 @@ def test_dropout_with_a_key_for_each_example():
 
 
 def test_running_statistics_are_unlearned():
-    """A BatchNorm in inference mode, whose statistics stand beside the params."""
+    """A BatchNorm in inference mode, whose statistics are next to the params."""
 
     class Normed(nn.Module):
         @nn.compact
@@ -344,7 +344,7 @@ def test_one_dropout_key_for_all_examples_is_refused():
 
 
 def only(word, params):
-    """Params of which those are learned whose name ends in the word."""
+    """Params of which only those with a name that ends in the word are learned."""
 
     def of(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -369,7 +369,7 @@ def test_curvature(name):
 
 @pytest.mark.full
 def test_kronecker_factors_of_linen_are_those_of_our_layers():
-    """The same params in Dense layers of this library give the same factors."""
+    """The same params in this library's Dense layers give the same factors."""
     x, target, loss = normal(5, 4), integers(3, 5), jp.CrossEntropy()
     model = Mlp()
     params = params_of(model, x)
@@ -390,7 +390,7 @@ def test_kronecker_factors_of_linen_are_those_of_our_layers():
 
 @pytest.mark.full
 def test_kronecker_factors_of_a_network_with_biases():
-    """For one example a bias's block is b, as it is of a kernel kron(a, b)."""
+    """For one example, a bias's block is a times b, as a kernel's is kron(a, b)."""
     x, target, model = normal(1, 4), integers(3, 1), Mlp()
     params, net, loss = params_of(model, x), jp.function(model.apply), jp.CrossEntropy()
     factors = jp.kronecker_factors(net, loss)(params, x, target)
@@ -416,7 +416,7 @@ def test_kronecker_factors_of_a_linen_gpt_are_finite_and_of_each_kernel():
 
 @pytest.mark.full
 def test_kronecker_factors_of_a_whole_linen_gpt():
-    """Learned positions and biases by head have own shares: their rows are independent."""
+    """Learned positions and biases of heads have own shares; their rows are independent."""
     model, (ids, target) = GPTS["unrolled"], tokens()
     params, net, loss = params_of(model, ids), jp.function(model.apply), jp.CrossEntropy()
     factors = jax.jit(jp.kronecker_factors(net, loss))(params, ids, target)["params"]

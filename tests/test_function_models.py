@@ -1,4 +1,4 @@
-"""Models of several people's styles, none of them made for this library."""
+"""Models in various coding styles, none of them written for this library."""
 
 import chex
 import jax
@@ -78,7 +78,7 @@ def resnet_in_channels_first():
 
 
 def state_space():
-    """A selective state space layer, its recurrence by an associative scan."""
+    """A selective state space layer, with its recurrence as an associative scan."""
     params = {"gate": array(5, 6), "inp": array(5, 6), "out": array(6, 3), "skip": array(5, 3)}
 
     def apply(params, x):
@@ -168,7 +168,7 @@ def coupling_layers():
 
 
 def weight_normalized():
-    """Weights divided by their norms, and a norm of the features: own shares where it must be."""
+    """Weights divided by their norms, which therefore have own shares."""
     params = {"v": array(5, 7), "g": jnp.ones(7), "head": array(7, 3)}
 
     def apply(params, x):
@@ -190,7 +190,7 @@ def hypernetwork():
 
 
 def relative_attention():
-    """Attention with learned biases by distance, and one projection for q, k and v in pieces."""
+    """Attention with learned biases by distance, and one projection, sliced for q, k and v."""
     params = {
         "qkv": array(6, 3, 2, 3),
         "bias": array(2, 9),

@@ -1,4 +1,4 @@
-"""``jp.function`` of random programs, made of the ways in which params meet data."""
+"""``jp.function`` on random programs, composed of the ways in which params meet data."""
 
 import math
 
@@ -13,15 +13,15 @@ from jax import lax
 import jaxprop as jp
 
 EXAMPLES, LARGEST, VOCAB = 3, 3, 5
-FLOOR = 1e-13  # of the largest entry in the tree: what rounding leaves of a gradient of 0
+FLOOR = 1e-13  # what rounding leaves of a gradient of 0, relative to the tree's largest entry
 
 
 class Program:
-    """A random function of params and of a batch; each of its steps keeps the example on axis 0.
+    """A random function of params and a batch; each of its steps keeps the example on axis 0.
 
     Attributes:
-        params: what it takes, drawn as it is made.
-        steps: functions of (params, h, x), and the batch that goes into the first is x["floats"].
+        params: its params, drawn while it is built.
+        steps: functions of (params, h, x); the first gets x["floats"] as h.
     """
 
     def __init__(self, seed):
@@ -56,7 +56,7 @@ class Program:
         return tuple(int(size) for size in self.rng.integers(1, LARGEST + 1, number))
 
     def param(self, shape):
-        """A function of params that gives one of this shape, an old one if there is."""
+        """A function of params that returns one of this shape, perhaps an existing one."""
         old = [name for name, p in self.params.items() if p.shape == tuple(shape)]
         if old and self.rng.random() < 0.3:
             name = self.choose(old)
@@ -67,7 +67,7 @@ class Program:
         return lambda params: params[name]
 
     def view(self, shape, depth=2):
-        """A function of params that gives an array of this shape, made of params."""
+        """A function of params that returns an array of this shape, computed from params."""
         if not depth or self.rng.random() < 0.4:
             return self.param(shape)
         kind = self.rng.integers(10)
@@ -118,7 +118,7 @@ class Program:
         return self.param(shape)
 
     def step(self, shape, depth):
-        """A step from h (N, *shape), and the shape of what it gives."""
+        """A step from h (N, *shape), and the shape of its result."""
         kinds = [self.product, self.product, self.convolution]
         kinds += [self.added, self.summed, self.looked_up]
         if depth and self.rng.random() < 0.45:
@@ -130,7 +130,7 @@ class Program:
         return (lambda params, h, x: f(step(params, h, x))), shape
 
     def keeping(self, shape, depth):
-        """A step that gives the shape it was given."""
+        """A step that keeps the shape."""
         if self.rng.random() < 0.3:
             return self.added(shape)[0]
         features = shape[-1]
@@ -173,7 +173,7 @@ class Program:
         return step, whole.shape[1:]
 
     def convolution(self, shape):
-        """A convolution of random layouts, over an h of two axes or three."""
+        """A convolution with random layouts, over an h of two or three axes."""
         if len(shape) not in (2, 3):
             return self.product(shape)
         *space, channels = shape
@@ -194,7 +194,7 @@ class Program:
         }
 
         def step(params, h, x):
-            first = jnp.moveaxis(h, -1, 1)  # (N, channels, *space), where x_layout says
+            first = jnp.moveaxis(h, -1, 1)  # (N, channels, *space), transposed below
             y = lax.conv_general_dilated(
                 jnp.transpose(first, np.argsort(x_layout)),
                 w(params),
@@ -212,7 +212,7 @@ class Program:
         return (step, whole.shape[1:]) if whole.size <= 300 else (step_to_sum(step), ())
 
     def added(self, shape):
-        """A bias or a scale, of some of the axes."""
+        """A bias or a scale along some of the axes."""
         axes = tuple(int(size) if self.rng.random() < 0.6 else 1 for size in shape)
         b = self.view(axes)
         how = self.choose([jnp.add, jnp.multiply, lambda h, b: h - jnp.exp(b)])
@@ -257,7 +257,7 @@ class Program:
         return step, shape
 
     def repeated(self, shape, depth):
-        """A scan through layers, or a loop with the same param at each turn, or one carried."""
+        """A scan over layers, or a loop that reuses one param at each turn, or that carries it."""
         if not shape:
             return self.added(shape)
         features, turns = shape[-1], int(self.rng.integers(1, 4))
@@ -311,7 +311,7 @@ class Program:
         return step, shape[1:] if last else shape
 
     def chosen(self, shape, depth):
-        """A cond of a number that each example has in common, or by example."""
+        """A conditional by a number that all examples share, or by each example."""
         if not shape:
             return self.added(shape)
         first, second = self.keeping(shape, depth), self.keeping(shape, depth)
@@ -335,7 +335,7 @@ class Program:
         return step, shape
 
     def wrapped(self, shape, depth):
-        """A step inside of checkpoint, jit, vmap, or a function with a rule of its own."""
+        """A step inside checkpoint, jit, vmap, or a function with its own rule."""
         step, after = self.step(shape, depth)
         kind = self.choose(["checkpoint", "jit", "custom_jvp", "custom_vjp", "vmap"])
         if kind == "checkpoint":
@@ -362,7 +362,7 @@ def step_to_sum(step):
 
 @jax.custom_vjp
 def halved(x):
-    """On the way back everything is half of what it is: the rule is used, not the derivative."""
+    """sin, with half of its derivative in its rule: the rule is used, not the derivative."""
     return jnp.sin(x)
 
 
@@ -370,9 +370,9 @@ halved.defvjp(lambda x: (jnp.sin(x), x), lambda x, ct: (0.5 * ct * jnp.cos(x),))
 
 
 def hold_program(seed, diagonal=False):
-    """Hold every quantity of a random program against its oracle, leaf by leaf."""
+    """Compare every quantity of a random program with its oracle, leaf by leaf."""
     program = Program(seed)
-    if program.target.size == EXAMPLES:  # the squared error takes features
+    if program.target.size == EXAMPLES:  # the squared error needs features
         program.steps.append(lambda params, h, x: h.reshape(len(h), 1))
         program.target = program.target.reshape(EXAMPLES, 1)
     got, want = jax.jit(

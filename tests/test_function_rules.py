@@ -1,4 +1,4 @@
-"""Other backward rules for parts of any function, without a touch of it."""
+"""Other backward rules for parts of any function, without changing it."""
 
 import functools
 import re
@@ -35,7 +35,7 @@ with jax.numpy_dtype_promotion("standard"):
 
 
 def by_jax(fn):
-    """The loss of a function of params, in plain JAX."""
+    """The loss of fn as a function of params, in plain JAX."""
     return lambda p: -jnp.mean(jax.nn.log_softmax(fn(p, X))[jnp.arange(len(X)), TARGET])
 
 
@@ -96,7 +96,7 @@ def test_a_flax_model_by_a_rule_is_our_net_by_it(name):
 
 @pytest.mark.full
 def test_feedback_alignment_of_a_flax_model_trains():
-    """Params stay the model's; every quantity is of the rule's backward, and jax.grad takes it."""
+    """Params stay the model's; quantities and jax.grad of ``net.fn`` use the rule's backward."""
     net = jp.function(Mlp().apply, rules={"dot_general": FIXED})
     hold(net.fn, PARAMS, X, TARGET, LOSS)
     angles = rules.angles(net, LOSS)(PARAMS, X, TARGET)["params"]
@@ -120,7 +120,7 @@ def test_feedback_alignment_of_a_flax_model_trains():
 
 @pytest.mark.full
 def test_fixed_feedback_is_its_equation():
-    """Each product has a matrix of its own, the same at each step."""
+    """Each product has its own matrix, the same at each step."""
     net = jp.function(Mlp().apply, rules={"dot_general": FIXED})
     key = [jax.random.fold_in(jax.random.key(3), number) for number in range(3)]
     first, second, third = (p for p in of_ours(PARAMS) if p)
@@ -157,7 +157,7 @@ class Quantized(nn.Module):
 
 @pytest.mark.full
 def test_straight_through_the_rounding_of_a_flax_model():
-    """Rounded weights stay in factors: their cotangent is that of the weights."""
+    """The cotangent of rounded weights stays factored, and is that of the weights."""
 
     def through(x):
         return x + jax.lax.stop_gradient(jnp.round(x) - x)
@@ -271,7 +271,7 @@ def test_an_equinox_model():
 
 @pytest.mark.full
 def test_relevance_of_a_flax_model():
-    """Its dense modules by LRP: that of our net with the same rules."""
+    """With LRP in its dense modules, it is that of our net with the same rules."""
     zero = functools.partial(rules.lrp_epsilon, epsilon=0.0)
     scopes = {f"Dense_{i}": zero for i in range(3)}
     net = jp.function(Mlp().apply, rules=scopes)
@@ -357,7 +357,7 @@ clipped_sign.defvjp(lambda w: (jnp.sign(w), w), lambda w, ct: (jnp.where(abs(w) 
 
 @pytest.mark.full
 def test_a_rule_on_params_alone_is_of_each_example():
-    """Binary weights whose cotangent passes in a range: what is an example's own stays so."""
+    """Binary weights whose cotangent passes within a range, for each example on its own."""
 
     def fn(params, x, sign=jnp.sign):
         return jnp.tanh(x @ sign(params["w"])) @ params["v"]
@@ -485,7 +485,7 @@ def test_a_gauss_newton_product_goes_forward_by_the_function_and_back_by_its_rul
 
 
 def test_the_derivative_of_a_function_is_by_its_own_rules():
-    """Those of ``jax.custom_vjp`` in it, for ``jax.grad`` of the loss too."""
+    """A ``jax.custom_vjp`` in it is used, also in ``jax.grad`` of the loss."""
 
     def fn(params, x):
         return jnp.tanh(x @ clipped_sign(params["w"])) @ params["v"]
@@ -507,7 +507,7 @@ def test_the_derivative_of_a_function_is_by_its_own_rules():
 
 @pytest.mark.full
 def test_attention_by_feedback():
-    """Products of data have no matrix, so that all products are the projections."""
+    """Products of data with data have no matrix, so the rule applies to the projections only."""
 
     class Attending(nn.Module):
         @nn.compact

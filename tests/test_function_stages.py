@@ -1,4 +1,4 @@
-"""Scans through layers of params, walked layer by layer; and what keeps a cotangent once."""
+"""Scans over layers of params, walked layer by layer; and equal cotangents that are kept once."""
 
 import functools
 
@@ -49,7 +49,7 @@ def of_remat(params, x):
 
 
 def of_remat_inside(params, x):
-    """The layers of a scan that is computed again, with a scan over time in each."""
+    """A scan over checkpointed layers, each with a scan over time."""
 
     def block(p, h):
         def step(h, x):
@@ -75,7 +75,7 @@ def compiled(params, x):
 
 
 def with_a_sum(params, x):
-    """A carry that starts as a constant: what a router's loss is kept in."""
+    """A carry that starts as a constant, such as the sum of a router's losses."""
 
     def step(carry, p):
         h, total = carry
@@ -87,7 +87,7 @@ def with_a_sum(params, x):
 
 
 def with_constants(params, x):
-    """Constants and stacks of the scan that are made of x, and others that are not."""
+    """Constants and stacks of the scan, some computed from x and some not."""
     noise = jnp.stack([jnp.sin(x * i) for i in (1.0, 2.0, 3.0)])
 
     def step(h, given):
@@ -101,7 +101,7 @@ def with_constants(params, x):
 
 
 def twice(params, x):
-    """An encoder, and a decoder that looks at what the encoder gave, and at x again."""
+    """An encoder, and a decoder that uses the encoder's output and x."""
     memory = through(params["blocks"], x)
 
     def step(h, p):
@@ -112,7 +112,7 @@ def twice(params, x):
 
 
 def with_integers(params, x):
-    """A carry of integers that are made of x, and ids that are looked up in each layer."""
+    """A carry of integers computed from x, and ids that are looked up in each layer."""
     ids = jnp.argmax(x, axis=-1)
 
     def step(carry, p):
@@ -124,7 +124,7 @@ def with_integers(params, x):
 
 
 def with_unlearned(params, x):
-    """A module with an array that is not learned, of each layer too."""
+    """A module with an array that is not learned, also one for each layer."""
 
     def step(h, p):
         return jnp.tanh(h @ p["w"] + p["mask"][None] * h), None
@@ -134,7 +134,7 @@ def with_unlearned(params, x):
 
 
 def own(params, x):
-    """Params with an own share in the layers: what meets no data in a product."""
+    """Params in the layers that meet no data in a product, and so have own shares."""
 
     def step(h, p):
         return jnp.tanh(h @ (p["w"] / jnp.linalg.norm(p["w"]))) * p["b"][None], None
@@ -143,7 +143,7 @@ def own(params, x):
 
 
 def joined(params, x):
-    """Two stacks that are joined in each layer, as an LSTM's are."""
+    """Two stacks that are concatenated in each layer, as in an LSTM."""
 
     def step(h, p):
         y = h @ jnp.concatenate([p["a"], p["w"]], axis=1)
@@ -178,7 +178,7 @@ STAGED = {
 
 
 def with_a_counter(params, x):
-    """A carry that is no example's."""
+    """A carry that does not depend on the example."""
 
     def step(carry, p):
         h, i = carry
@@ -189,7 +189,7 @@ def with_a_counter(params, x):
 
 
 def half_a_module(params, x):
-    """A module of which another part is used elsewhere."""
+    """A module with a part that is used outside the scan."""
     h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["blocks"]["w"])
     return h + params["blocks"]["b"].sum(0)[None]
 
@@ -206,7 +206,7 @@ def with_a_param_in_each(params, x):
 
 
 def made_of_params(params, x):
-    """Stacks that are made of params by more than another dtype."""
+    """Stacks that are computed from params by more than a cast."""
     return through(jax.tree.map(jnp.sin, params["blocks"]), x)
 
 
@@ -252,7 +252,7 @@ def test_what_is_no_scan_through_whole_modules_alone_is_one_stage(name):
 @pytest.mark.full
 @pytest.mark.parametrize("fn", [plain, of_remat, with_constants])
 def test_its_results_are_those_of_the_scan_as_one(fn):
-    """What is asked of a module as a whole: each layer's norms, a fused update, a user's visit."""
+    """Results for a module as a whole: norms by layer, a fused update, a user's visit."""
     params = PARAMS if fn is plain else BLOCKS
     net, loss = jp.function(fn), jp.HalfSquaredError()
     target = normal(*jax.eval_shape(fn, params, X).shape, seed=5)
@@ -282,7 +282,7 @@ DEEP, WIDTH, LENGTH = 8, 64, 32
 
 @functools.cache
 def memory(block, quantity):
-    """The temporary memory of a quantity through many layers of a block, in float32."""
+    """The temporary memory of a quantity for a scan over many blocks, in float32."""
     params = {"w": jnp.zeros((DEEP, WIDTH, 4 * WIDTH)), "v": jnp.zeros((DEEP, 4 * WIDTH, WIDTH))}
     params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     x = jnp.zeros((8, LENGTH, WIDTH), jnp.float32)
@@ -326,7 +326,7 @@ def updated(net, loss):
     ids=["norms", "gradient", "second moment", "clipped in two walks", "fused update"],
 )
 def test_the_memory_of_a_scan_is_that_of_the_gradient(quantity, most):
-    """Also where layers are computed again, which takes less than half of it."""
+    """Also for checkpointed layers, which need less than half of it."""
     assert memory(of_checkpoint, None) < memory(block, None) / 2
     for each in (block, of_checkpoint):
         assert memory(each, quantity) <= most * memory(each, None), each
@@ -349,7 +349,7 @@ def test_in_shard_map():
 
 
 def lstm(w, x):
-    """Two products, one of them with a bias, whose parts are added up gate by gate."""
+    """Two products, one with a bias, whose parts are added gate by gate."""
 
     def step(carry, x):
         h, c = carry
@@ -363,7 +363,7 @@ def lstm(w, x):
 
 
 def sums(w, x):
-    """Products whose cotangents are equal, and others whose are not for a second reader."""
+    """Products with equal cotangents, and others whose cotangents differ by a second use."""
     a, b, c, d, e = (x @ w[name] for name in "abcde")
     y = jnp.tanh(a + b + c)
     return y + jnp.sin(d) * a[:, :1] + (d + e) - jnp.cos(e)
@@ -377,7 +377,7 @@ def slices(w, x):
 
 @jax.jit
 def unread(w, x):
-    """Products that nobody reads, of two shapes."""
+    """Products of two shapes whose results are unused."""
     _ = x @ w["x"], x @ w["h"], x @ w["y"]
     return jnp.sin(x @ w["z"])
 
@@ -390,7 +390,7 @@ Z = {"z": normal(D, D)}
 FIVE = {name: normal(D, D, seed=i) for i, name in enumerate("abcde")}
 EQUAL = {
     "lstm": (lstm, {"x": normal(D, 2 * D), "h": normal(D, 2 * D), "b": normal(2 * D)}, 1),
-    "sums": (sums, FIVE, 4),  # b and c have one
+    "sums": (sums, FIVE, 4),  # b and c share one
     "unread": (with_unread, {"x": normal(D, 2), "h": normal(D, 3), "y": normal(D, 3), **Z}, 3),
     "slices": (slices, {name: FIVE[name] for name in "abc"}, 2),
 }
@@ -408,7 +408,7 @@ def test_what_has_the_same_cotangent_keeps_it_once(name):
 
 
 def test_a_checkpoint_keeps_no_data():
-    """What is computed again on the way back is not kept, and neither are its zeros."""
+    """What the backward pass recomputes is not kept, and neither are its zeros."""
     params, x = {"w": normal(D, D)}, X
 
     def fn(params, x):
@@ -421,7 +421,7 @@ def test_a_checkpoint_keeps_no_data():
 
 
 def test_a_layer_saves_what_it_is_given_again_by_nobody():
-    """Neither params nor constants are stacked with what each layer saves."""
+    """Params and constants are not stacked with what each layer saves."""
     _, walked = jp.function(of_remat).forward(BLOCKS, X)
     (tape,) = (tape for tape in walked.tapes if isinstance(tape, TapeOfLayers))
     shapes = [leaf.shape for leaf in tape.kept.leaves]

@@ -1,6 +1,6 @@
 """Random networks, dtypes, quantities, updates and transformations, against autodiff in float64.
 
-A case is a number, which draws all of it. To see one again: ``pytest tests/test_fuzz.py -n0 -s
+All of a case is drawn from its number. To see one again: ``pytest tests/test_fuzz.py -n0 -s
 --full -k test_random --fuzz-case 17 --fuzz-seconds 0``.
 """
 
@@ -21,7 +21,7 @@ import jaxprop as jp
 from jaxprop.core.side_inputs import takes_side_input
 from jaxprop.core.tree import learned, merged
 
-LARGEST = 2**10  # sides that are no larger are left as they are
+LARGEST = 2**10  # projection leaves sides that are no larger as they are
 QUANTITIES = {
     "grads": jp.Gradient(),
     "each": jp.PerExampleGrads(),
@@ -41,7 +41,7 @@ QUANTITIES = {
     "empirical": jp.KroneckerFactors(empirical=True),
 }
 PRODUCTS = {"hvp": jp.hvp, "ggn": jp.ggn_vp}  # with the params
-BY_ITSELF = {"kronecker", "empirical"}  # held against the library's own, under jax.jit
+BY_ITSELF = {"kronecker", "empirical"}  # compared with the library itself, under jax.jit
 CLIPPED = {"clipped", "in two passes", "clipped by layer", "automatic"}
 LIKE_PARAMS = {"grads", "finite", *CLIPPED, *PRODUCTS}
 OPTIMIZERS = (
@@ -53,20 +53,20 @@ EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec("d")
 OF_EXAMPLES = dict.fromkeys(["each", "norms", "projected"], SPLIT) | {
     "root": PartitionSpec(None, "d")
 }
-SUMMED = {"value", "moment", "diagonal"}  # over devices; gradients by params of all of them are
+SUMMED = {"value", "moment", "diagonal"}  # over devices, as gradients already are
 NOT_ON_DEVICES = {"gram", "variance", "noise", *BY_ITSELF}
-SEEDS = {  # the cases under each transformation, which go around the dtypes
+SEEDS = {  # the cases under each transformation, which cycle through the dtypes
     "jit": range(18),
     "vmap": range(18, 36),
     "scan": range(36, 54),
-    # of batches that can be divided
+    # whose batches can be divided
     "shard_map": (3, 14, 19, 24, 28, 33, 38, 42, 49, 54, 59, 63, 68, 73, 81, 85, 87, 89),
     "micro_batches": (4, 15, 20, 29, 34, 50, 55, 64, 69, 74, 82, 86, 88, 91, 93, 94, 95, 96),
 }
 REFUSALS = (
     "has no Kronecker factors",
     "one that is cast takes x.astype(dtype)",
-    "takes a padding mask",  # of another length: the axes were moved
+    "takes a padding mask",  # of another length, since the axes were moved
 )
 
 
@@ -75,8 +75,8 @@ def check(number: int, dtype: str | None = None, how: str | None = None) -> str 
 
     Args:
         number: the case.
-        dtype: of ``DTYPES``; it is drawn if it is not given.
-        how: the transformation, likewise; if it is given, no optimizer is.
+        dtype: a name in ``DTYPES``; drawn if it is not given.
+        how: the transformation; drawn if it is not given. If it is, no optimizer is tested.
     """
     rng = np.random.default_rng(number)
     drawn = str(rng.choice(list(DTYPES)))
@@ -114,7 +114,7 @@ def test_each_dtype_under_each_transformation(how: str, dtype: str) -> None:
 
 @pytest.mark.full
 def test_random_networks(request: pytest.FixtureRequest) -> None:
-    """Cases for so many seconds, one at least; all that is found is told at the end."""
+    """Cases for the given seconds, at least one; all failures are reported at the end."""
     number, seconds = (request.config.getoption(f"--fuzz-{name}") for name in ("case", "seconds"))
     end, found = time.monotonic() + seconds, []
     while True:
@@ -129,7 +129,7 @@ def test_random_networks(request: pytest.FixtureRequest) -> None:
 
 
 def check_quantities(case: Case, rng: np.random.Generator, how: str | None = None) -> None:
-    """Hold some quantities under a transformation against the oracle."""
+    """Compare some quantities under a transformation with the oracle."""
     drawn = str(rng.choice(hows(case)))
     how = how or drawn
     assert how in hows(case), f"{how} is not for this case"
@@ -165,7 +165,7 @@ def check_quantities(case: Case, rng: np.random.Generator, how: str | None = Non
 
 
 def made(case: Case, names: tuple[str, ...], options: dict[str, Any], rng: Any) -> Any:
-    """Return the library's function that gives these quantities by name."""
+    """Return the library's function that returns these quantities by name."""
     if names == ("value", "grads"):
         scale = float(rng.choice([1.0, 16.0]))
         pair = jp.value_and_grad(case.net, case.loss, loss_scale=scale, **options)
@@ -191,13 +191,13 @@ def made(case: Case, names: tuple[str, ...], options: dict[str, Any], rng: Any) 
 
 
 def hows(case: Case) -> list[str]:
-    """Return the transformations that leave this case's results as they are."""
+    """Return the transformations that do not change this case's results."""
     apart = not case.net.batch_coupled and "key" not in case.given and len(case.x) > 1
     return ["jit", "jit", "eager", "vmap", "scan", *["shard_map", "micro_batches"] * (2 * apart)]
 
 
 def is_one_function(case: Case, names: tuple[str, ...]) -> bool:
-    """Return whether the net may be taken for a function of params, all of them learned, and x."""
+    """Return whether the net is a function of x and of params that are all learned."""
     if case.net.batch_coupled or {"key", "mask"} & case.given.keys():
         return False
     all_learned = len(dtypes(case.params)) == len(jax.tree.leaves(case.params))
@@ -211,13 +211,13 @@ def in_one_function(case: Case) -> Case:
 
 
 def draw_names(case: Case, how: str, rng: np.random.Generator) -> tuple[str, ...]:
-    """Return the value, and the names of some quantities that there are, or of a product alone."""
+    """Return "value" and the names of some quantities that fit the case, or one product's name."""
     whole = how not in ("shard_map", "micro_batches") and "divisor" not in case.given
     if whole and rng.random() < 0.12:
         return (str(rng.choice(["hvp"] if case.net.batch_coupled else list(PRODUCTS))),)
     if case.net.batch_coupled:
         return ("value", "grads")
-    if not {"mask", "key"} & case.given.keys() and rng.random() < 0.1:  # these may hide a NaN
+    if not {"mask", "key"} & case.given.keys() and rng.random() < 0.1:  # which may hide a NaN
         return ("value", "finite")
     names = set(QUANTITIES)
     if how == "shard_map":
@@ -225,7 +225,7 @@ def draw_names(case: Case, how: str, rng: np.random.Generator) -> tuple[str, ...
     if how == "micro_batches":
         names -= {"gram"}
     if "divisor" in case.given:
-        names -= {"variance"}  # of a sum that is no mean there is none
+        names -= {"variance"}  # which a sum that is no mean does not have
     if case.narrowest != jnp.float64 or rng.random() < 0.8:
         names -= BY_ITSELF
     counted = np.sum(case.given.get("weights", len(case.x)))
@@ -243,7 +243,7 @@ def draw_micro_batches(case: Case, how: str, rng: np.random.Generator) -> dict[s
 
 
 def draw_devices(case: Case, rng: np.random.Generator) -> int:
-    """Return over how many devices the examples go, in equal parts."""
+    """Return a number of devices that the examples can be split over in equal parts."""
     return int(rng.choice([n for n in (2, 3, 4, 6) if len(case.x) % n == 0]))
 
 
@@ -276,7 +276,7 @@ def spoilt(runs: list[Any], wrong: np.ndarray) -> list[Any]:
 def transformed(
     how: str, f: Any, runs: list[Any], names: tuple[str, ...], devices: int
 ) -> list[Any]:
-    """Return f(params, batch) of each of the runs, or of the first alone."""
+    """Return f(params, batch) for each of the runs, or for the first alone."""
     first, stacked = runs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs)
     if how == "eager":
         return [f(*first)]
@@ -311,12 +311,12 @@ def dtypes(tree: Any) -> list[Any]:
 
 
 def check_update(case: Case, rng: np.random.Generator) -> None:
-    """Hold two steps of an optimizer, under a transformation, against optax and the oracle."""
+    """Compare two steps of an optimizer, under a transformation, with optax and the oracle."""
     if takes_side_input(case.net, jp.Key) and "key" not in case.given:
         case.given["key"] = jax.random.key(1)
     how = str(rng.choice([how for how in hows(case) if how not in ("eager", "vmap")]))
     optimizer = OPTIMIZERS[rng.integers(len(OPTIMIZERS))]
-    if case.narrowest == jnp.float16:  # in which Adam's second moment is a subnormal number
+    if case.narrowest == jnp.float16:  # where Adam's second moment is a subnormal number
         optimizer = OPTIMIZERS[0]
     options = draw_micro_batches(case, how, rng) | {
         "fused": bool(rng.integers(2)),
@@ -354,7 +354,7 @@ def check_update(case: Case, rng: np.random.Generator) -> None:
 
 
 def trained(case: Case, net: jp.Layer, optimizer: Any, max_norm: float | None) -> Any:
-    """Return a jitted f(params, batches), how far two steps move params, and the losses."""
+    """Return a jitted f(params, batches) for the move of params in two steps, and the losses."""
     f = answers(case, net, ("value", "grads"))
     if max_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer)

@@ -67,7 +67,7 @@ def test_the_loss_falls_fast(name):
 
 
 def test_one_step_finds_the_minimum_of_a_linear_problem():
-    """Of one matrix and the squared error the factors are exact, and so is the model."""
+    """For one matrix and the squared error, the factors are exact, and so is the model."""
     net, loss = jp.chain(jp.Dense(3, bias=False)), jp.HalfSquaredError()
     params, x = at(Row(net, normal(9, 4)))
     target = jax.device_put(normal(9, 3) + 1)
@@ -156,7 +156,7 @@ def test_each_device_decomposes_its_share(name):
     update = jp.make_update(net, LOSS, jp.kfac(net, LOSS, (params, x, target), mesh=mesh))
     text = update.lower(params, update.init(params), x, target).compile().as_text()
     choices = [names.count("%") for names in re.findall(r"branch_computations={([^}]*)}", text)]
-    assert choices.count(mesh.size) == 1  # each device has a branch of its own
+    assert choices.count(mesh.size) == 1  # each device has its own branch
 
 
 def test_shares_are_even():

@@ -1,4 +1,4 @@
-"""Linear algebra with Kronecker factors, eigenvalues put right, and influence."""
+"""Linear algebra with Kronecker factors, corrected eigenvalues, and influence."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ BLOCK = jp.skip(jp.chain(jp.LayerNorm(), jp.Dense(4), jp.Tanh()))
 
 
 def heads(w, x):
-    """A kernel of three axes, one that is transposed, and one of which a part is used."""
+    """A kernel with three axes, one that is transposed, and one that is used in part."""
     y = jnp.tanh(jnp.einsum("ntd,dhk->nthk", x, w["q"]))
     y = jnp.einsum("nthk,hko->nto", y, w["out"]) @ w["t"].T
     return y @ w["part"][1:4] + w["b"][None, None]
@@ -90,7 +90,7 @@ def learned(tree):
 
 @jax.jit
 def dense(block, leaf):
-    """The matrix of a block, on the param's entries as they lie in it."""
+    """The matrix of a block, with the param's entries in their own order."""
     unit = jnp.eye(leaf.size).reshape(leaf.size, *leaf.shape)
     return jax.vmap(lambda e: jp.curvature.times(block, e).ravel())(unit).T
 
@@ -127,7 +127,7 @@ def test_solve_times_whiten_and_logdet_are_those_of_the_blocks(name):
         assert relative_error(damped @ got.ravel(), v.ravel()) <= 1e-10
         assert relative_error(half.ravel() @ half.ravel(), v.ravel() @ got.ravel()) <= 1e-10
         logdets += np.linalg.slogdet(damped)[1]
-    if name != "heads":  # where a part of a param is used, the block is of that part
+    if name != "heads":  # if only a part of a param is used, the block is for that part
         assert relative_error(jax.jit(jp.curvature.logdet)(factors, 0.1), logdets) <= 1e-10
     again = solve(jax.jit(jp.curvature.eigh)(factors), tree, 0.1)
     assert relative_error(again, solved) <= 1e-12
@@ -144,7 +144,7 @@ def test_no_diagonal_in_the_basis_of_the_factors_is_nearer_to_the_block(name):
         exact, of_leaves(factors, params), of_leaves(corrected, params), strict=True
     ):
         assert relative_error(jnp.trace(now), jnp.trace(block)) <= 1e-10
-        # the projection on what has those eigenvectors: what is left is orthogonal to it
+        # it is the projection onto matrices with those eigenvectors, orthogonal to the rest
         assert abs(jnp.vdot(block - now, now)) <= 1e-10 * jnp.vdot(block, block)
         apart, before = (jnp.linalg.norm(block - m) for m in (now, was))
         assert apart <= before + 1e-10
@@ -276,7 +276,7 @@ def whole(curvature, params):
 @pytest.mark.parametrize("positions", ["expand", "reduce"])
 @pytest.mark.parametrize("name", ["dense", "sequence", "convolution", "repeat", "tokens", "lstm"])
 def test_a_joint_bias_is_a_row_of_its_matrix(name, positions):
-    """Its products with the matrix's entries are in the block then."""
+    """The block then contains the bias's products with the matrix's entries."""
     net, params, x, target = problem(name)
     given = {"positions": positions, "others": "diagonal", "joint_bias": True}
     factors = jp.kronecker_factors(net, LOSS, **given)(params, x, target)
@@ -335,7 +335,7 @@ def test_one_example_s_block_is_the_product_with_its_bias():
 
 @pytest.mark.parametrize("features", [3, 4])
 def test_padded_positions_are_no_features(features):
-    """A layer without positions, in front of ones, has as many features as there are positions."""
+    """A layer without positions has as many features as the layers after it have positions."""
     target = jnp.array([[0, 1, -1], [2, -1, -1], [1, 0, 2], [2, 1, -1]])
     net, x = jp.chain(jp.Dense(9), jp.Reshape((3, 3))), jnp.asarray(normal(4, features))
     params = net.init(jax.random.key(0), x)
@@ -348,7 +348,7 @@ def test_padded_positions_are_no_features(features):
 
 @pytest.mark.parametrize("positions", ["expand", "reduce"])
 def test_padding_of_a_convolution_is_that_of_a_dense_layer(positions):
-    """A window of one position is a dense layer; a wider one has rows of several."""
+    """A convolution is a dense layer on its windows, whose rows hold several positions."""
     target = jnp.array([[0, 1, -1, -1], [2, -1, -1, -1], [1, 0, 2, 1], [2, 1, 0, -1]])
     x, weights = jnp.asarray(normal(4, 4, 2)), jnp.array([1.0, 2, 0, 1])
     params = jp.Dense(3).init(jax.random.key(0), jnp.ones((1, 4)))
@@ -382,7 +382,7 @@ class OwnParams(NamedTuple):
 
 
 class Product(jp.Layer):
-    """y = (x w) b, whose b is no bias."""
+    """y = (x w) b, where b is not a bias."""
 
     features: int
 
@@ -419,7 +419,7 @@ def test_empirical_factors_are_those_of_the_gradient():
 
 
 def test_a_param_without_factors_is_left_out_where_it_is_asked_for():
-    net = jp.tied(jp.Embedding(7, 4), jp.Tanh())  # the table is an input's and a matrix
+    net = jp.tied(jp.Embedding(7, 4), jp.Tanh())  # the table is looked up and multiplied
     params, ids = at(Row(net, IDS))
     skipped = jp.kronecker_factors(net, LOSS, others="skip")
     assert jax.tree.leaves(jax.eval_shape(skipped, params, ids, IDS)) == []

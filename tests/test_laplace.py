@@ -1,4 +1,4 @@
-"""The Laplace approximation, beside the normal distribution written out."""
+"""The Laplace approximation, against the normal distribution written out."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ SQUARED = jp.HalfSquaredError()
 
 
 def jacobian(net, params, x):
-    """(N, C, P) of each learned param."""
+    """The Jacobian by each learned param, (N, C, P)."""
 
     def of_one(arrays, x):
         return net(jp.core.tree.merged(params, arrays), x[None])[0].ravel()
@@ -60,7 +60,7 @@ def test_the_evidence_is_that_of_the_normal_distribution(name):
 
 
 def test_the_evidence_of_a_linear_net_is_exact():
-    """Of Bayesian linear regression with noise of variance 1, integrated over the weights."""
+    """It is that of Bayesian linear regression with noise of variance 1, weights integrated out."""
     rng = np.random.default_rng(0)
     x, target = jnp.asarray(rng.normal(size=(7, 3))), jnp.asarray(rng.normal(size=(7, 1)))
     net, prior = jp.chain(jp.Dense(1, bias=False)), 0.4

@@ -33,7 +33,7 @@ def by_vjp(layer, params, x, ct):
 
 
 def floats(x, tree):
-    """The tree like x, with None for what is an integer in x."""
+    """The tree, with None where x has integers."""
     return jax.tree.map(
         lambda x, leaf: leaf if jnp.issubdtype(x.dtype, jnp.floating) else None, x, tree
     )
@@ -67,9 +67,9 @@ def test_activations_at_their_edges(layer):
 @pytest.mark.few(6)
 @pytest.mark.parametrize("row", first_of_their_kind(TABLE), ids=row_id)
 def test_vmap_custom_vjp_and_narrow_dtypes(row):
-    """By hand under vmap, as a function of ordinary JAX, and in float32 and bfloat16.
+    """By hand under vmap, as an ordinary function in JAX, and in float32 and bfloat16.
 
-    What check_layer asks of the layer itself (jit and scan among it) is not asked again.
+    What ``check_layer`` checks (jit and scan included) is not repeated.
     """
     params, x = at(row)
     ct = ct_for(row.layer, params, x)
@@ -93,7 +93,7 @@ def test_vmap_custom_vjp_and_narrow_dtypes(row):
     mapped, ys, custom, got = computed((params, x, ct), narrow)
     once, *wide = (jax.tree.map(lambda leaf, i=i: leaf[i], mapped) for i in range(1 + len(RTOL)))
     assert relative_error(custom, once) <= 1e-12
-    assert relative_error(*ys) <= 1e-14  # of one program, in which XLA fuses each by itself
+    assert relative_error(*ys) <= 1e-14  # from one program, where XLA fuses each separately
     for dtype, args, here, there in zip(RTOL, narrow, got, wide, strict=True):
         primals = learned(args[0]), floats(x, args[1])
         chex.assert_trees_all_equal_dtypes(here, primals)
@@ -144,7 +144,7 @@ def test_without_a_bias_there_is_no_param_for_it(layer):
 
 
 def test_other_params_are_feedback_alignment():
-    """backward takes params as an argument: with other ones the error comes back through those."""
+    """backward takes params as an argument; given others, the error comes back through those."""
     layer = jp.Dense(3)
     x = jnp.ones((2, 4))
     params, other = layer.init(jax.random.key(0), x), layer.init(jax.random.key(1), x)

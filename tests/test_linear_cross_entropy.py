@@ -1,4 +1,4 @@
-"""The head and its cross-entropy in chunks, against the two one after the other."""
+"""The head and its cross-entropy in chunks, against the two layers one after the other."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_is_the_head_and_its_loss(scale):
 
 
 def test_is_right_however_certain():
-    """1 - p of a target that is almost certain, and a loss that underflows in 1 + exp(-z)."""
+    """1 - p for a target that is almost certain, and a loss that vanishes in 1 + exp(-z)."""
     layer, w = jp.LinearCrossEntropy(3, chunk=2), jnp.float32([[20, 0, 1], [60, 0, 1], [-30, 3, 4]])
     params = jp.AffineParams(w, jnp.zeros(3, jnp.float32))
     target = jnp.array([0, 0, 0])

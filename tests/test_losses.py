@@ -19,7 +19,7 @@ rows = pytest.mark.parametrize(
 
 
 def reference(loss, y, target):
-    """One value an example, by optax's functions."""
+    """One value for each example, by optax's functions."""
     target, weights = target if isinstance(target, tuple) else (target, None)
     axes = tuple(range(1, y.ndim))
     if isinstance(loss, jp.HalfSquaredError):
@@ -41,7 +41,7 @@ def reference(loss, y, target):
 
 
 def averaged(values, weights, axes):
-    """The weighted mean; 0 where nothing has a weight."""
+    """The weighted mean; 0 if all weights are 0."""
     weights = jnp.ones_like(values) if weights is None else weights
     total = weights.sum(axes)
     return (weights * values).sum(axes) / jnp.where(total == 0, 1, total)
@@ -103,7 +103,7 @@ def test_narrow_dtypes(loss, y, target, dtype):
 @pytest.mark.full
 @rows
 def test_check_loss(loss, y, target):
-    jp.check_loss(loss, y / max(1, np.abs(y).max() / 3), target)  # no class so rare as never drawn
+    jp.check_loss(loss, y / max(1, np.abs(y).max() / 3), target)  # so that every class gets drawn
 
 
 def test_padding_weighs_nothing():
@@ -244,7 +244,7 @@ def test_a_soft_target_is_right_however_certain(y, q):
     value, mass = np.longdouble(0), q.astype(np.longdouble)
     for c in range(3):
         value += mass[c] * exactly(y, c)[0]
-    # sum_c q_c (p - e_c), in which the largest of them is minus the sum of the others.
+    # sum_c q_c (p - e_c), where the largest entry of p - e_c is minus the sum of the others.
     ct = sum(mass[c] * exactly(y, c)[1] for c in range(3))
     np.testing.assert_allclose(values[0], float(value), rtol=1e-6)
     scale = max(abs(ct).max(), 1e-30)
@@ -311,7 +311,7 @@ def test_class_weights_are_those_of_torch_but_for_the_mean():
 
 @pytest.mark.full
 def test_numbers_and_weights_of_any_kind():
-    """Strict promotion takes no float64 of NumPy beside float32, and no bool beside a number."""
+    """Strict promotion rejects NumPy's float64 with float32, and a bool with a number."""
     y, one = jnp.asarray(normal(2, 3), jnp.float32), np.float64(0.5)
     weights = jnp.array([[True, False, True], [True, True, False]])
     for loss, target in (
@@ -472,7 +472,7 @@ def test_a_mean_has_no_curvature(f):
 
 
 def test_cross_entropy_saves_the_logits_as_they_are():
-    """Probabilities of a large vocabulary would be the largest array of a step."""
+    """With a large vocabulary, saved probabilities would be the largest array of a step."""
 
     @jax.jit
     def large_are_y(y):
@@ -483,7 +483,7 @@ def test_cross_entropy_saves_the_logits_as_they_are():
 
 
 def test_both_ways_to_read_the_class_agree():
-    """On TPUs it is picked by a sum, elsewhere gathered; of padding neither is read."""
+    """On TPUs the class is picked by a sum, elsewhere gathered; padding is not read."""
     logits = np.array([[1.0, -2.0, 3.0], [-1e3, -2e3, -np.inf], [0.0, np.inf, 1.0]])
     both = [jax.jit(way) for way in (cross_entropy._picked, cross_entropy._gathered)]
     for chosen in ([2, 0, 1], [0, 1, 2], [3, 0, 7]):
@@ -493,7 +493,7 @@ def test_both_ways_to_read_the_class_agree():
 
 @pytest.mark.parametrize("way", ["_picked", "_gathered"])
 def test_padding_of_very_negative_logits_has_no_derivative(way, monkeypatch):
-    """Nothing overflows there, by hand and by autodiff, on either platform."""
+    """Nothing overflows in padding, by hand or by autodiff, on either platform."""
     monkeypatch.setattr(cross_entropy, "_gathered", getattr(cross_entropy, way))
     loss, target = jp.CrossEntropy(), np.array([-1, 1])
 

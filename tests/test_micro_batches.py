@@ -1,4 +1,4 @@
-"""Whatever is asked of micro-batches is what is asked of the batch, in the memory of one."""
+"""Results from micro-batches are those of the whole batch, in the memory of one micro-batch."""
 
 import functools
 
@@ -18,7 +18,7 @@ KEY = jax.random.key(5)
 
 
 class Largest(jp.Quantity):
-    """A user's: the largest entry of each example's own gradient, at each layer."""
+    """A user's quantity: the largest entry of each example's gradient, at each layer."""
 
     def take(self, params, forms, examples):
         def largest(form):
@@ -120,7 +120,7 @@ def test_each_micro_batch_has_keys_of_its_own():
 
 @pytest.mark.full
 def test_samples_anew_in_each_micro_batch():
-    """Of two equal examples the samples differ, and many of them come near what is exact."""
+    """Two equal examples get different samples, and many samples come near the exact result."""
     net, (params, x, target) = jp.chain(jp.Dense(3)), problem(jp.chain(jp.Dense(3)), (1, 4))
     pair = params, jnp.tile(x, (2, 1)), jnp.tile(target, 2)
     root = jax.jit(jp.ggn_root(net, LOSS, samples=8, micro_batches=2))(*pair, key=KEY)
@@ -146,7 +146,7 @@ def test_a_mask_is_split_with_the_batch(bound):
 
 
 def test_narrow_params_accumulate_in_float32():
-    """In bfloat16 a sum of 512 of a kind would stop growing at 256 of them."""
+    """In bfloat16, a sum of 512 equal terms would stop growing after 256."""
     net = jp.chain(jp.Dense(3))
     params, x, target = problem(net, (1, 4), jnp.bfloat16)
     many = params, jnp.tile(x, (512, 1)), jnp.tile(target, 512)
@@ -265,14 +265,14 @@ def test_errors():
 
 
 class Counts(jp.Quantity):
-    """What has no mean."""
+    """A user's quantity that has no mean."""
 
     def take(self, params, forms, examples):
         return jp.Total(jnp.int64(1))
 
 
 class Pairs(jp.Quantity):
-    """What is of pairs of examples, and does not say so."""
+    """A user's quantity on pairs of examples that does not say so."""
 
     def take(self, params, forms, examples):
         return jp.Total(jnp.zeros((examples.number, examples.number)))

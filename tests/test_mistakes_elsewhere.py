@@ -39,7 +39,7 @@ def tensors():
 
 
 def gpt2_params(**changed):
-    """The params of tensors of which some are changed, or left out."""
+    """The params from tensors, some of them changed or left out."""
     named = {name.replace("_in_", "."): tensor for name, tensor in changed.items()}
     kept = {name: leaf for name, leaf in (tensors() | named).items() if leaf is not None}
     return jp.models.gpt2_params(kept)

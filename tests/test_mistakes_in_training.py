@@ -50,7 +50,7 @@ def step(params=PARAMS, given=None, x=X, target=TARGET, optimizer="adam", key=No
 
 
 def by(make, **options):
-    """A step whose gradient is that of a maker."""
+    """A step with ``make`` for its value and gradient."""
     return step(value_and_grad=make, **options)
 
 

@@ -1,4 +1,4 @@
-"""Mistakes in a layer or a loss of one's own, each with its sentence."""
+"""Mistakes in a user's own layer or loss, each with its sentence."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ OF_DENSE = DENSE.init(KEY, X)
 
 
 def layer(**members):
-    """A user's layer y = x + params, with the mistakes that are put into it."""
+    """A user's layer y = x + params, with members replaced by mistakes."""
     right = {
         "init": lambda self, key, x: jnp.ones(3),
         "forward": lambda self, params, x: (x + params[None], x),
@@ -22,7 +22,7 @@ def layer(**members):
 
 
 def gradient(make=jp.value_and_grad, **members):
-    """The gradient, or a quantity, of a user's layer that stands behind a dense one."""
+    """The gradient, or a quantity, for a user's layer after a dense one."""
     net = jp.chain(DENSE, layer(**members))
     return traced(make(net, SE), (OF_DENSE, jnp.ones(3)), X, X)
 
@@ -37,7 +37,7 @@ def stacked(backward, **options):
 
 
 def loss(**members):
-    """A user's half squared error, with the mistakes that are put into it."""
+    """A user's half squared error, with members replaced by mistakes."""
     right = {
         "forward": lambda self, y, t: (0.5 * jnp.sum((y - t) ** 2, 1), y - t),
         "backward": lambda self, residuals: residuals,

@@ -1,4 +1,4 @@
-"""GPT-2: the same logits, loss and gradients as the implementation that published it is used by."""
+"""GPT-2: the same logits, loss and gradients as in transformers."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_against_transformers(tmp_path):
 
 
 def published(**changes):
-    """The tensors of a small GPT-2, some of them changed or (by None) taken away."""
+    """The tensors of a small GPT-2, some of them changed or (by None) left out."""
     params = gpt2(SMALL).init(jax.random.key(0), jnp.ones((2, 7), jnp.int32))
     tensors = {k: np.asarray(v, np.float32) for k, v in gpt2_tensors(params).items()}
     tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}

@@ -32,7 +32,7 @@ def problem(net=NET, examples=8):
 
 
 def parts_of(grads, weights=None):
-    """Both parts by the definition, from each example's gradient (N, ...), of all leaves."""
+    """Both parts over all leaves by their definition, from each example's gradient (N, ...)."""
     flat = jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(grads)], 1)
     share = jnp.ones(len(flat)) if weights is None else jnp.asarray(weights)
     share = share[:, None] / share.sum()
@@ -190,7 +190,7 @@ def test_of_a_sharded_batch_it_is_that_of_the_whole(kind, weights):
     ids=lambda given: " and ".join(given) or "plain",
 )
 def test_in_shard_map_the_devices_means_are_added_up(given, micro_batches):
-    """Some devices have examples of no weight alone, and so has a micro-batch of another."""
+    """Some devices have only examples of weight 0, and so has one micro-batch of another device."""
     devices = 8 // micro_batches
     net, loss, params, x, target = problem()
     asked = {

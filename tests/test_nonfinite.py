@@ -1,4 +1,4 @@
-"""The first number that is not finite is found where it was made, and what is broken is named."""
+"""The first non-finite number is found where it was made, and the cause is named."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ LOSS = jp.HalfSquaredError()
 
 
 class Sqrt(jp.Layer):
-    """y = sqrt(x); at 0 the slope is infinite, and 0 times it not a number."""
+    """y = sqrt(x), whose slope at 0 is infinite, so that 0 times it is NaN."""
 
     def forward(self, params, x):
         y = jnp.sqrt(x)

@@ -1,4 +1,4 @@
-"""What normalization means, where it is delicate, and the running statistics."""
+"""The definition of normalization, its numerically delicate cases, and running statistics."""
 
 import functools
 
@@ -58,7 +58,7 @@ def test_y_is_standard_up_to_eps(layer, eps):
 
 @layers
 def test_constant_rows(layer):
-    """Without variance y is the bias, and 1 / sqrt(eps) is as steep as it gets."""
+    """Without variance, y is the bias, and the slope is at most 1 / sqrt(eps)."""
     row = np.full((2, 3, 4), 0.0 if isinstance(layer, jp.RMSNorm) else 7.0)
     params, x = at(Row(layer, row))
     y = forward(layer, params, x)
@@ -85,9 +85,9 @@ def test_one_row_of_one_example(layer):
 
 @pytest.mark.parametrize("layer", LAYERS[:1] + LAYERS[2:], ids=repr)
 def test_large_offsets_in_float32(layer):
-    """float32 has a step of 1e-3 at 1e4, and E x^2 - mean^2 an error of 10 in a variance of 1.
+    """At 1e4, float32 has a step of 1e-3, and E x^2 - mean^2 an error of 10 in a variance of 1.
 
-    A mean of 32 numbers or more may be off by a few such steps, as the order of the sum has it.
+    A mean of 32 numbers or more may be off by a few such steps, depending on the order of the sum.
     """
     x = np.asarray(1e4 + normal(8, 16, 32), np.float32)
     params = jax.jit(layer.init)(jax.random.key(1), x)
@@ -100,7 +100,7 @@ def test_large_offsets_in_float32(layer):
 
 @pytest.mark.parametrize("layer", LAYERS[:1] + LAYERS[2:], ids=repr)
 def test_the_cotangent_of_x_has_no_mean_however_large_an_offset(layer):
-    """It is the gradient of a bias before the layer, which an optimizer may scale up."""
+    """That mean is the gradient of a bias before the layer, which an optimizer may scale up."""
     x = np.asarray(100 + normal(8, 16, 32), np.float32)
     params = layer.init(jax.random.key(1), x)
     d_x = np.asarray(by_hand(layer, params, x, ct_for(layer, params, x))[1], np.float64)
@@ -256,7 +256,7 @@ def test_a_layer_around_a_batch_norm_is_as_coupled_as_it():
 
 
 def test_running_statistics_of_another_dtype_than_x_are_computed_with_in_the_wider_one():
-    """As when all params of a net are cast by hand: 1 / sqrt(var) is not rounded to bfloat16."""
+    """For example, after casting all params by hand: 1 / sqrt(var) is not rounded to bfloat16."""
     layer = jp.BatchNorm(training=False)
     params, x = at(Row(layer, normal(5, 3)), jnp.bfloat16)
     by_hand = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), params)
@@ -287,7 +287,7 @@ def test_an_optimizer_leaves_them_alone():
 
 
 def test_the_way_forward_is_shared():
-    """Beside value_and_grad in one jit, moving the statistics adds a few numbers a channel."""
+    """In one jit with value_and_grad, updating the statistics adds only a few FLOPs per channel."""
     params, x, target = problem(256)
 
     def both(params, x, target):
@@ -376,7 +376,7 @@ def test_torch_group_norm():
 
 
 def test_torch_batch_norm():
-    """PyTorch's momentum is the new one's weight, and its running variance has M - 1 below."""
+    """PyTorch's momentum is the new value's weight, and its running variance divides by M - 1."""
     layer = jp.BatchNorm(momentum=0.75)
     module, params, x = against_torch(
         layer, lambda torch: torch.nn.BatchNorm2d(6, momentum=0.25), normal(4, 3, 2, 6), False
@@ -428,7 +428,7 @@ def test_errors_say_what_is_wrong(make, error, words):
     "layer", [jp.LayerNorm(), jp.RMSNorm(), jp.GroupNorm(2), jp.BatchNorm()], ids=str
 )
 def test_numbers_whose_squares_overflow(layer, size):
-    """y does not depend on the size of x, and d_x is in proportion to 1 / size."""
+    """y does not depend on the size of x, and d_x is proportional to 1 / size."""
     params, x = at(Row(layer, normal(4, 3, 6)), jnp.float32)
     large = x * jnp.float32(size)
     ct = ct_for(layer, params, x)
@@ -449,7 +449,7 @@ def test_what_divides_a_number_whose_square_overflows(size):
 
 
 def in_parts(f, axes=("d",), **options):
-    """F of (params, x, target), with the batch split over these axes of a mesh of 4 by 2."""
+    """F of (params, x, target), with the batch split over these axes of a 4 x 2 mesh."""
     kinds = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=kinds)
     whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(axes)
@@ -463,7 +463,7 @@ PARTS = {"one axis": ("d", ("d",)), "two axes": (("d", "m"), ("d", "m"))}
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "axes"), PARTS.values(), ids=list(PARTS))
 def test_statistics_of_a_batch_in_parts_are_those_of_the_whole(name, axes):
-    """Gradients of every layer, the cotangent of x among them, and the running statistics."""
+    """The gradients of every layer, through the cotangents of x, and the running statistics."""
     loss, devices = jp.CrossEntropy(), 4 if len(axes) == 1 else 8
     norm = jp.BatchNorm(axis_name=name)
     net = jp.chain(jp.Dense(4), norm, jp.Tanh(), jp.repeat(norm, 2), jp.Dense(3))
@@ -531,9 +531,9 @@ def test_an_axis_of_vmap_splits_the_batch_too():
 
 
 def test_under_jit_x_minus_its_mean_is_of_the_rounded_x():
-    """Else x, which a layer before has just computed, is rounded in one place and not in another.
+    """Otherwise x, just computed by the layer before, may be rounded in only one of its uses.
 
-    With a channel to a group x is its mean, and what is left is rounding, times 316.
+    With one channel per group, x is its own mean, and the rest is only rounding, times 316.
     """
     net = jp.chain(
         jp.cast(jp.Dense(2, bias=False), jnp.bfloat16), jp.cast(jp.GroupNorm(2), jnp.bfloat16)

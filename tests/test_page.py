@@ -90,7 +90,7 @@ def test_keys_sliders_and_languages(show):
     tab.keyboard.press("ArrowUp")
     assert tab.input_value("#frame") == "1"
     tab.focus("#stage")
-    tab.keyboard.press("ArrowLeft")  # once, whoever has the focus
+    tab.keyboard.press("ArrowLeft")  # once, whichever element has the focus
     assert tab.evaluate(key) == "update"
     tab.fill("#stage", "5")
     assert tab.evaluate(key) == "backward w5"
@@ -182,10 +182,10 @@ def test_a_click_on_a_name_goes_to_its_stage(show):
     for name, wanted in {
         "w26": "backward w26",
         "b2": "backward b2",
-        "h3": "arrival h3",  # the way back, where we are
+        "h3": "arrival h3",  # backward, since that is shown
         "E": "error",
         "h4": "forward h4",
-        "t2": "forward h4",  # has no stage of its own: its value is what can be changed
+        "t2": "forward h4",  # has no stage; its value can be changed
     }.items():
         tab.tap(f"#network .node [data-name={name}], #network .label[data-name={name}]")
         assert tab.evaluate(key) == wanted
@@ -198,14 +198,14 @@ def test_a_click_on_a_name_goes_to_its_stage(show):
     assert tab.get_attribute("#outline [aria-current]", "data-group") == "backward hidden-1"
     tab.focus("#pick")
     tab.keyboard.press("ArrowDown")
-    assert tab.input_value("#frame") == "0"  # there it is no step of descent
+    assert tab.input_value("#frame") == "0"  # in this field the key does not move the descent
 
 
 @in_a_browser
 def test_playing_and_pausing(show):
     tab = show(page(configs.WORKED_EXAMPLE, steps=3))
     tab.clock.install(time=0)
-    tab.clock.pause_at(10)  # else real time goes on beside what is run for
+    tab.clock.pause_at(10)  # otherwise real time would pass, too
     key = "document.getElementById('panel').dataset.key"
     tab.click("#stage-play")
     assert tab.get_attribute("#stage-play", "aria-label") == "Pause"
@@ -275,7 +275,7 @@ def test_dark_and_light(show):
         assert abs(ground - ink) > 450
         grounds.append(ground)
     motion = "getComputedStyle(document.querySelector('.drawing')).scrollBehavior"
-    assert tab.evaluate(motion) == "auto"  # less motion is asked for
+    assert tab.evaluate(motion) == "auto"  # since reduced motion is requested
     assert grounds[0] > 700
     assert grounds[1] < 100
 

@@ -1,4 +1,4 @@
-"""Values changed in the page: its own arithmetic is the library's."""
+"""Values changed in the page: its own arithmetic agrees with the library."""
 
 import itertools
 import re
@@ -39,7 +39,7 @@ layers = [
 
 
 def numbers(value):
-    """Every number in nested dicts and lists, in order, with its way there."""
+    """Yield every number in nested dicts and lists, in order, with its path."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in items:
         if isinstance(item, dict | list):
@@ -77,7 +77,7 @@ def test_the_page_s_arithmetic_is_the_library_s(show):
 
 
 def changed(config, tab):
-    """Change one value of each kind in the page as a reader would; return the config they make."""
+    """Change one value of each kind in the page as a reader would; return the resulting config."""
     typed = {"x2": 0.7, "w1": -1.25}
     for name, value in typed.items():
         tab.select_option("#name", name)
@@ -150,7 +150,7 @@ def test_a_number_of_the_drawing_is_dragged(show):
         tab.mouse.up()
         tab.mouse.move(x + 90, y)
         assert float(tab.input_value("#number")) == pytest.approx(wanted)
-        assert tab.input_value("#stage") == "0"  # a drag is no click
+        assert tab.input_value("#stage") == "0"  # a drag is not a click
     assert number(tab.evaluate(READ)["labels"]["w3"]) == roughly(0.7)
 
 

@@ -27,7 +27,7 @@ class Named(NamedTuple):
 
 
 class Product(jp.Layer):
-    """A user's: y = left right."""
+    """A user's layer: y = left * right."""
 
     def forward(self, params, x):
         return x[0] * x[1], x
@@ -167,7 +167,7 @@ def test_explain_names_the_parts():
 
 
 class Heads(jp.Layer):
-    """A user's: the first three entries, and the logarithm of the square of the others."""
+    """A user's layer: the first three entries, and the log of the square of the others."""
 
     def forward(self, params, x):
         return {"digit": x[:, :3], "angle": jnp.log(x[:, 3:] ** 2)}, x[:, 3:]

@@ -1,4 +1,4 @@
-"""``bench --peers`` and ``bench --growth``: equal numbers in small, the tables, the exponents."""
+"""``bench --peers`` and ``bench --growth``: equal numbers on small networks, tables, exponents."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The pictures draw the numbers that they are given."""
+"""The pictures show the numbers that they are given."""
 
 import jax
 import jax.numpy as jnp

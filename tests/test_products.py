@@ -1,4 +1,4 @@
-"""Hessian, Gauss-Newton and Fisher products: those of the matrices that autodiff forms."""
+"""Hessian, Gauss-Newton and Fisher products, against the matrices by autodiff."""
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def test_weights_padding_and_what_is_not_learned():
 
 @pytest.mark.full
 def test_conjugate_gradients_and_power_iterations():
-    """What the products are for: a Newton step, and the largest eigenvalue."""
+    """Uses of the products: a Newton step, and the largest eigenvalue."""
     net, params, x, target, _ = problem("dense")
     product = jp.ggn_vp(net, LOSS)(params, x, target)
     grads = jp.value_and_grad(net, LOSS)(params, x, target)[1]

@@ -1,4 +1,4 @@
-"""Whole programs, each as short as a user would write it, and what came of them."""
+"""Whole programs, each as short as a user would write it, and their results."""
 
 import functools
 
@@ -79,7 +79,7 @@ def test_a_convolution_net_with_batch_norm_and_dropout(digits):
     predict = jax.jit(jp.inference_mode(net))
     held_out = jnp.mean(predict(params, x[1500:]).argmax(-1) == target[1500:])
     assert jnp.mean(jnp.stack(accuracies[-15:])) > 0.9
-    assert held_out > 0.75  # with running statistics that nobody moved, about a half at most
+    assert held_out > 0.75  # without updated running statistics, about a half at most
     assert aux.norm > 0
 
 
@@ -164,6 +164,6 @@ def test_a_layer_and_a_loss_of_ones_own_under_repeat_and_clipping():
         params, state, (value, aux) = update(params, state, x, target)
         values.append(float(value))
     assert values[-1] < 0.3 * values[0]
-    assert aux.norms[0][1].shape == (3, 12)  # of each layer of the stack, for each example
+    assert aux.norms[0][1].shape == (3, 12)  # for each layer of the stack and each example
     curvature = jp.diag_ggn(net, LogCosh())(params, x, target)
     assert all((leaf >= 0).all() for leaf in jax.tree.leaves(curvature))

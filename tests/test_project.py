@@ -1,4 +1,4 @@
-"""What the project promises of itself: imports go down, the README's code runs, names are there."""
+"""The project's promises: imports only go downwards, the README's code runs, names exist."""
 
 import ast
 import importlib
@@ -21,7 +21,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-PEERS = ("torch", "opacus", "backpack")  # what a file may need that tests do without
+PEERS = ("torch", "opacus", "backpack")  # packages that some files need and tests do without
 PARTS = [part for floor in FLOORS for part in floor]
 
 
@@ -30,7 +30,7 @@ def part(path):
 
 
 def imports(path):
-    """(module, line) of every import of jaxprop in the file, those inside functions included."""
+    """Yield (module, line) of every import of jaxprop in the file, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}:{node.lineno} imports relatively"
@@ -79,7 +79,7 @@ def test_readme_code_runs(capsys, monkeypatch, tmp_path):
     text = (ROOT / "README.md").read_text()
     assert re.search(r"```text\n(\(Affine.*)\n```", text).group(1) in out.splitlines()
     table = re.search(r"```text\n(\d+ params, .*?)```", text, re.DOTALL).group(1)
-    lines = re.sub(r"linear\.py:\S+", "linear.py:…", table).splitlines()  # another in each version
+    lines = re.sub(r"linear\.py:\S+", "linear.py:…", table).splitlines()  # differs between versions
     assert set(lines) <= set(re.sub(r"linear\.py:\S+", "linear.py:…", out).splitlines())
 
 
@@ -101,7 +101,7 @@ def test_ci_runs_the_readme_s_test_command():
 
 
 def public():
-    """Every name that users meet, and what it is."""
+    """Yield every public name and its value."""
     names = ("curvature", "forms", "models", "quantity", "rules", "sharding")
     modules = [jp, *(getattr(jp, name) for name in names)]
     for module in modules:

@@ -105,7 +105,7 @@ def test_the_tangent_kernel_of_more_outputs_than_are_walked_from_at_a_time():
 
 
 def test_the_tangent_kernel_of_the_mean_over_positions():
-    """It is x_n . x_m + 1 with the means of x, for more outputs than are walked from at a time."""
+    """It is x_n . x_m + 1 with the means of x, for more outputs than one walk takes at a time."""
     net, x = jp.chain(jp.Dense(20), jp.GlobalAvgPool()), normal(2, 1, 3, 8)
     params, mean = jax.jit(net.init)(jax.random.key(0), x), x.mean(axis=(1, 2))
     np.testing.assert_allclose(jax.jit(jp.ntk(net))(params, x), mean @ mean.T + 1, rtol=1e-12)
@@ -144,7 +144,7 @@ def test_the_tangent_kernel_under_vmap_and_its_derivative():
 
 
 def sides_of(params, rank, name):
-    """Given matrices, for each param as a matrix of its last axis."""
+    """Random matrices on both sides of each param, as a matrix with its last axis for columns."""
     rng = np.random.default_rng(5)
 
     def of(path, leaf):
@@ -185,7 +185,7 @@ def test_projected_gradients_are_those_of_per_example_gradients(name):
 
 @pytest.mark.full
 def test_random_sides_preserve_inner_products_at_the_rate():
-    """The mean over keys is exact, and the error falls like one over the rank."""
+    """The mean over keys is exact, and the error falls as 1 / rank."""
     net = jp.chain(jp.Dense(40), jp.Tanh(), jp.Dense(30))
     params, x = at(Row(net, normal(4, 50)))
     target = jnp.asarray(np.random.default_rng(1).normal(size=(4, 30)))
@@ -203,7 +203,7 @@ def test_random_sides_preserve_inner_products_at_the_rate():
     few, many = errors(4), errors(16)
     root = [np.sqrt(np.mean(each**2)) for each in (few, many)]
     assert np.abs(many.mean(0)).max() < 5 * root[1] / np.sqrt(24)
-    assert 2 < root[0] / root[1] < 8  # sqrt(2 / rank) on either side, and their product
+    assert 2 < root[0] / root[1] < 8  # sqrt(2 / rank) by each side, and their product
 
 
 def test_no_side_is_wider_than_it_is_long():
@@ -216,7 +216,7 @@ def test_no_side_is_wider_than_it_is_long():
 
 
 def test_random_sides_keep_norms():
-    """Each multiplies them by a root of chi^2 / 50, of 50 degrees of freedom: 1 within a tenth."""
+    """Each side scales them by sqrt(chi^2 / 50) with 50 degrees of freedom: 1 within a tenth."""
     net, target = jp.Dense(60, bias=False), 1 - normal(3, 60)
     params, x = at(Row(net, normal(3, 60)))
     rows = jax.jit(jp.projected_grads(net, LOSS, 50, key=jax.random.key(0)))(params, x, target)
@@ -242,7 +242,7 @@ def test_functions_and_their_scans():
 
 @pytest.mark.full
 def test_principal_sides_keep_what_gradients_vary_in():
-    """Gradients of rank two on each side are kept by two columns."""
+    """Two columns on each side keep gradients of rank two."""
     rng = np.random.default_rng(0)
     net = jp.chain(jp.Dense(6, bias=False))
     x = jnp.asarray(rng.normal(size=(8, 2)) @ rng.normal(size=(2, 5)))

@@ -44,7 +44,7 @@ class Plain(jp.Layer):
 
 
 class Mixed(jp.Layer):
-    """One factored cotangent and one plain one in the same layer."""
+    """A layer with one factored cotangent and one plain one."""
 
     def init(self, key, x):
         return (jnp.ones(x.shape[-1], x.dtype), jnp.zeros(x.shape[-1], x.dtype))
@@ -70,8 +70,8 @@ ROWS = [
     *(row for row in TABLE if has_params(row) and not row.layer.batch_coupled),
     Row(Plain(3), normal(4, 5)),
     Row(jp.chain(jp.Dense(4), jp.skip(Plain(4)), Mixed(), jp.Dense(2)), normal(4, 2, 3)),
-    Row(jp.chain(jp.Dense(2), jp.Relu()), normal(3, 7, 2)),  # T (I + O) > I O: through g
-    Row(jp.Dense(9), normal(2, 2, 8)),  # through the Gram matrices
+    Row(jp.chain(jp.Dense(2), jp.Relu()), normal(3, 7, 2)),  # T (I + O) > I O: by g itself
+    Row(jp.Dense(9), normal(2, 2, 8)),  # by the Gram matrices
 ]
 rows = pytest.mark.parametrize("row", ROWS, ids=row_id)
 
@@ -106,7 +106,7 @@ QUANTITIES = [
 EACH_LOSS = (jp.HalfSquaredError(), jp.CrossEntropy(), jp.BinaryCrossEntropy())
 OFTEN = {id(row) for row in first_of_their_kind(ROWS)}
 CURVATURE = [row for row in first_of_their_kind(ROWS) if isinstance(row, Row)]
-rows_and_losses = pytest.mark.parametrize(  # the losses in turn: compiling is what takes the time
+rows_and_losses = pytest.mark.parametrize(  # the losses take turns, to compile less
     ("row", "loss"),
     [
         pytest.param(
@@ -145,7 +145,7 @@ def asked(examples, curvature=True):
 
 
 def expected_of(net, loss, args, curvature):
-    """Oracles of them, from each example's gradient and each example's Gauss-Newton blocks."""
+    """Their oracles, from each example's gradient and Gauss-Newton blocks."""
     each = oracles.per_example_grads(net, loss)(*args)
     mean = jax.tree.map(lambda g: g.mean(0), each)
     oracle = {
@@ -170,7 +170,7 @@ def expected_of(net, loss, args, curvature):
 
 
 def gram_by_layer(by_layer, grads):
-    """The inner products of each layer's part; of the layers of a repeat (layers, N, N)."""
+    """The inner products of each layer's part; (layers, N, N) for the layers of a repeat."""
 
     def of_layer(sq, grads):
         def products(g):
@@ -184,7 +184,7 @@ def gram_by_layer(by_layer, grads):
 
 
 def clipped_by_layer(by_layer, grads):
-    """Each layer's part of each gradient clipped by itself; in a repeat norms are (layers, N)."""
+    """The mean with each layer's part clipped separately; a repeat's norms are (layers, N)."""
     weights = jax.tree.map(
         lambda sq: jnp.minimum(1, MIDDLE / jnp.sqrt(sq)) / sq.shape[-1], by_layer
     )
@@ -203,9 +203,9 @@ def clipped_by_layer(by_layer, grads):
 @pytest.mark.few(8)
 @rows_and_losses
 def test_every_quantity_against_its_oracle(row, loss, request):
-    """All together, from one program; what one gives alone is compared on one net below.
+    """All quantities together, from one program; each is also compared alone, on one net, below.
 
-    Curvature, whose oracle takes long to compile, is asked of the first layer of each kind.
+    Curvature, whose oracle takes long to compile, is tested on the first layer of each kind only.
     """
     net, loss, *args = problem(row, loss)
     curvature = any(row is each for each in CURVATURE) or request.config.getoption("--full")
@@ -359,7 +359,7 @@ def test_clipped_with_a_key_and_a_mask_in_the_seats():
 @pytest.mark.few(1)
 @pytest.mark.parametrize("two_pass", [False, True])
 def test_the_bound_holds_in_narrow_dtypes(two_pass):
-    """A cotangent that is weighted before it is rounded would go over it, or become zero."""
+    """A cotangent that is weighted before it is rounded would exceed the bound, or vanish."""
     net = jp.chain(jp.Dense(8), jp.Tanh(), jp.Dense(3))
     for dtype, examples, max_norm in ((jnp.bfloat16, 1, 1e-3), (jnp.float16, 1200, 1e-4)):
         narrow, loss = jp.cast(net, dtype), jp.CrossEntropy()
@@ -405,7 +405,7 @@ def test_hessian_root_is_a_root_of_the_hessian(loss, y, target):
 @pytest.mark.few(10)
 @losses
 def test_samples_have_the_hessian_for_covariance(loss, y, target):
-    """The error of a mean of M samples is of the order of 1 / sqrt(M): at 16 M a fourth."""
+    """The error of a mean of M samples is about 1 / sqrt(M): with 16 M, a fourth."""
 
     @jax.jit
     def error_and_size(key, count=4000):
@@ -456,7 +456,7 @@ def test_kronecker_factors_are_means_of_gram_matrices():
 
 @pytest.mark.parametrize("length", [1, 4, 16, 64])
 def test_kronecker_factors_are_as_large_as_the_block_at_any_length(length):
-    """By its trace, where positions are independent: not so many times as there are positions."""
+    """By their trace, with independent positions: not larger by the number of positions."""
     net, loss = jp.chain(jp.Dense(6), jp.Tanh(), jp.Dense(3)), jp.HalfSquaredError()
     params, x = at(Row(net, normal(16, length, 5)))
 
@@ -472,7 +472,7 @@ def test_kronecker_factors_are_as_large_as_the_block_at_any_length(length):
 
 @pytest.mark.full
 def test_reduced_factors_are_the_block_of_a_linear_net_with_a_mean():
-    """A net of dense layers and a mean over positions, of one example: kron(a, b) is exact."""
+    """For dense layers and a mean over positions, and one example, kron(a, b) is exact."""
     net, loss = jp.chain(jp.Dense(3), jp.GlobalAvgPool(), jp.Dense(2)), jp.HalfSquaredError()
     params, x = at(Row(net, normal(1, 5, 4)))
     factors = jp.kronecker_factors(net, loss, positions="reduce")(params, x, jnp.zeros((1, 2)))
@@ -541,7 +541,7 @@ def test_padding_counts_in_neither_factor():
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_sampled_converges_at_the_monte_carlo_rate(f, loss):
-    """Sixty-four times the samples, an eighth of the error: within half and twice that."""
+    """With 64 times the samples, the error is an eighth, within a factor of two."""
     net, loss, *args = problem(Row(KFAC_NET, normal(8, 5)), loss)
 
     def second(v):
@@ -564,7 +564,7 @@ def test_sampled_converges_at_the_monte_carlo_rate(f, loss):
 
 
 def test_several_share_one_walk():
-    """The dots of the compiled program: two more for the second moments, none for the norms."""
+    """Dots in the compiled program: two more for the second moments, none for the norms."""
     net, loss, *args = problem(Row(jp.chain(jp.Dense(7), jp.Tanh(), jp.Dense(6)), normal(4, 5)))
 
     def dots(**asked):
@@ -572,7 +572,7 @@ def test_several_share_one_walk():
         return f.lower(*args).compile().as_text().count(" dot(")
 
     alone = dots(grads=jp.Gradient())
-    assert alone == 5  # two forward, one d_x (the first is nobody's), two for the weights
+    assert alone == 5  # two forward, one d_x (the net's own is unused), two for the weights
     assert dots(norms=jp.SqNorms()) == 3
     assert dots(grads=jp.Gradient(), norms=jp.SqNorms()) == alone
     assert dots(grads=jp.Gradient(), norms=jp.SqNorms(), moment=jp.SecondMoment()) == alone + 2
@@ -582,7 +582,7 @@ def test_several_share_one_walk():
 
 
 def test_each_source_is_walked_once():
-    """The dots of the compiled program: a source costs its d_x once, whoever asks for it."""
+    """Dots in the compiled program: a source costs its d_x once, for any number of quantities."""
     net, loss, *args = problem(Row(jp.chain(jp.Dense(7), jp.Tanh(), jp.Dense(6)), normal(4, 5)))
 
     def dots(**asked):
@@ -607,7 +607,7 @@ SHAPES = {
 
 @jax.jit
 def both_ways(form, weights):
-    """Every question, asked of a form and of its per-example gradients."""
+    """The answers to every question, by a form and by its per-example gradients."""
     return [
         (
             form.sum(),
@@ -624,7 +624,7 @@ def both_ways(form, weights):
 
 @pytest.mark.parametrize("shape", [(3, 1), (3, 1, 1), (3, 4), (3, 0)])
 def test_the_norm_of_zeros_is_0(shape):
-    """The unit of a norm is never 0, also where XLA has nothing to take a maximum over."""
+    """The unit by which a norm is scaled is never 0, also if XLA takes a maximum over nothing."""
     zeros, one = np.zeros(shape), np.ones(shape)
     one[1:] = 0
     of_zeros, of_one, infinite = (run(norms, x) for x in (zeros, one, np.full(shape, np.inf)))
@@ -635,7 +635,7 @@ def test_the_norm_of_zeros_is_0(shape):
 
 @given(**SHAPES)
 def test_every_form_is_its_generic_rule(batch, positions, i, o):
-    """Each fast path of a form against the same question asked of its per-example gradients."""
+    """Each fast path of a form, against the answer from its per-example gradients."""
     rng = np.random.default_rng(batch + i)
     x, ct = (rng.normal(size=(batch, *positions, d)) for d in (i, o))
     weights = rng.uniform(size=batch)
@@ -644,7 +644,7 @@ def test_every_form_is_its_generic_rule(batch, positions, i, o):
 
 
 def test_padding_weighs_nothing_in_any_quantity():
-    """Whatever stands at a padded position, and how much of it, no quantity moves by a bit."""
+    """No quantity changes by a bit, whatever padded positions hold."""
     net, loss = jp.chain(jp.Dense(4), jp.Gelu(), jp.Dense(3)), jp.CrossEntropy()
     params, x = at(Row(net, normal(3, 5, 2)))
     target = np.array([[0, 1, 2, -1, -1], [2, -1, 0, 1, -1], [1, 1, 1, 1, 1]])
@@ -705,7 +705,7 @@ def test_noise_has_the_variance_that_accountants_assume():
 
 
 def test_clipped_grad_is_optax_s():
-    """The same clipped and noised mean as optax's DP aggregation, but for the draw of the noise."""
+    """The same clipped mean as optax's DP aggregation, which would draw its noise differently."""
     from optax.contrib import differentially_private_aggregate
 
     net, loss, *args = problem(Row(KFAC_NET, normal(6, 5)))
@@ -717,7 +717,7 @@ def test_clipped_grad_is_optax_s():
 
 
 class Coupled(jp.Layer):
-    """Centres over the batch."""
+    """A layer that centres x over the batch."""
 
     batch_coupled = True
 
@@ -785,7 +785,7 @@ def test_clipping_bounds_where_gram_matrices_cancel():
 
 
 def test_norms_of_what_is_next_to_overflowing():
-    """The reciprocal of a number above 8.5e37 is less than all normal ones, and XLA's is 0."""
+    """The reciprocal of a number above 8.5e37 is subnormal, and 0 in XLA."""
     x = np.array([[3e38, 0], [2e38, 2e38], [0, 0], [np.inf, 1], [np.nan, 1]], np.float32)
     want = [3e38, 2e38 * 2**0.5, 0, np.inf, np.nan]
     parts = {"a": np.abs(x[:, 0]), "b": np.abs(x[:, 1])}
@@ -861,7 +861,7 @@ def test_shard_map_agrees_with_value_and_grad():
 
 
 class Short(jp.Layer):
-    """Its cotangent has another shape than its param."""
+    """A layer whose cotangent has another shape than its param."""
 
     def init(self, key, x):
         return jnp.ones(x.shape[-1], x.dtype)
@@ -892,7 +892,7 @@ def test_what_has_no_answer_raises():
 
 
 class Told(jp.Quantity):
-    """The mean over examples of what a quantity before it gave."""
+    """The mean over examples of the result of the quantity before it."""
 
     quantity: jp.Quantity
 
@@ -908,7 +908,7 @@ class Told(jp.Quantity):
 
 
 class OneColumn(jp.Quantity):
-    """It neither stacks columns nor adds them up."""
+    """A quantity that neither stacks columns nor adds them up."""
 
     source = jp.quantity.HessianRoot()
 
@@ -1000,7 +1000,7 @@ def test_positions_have_the_factors_of_a_table_that_is_looked_up_in_order():
 
 @pytest.mark.full
 def test_dead_units_and_confident_examples_count_in_kronecker_factors():
-    """What is padding is said by the target alone; a cotangent of 0 is a number like others."""
+    """Only the target marks padding; a cotangent of 0 counts like any other."""
     net, loss = jp.chain(jp.Dense(4), jp.Relu(), jp.Dense(3)), jp.CrossEntropy()
     params, x = at(Row(net, normal(6, 5)))
     params = (params[0]._replace(b=jnp.array([-99.0, 0, 0, 0])), *params[1:])
@@ -1015,7 +1015,7 @@ def test_dead_units_and_confident_examples_count_in_kronecker_factors():
 
 @pytest.mark.full
 def test_curvature_under_shard_map():
-    """Each device's own share, as for every quantity."""
+    """Each device gets the result for its own examples, as for every quantity."""
     net, loss, params, x, target = problem(Row(KFAC_NET, normal(4, 2, 5)), jp.CrossEntropy())
     asked = {"kfac": jp.KroneckerFactors(), "diagonal": jp.DiagGGN(), "root": jp.GGNRoot()}
     asked |= {"moment": jp.SecondMoment(), "variance": jp.Variance(), "norms": jp.SqNorms()}
@@ -1036,7 +1036,7 @@ def test_curvature_under_shard_map():
 
 
 def test_the_bound_from_products_is_the_norm_or_is_not_taken():
-    """|X^T C| of 3 examples with few positions: from products, unless one of them is unsound."""
+    """|X^T C| of 3 examples with few positions: by Gram products, unless one is unsound."""
     rng = np.random.default_rng(0)
     plain = [rng.normal(size=(3, 4, features)) for features in (64, 32)]
     alternating = (
@@ -1073,7 +1073,7 @@ STEADY = {
 @pytest.mark.parametrize("name", STEADY)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_small_deviations_from_a_large_mean_are_not_lost(name, parts):
-    """Deviations of 1e-4 of the mean: its square in float32 is rounded by more than theirs."""
+    """Deviations of 1e-4 of the mean, whose squares are below the rounding of the mean's square."""
     net, shape = STEADY[name]
     rng = np.random.default_rng(0)
     x = 1 + 1e-4 * rng.normal(size=shape)

@@ -44,7 +44,7 @@ STEPS = dict(zip(LAYERS, (rnn_step, lstm_step, gru_step), strict=True))
 
 
 def by_loop(layer, mask, params, x, state):
-    """y and the last state, example by example, by a loop over its real steps alone."""
+    """y and the last state, example by example, by a loop over the real steps alone."""
     step = jax.jit(STEPS[type(layer)])
     ys, lasts = [], []
     for n, real in enumerate(mask):
@@ -73,7 +73,7 @@ MASKS = np.array(
 @kinds
 @pytest.mark.parametrize("reverse", [False, True])
 def test_masks_and_states_are_those_of_a_loop_over_the_real_steps(kind, reverse):
-    """Every output, and every gradient: by params, by x and by the state at the start."""
+    """Every output and every gradient: by params, by x and by the initial state."""
     layer = kind(3, reverse, "both")
     params, x = at(Row(kind(3), normal(5, 5, 2)))
     state = tuple(normal(5 + i, 5, 3)[0] for i in range(layer.states))
@@ -143,7 +143,7 @@ def test_quantities_of_a_masked_batch_are_those_of_each_example_alone():
     b, mean_b, factors_b = asked(x[1:, :2], target[1:], None)
     assert relative_error(own, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), a, b)) <= 1e-12
     assert relative_error(means, jax.tree.map(lambda a, b: (a + b) / 2, mean_a, mean_b)) <= 1e-12
-    whole = jax.tree.map(  # four positions and two, of which a is the mean
+    whole = jax.tree.map(  # a is the mean over four positions and two
         lambda one, two: jp.Kronecker((4 * one.a + 2 * two.a) / 6, (one.b + two.b) / 2),
         factors_a,
         factors_b,
@@ -181,7 +181,7 @@ def test_a_mask_goes_wherever_a_layer_stands():
 
 @kinds
 def test_params_without_a_mask_are_as_they_were(kind):
-    """Those of a pickle of old, which has no place for a mask, too."""
+    """Params from an old pickle, which have no field for a mask, work too."""
     params, _ = at(Row(kind(2), normal(1, 3, 4)))
     assert len(jax.tree.leaves(params)) == (4 if kind is jp.Gru else 3)
     assert jp.RecurrentParams(*params[:4]) == params
@@ -313,7 +313,7 @@ def test_sharded_over_the_batch(kind, masked, how):
 
 @kinds
 def test_agrees_with_torch(kind):
-    """Values and all gradients in float64, with the params copied; torch's two biases added up."""
+    """Values and all gradients in float64, with copied params and the sum of torch's two biases."""
     torch = pytest.importorskip("torch")
     params, x = at(Row(kind(4), normal(3, 7, 5)))
     peer = {jp.Rnn: torch.nn.RNN, jp.Lstm: torch.nn.LSTM, jp.Gru: torch.nn.GRU}[kind]

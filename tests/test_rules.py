@@ -1,4 +1,4 @@
-"""Other backward rules: each beside its equation, written out in plain JAX."""
+"""Other backward rules: each against its equation, written out in plain JAX."""
 
 import functools
 import itertools
@@ -30,15 +30,15 @@ def init(net, x=X):
 
 
 def by_hand(ws, bs, x, target, feedback):
-    """The gradients of a network of three dense layers with tanh, whose ct goes back by feedback.
+    """The gradients of three dense layers with tanh, where feedback carries ct back.
 
     Args:
         ws: the weights.
         bs: the biases.
         x: the inputs.
         target: the targets.
-        feedback: for the two hidden layers the matrix that ct is multiplied by, and from where:
-            the layer above, or the output.
+        feedback: for each hidden layer, from the last, the matrix that multiplies ct, and whether
+            that is the output's ct instead of the ct of the layer above.
     """
     hs = [x]
     for index, (w, b) in enumerate(zip(ws, bs, strict=True)):
@@ -150,7 +150,7 @@ FEEDBACK = {
 
 
 def oracle(rule, net, params, x):
-    """Each example's gradient, of a batch of its own."""
+    """A target, and each example's gradient, from a batch of one."""
     y = jax.eval_shape(net, params, x)
     target = normal(*y.shape, seed=3)
 
@@ -163,7 +163,7 @@ def oracle(rule, net, params, x):
 @pytest.mark.full
 @pytest.mark.parametrize(("rule", "name"), list(itertools.product(FEEDBACK, NETS)))
 def test_feedback_in_every_kind_of_layer(rule, name):
-    """It is held to all but the derivative; quantities are of its own backward."""
+    """check_layer checks all but the derivative; quantities use the rule's own backward."""
     net, x = NETS[name]
     net = FEEDBACK[rule](net)
     angles = jp.check_layer(net, x)
@@ -277,7 +277,7 @@ def test_a_layer_that_saves_its_params_is_refused():
 
 
 def test_a_function_is_refused():
-    """Its params stand in its own trace, as they are or rounded, where no others come in."""
+    """Its params are in its own trace, as they are or rounded, and others cannot replace them."""
 
     def fn(w, x):
         return x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
@@ -358,11 +358,11 @@ def test_noise_is_new_for_each_key_and_of_the_deviation():
     assert abs(np.mean(each[0] * each[2])) < 0.03
     value, grads = jax.jit(jp.value_and_grad(net, LOSS))(params, x, y, key=jax.random.key(0))
     assert value == 0
-    assert not any(np.any(g) for g in jax.tree.leaves(grads))  # nothing is before it
+    assert not any(np.any(g) for g in jax.tree.leaves(grads))  # no layer comes before the noise
 
 
 def test_adversarial_training_turns_one_side_around():
-    """Ganin and Lempitsky's net: features learn against a head, and the head for itself."""
+    """Ganin and Lempitsky's net: features learn against a head, which itself learns as usual."""
     features, head = jp.Dense(3), jp.chain(jp.Tanh(), jp.Dense(2))
     net = jp.chain(features, rules.reverse_gradient(head, scale=2.0))
     plain = jp.chain(features, head)
@@ -409,7 +409,7 @@ SMOOTH = {
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", SURROGATES)
 def test_a_surrogate_is_the_derivative_of_its_smooth_step(name):
-    """By x and by the slope."""
+    """The derivatives by x and by the slope."""
     x, k = np.array([[-3.0, -0.4, -0.01, 0.02, 0.3, 2.5]]), np.array(1.7)
     ct = normal(1, 6)
     layer, fixed = rules.Spike(name, 1.7, learned=True), rules.Spike(name, 1.7)
@@ -472,7 +472,7 @@ def test_narrow_rules_add_up_in_float32(dtype):
 
 @pytest.mark.parametrize("reset", [True, False])
 def test_lif_is_its_recurrence_with_a_smooth_step(reset):
-    """Autodiff of the recurrence, with the step's derivative put in by ``jax.custom_jvp``."""
+    """Against autodiff of the recurrence, with the step's derivative from ``jax.custom_jvp``."""
     layer = rules.Lif(0.8, 0.5, "sigmoid", 4.0, reset=reset)
     x, ct = normal(3, 7, 2), normal(3, 7, 2, seed=4)
 
@@ -526,7 +526,7 @@ def test_angles_are_0_for_the_derivative_and_fall_as_feedback_meets_w():
         first = first or angles
         params, state, _ = update(params, state, X, TARGET)
     assert float(angles[0].params.w) < 0.5 * float(first[0].params.w)
-    assert jnp.isnan(angles[0].feedback[0])  # no derivative by what the way forward does not use
+    assert jnp.isnan(angles[0].feedback[0])  # forward does not use it, so it has no derivative
 
 
 @pytest.mark.full
@@ -566,8 +566,8 @@ ORDINARY = {
 def test_rules_in_ordinary_jax(name):
     """In ``vmap``, ``scan``, ``shard_map``, ``checkpoint`` and ``jit``, by ``jp.custom_vjp``.
 
-    Noise has a key in the params, the same for all of x; a vmapped or scanned example of its own
-    would draw another.
+    The noise's key in the params is one for all of x; vmapped or scanned examples would each draw
+    other noise.
     """
     net = ORDINARY[name]
     params, f = init(net), jp.custom_vjp(net)
@@ -613,7 +613,7 @@ def test_rules_in_ordinary_jax(name):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", [name for name in ORDINARY if name not in ("quantize", "noisy")])
 def test_second_derivatives_are_those_of_the_rule(name):
-    """The derivative of the rule's gradient, by that of its own program."""
+    """They are the derivatives of the program that computes the rule's gradient."""
     net = ORDINARY[name]
     params, f = init(net), jp.custom_vjp(net)
     arrays = jp.core.tree.learned(params)

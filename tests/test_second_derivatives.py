@@ -1,4 +1,4 @@
-"""Second derivatives through the hand-written chain are those of autodiff."""
+"""Second derivatives through the hand-written backward pass are those of autodiff."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def like(tree, seed):
 
 
 def moving(tree):
-    """The floating leaves of a tree, and how to put others in their places."""
+    """The floating leaves of a tree, and a function that puts others in their places."""
     leaves, structure = jax.tree.flatten(tree)
     flags = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 

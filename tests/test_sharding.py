@@ -1,4 +1,4 @@
-"""Data parallel, fully sharded and tensor parallel: the same numbers, and what the devices tell."""
+"""Data parallel, fully sharded and tensor parallel: same numbers, and which collectives run."""
 
 import contextlib
 import itertools
@@ -45,7 +45,7 @@ def over(*names: Any, mesh: Mesh = MESH) -> NamedSharding:
 
 
 class How(NamedTuple):
-    """A way to spread a training step: where params and state lie, the batch, and the net."""
+    """A way to spread a training step: shardings of params and state, of the batch, and the net."""
 
     place: Any
     batch: NamedSharding
@@ -120,7 +120,7 @@ def test_every_quantity_is_that_of_one_device(name):
 @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.full), True])
 def test_updates_are_those_of_one_device_and_stay_in_place(fused):
     net, start, x, target = problem("gpt2")
-    start = jax.tree.map(np.asarray, start)  # update takes the memory of what it is given
+    start = jax.tree.map(np.asarray, start)  # update donates its arguments
     optimizer = optax.adam(1e-2, eps=1e-3)
 
     def train(net, params, state, *batch):
@@ -140,7 +140,7 @@ def test_updates_are_those_of_one_device_and_stay_in_place(fused):
 
 
 class Collective(NamedTuple):
-    """A collective operation of a compiled program: the shapes it gives, and if it is in a loop."""
+    """A collective operation in a compiled program: its shapes, and whether it is in a loop."""
 
     kind: str
     shapes: tuple[tuple[int, ...], ...]
@@ -166,7 +166,7 @@ def collectives(compiled):
 
 
 def compiled(f, net, x, place, batch, whole):
-    """value_and_grad of net for x, its params and grads where ``place`` says."""
+    """f of net, compiled for x, with params and grads where ``place`` puts them."""
     structs = jax.eval_shape(net.init, jax.random.key(0), x)
     placed = place(structs)
     target = jax.ShapeDtypeStruct(x.shape if x.dtype == int else x.shape[:-1], int)
@@ -184,7 +184,7 @@ LONG = jax.ShapeDtypeStruct((8, 10), int)
 
 
 def test_data_parallel_is_one_all_reduce():
-    """All gradients and the loss in one; of a scan, those of a layer in each turn."""
+    """All gradients and the loss in one; in a scan, the gradients of one layer at each step."""
     whole, batch = over(mesh=ONE_AXIS), over("data", mesh=ONE_AXIS)
 
     def place(tree):
@@ -203,7 +203,7 @@ def test_data_parallel_is_one_all_reduce():
     assert (block.looped, rest.looped) == (True, False)
     table, (positions, stack, last) = params
     assert 3 * block.elements == size(stack)
-    # A tied table has two shares. XLA for CPUs adds them up after it has reduced each.
+    # A tied table has two shares. XLA for CPUs reduces each before it adds them.
     assert rest.elements == 2 * table.size + positions.size + size(last) + 1
 
 
@@ -231,14 +231,14 @@ def test_fully_sharded_gathers_params_and_nothing_else():
             one_layer if collective.looped else others | {table.shape[::-1], LONG.shape, ids[2:]}
         )
         assert squeezed in known, collective
-    # Each gradient is summed once. (XLA for CPUs has no pass that makes a reduce-scatter of an
-    # all-reduce of which a device keeps a slice, as those for GPUs and TPUs have.) Of the table's
-    # two shares the rows' has no sum: each device is sent its features of all rows' cotangents.
+    # Each gradient is summed once. (XLA for CPUs has no pass that makes a reduce-scatter from an
+    # all-reduce of which a device keeps a slice; for GPUs and TPUs it has.) Of the table's two
+    # shares, the rows' needs no sum: each device is sent its features of all rows' cotangents.
     sums = gathered["all-reduce"] + gathered["reduce-scatter"]
     assert sum(c.elements for c in sums if c.looped) * 3 == size(stack)
     assert sum(c.elements for c in sums if not c.looped) == size((table, positions, last)) + 1
     assert [c.elements for c in gathered["all-to-all"]] == [LONG.size * 32 // 8]
-    # What goes in and comes out is an eighth: params, ids and targets; the loss, and gradients.
+    # Per device, arguments and results are an eighth: params, ids, targets; gradients, and a loss.
     memory = program.memory_analysis()
     assert memory.argument_size_in_bytes == 8 * (size(params) + 2 * LONG.size) // 8
     assert memory.output_size_in_bytes - 8 * size(params) // 8 in range(8, 1024)  # and a table
@@ -263,7 +263,7 @@ def has_shares(row):
     ids=row_id,
 )
 def test_examples_stay_on_their_devices(row, each):
-    """What loops over examples goes through those of each device, and has the same numbers."""
+    """Loops over examples run over each device's own examples, and give the same numbers."""
     net, (params, x) = row.layer, at(row)
     x, loss, key = of_size(8 * each, x), jp.HalfSquaredError(), jax.random.key(2)
     target = normal(*jax.eval_shape(net.forward, params, x)[0].shape)
@@ -293,7 +293,7 @@ def test_examples_stay_on_their_devices(row, each):
 
 
 def test_a_loop_over_devices_keeps_its_fallbacks_apart():
-    """Where a loop's body is mapped over lanes a conditional is both of its branches."""
+    """If a loop's body were mapped over lanes, a conditional would run both of its branches."""
     net, loss, batch = jp.Conv(64), jp.HalfSquaredError(), over("data", mesh=ONE_AXIS)
     params, x = at(Row(net, normal(32, 3, 3, 32)))
     norms = jax.jit(jp.per_example_sq_norms(net, loss))
@@ -308,7 +308,7 @@ def test_a_loop_over_devices_keeps_its_fallbacks_apart():
     "net", [jp.Conv(4, groups=2), jp.ConvTranspose(2, (3, 2), (2, 3))], ids=str
 )
 def test_convolutions_on_a_mesh_of_two_axes(net, axes):
-    """Where XLA makes wrong numbers of those in groups, as are those of a loop's lanes."""
+    """XLA returns wrong numbers there for grouped convolutions, which a loop's lanes become."""
     params, x = at(Row(net, normal(8, 3, 4, 4)))
     batch = x, normal(*jax.eval_shape(net.forward, params, x)[0].shape)
     asked = {"variance": jp.Variance(), "diagonals": jp.DiagGGN(per_example=True)}
@@ -318,7 +318,7 @@ def test_convolutions_on_a_mesh_of_two_axes(net, axes):
 
 
 def test_tensor_parallel_dense_layers_talk_once_a_block_each_way():
-    """The block's y is added up over the devices, and the d_x of its first dense layer."""
+    """Devices sum only the block's y and the d_x of its first dense layer."""
     mesh = mesh_of(model=8)
     d = 24
     inner = jp.chain(jp.LayerNorm(), jp.Dense(4 * d), jp.Gelu(), jp.Dense(d))
@@ -333,13 +333,13 @@ def test_tensor_parallel_dense_layers_talk_once_a_block_each_way():
     rest = [c for c in collectives(program) if c.shapes != (x.shape,)]
     activations = [c for c in collectives(program) if c.shapes == (x.shape,)]
     assert [(c.kind, c.looped) for c in activations] == [("all-reduce", True)] * 2
-    # On a CPU Outer.sum transposes the gradient of a matrix that narrows by way of a flat array,
-    # along which XLA cannot keep it split.
+    # On a CPU, Outer.sum transposes the gradient of a matrix that narrows through a flat array,
+    # which XLA cannot keep split.
     assert all(c.kind == "all-gather" and c.shapes == ((d, 4 * d),) for c in rest)
 
 
 def test_shard_map_keeps_per_example_quantities_apart():
-    """Under jit a scan over examples gathers them all; under shard_map each device has its own."""
+    """Under jit, a scan over examples gathers them all; in shard_map, each device keeps its own."""
     net, *args = problem("gpt2")
     f, mesh, split = jp.per_example_sq_norms(net, LOSS), mesh_of(data=8), PartitionSpec("data")
     sharded = jax.shard_map(f, mesh=mesh, in_specs=(PartitionSpec(), split, split), out_specs=split)
@@ -351,7 +351,7 @@ def test_shard_map_keeps_per_example_quantities_apart():
 
 @pytest.mark.full
 def test_custom_vjp_under_shard_map():
-    """Each device its examples: the gradient is the mean of theirs, as autodiff's is."""
+    """Each device has its own examples, and the gradient is the mean over all, like autodiff's."""
     net, params, x, target = problem("gpt2")
     custom = jp.custom_vjp(net)
 
@@ -379,7 +379,7 @@ def test_custom_vjp_under_shard_map():
 @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_data_parallel_on_an_explicit_mesh(name, fused):
-    """Where every array's type says how it lies; so do the meshes that JAX makes by default."""
+    """There, every array's type has its sharding, as on the meshes that JAX makes by default."""
     net, params, x, target = problem(name)
     update = jp.make_update(net, LOSS, optax.adam(1e-2, eps=1e-3), fused=fused, max_norm=0.1)
     start = jax.tree.map(np.asarray, (params, update.init(params)))
@@ -508,7 +508,7 @@ def test_rules():
 
 
 def test_rules_for_what_an_optimizer_keeps():
-    """Masks leave holes in params' structure, a factored state is of other shapes, and so on."""
+    """Masks leave holes in the params' structure, a factored state has other shapes, and so on."""
     mesh = mesh_of(data=4, model=2)
     params = jp.AffineParams(jnp.ones((8, 32)), jnp.ones(32))
     no_bias = jp.AffineParams(True, False)

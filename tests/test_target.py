@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are not there, and what is read from their text."""
+"""Programs compiled for devices that are not there, and the costs read from their text."""
 
 import functools
 import importlib.util
@@ -114,7 +114,7 @@ needs_h100 = pytest.mark.skipif(not target._has("jax_plugins.xla_cuda12"), reaso
 
 
 def on(device, make, *args, carried=0):
-    """What a function costs on a device, of arguments of these shapes."""
+    """The cost of a function on a device, for arguments with these shapes."""
     args = target.placed(args, device)
     donated = tuple(range(carried))
     return target.build_of(jax.jit(make, donate_argnums=donated).lower(*args).compile())
@@ -122,7 +122,7 @@ def on(device, make, *args, carried=0):
 
 @pytest.fixture
 def float32():
-    """What the bench computes in; a TPU has no float64 to speak of."""
+    """The bench's precision; TPUs have no real float64."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -145,7 +145,7 @@ def test_on_a_tpu_the_gradient_costs_what_autodiffs_does():
 @needs_tpu
 @pytest.mark.usefixtures("float32")
 def test_on_a_tpu_max_pooling_is_select_and_scatter():
-    """3 x 3 of stride 2 on 64 x 28 x 28 x 64: 124 kilocycles, where tap by tap takes 852."""
+    """3 x 3 with stride 2 on 64 x 28 x 28 x 64: 124 kilocycles, where tap by tap takes 852."""
     (device,) = target.target_devices("v5e")
     pool = jp.MaxPool((3, 3), strides=2, padding="SAME")
 
@@ -179,7 +179,7 @@ def test_on_a_tpu_a_fused_update_holds_no_gradients():
 @pytest.mark.full
 @pytest.mark.usefixtures("float32")
 def test_on_tpus_fully_sharded_gradients_are_scattered():
-    """Of what is reduced, no matrix is whole on any device."""
+    """No reduced matrix is whole on any device."""
     devices = target.target_devices("v5e", 8)
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
     net, loss = jp.chain(jp.Dense(1024), jp.Relu(), jp.Dense(1024)), jp.HalfSquaredError()
@@ -207,7 +207,7 @@ saving = functools.partial(jp.Attention, save="logsumexp", kernels=True)
 
 
 def attended(layer, target, n, t, d, dtype, count):
-    """The program of both halves, its examples over devices, padded ones among them."""
+    """The program of forward and backward, with padding, examples split over devices."""
     devices = jp.bench.target_devices(target, count)
     mesh = jax.make_mesh((count,), ("n",), axis_types=(AxisType.Auto,), devices=devices)
     spec = PartitionSpec("n")

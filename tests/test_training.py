@@ -45,7 +45,7 @@ def test_grads_have_the_dtypes_of_params(dtype):
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_mixed_dtypes_differentiate_as_autodiff_does():
-    """bfloat16 inputs with float32 params."""
+    """With bfloat16 inputs and float32 params."""
     params, _, target = problem(jnp.float32)
     x = problem(jnp.bfloat16)[1]
     hand = jax.jit(jp.value_and_grad(MLP, LOSS))(params, x, target)
@@ -62,7 +62,7 @@ def autodiff(net, loss):
 
 
 def test_loss_fn_is_plain_jax():
-    """grad, hessian, vmap and jit compose on it as on any function."""
+    """grad, hessian, vmap and jit work on it as on any function."""
     params, x, target = problem()
     f = jp.loss_fn(MLP, LOSS)
     stacked = jax.tree.map(lambda leaf: np.stack([leaf, 2 * np.asarray(leaf)]), params)
@@ -105,7 +105,7 @@ def test_sharded_equals_one_device(spec, axes):
 
 
 def test_shard_map_sums_over_devices_as_autodiff_does():
-    """Params that are the same on all devices: the gradient is the sum over theirs."""
+    """Params are the same on all devices, and their gradient is the sum over devices."""
     params, x, target = problem()
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     P = PartitionSpec
@@ -130,7 +130,7 @@ def test_shard_map_sums_over_devices_as_autodiff_does():
 
 
 def test_hand_and_auto_do_the_same_matmuls():
-    """The first layer's d_x is nobody's: neither program computes it."""
+    """The first layer's d_x is unused, and neither program computes it."""
 
     def dots(f):
         text = jax.jit(f).lower(*problem()).compile().as_text()

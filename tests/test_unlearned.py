@@ -1,4 +1,4 @@
-"""Arrays that are not learned count in nothing and are moved by nothing, whatever their dtype."""
+"""Arrays that are not learned enter no quantity and no update moves them, in any dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ KEY = jax.random.key(3)
 
 
 class Pruned(jp.Layer):
-    """y = x (w m), with m a fixed matrix of zeros and ones; backward gives () for it."""
+    """y = x (w m), with a fixed matrix m of zeros and ones; backward returns () for m."""
 
     features: int
     dtype: str = "bool"
@@ -79,7 +79,7 @@ def held(params):
 
 @pytest.mark.full
 def test_a_plain_array_that_backward_gives_nothing_for_is_not_learned():
-    """A batch of as many examples as the matrix has rows, and one of more."""
+    """With as many examples as the matrix has rows, and with more."""
     net = Pruned(3, marked=False)
     for examples in (4, 6):
         rng = np.random.default_rng(0)
@@ -281,13 +281,13 @@ def test_a_net_of_which_the_head_is_trained_has_the_head_s_norms_and_noise():
     by_layer = jp.per_example_sq_norms(plain, LOSS, per_layer=True)(whole, *batch)
     norms = jp.per_example_sq_norms(frozen, LOSS)(params, *batch)
     np.testing.assert_allclose(norms, by_layer[1], rtol=1e-12)
-    # By the types of the params alone, in the same net.
+    # The same, by the types of the params alone, without a frozen layer.
     by_types = jp.per_example_sq_norms(plain, LOSS)((jp.freeze(whole[0]), whole[1]), *batch)
     np.testing.assert_allclose(by_types, norms, rtol=1e-12)
 
 
 def test_frozen_layers_cost_no_gradients():
-    """The dots of the compiled program: three forward, one for the head's weights; then d_x."""
+    """Dots in the compiled program: three forward, one for the head's weights; below, d_x too."""
     args = problem(jp.chain(jp.frozen(BODY), jp.Dense(2)))
 
     def dots(f, *args):
@@ -427,7 +427,7 @@ def labelled():
 @pytest.mark.parametrize("make", [masked(), labelled()])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_mask_that_is_a_tree_like_params(make, fused):
-    """It is what users make by jax.tree.map; a function of params gives the same."""
+    """Users make such masks by ``jax.tree.map``; a function of params has the same effect."""
     net = NETS["running statistics"]
     params, *batch = problem(net)
     matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
@@ -449,7 +449,7 @@ def test_freeze_takes_params_and_not_a_net():
 
 
 def test_an_unmarked_integer_is_told_how_to_be_marked():
-    """backward gives () for it, and so it counts as no layer with params."""
+    """backward returns () for it, so it is not counted as a layer's param."""
     net = jp.chain(Pruned(3, "int32", marked=False), jp.Dense(2))
     params, x, target = net.init(KEY, jnp.ones((2, 4))), jnp.ones((2, 4)), jnp.ones((2, 2))
     for f in (jp.autodiff(net, LOSS), jp.make_update(net, LOSS, optax.sgd(0.1)).init):

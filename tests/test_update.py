@@ -1,4 +1,4 @@
-"""The update, plain and fused: what an optimizer does to params, and what memory it takes."""
+"""The update, plain and fused: its effect on params, and its memory."""
 
 import functools
 
@@ -64,7 +64,7 @@ def autodiff(net, loss):
 
 
 def stepped(params, grads):
-    """The params after a step of SGD at a rate of 0.5, by NumPy."""
+    """The params after a step of SGD with a rate of 0.5, by NumPy."""
     return jax.tree.map(lambda p, g: np.asarray(p) - 0.5 * np.asarray(g), params, grads)
 
 
@@ -89,7 +89,7 @@ def test_update_donates():
 
 
 def test_update_compiles_once_for_equal_nets():
-    """Layers compare by their fields: a net that is built anew does not trace anew."""
+    """Layers compare by their fields, so an equal net that is built again is not traced again."""
     traced = []
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -145,7 +145,7 @@ def by_rank(params):
 
 
 def in_float64(schedule):
-    """Of a count in int32 it is computed in float32, which two programs may round differently."""
+    """A schedule in float64; in float32, as for an int32 count, two programs may round apart."""
     return lambda count: schedule(jnp.asarray(count, jnp.float64))
 
 
@@ -178,7 +178,7 @@ def data(net):
 
 
 def trained(update, params, x, target, steps=50, key=None):
-    """params, state and values after some steps in one scan."""
+    """((params, state), values) after some steps in one scan."""
 
     def step(carry, index):
         of_step = None if key is None else jax.random.fold_in(key, index)
@@ -268,7 +268,7 @@ def keeps_float32_only():
 
 
 def tells(tell, looks_at):
-    """An optimizer that tells of what it sees."""
+    """An optimizer that reports what it sees."""
 
     def update(grads, state, params=None):
         for seen in looks_at(grads):
@@ -369,7 +369,7 @@ def test_max_norm_is_clip_by_global_norm(net, fused):
 
 
 def test_the_norm_of_a_gradient_that_nearly_cancels():
-    """Two rows whose products differ in their last digits, in float32."""
+    """Two rows whose products nearly cancel, up to the last digits of float32."""
     generator = np.random.default_rng(0)
     x, ct, rest = (generator.normal(size=(1, 64)).astype(np.float32) for _ in range(3))
     form = jp.Outer(np.concatenate((x, x)), np.concatenate((ct, -ct + np.float32(1e-4) * rest)))
@@ -383,7 +383,7 @@ def test_the_norm_of_a_gradient_that_nearly_cancels():
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("size", "skipped"), [(500.0, 0), (1e5, 1)])
 def test_the_norm_of_float16_gradients(fused, size, skipped):
-    """A sum of squares above 65504 is a norm as any; a gradient above it is infinite."""
+    """Squares may sum to more than 65504; only a gradient above that is infinite."""
     net, loss = jp.chain(jp.Dense(2, bias=False)), jp.HalfSquaredError()
     x, target = np.full((1, 2), 10, np.float16), np.full((1, 2), -size / 10, np.float16)
     params = (jp.AffineParams(jax.device_put(np.zeros((2, 2), np.float16)), None),)
@@ -401,7 +401,7 @@ def test_the_norm_of_float16_gradients(fused, size, skipped):
 @pytest.mark.parametrize("net", ["unrolled", "nested"])
 @pytest.mark.parametrize("bad", [0.0, jnp.inf])
 def test_under_shard_map(net, bad):
-    """The norm is that of the sum over devices; a batch that is bad on one is skipped by all."""
+    """The norm is that of the sum over devices; a batch that is bad on one is skipped on all."""
     net = NETS[net]
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere, split = PartitionSpec(), PartitionSpec("d")
@@ -457,7 +457,7 @@ def test_what_is_lowered_is_called_as_it_was_lowered():
 
 @pytest.mark.parametrize("rows", [2, 40])
 def test_the_norm_of_the_gradient_comes_from_its_factors(rows):
-    """Few rows take their Gram matrices, many the product itself."""
+    """With few rows by Gram matrices, with many by the product itself."""
     generator = np.random.default_rng(0)
     form = jp.Outer(*(generator.normal(size=(rows, 3, d)) for d in (8, 9)))
     norm, total = jax.jit(lambda form: (form.norm_of_sum(), form.sum()))(form)
@@ -490,7 +490,7 @@ def test_skip_nonfinite_leaves_everything_as_it_was(fused, bad):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped(fused):
-    """sqrt at 0 has a value and no slope."""
+    """sqrt at 0 has a value, but no finite slope."""
 
     class Root(jp.Layer):
         def forward(self, params, x):
@@ -513,7 +513,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped(fused):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_fused_keeps_no_gradients_and_copies_no_stack(optimizer):
-    """In a repeat temporary memory is that of a layer, whatever the number of params."""
+    """In a repeat, temporary memory is that of one layer, whatever the number of params."""
     net, optimizer = jp.repeat(jp.chain(jp.Dense(64), jp.Tanh()), 32), FUSED[optimizer]
     x = np.ones((2, 64))
     params = init(net, x)
@@ -533,7 +533,7 @@ def test_fused_keeps_no_gradients_and_copies_no_stack(optimizer):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 def test_fused_on_many_devices(axes):
-    """The batch over four devices, params and state over two."""
+    """The batch is split over four devices, and so are params and state on an Auto mesh."""
     net, optimizer = NETS["repeat"], optax.adam(1e-2)
     update = jp.make_update(net, LOSS, optimizer, fused=True)
     params, x, target = data(net)
@@ -586,7 +586,7 @@ def test_an_update_that_does_not_donate_leaves_what_it_was_given():
 @pytest.mark.full
 @pytest.mark.usefixtures("standard_promotion")
 def test_an_optimizer_with_arguments_of_its_own():
-    """``optax.contrib.sam`` takes none of those that an update could give."""
+    """``optax.contrib.sam`` takes arguments, but none that an update could pass."""
     params, x, target = problem()
     optimizer = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), sync_period=2)
     update = jp.make_update(MLP, LOSS, optimizer)

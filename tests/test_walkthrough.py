@@ -17,9 +17,9 @@ from jaxprop.walkthrough import config as configs
 from jaxprop.walkthrough.config import WORKED_EXAMPLE, ConfigError
 from jaxprop.walkthrough.descent import descent, walkthrough
 
-# The values that the article behind the example publishes, to 8 decimals. Two that it prints
-# otherwise after the step, z2 = 0.10988248 and o2 = 0.66296548, are misprints: its own h2 and
-# E_o2 are those of the values here.
+# The values published in the article behind the example, to 8 decimals. Two that it prints
+# differently after the step, z2 = 0.10988248 and o2 = 0.66296548, are misprints: its own h2 and
+# E_o2 agree with the values here.
 BEFORE = {
     "z1": 0.08, "z2": 0.11, "h1": 0.51998934, "h2": 0.52747230,
     "z3": 0.44498412, "z4": 0.68047592, "o1": 0.60944600, "o2": 0.66384491,

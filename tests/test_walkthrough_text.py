@@ -1,4 +1,4 @@
-"""The walkthrough on a terminal: how numbers are written, large networks, what is said in words."""
+"""The walkthrough on a terminal: the format of numbers, large networks, notices in words."""
 
 import json
 import math
@@ -33,7 +33,7 @@ SIGNED = Config(
 
 
 def net(*weights, activation="none", inputs=(1.0, 2.0), targets=(1.0,), rate=0.1):
-    """A config whose layers have these weights, all with the activation but the last."""
+    """A config whose layers have these weights, and all but the last the activation."""
     layers = [Units(activation, rows) for rows in weights[:-1]] + [Units("none", weights[-1])]
     return Config(inputs, targets, rate, tuple(layers))
 
@@ -244,9 +244,9 @@ def test_what_is_wrong_is_said_in_words(capsys, tmp_path, config, steps, expecte
 
 
 def test_the_step_of_the_overflow_is_counted_over_a_long_descent():
-    """E is not finite from the same step on, whatever the curve has intervals for."""
+    """The step from which E is not finite is the same, however coarse the curve's intervals are."""
     config = net(((1.0,),), inputs=(1.0,), targets=(2.0,), rate=2.02)  # |o - t| grows 1.02-fold
-    steps = math.ceil(math.log(sys.float_info.max) / 2 / math.log(1.02))  # of its square
+    steps = math.ceil(math.log(sys.float_info.max) / 2 / math.log(1.02))  # until E overflows
     for total in (steps + 10, 5 * steps):
         assert walkthrough(config, total).final.nonfinite_after == pytest.approx(steps, abs=1)
     assert walkthrough(config, steps - 5).final.nonfinite_after is None

@@ -1,4 +1,4 @@
-"""What each example counts in a mean: weights, padding, a divisor; and examples dropped."""
+"""How much each example counts in a mean: weights, padding, a divisor; and dropped examples."""
 
 import functools
 
@@ -77,7 +77,7 @@ def is_table(net):
 
 
 def spoilt(x):
-    """x with NaN in the example that weighs nothing, and an id that is in no table."""
+    """x with NaN, or an id that no table has, in the example of weight 0."""
     return x.at[1].set(jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1)
 
 
@@ -85,16 +85,16 @@ def spoilt(x):
 @pytest.mark.few(2)
 @nets
 def test_a_whole_weight_is_so_many_copies_and_0_is_none(name):
-    """And whatever an example that weighs nothing holds is selected away."""
+    """An integer weight counts copies, and what an example of weight 0 holds is ignored."""
     net, loss, params, x, target = problem(name)
     f = jp.quantities(net, loss, **makers(net))
     weighted = jax.jit(f)(params, spoilt(x), target, weights=jnp.asarray(WEIGHTS))
     copied = jax.jit(f)(params, x[TIMES], target[TIMES])
-    for asked in weighted.keys() - {"noise"}:  # copies are not drawn apart from each other
+    for asked in weighted.keys() - {"noise"}:  # it assumes independent examples
         assert relative_error(weighted[asked], copied[asked]) <= CLOSE, asked
 
 
-HELD = {  # what padding may hold in the target
+HELD = {  # targets with what padding may hold
     "class": (jp.CrossEntropy(), jnp.array([0, 99, 1, 2])),
     "no distribution": (jp.CrossEntropy(), jax.nn.one_hot(jnp.array([0, -1, 1, 2]), 3)),
     "nan": (jp.HalfSquaredError(), jnp.ones((4, 3)).at[1].set(jnp.nan)),
@@ -107,7 +107,7 @@ HELD = {  # what padding may hold in the target
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("jit", [False, True])
 def test_what_padding_holds_in_the_target_is_nowhere(held, jit):
-    """Neither in an error nor in a derivative, by hand or by autodiff."""
+    """It is in no error message and in no derivative, by hand or by autodiff."""
     net, _, params, x, _ = problem("dense")
     loss, target = HELD[held]
     real = jnp.array([0, 2, 3])
@@ -120,7 +120,7 @@ def test_what_padding_holds_in_the_target_is_nowhere(held, jit):
 
 @pytest.mark.full
 def test_what_padding_holds_in_x_is_nowhere():
-    """Also where it is ids, and where zeros in its place would have no derivative."""
+    """Also for ids, and for a layer that has no derivative at zeros."""
     ids = jnp.array([[0, 1], [99, 99], [2, 3]])
     for net, x in (
         (jp.chain(jp.Embedding(7, 4), jp.Dense(3)), ids),
@@ -199,7 +199,7 @@ def test_in_micro_batches_and_on_devices_weights_are_those_of_the_whole_batch(na
     net, loss, params, x, target = problem(name)
     given = {"weights": jnp.asarray(WEIGHTS), "divisor": 5.0}
     asked = makers(net)
-    del asked["variance"]  # there is none of a sum that is no mean
+    del asked["variance"]  # which a sum that is no mean does not have
     whole = jax.jit(jp.quantities(net, loss, **asked))(params, x, target, **given)
     halves = jp.quantities(net, loss, micro_batches=2, **asked)
     halves = jax.jit(halves)(params, x, target, **given)
@@ -244,7 +244,7 @@ def test_a_divisor_scales_every_mean(name):
 
 @pytest.mark.full
 def test_curvature_and_the_noise_scale_have_a_scale_of_their_own_under_a_divisor():
-    """The Kronecker product scales as the block does, and the noise scale not at all."""
+    """The Kronecker product scales as the block does, and the noise scale does not change."""
     net, loss, params, x, target = problem("dense")
     f = jp.quantities(net, loss, kfac=jp.KroneckerFactors(), noise=jp.NoiseScale())
     for given in ({}, {"weights": jnp.asarray(WEIGHTS)}):
@@ -284,7 +284,7 @@ def test_a_micro_batch_of_padding_counts_nothing(micro_batches):
 
 @pytest.mark.full
 def test_the_noise_scale_of_weights_is_of_two_estimates_without_bias():
-    """Their means over all 3^4 equally likely batches of 4 out of 3 examples are what they are."""
+    """Their means over all 3^4 equally likely batches of 4 from 3 examples are the true values."""
     net, loss, params, x, target = problem("dense")
     weights = jnp.array([1.0, 0.5, 3, 2])
     n, share = weights.sum() ** 2 / (weights**2).sum(), weights / weights.sum()
@@ -325,7 +325,7 @@ def test_what_is_of_an_example_alone_is_its_own_and_0_for_padding():
 
 
 def test_the_mean_over_all_real_tokens():
-    """Of 5 real positions, where the mean of means would weigh the last one by 1/2."""
+    """The mean over 5 real positions, where a mean of means would weigh the last one by 1/2."""
     net, x = jp.chain(jp.Dense(7)), normal(2, 4, 5)
     params, target = init(net, x), np.array([[1, 2, 3, 4], [5, -1, -1, -1]])
     tokens = (target >= 0).sum(1)
@@ -442,7 +442,7 @@ def test_a_sum_over_a_divisor_has_no_variance():
 
 
 class Centered(jp.Layer):
-    """A user's, which couples the examples of a batch and does not say so."""
+    """A user's layer that couples the examples of a batch and does not say so."""
 
     def forward(self, params, x):
         return x - x.mean(0, keepdims=True), x[:, :0]

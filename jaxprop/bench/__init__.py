@@ -1,4 +1,4 @@
-"""The measurements of ``jaxprop bench``: the hand-written chain against JAX's autodiff."""
+"""The measurements of ``jaxprop bench``: the hand-written chain rule against JAX's autodiff."""
 
 from jaxprop.bench.growth.report import bench_growth
 from jaxprop.bench.peers.report import bench_peers

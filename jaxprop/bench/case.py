@@ -12,11 +12,11 @@ class Case(NamedTuple):
     """Two functions to compare, and their arguments.
 
     Attributes:
-        hand: a maker of the function by the hand-written chain.
-        auto: a maker of the function that it is compared with.
+        hand: makes jaxprop's function, a new one at each call.
+        auto: makes the function that it is compared with, in the same way.
         args: the arguments of both.
-        carried: the number of leading args that are donated. The leading results take their places
-            in the next call.
+        carried: the number of leading args that are donated; in the next call, the leading results
+            take their places.
     """
 
     hand: Make
@@ -31,5 +31,5 @@ def with_key(f: Function) -> Function:
 
 
 def without_key(f: Function) -> Function:
-    """Return ``f(params, x, target)`` as a function that also takes a key."""
+    """Return ``f(params, x, target)`` as a function that also takes a key, unused."""
     return lambda params, x, target, key: f(params, x, target)

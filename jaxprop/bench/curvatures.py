@@ -1,4 +1,4 @@
-"""The rows of what is done with a curvature, which is found before anything is measured."""
+"""The rows for uses of a curvature, which is computed before the measurement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DAMPING = 1e-3
 
 
 def influenced(network: Network, others: int) -> Case:
-    """Return the case of influence by EKFAC of all but the last examples on those, so many."""
+    """Return the case of the influence of the earlier examples on the last ``others``, by EKFAC."""
     net, loss, (params, x, target) = network
     curvature = _ekfac(network)
     batch, other = (x[:-others], target[:-others]), (x[-others:], target[-others:])
@@ -63,9 +63,9 @@ def outputs(network: Network) -> Case:
 
 
 def steps(network: Network, number: int) -> Case:
-    """Return the case of so many steps of K-FAC in one scan, beside as many of Adam.
+    """Return the case of ``number`` steps of K-FAC in one scan, against as many of Adam.
 
-    The factors are decomposed once in ten steps.
+    The factors are decomposed once every ten steps.
     """
     net, loss, args = network
     params, x, target = args
@@ -101,7 +101,7 @@ def _ekfac(network: Network) -> PyTree:
 
 
 def _gradient(network: Network) -> Callable[[], Function]:
-    """Return a maker of the gradient by hand, which the curvature is also given to."""
+    """Return a maker of jaxprop's gradient that takes the curvature too, and ignores it."""
     net, loss, _ = network
 
     def make() -> Function:

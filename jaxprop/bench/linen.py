@@ -1,4 +1,4 @@
-"""Networks of Flax Linen and the rows on them, by jaxprop and by ``jax.value_and_grad`` alone."""
+"""Networks in Flax Linen and their rows, by jaxprop and by ``jax.value_and_grad`` alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Data = tuple[Array, Array]
 
 
 class Mlp(nn.Module):
-    """Dense layers with ReLU between."""
+    """Dense layers with ReLU between them."""
 
     widths: tuple[int, ...]
 
@@ -38,7 +38,7 @@ class Mlp(nn.Module):
 
 
 class Cnn(nn.Module):
-    """3 x 3 convolutions with ReLU and max-pooling after each, and two dense layers."""
+    """3 x 3 convolutions, each with ReLU and max-pooling after it, and two dense layers."""
 
     channels: tuple[int, ...]
     features: int
@@ -74,8 +74,8 @@ class Gpt(nn.Module):
         features: the width.
         heads: the number of heads.
         layers: the number of blocks.
-        scan: whether the blocks are one ``nn.scan``; else they are unrolled.
-        remat: whether each block is computed again on the way back.
+        scan: whether the blocks are one ``nn.scan``; otherwise they are unrolled.
+        remat: whether the backward pass recomputes each block.
     """
 
     vocab: int
@@ -104,7 +104,7 @@ class Gpt(nn.Module):
 
 
 class Lstm(nn.Module):
-    """An LSTM, and ten classes at every step."""
+    """An LSTM with ten classes at every step."""
 
     features: int
 
@@ -114,7 +114,7 @@ class Lstm(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions with GroupNorm, and what came in added to what they give."""
+    """A residual block: two 3 x 3 convolutions with GroupNorm, and a skip around them."""
 
     channels: int
     stride: int
@@ -129,7 +129,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network for images of 32 x 32; ResNet-18 for four widths (He et al. 2016).
+    """A residual network for 32 x 32 images; with four widths, ResNet-18 (He et al. 2016).
 
     It has GroupNorm in place of BatchNorm, which couples the examples of a batch.
     https://arxiv.org/abs/1512.03385
@@ -148,20 +148,20 @@ class ResNet(nn.Module):
 
 
 def classified(*shape: int) -> Data:
-    """Return random inputs of this shape, the example on axis 0, and a class of ten for each."""
+    """Return random inputs of this shape, examples on axis 0, and one of ten classes for each."""
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], shape, jnp.float32)
     return x, jax.random.randint(keys[1], shape[:1], 0, 10)
 
 
 def tokens(batch: int, length: int, vocab: int) -> Data:
-    """Return random tokens, and the ones that follow them."""
+    """Return random tokens, and the tokens that follow them."""
     drawn = jax.random.randint(jax.random.key(0), (batch, length + 1), 0, vocab, jnp.int32)
     return drawn[:, :-1], drawn[:, 1:]
 
 
 def sequences(batch: int, length: int, features: int) -> Data:
-    """Return random sequences, and a class of ten for every step."""
+    """Return random sequences, and one of ten classes for every step."""
     x, _ = classified(batch, length, features)
     return x, jax.random.randint(jax.random.key(1), (batch, length), 0, 10)
 
@@ -169,12 +169,12 @@ def sequences(batch: int, length: int, features: int) -> Data:
 def case(
     model: nn.Module, data: Data, hand: Callable[[Layer, Loss], Function], key: bool = False
 ) -> Case:
-    """Return the case of a quantity of the model, beside ``jax.value_and_grad`` of its loss.
+    """Return the case of a quantity of the model, against ``jax.value_and_grad`` of its loss.
 
     Args:
-        model: the model, of one input.
+        model: the model, with one input.
         data: x and target.
-        hand: a maker of the function to measure, of (params, x, target).
+        hand: makes the function to measure, which takes (params, x, target).
         key: whether that function also takes a key.
     """
     args: tuple[PyTree, ...] = model.init(jax.random.key(2), data[0]), *data
@@ -224,7 +224,7 @@ def row(network: str, quantity: str) -> Case:
 
 
 def beside_vmap(network: str) -> Case:
-    """Return the case of the row ``linen-network-norms/vmap``, beside ``jax.vmap(jax.grad)``."""
+    """Return the case of the row ``linen-network-norms/vmap``, against ``jax.vmap(jax.grad)``."""
     model, data = MODELS[network]
 
     def vmapped() -> Function:
@@ -243,7 +243,7 @@ def beside_vmap(network: str) -> Case:
 
 
 def beside_own(network: str, own: Network) -> Case:
-    """Return the case of the row ``linen-network-norms/own``, beside the same in our layers."""
+    """Return the case of the row ``linen-network-norms/own``, against the same in our layers."""
     net, loss, (ours, *_) = own
     model, data = MODELS[network]
     x, target = data()

@@ -1,4 +1,4 @@
-"""The comparison of two functions, in one process and in turn, on JAX's default device."""
+"""Comparison of two functions that run in turn, in one process, on JAX's default device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRACES = 9
 
 Function = Callable[..., PyTree]
 Make = Callable[[], Function]
-"""A function that returns a new function of arrays at each call."""
+"""A function without arguments that returns a new function of arrays at each call."""
 
 
 class Spread(NamedTuple):
@@ -63,7 +63,7 @@ class Program(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The costs of two functions, and their ratios A / B, each of two neighbouring samples.
+    """The costs of two functions, and the ratios A / B of neighbouring samples.
 
     Attributes:
         a: the costs of A.
@@ -71,7 +71,7 @@ class Comparison(NamedTuple):
         run: the ratios of the times of a call.
         trace: the ratios of the times to trace.
         compile: the ratios of the times to compile.
-        temp: the ratio of the temporary memories; None if B takes none.
+        temp: the ratio of the temporary memories; None if B uses none.
     """
 
     a: Program
@@ -94,13 +94,13 @@ def compare(
     """Measure two functions A and B: trace them in turn, compile them in turn, run them in turn.
 
     Args:
-        make_a: a maker of A. It returns a new function at each call, which JAX cannot have cached.
-        make_b: a maker of B, likewise.
+        make_a: makes A, a new function at each call, so that JAX has nothing cached for it.
+        make_b: makes B, in the same way.
         args: the arguments of both functions.
-        carried: the number of leading args that are donated. The leading results take their places
-            in the next call.
-        seconds: how long to run, about; at least three pairs of samples are taken.
-        builds: how often to compile each.
+        carried: the number of leading args that are donated; in the next call, the leading results
+            take their places.
+        seconds: about how long to run; at least three pairs of samples are taken.
+        builds: how many times to compile each.
 
     Returns:
         The costs of both, and their ratios.
@@ -135,12 +135,12 @@ def compare(
 def in_turn(
     a: Callable[[], object], b: Callable[[], object], seconds: float
 ) -> list[tuple[float, float]]:
-    """Return the times of a call of A and of B, which take turns to be the first of a pair.
+    """Return pairs of times per call, of A and of B, which take turns to run first.
 
     Args:
-        a: A. Where it returns arrays of JAX, they are waited for.
-        b: B, likewise.
-        seconds: how long to run, about; at least three pairs of samples are taken.
+        a: A. If it returns JAX arrays, its time includes the wait for them.
+        b: B, timed in the same way.
+        seconds: about how long to run; at least three pairs of samples are taken.
     """
     calls = max(1, round(0.005 / max(min(_time(a, 1), _time(b, 1)), 1e-7)))
     pairs = []
@@ -157,7 +157,7 @@ def in_turn(
 
 
 def temp_bytes(compiled: Compiled) -> int:
-    """Return the temporary memory of a compiled function; 0 where XLA does not say."""
+    """Return the temporary memory of a compiled function; 0 where XLA does not report it."""
     return getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
 
 
@@ -180,7 +180,7 @@ def _flops(compiled: Compiled) -> float | None:
 
 
 class _Calls:
-    """Calls of a compiled function, each given the leading results of the call before."""
+    """A compiled function whose leading results are the leading arguments of its next call."""
 
     def __init__(self, compiled: Compiled, args: tuple[PyTree, ...], carried: int) -> None:
         self._compiled, self._carried = compiled, carried
@@ -210,7 +210,7 @@ def _compile(make: Make, args: tuple[PyTree, ...], carried: int) -> tuple[float,
 
 
 def _time(run: Callable[[], object], calls: int) -> float:
-    """Return the time of a call, the mean of several in a row."""
+    """Return the mean time of a call, over the given number in a row."""
     start = time.perf_counter()
     for _ in range(calls):
         result = run()

@@ -19,11 +19,11 @@ Network = tuple[Layer, Loss, tuple[Params, PyTree, PyTree]]
 
 
 def gpt(*, scan: bool, recomputing: bool = False, batch: int = 8, vocab: int = 128) -> Network:
-    """Return a GPT of six blocks, 256 features and 4 heads, on 128 tokens.
+    """Return a GPT with six blocks, 256 features and 4 heads, on 128 tokens.
 
     Args:
         scan: whether the blocks are one ``repeat``.
-        recomputing: whether a block saves its input alone and recomputes the rest on the way back.
+        recomputing: whether a block saves only its input and recomputes the rest for backward.
         batch: the number of examples.
         vocab: the number of tokens.
     """
@@ -42,7 +42,7 @@ def gpt2_small(*, batch: int, length: int = 512, save: Save = "weights") -> Netw
 
     Args:
         batch: the number of examples.
-        length: the number of tokens of each.
+        length: the number of tokens in each.
         save: what attention saves for backward.
     """
     config = Gpt2Config(vocab=50257, length=length, features=768, heads=12, layers=12)
@@ -67,19 +67,19 @@ def lstm(*, batch: int, length: int, features: int) -> Network:
 
 
 def mlp(*, batch: int) -> Network:
-    """Return dense layers of 1024, 1024 and 10 with ReLU between, on inputs of 784."""
+    """Return dense layers of 1024, 1024 and 10 features with ReLU between, on 784 inputs."""
     net = chain(Dense(1024), Relu(), Dense(1024), Relu(), Dense(10))
     return _classified(net, batch, 784)
 
 
 def small_mlp(*, batch: int) -> Network:
-    """Return dense layers of 256, 256 and 10 with ReLU between, on inputs of 784."""
+    """Return dense layers of 256, 256 and 10 features with ReLU between, on 784 inputs."""
     net = chain(Dense(256), Relu(), Dense(256), Relu(), Dense(10))
     return _classified(net, batch, 784)
 
 
 def cnn(*, batch: int) -> Network:
-    """Return 3 x 3 convolutions of 64, 96 and 128 with max-pooling, on images of 28 x 28."""
+    """Return 3 x 3 convolutions of 64, 96 and 128 channels with max-pooling, on 28 x 28 images."""
     layers: list[Layer] = []
     for channels in (64, 96, 128):
         layers += [Conv(channels, (3, 3), padding="SAME"), Relu(), MaxPool((2, 2))]

@@ -22,7 +22,7 @@ from jaxprop.bench.terminal import (
 )
 
 WORSE = 1.1  # a ratio above this many times the baseline's is a regression
-QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds to run each row, and how often to compile it
+QUICK, FULL = (0.8, 2), (10.0, 9)  # seconds to run each row, and how many times to compile it
 HEADINGS = ("hand ms", "auto ms", "run", "", "trace", "compile", "temp MB", "temp", "share")
 EXPLANATION = """\
 hand: jaxprop; auto: jax.value_and_grad of the same loss, in a row /vmap the same quantity by
@@ -52,8 +52,8 @@ def bench(
         The figures, ready for JSON: the device, the version of JAX, and the costs of each row.
 
     Raises:
-        BenchError: if no row's name contains what ``only`` names, or only rows that need Flax do
-            and it is not installed.
+        BenchError: if ``only`` (or an element of it) is in no row's name, or if all rows chosen
+            need Flax and it is not installed.
     """
     rows, skipped = chosen(only, large)
     console = wide_console()
@@ -90,10 +90,11 @@ def bench(
 def chosen(
     only: str | Sequence[str] | None, large: bool
 ) -> tuple[dict[str, Callable[[], Case]], int]:
-    """Return the rows that ``only`` names, and how many more would need Flax.
+    """Return the rows that ``only`` selects, and how many are left out for lack of Flax.
 
     Raises:
-        BenchError: if there is none of a name, or only some that need Flax.
+        BenchError: if ``only`` (or an element of it) is in no row's name, or if all rows chosen
+            need Flax and it is not installed.
     """
     every = ROWS | LARGE if large else ROWS
     named = {name: every[name] for name in matching(only, every)}
@@ -106,7 +107,7 @@ def chosen(
 
 
 def print_footnotes(console: Console, rows: Iterable[str], skipped: int) -> None:
-    """Print what the names of the rows mean, and how many were skipped."""
+    """Print what the Flax rows' names mean, if any are there, and how many rows were skipped."""
     if any(map(needs_flax, rows)):
         console.print(" ".join(FLAX.split()), markup=False)
     if skipped:
@@ -118,7 +119,7 @@ def regressions(figures: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
 
     Args:
         figures: the figures, as ``bench`` returns them.
-        baseline: earlier figures. Rows that they do not have are not compared.
+        baseline: earlier figures. Rows that are missing from them are not compared.
     """
     worse = []
     for name, row in figures["rows"].items():

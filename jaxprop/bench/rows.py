@@ -1,4 +1,4 @@
-"""The rows of ``jaxprop bench``: each compares two functions, by jaxprop and by plain JAX."""
+"""The rows of ``jaxprop bench``: each compares two functions, mostly jaxprop's with plain JAX's."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def mlp(
     Args:
         widths: the number of features of x and of each layer.
         batch: the number of examples.
-        hand: a maker of the function to measure, of (params, x, target).
-        auto: a maker of the function that it is compared with.
-        key: whether the function of ``hand`` also takes a key.
+        hand: makes the function to measure, which takes (params, x, target).
+        auto: makes the function that it is compared with.
+        key: whether the function from ``hand`` also takes a key.
     """
     layers: list[Layer] = []
     for width in widths[1:-1]:
@@ -102,33 +102,33 @@ def trained(network: Network) -> Case:
 
 
 def saving_logsumexp(*, batch: int, length: int) -> Case:
-    """Return the case of GPT-2 that saves scores as their logsumexp, beside one that saves all."""
+    """Return the case of GPT-2 that saves attention's logsumexp, against one saving its weights."""
     net, loss, args = gpt2_small(batch=batch, length=length, save="logsumexp")
     other, _, _ = gpt2_small(batch=batch, length=length)
     return Case(lambda: value_and_grad(net, loss), lambda: value_and_grad(other, loss), args)
 
 
 def norms(network: Network) -> Case:
-    """Return the case of the network's per-example squared norms, beside its gradient by hand."""
+    """Return the case of the network's per-example squared norms, against its gradient by hand."""
     net, loss, args = network
     return Case(lambda: per_example_sq_norms(net, loss), lambda: value_and_grad(net, loss), args)
 
 
 def clipped(network: Network, auto: Callable[[Layer, Loss], Function]) -> Case:
-    """Return the case of the network's clipped gradient, beside another function's."""
+    """Return the case of the network's clipped gradient, against another function."""
     net, loss, args = network
     return Case(lambda: clipped_grad(net, loss, max_norm=1.0), lambda: auto(net, loss), args)
 
 
 def projected(network: Network) -> Case:
-    """Return the case of projected per-example gradients of rank 8, beside the gradient by hand."""
+    """Return the case of per-example gradients projected to rank 8, against the plain gradient."""
     net, loss, args = network
     of = functools.partial(projected_grads, rank=8, key=jax.random.key(0))
     return Case(lambda: of(net, loss), lambda: value_and_grad(net, loss), args)
 
 
 def noise_of_normalizations(network: Network) -> Case:
-    """Return the case of a gradient with the noise scale of LayerNorm, beside it without."""
+    """Return the case of a gradient with the LayerNorms' noise scale, against one without it."""
     net, loss, args = network
     also = {"noise": NoiseScale(where=LayerNorm)}
     return Case(
@@ -139,13 +139,13 @@ def noise_of_normalizations(network: Network) -> Case:
 
 
 def tangent_kernel(net: Layer, loss: Loss) -> Function:
-    """Return ``f(params, x, target)``, the tangent kernel of x; the targets count for nothing."""
+    """Return ``f(params, x, target)``, the tangent kernel of x; the target is ignored."""
     kernel = ntk(net)
     return lambda params, x, target: kernel(params, x)
 
 
 def along_params(of: Callable[[Layer, Loss], OfVector]) -> Callable[[Layer, Loss], Function]:
-    """Return a maker of a curvature product with the params themselves for v."""
+    """Return a maker of a curvature product with the params themselves as the vector."""
 
     def make(net: Layer, loss: Loss) -> Function:
         product = of(net, loss)
@@ -165,7 +165,7 @@ def hvp_in_jax(net: Layer, loss: Loss) -> Function:
 
 
 def worked_example(steps: int) -> Case:
-    """Return the case of the classic 2-2-2 network, trained in one scan of so many steps."""
+    """Return the case of the classic 2-2-2 network, trained for ``steps`` steps in one scan."""
     net, loss = (
         chain(Dense(2, bias=False), Sigmoid(), Dense(2, bias=False), Sigmoid()),
         HalfSquaredError(),
@@ -195,7 +195,7 @@ def worked_example(steps: int) -> Case:
 
 
 def fused(optimizer: optax.GradientTransformation) -> Case:
-    """Return the case of a fused update, beside autodiff and the same optimizer."""
+    """Return the case of a fused update, against autodiff with the same optimizer."""
     net, loss = repeat(chain(Dense(1024), Tanh()), 16), HalfSquaredError()
     keys = jax.random.split(jax.random.key(0), 3)
     x, target = (jax.random.normal(key, (64, 1024), jnp.float32) for key in keys[:2])
@@ -209,21 +209,21 @@ def fused(optimizer: optax.GradientTransformation) -> Case:
 
 
 def linen(network: str, quantity: str) -> Case:
-    """Return the case of a quantity of a Flax network, beside ``jax.value_and_grad`` alone."""
+    """Return the case of a quantity of a Flax network, against ``jax.value_and_grad`` alone."""
     from jaxprop.bench.linen import row  # imports Flax, which not everyone has
 
     return row(network, quantity)
 
 
 def linen_beside_own(network: str, own: Network) -> Case:
-    """Return the case of a Flax network's norms, beside those of the same net in our layers."""
+    """Return the case of a Flax network's norms, against those of the same net in our layers."""
     from jaxprop.bench.linen import beside_own
 
     return beside_own(network, own)
 
 
 def linen_beside_vmap(network: str) -> Case:
-    """Return the case of a Flax network's norms, beside those of ``jax.vmap(jax.grad)``."""
+    """Return the case of a Flax network's norms, against those by ``jax.vmap(jax.grad)``."""
     from jaxprop.bench.linen import beside_vmap
 
     return beside_vmap(network)

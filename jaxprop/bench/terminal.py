@@ -1,4 +1,4 @@
-"""What the reports of ``jaxprop bench`` have in common: mistakes, a console, a bar, a table."""
+"""Parts that the reports of ``jaxprop bench`` share: errors, console, progress bar, table."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.table import Table
 
 
 class BenchError(Exception):
-    """A mistake on the command line, in one line."""
+    """An error that ``jaxprop bench`` reports in one line."""
 
 
 def matching(only: str | Sequence[str] | None, rows: Iterable[str]) -> list[str]:
-    """Return the names of rows that contain one of ``only``, or all of them for None.
+    """Return the names of the rows that contain one of ``only``, or all names for None.
 
     Raises:
-        BenchError: for one that no row's name contains.
+        BenchError: if ``only`` (or an element of it) is in no row's name.
     """
     rows = list(rows)
     if only is None:
@@ -32,7 +32,7 @@ def matching(only: str | Sequence[str] | None, rows: Iterable[str]) -> list[str]
 
 
 def wide_console() -> Console:
-    """Return a console of 100 columns, less on a narrower terminal and more on a wider pipe."""
+    """Return a console of 100 columns: fewer on a narrower terminal, more on a wider pipe."""
     console = Console(highlight=False)
     width = max(100, console.width) if not console.is_terminal else min(100, console.width)
     return Console(highlight=False, width=width)
@@ -41,7 +41,7 @@ def wide_console() -> Console:
 def print_table(console: Console, table: Table, explanation: str) -> None:
     """Print a table and what its columns mean.
 
-    A console that is too narrow gets the columns that fit, from the left, and is told of the rest.
+    If the console is too narrow, the last columns are left out, and a line names them.
     """
     left_out: list[str] = []
     options = console.options.update(max_width=10 * console.width)
@@ -55,17 +55,17 @@ def print_table(console: Console, table: Table, explanation: str) -> None:
 
 
 def progress() -> Progress:
-    """Return a bar on a terminal's stderr, which is removed at the end."""
+    """Return a progress bar on stderr, shown only on a terminal and removed at the end."""
     console = Console(file=sys.stderr)
     return Progress(console=console, transient=True, disable=not sys.stderr.isatty())
 
 
 def table_of(headings: Sequence[str], gap: int = 2) -> Table:
-    """Return a table of rows with a name each, and a column of figures under each heading.
+    """Return a table with a column for the rows' names, and one of figures for each heading.
 
     Args:
         headings: the headings.
-        gap: how many blanks are between two columns.
+        gap: the number of blanks between two columns.
     """
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     table.add_column("row", no_wrap=True)

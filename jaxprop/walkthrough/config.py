@@ -31,7 +31,7 @@ ACTIVATIONS: dict[Activation, Layer | None] = {
 }
 
 
-MOST_WEIGHTS = 1_000_000  # to draw for a layer
+MOST_WEIGHTS = 1_000_000  # that are drawn at random for one layer
 
 
 class ConfigError(Exception):
@@ -80,7 +80,7 @@ WORKED_EXAMPLE = Config(
 
 
 def network(config: Config) -> Chain:
-    """Return the config's network: dense layers, each with its activation behind it."""
+    """Return the config's network: dense layers, each with its activation after it."""
     layers: list[Layer] = []
     for units in config.layers:
         layers.append(Dense(len(units.weights), bias=units.biases is not None))
@@ -188,7 +188,7 @@ def dump(config: Config) -> str:
 
 
 def _units(entry: object, key: str, width: int, seed: Array, index: int) -> Units:
-    """Return a layer from its table, which key names; width is the number of units below."""
+    """Return the layer in the table named ``key``; width is the number of units below it."""
     if not isinstance(entry, dict):
         raise ConfigError(f"{key} must be a table, not {entry!r}")
     _known(entry, f"{key}.", {"activation", "weights", "biases", "units", "bias"})

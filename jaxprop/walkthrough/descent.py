@@ -43,7 +43,7 @@ def walkthrough(config: Config, steps: int = 1) -> Walkthrough:
 
 
 def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, Explanation]]:
-    """Return each of the first steps of gradient descent, with the explanation it is read from.
+    """Return each of the first steps of gradient descent, with the explanation behind its numbers.
 
     Args:
         config: the network.
@@ -58,7 +58,7 @@ def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, E
 
         @jax.jit
         def descend(params: Params, gaps: Array) -> tuple[Params, Array, Array]:
-            """Return the params after the last gap, E before each, and the steps with E finite."""
+            """Return the params after all gaps, E before each, and how many steps had finite E."""
 
             def step(_: Array, carry: _Carry) -> _Carry:
                 params, state, value = update(carry.params, carry.state, x, target)
@@ -127,8 +127,8 @@ def descent(config: Config, steps: int, shown: int) -> list[tuple[Walkthrough, E
 class _Names:
     """The names of a network's numbers.
 
-    Values are x in the inputs, h in hidden units and o in outputs. Weighted sums are z, biases b,
-    and weights w, numbered unit by unit.
+    Inputs are named x, hidden units h and outputs o; weighted sums z, biases b and weights w. All
+    are numbered unit by unit.
     """
 
     def __init__(self, config: Config) -> None:
@@ -162,7 +162,7 @@ class _Names:
 
 
 class _Carry(NamedTuple):
-    """The state of the descent: whether E was finite at each step so far, and for how many."""
+    """The state of the descent, whether E was finite in all steps so far, and in how many."""
 
     params: Params
     state: PyTree
@@ -180,7 +180,7 @@ class _Numbers(NamedTuple):
 
 
 def _largest_difference(numbers: _Numbers) -> float:
-    """Return the largest difference of both gradients; equal infinities differ by 0."""
+    """Return the largest difference between both gradients; equal infinities differ by 0."""
     by_hand, by_jax = (np.array(list(each.values())) for each in (numbers.products, numbers.grads))
     with np.errstate(invalid="ignore"):
         different = np.abs(by_hand - by_jax)
@@ -188,7 +188,7 @@ def _largest_difference(numbers: _Numbers) -> float:
 
 
 class _Recorded(NamedTuple):
-    """The terms of a dense layer and the activation behind it, unit by unit."""
+    """The terms of a dense layer and the activation after it, unit by unit."""
 
     below: list[float]
     z: list[float]
@@ -220,7 +220,7 @@ def _stage(
     after: list[_Recorded],
     index: int,
 ) -> Stage:
-    """Return one layer of the drawing, before and after the step."""
+    """Return one layer of the walkthrough, before and after the step."""
     here, here_after = before[index], after[index]
     is_output = index == len(config.layers) - 1
 

@@ -16,10 +16,10 @@ class Weight(NamedTuple):
         source: the unit or the input that it comes from; "1" for a bias.
         unit: the unit that it leads to.
         z_name: the name of that unit's weighted sum z.
-        d_value: dE/dvalue, with value that of the unit.
+        d_value: dE/dvalue, where value is the unit's.
         slope: dvalue/dz.
         source_value: the value of the source, which is dz/dw; 1 for a bias.
-        product: dE/dw by the hand-written backward.
+        product: dE/dw by the hand-written backward pass.
         jax_grad: dE/dw by ``jax.grad``.
         old: the weight before the step.
         new: the weight after the step.
@@ -137,7 +137,7 @@ class Walkthrough(NamedTuple):
         stages: the layers, the one nearest the inputs first.
         error: the error E before the step.
         error_after: the error after it.
-        largest_difference: the largest difference of a weight's derivative by hand from that by
+        largest_difference: the largest difference between a weight's derivative by hand and by
             ``jax.grad``.
         curve: pairs (steps taken, E), evenly spaced over the whole descent.
         final: the state after the last step.
@@ -163,7 +163,7 @@ class Walkthrough(NamedTuple):
         what each is. JSON has no NaN and no infinity: None stands in their place.
 
         Args:
-            weight: the name of the only weight to return the chain of; None for everything.
+            weight: the name of the one weight whose chain is returned; None for everything.
         """
         if weight is None:
             return _plain(self)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from jaxprop.walkthrough.document import Walkthrough
 
-UNITS = 8  # in a layer; a network with more in one is drawn as a box for each layer
-LABELLED = 4  # units on each side of the weights that are all labelled at once
+UNITS = 8  # most units in a layer; with more, the network is drawn as a box for each layer
+LABELLED = 4  # most units on either side of weights that are all labelled at once
 RADIUS = 28
 LINE = 14  # height of a line of text
 LABEL = 40  # height of a label: a weight's name, and below it its value
@@ -89,8 +89,8 @@ class Drawing(NamedTuple):
 def units(walk: Walkthrough) -> Drawing:
     """Return a drawing with a circle for each unit and a line for each weight.
 
-    On the way to k units a weight is written 1/(k + 1) along its line: no two lines meet there.
-    Where there are many, a weight is written midway, and only while its stage is shown.
+    The label of a weight to one of k units stands 1/(k + 1) along its line, where no two lines
+    meet. With many weights, labels stand midway and are shown only with their stage.
     """
     columns = [walk.stages[0].inputs, *(tuple(u.name for u in s.units) for s in walk.stages)]
     labelled = [max(len(a), len(b)) <= LABELLED for a, b in itertools.pairwise(columns)]
@@ -129,7 +129,7 @@ def _gaps(
     Columns with labels between them have the same distance, which keeps the labels apart.
     """
     lines = [
-        max(below[name] + (position > 0) for name in names)  # the derivative, not of inputs
+        max(below[name] + (position > 0) for name in names)  # the derivative; inputs have none
         for position, names in enumerate(columns)
     ]
     gaps = [2.0 * RADIUS + 8 + LINE * count for count in lines]

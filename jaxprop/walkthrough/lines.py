@@ -11,7 +11,7 @@ from jaxprop.walkthrough.words import Say
 
 WIDTH = 80
 INDENT = 2
-TERMS = 4  # of a sum that are written out
+TERMS = 4  # most terms of a sum that are written out
 
 
 def flow(cells: Iterable[str], between: str) -> Iterator[str]:
@@ -32,7 +32,7 @@ def equation(start: str, terms: Sequence[Sequence[str]], end: str) -> str:
         start: what is on the left of the sum.
         terms: the factors of each term, as text. A negative one is put in brackets, except at the
             beginning of the sum.
-        end: what is on the right of it.
+        end: what is on the right of the sum.
     """
     shown = [product(terms[0]), *("·".join(map(bracketed, term)) for term in terms[1:])]
     sums = [total(shown, most) for most in range(TERMS, 1, -1)]
@@ -48,17 +48,17 @@ def product(factors: Sequence[str], dot: str = "·") -> str:
 
 
 def total(parts: Sequence[str], most: int = TERMS) -> str:
-    """Return a + b + … + z, with at most so many parts."""
+    """Return a + b + … + z, with at most ``most`` parts."""
     return " + ".join(elided(parts, most))
 
 
 def listed(parts: Sequence[str], most: int = TERMS) -> str:
-    """Return a, b, …, z, with at most so many parts."""
+    """Return a, b, …, z, with at most ``most`` parts."""
     return ", ".join(elided(parts, most))
 
 
 def elided(parts: Sequence[str], most: int) -> list[str]:
-    """Return the parts; of more than ``most`` the first ones, an ellipsis and the last."""
+    """Return the parts; if there are more than ``most``, the first, an ellipsis and the last."""
     return list(parts) if len(parts) <= most else [*parts[: max(1, most - 2)], "…", parts[-1]]
 
 

@@ -11,7 +11,7 @@ from jaxprop.walkthrough.document import Walkthrough
 from jaxprop.walkthrough.lines import layer
 from jaxprop.walkthrough.words import Say
 
-NAMED = 3  # units that are called by their names
+NAMED = 3  # most units that are listed by name
 
 
 def notices(walk: Walkthrough, say: Say) -> Iterator[str]:
@@ -19,7 +19,7 @@ def notices(walk: Walkthrough, say: Say) -> Iterator[str]:
 
     Args:
         walk: the walkthrough.
-        say: the words of a language.
+        say: translates into the language.
     """
     before = {
         unit.name: row[0].slope

@@ -22,10 +22,10 @@ STEPS = 20  # steps of descent in a page by default
 def page(config: Config, steps: int = STEPS, language: Language = "en") -> str:
     """Return the page as HTML.
 
-    It has the first steps of the descent, as many as fit into about 500 kB, and the error curve of
-    them all. Inputs, targets, weights and the learning rate can be changed in it; the page computes
-    the walk anew by an arithmetic of its own. A network with many units in a layer is shown layer
-    by layer, as it is.
+    It holds as many of the first steps of the descent as fit into about 500 kB, and the error curve
+    of all steps. The reader can change inputs, targets, weights and the learning rate; the page
+    then recomputes the walk with its own arithmetic. A network with many units in a layer is shown
+    layer by layer, and cannot be changed.
 
     Args:
         config: the network.

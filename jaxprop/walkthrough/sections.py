@@ -21,7 +21,7 @@ class Most(NamedTuple):
     """How much of a large network is printed.
 
     Attributes:
-        layers: the number of layers, from both ends.
+        layers: the number of layers, half of them from each end.
         units: the number of units of a layer, from the first.
         chains: the number of weights of a layer whose chains are printed, from the first.
         numbers: the number of numbers in a list.
@@ -150,7 +150,7 @@ def forward(walk: Walkthrough, most: Most, say: Say) -> Iterator[str]:
 
 
 def back(stage: Stage, most: Most, say: Say) -> Iterator[str]:
-    """Yield the lines of the way back through one layer: the chain of each of its weights."""
+    """Yield the lines of the backward pass through one layer: the chain of each of its weights."""
     chains = stage.chains()
     first = chains[0]
     yield f"∂E/∂{first.name} = {chain_rule(first)}"

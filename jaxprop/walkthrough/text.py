@@ -21,14 +21,14 @@ Section = tuple[str, Iterable[str]]
 def show(
     walk: Walkthrough, console: Console, language: Language = "en", most: Most = READABLE
 ) -> None:
-    """Print the network, the forward pass, the way back through each layer, and the check.
+    """Print the network, the forward pass, the backward pass through each layer, and the check.
 
     Args:
-        walk: the walkthrough. With more than one step the state after the last is printed too.
+        walk: the walkthrough. With more than one step, the state after the last is printed too.
         console: the console to print to.
         language: the language of the text.
-        most: how much to print of a large network. If it has more, a table with a line for each
-            layer is printed as well.
+        most: how much to print of a large network. If some is left out, a table with a line for
+            each layer is printed as well.
     """
     say, steps = words(language), walk.final.steps
     of_steps = say(" (step 1 of {steps})", steps=steps) if steps > 1 else ""

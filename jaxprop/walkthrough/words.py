@@ -1,4 +1,4 @@
-"""The walkthrough's words in each of its languages, by the English ones."""
+"""The walkthrough's words in each of its languages, keyed by the English ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTICLES = {
     "과(와)": ("과", "와"),
     "(으)로": ("으로", "로"),
 }
-"""Korean particles in the catalogue: what stands after a consonant, and after a vowel."""
+"""Korean particles in the catalogue, each in its form after a consonant and after a vowel."""
 
 KOREAN = {
     # the terminal
@@ -263,7 +263,7 @@ def words(language: Language) -> Say:
 
 
 def particles(text: str) -> str:
-    """Return Korean text with each particle of the catalogue chosen for what stands before it.
+    """Return Korean text with each particle in the form that fits the sound before it.
 
     Args:
         text: the text, in which names such as w3 are read letter by letter and number by number.
@@ -280,5 +280,5 @@ def particles(text: str) -> str:
     return re.sub(rf"(.)({'|'.join(map(re.escape, PARTICLES))})", chosen, text)
 
 
-_LATERAL = 8  # the final consonant ㄹ, after which it is 로
+_LATERAL = 8  # the final consonant ㄹ, after which the particle is 로
 _FINALS = dict.fromkeys("036mn", 1) | dict.fromkeys("178lr", _LATERAL)

@@ -1,6 +1,6 @@
 """The memory of a data-parallel step on one to eight virtual devices, printed as JSON.
 
-A process has as many CPU devices as it began with, so that this is a process of its own.
+The number of CPU devices is fixed when a process starts, so this module runs as its own process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FLAG = "--xla_force_host_platform_device_count"
 
 
 def memory() -> list[int]:
-    """Return the temporary memory of a device, for each number of them, from another process."""
+    """Return the temporary memory per device for each number of devices, from another process."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}={max(COUNTS)}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jaxprop.bench.growth.devices"]
@@ -24,7 +24,7 @@ def memory() -> list[int]:
 
 
 def main() -> None:
-    """Print the bytes of a step of an MLP on 2048 examples, which are split over the devices."""
+    """Print the temporary bytes of an MLP's step on 2048 examples, split over the devices."""
     import jax
     import numpy as np
     import optax

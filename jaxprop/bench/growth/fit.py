@@ -1,4 +1,4 @@
-"""The exponent of a power law, with its interval."""
+"""The exponent of a power law, with its confidence interval."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447)
-"""Student's t of 97.5 %, for 1 to 6 degrees of freedom."""
+"""Student's t at 97.5 %, for 1 to 6 degrees of freedom."""
 
 
 class Exponent(NamedTuple):
-    """k of y = a x^k.
+    """The exponent k in y = a x^k, with its 95 % confidence interval.
 
     Attributes:
         k: the exponent.
-        low: where its 95 % interval begins.
-        high: where it ends.
+        low: the lower end of the interval.
+        high: the upper end.
     """
 
     k: float
@@ -27,14 +27,14 @@ class Exponent(NamedTuple):
 def exponent(x: Sequence[float], y: Sequence[float]) -> Exponent:
     """Return the exponent by least squares of log y on log x.
 
-    The interval is that of independent normal errors of log y.
+    The interval assumes independent normal errors in log y.
 
     Args:
         x: three to eight sizes.
         y: a positive number for each.
 
     Raises:
-        ValueError: for another number of sizes.
+        ValueError: for fewer or more sizes, or if x and y differ in length.
     """
     if not 3 <= len(x) <= len(STUDENT) + 2 or len(x) != len(y):
         raise ValueError(f"an exponent is of 3 to 8 pairs, not of {len(x)} x and {len(y)} y")

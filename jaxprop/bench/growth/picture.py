@@ -1,4 +1,4 @@
-"""The growth as a picture, a small panel for each row."""
+"""The picture of ``jaxprop bench --growth``, with a small panel for each row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = 4
 
 
 def draw(figures: dict[str, Any]) -> Figure:
-    """Draw time and memory against the size, both beside what they are at the smallest.
+    """Draw time and memory against the size, relative to their values at the smallest.
 
     Args:
         figures: what ``bench_growth`` returns.

@@ -32,11 +32,11 @@ def bench_growth(only: str | Sequence[str] | None = None, quick: bool = False) -
         quick: whether to run each size fewer times.
 
     Returns:
-        The figures, ready for JSON: the device, the version of JAX, and of each row its sizes, the
-        times, the memory, and the exponents.
+        The figures, ready for JSON: the device, the version of JAX, and each row's sizes, times,
+        memory and exponents.
 
     Raises:
-        BenchError: if no row's name contains what ``only`` names.
+        BenchError: if ``only`` (or an element of it) is in no row's name.
     """
     names = matching(only, [*ROWS, DEVICES])
     device = str(jax.devices()[0].device_kind)
@@ -61,7 +61,7 @@ def measured(row: Growing, rounds: int) -> dict[str, Any]:
 
     Args:
         row: the row.
-        rounds: how often to go through its sizes.
+        rounds: how many times to run all of its sizes.
     """
     runs, bytes_ = [], []
     for size in row.sizes:
@@ -87,7 +87,7 @@ def figures_of(
     Args:
         along: the size that grows.
         sizes: the sizes.
-        times: samples in seconds at each size; None where there are none.
+        times: samples in seconds at each size; None if only memory is known.
         bytes_: the memory at each size.
     """
     spreads = [Spread.of(samples) for samples in times or []]

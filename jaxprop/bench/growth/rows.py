@@ -30,10 +30,10 @@ class Growing(NamedTuple):
     """A row.
 
     Attributes:
-        along: the size that grows.
-        sizes: the sizes.
-        of: the quantity.
-        network: makes the network of a size.
+        along: the name of the size that grows.
+        sizes: its values.
+        of: makes the function to measure, from a net and a loss.
+        network: makes the network of a given size.
     """
 
     along: str
@@ -73,7 +73,7 @@ def along_positions(length: int) -> Network:
 
 
 def products(net: Layer, loss: Loss) -> Function:
-    """Return the inner products of the batch's gradients with those of the same batch."""
+    """Return ``f(params, x, target)``, the batch's gradients' inner products."""
     between = inner_products(net, loss)
 
     def of(params: Params, x: Array, target: Array) -> Array:
@@ -130,4 +130,4 @@ def _rows() -> dict[str, Growing]:
 
 ROWS = _rows()
 DEVICES = "data-parallel/devices"
-"""The row that only memory is known of."""
+"""The row for which only memory is known."""

@@ -1,1 +1,1 @@
-"""The measurements of ``jaxprop bench --peers``: the same work by other libraries, in turn."""
+"""The measurements of ``jaxprop bench --peers``: jaxprop and other libraries at the same work."""

@@ -1,4 +1,4 @@
-"""Quantities of the walk back by BackPACK."""
+"""Quantities of the backward pass, by BackPACK."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -28,14 +28,15 @@ from jaxprop.quantity.functions import (
 
 
 class Asked(NamedTuple):
-    """What is asked of both sides.
+    """A quantity that both sides compute.
 
     Attributes:
         extension: makes BackPACK's extension.
-        field: the field of a param where it leaves what it found.
+        field: the attribute of a param in which BackPACK stores the result.
         make: makes our function.
-        times: what theirs is multiplied by, of N examples: their loss is a mean.
-        draws: whether it draws; then only what does not depend on the draws is compared.
+        times: a function of the number of examples, by which their result is multiplied, since
+            their loss is a mean.
+        draws: whether it draws samples; then only what does not depend on them is compared.
     """
 
     extension: Callable[[], Any]
@@ -56,11 +57,11 @@ ASKED: dict[str, Asked] = {
     "kfac": Asked(extensions.KFAC, "kfac", kronecker_factors, draws=True),
     "grads": Asked(extensions.BatchGrad, "grad_batch", per_example_grads, lambda n: n),
 }
-"""The quantities of the dense layers."""
+"""The quantities for dense layers."""
 
 
 def norms(network: Network, peer: InTorch) -> Pair:
-    """Return the pair of the squared norms."""
+    """Return the pair for the per-example squared norms."""
     net, extension = extend(peer.net), extensions.BatchL2Grad()
 
     def run() -> None:
@@ -77,12 +78,12 @@ def norms(network: Network, peer: InTorch) -> Pair:
 
 
 def quantity(network: Network, peer: InTorch, name: str) -> Pair:
-    """Return the pair of one of the other quantities, of the dense layers.
+    """Return the pair for one of the other quantities, on dense layers.
 
     Args:
         network: ours.
         peer: theirs.
-        name: one of ``ASKED``.
+        name: a name in ``ASKED``.
     """
     asked, (ours_net, ours_loss, args) = ASKED[name], network
     net, loss = extend(peer.net), extend(nn.CrossEntropyLoss())
@@ -114,7 +115,7 @@ def _with_key(take: Callable[..., PyTree], *args: PyTree) -> PyTree:
 
 
 def _transposed(params: PyTree) -> list[Array]:
-    """Return arrays of params, with axes in front or not, with (I, O) as (O, I)."""
+    """Return arrays of params, with weights (..., I, O) transposed to (..., O, I)."""
     return [a for w, b in ours.layers(params) for a in (jnp.swapaxes(w, -1, -2), b)]
 
 
@@ -124,6 +125,6 @@ def _factors(params: PyTree) -> list[list[Array]]:
 
 
 def _inputs(params: PyTree) -> list[Array]:
-    """Return what does not depend on the draws: the factors of the inputs, or of diagonals none."""
+    """Return what does not depend on the draws: the inputs' factors, or nothing for a diagonal."""
     layers: list[Any] = ours.layers(params)
     return [w.a for w, _ in layers if hasattr(w, "a")]

@@ -22,10 +22,10 @@ from jaxprop.core.types import PyTree
 
 
 def peer(name: str, network: Network) -> InTorch:
-    """Return one of the networks for Opacus, which has an LSTM of its own.
+    """Return one of the networks for Opacus, which has its own LSTM.
 
     Args:
-        name: of ``ours.FULL``.
+        name: a name in ``ours.FULL``.
         network: ours, of any size.
     """
     there = in_torch.peer(name, network)
@@ -44,12 +44,12 @@ def peer(name: str, network: Network) -> InTorch:
 
 
 def norms(network: Network, peer: InTorch, tied: bool = False) -> Pair:
-    """Return the pair of the squared norms, theirs without a clipped gradient.
+    """Return the pair for the per-example squared norms; theirs computes no clipped gradient.
 
     Args:
         network: ours.
         peer: theirs.
-        tied: whether a param is used twice, so that Opacus forms each example's gradient.
+        tied: whether a param is used twice, so that Opacus has to compute each example's gradient.
     """
     net = _watched(peer, tied)
 
@@ -68,12 +68,12 @@ def norms(network: Network, peer: InTorch, tied: bool = False) -> Pair:
 
 
 def clipped(network: Network, peer: InTorch, tied: bool = False) -> Pair:
-    """Return the pair of the mean of the clipped gradients, theirs before the optimizer's step.
+    """Return the pair for the mean of the clipped gradients, theirs up to the optimizer's step.
 
     Args:
         network: ours.
         peer: theirs.
-        tied: whether a param is used twice, so that Opacus cannot clip without each gradient.
+        tied: whether a param is used twice, so that Opacus has to compute each example's gradient.
     """
     max_norm = ours.bound(network)
     data = DataLoader(TensorDataset(peer.x, peer.target), batch_size=len(peer.x))
@@ -114,7 +114,7 @@ def clipped(network: Network, peer: InTorch, tied: bool = False) -> Pair:
 
 
 def _watched(peer: InTorch, tied: bool) -> Any:
-    """Return the net as a module that looks at each example."""
+    """Return the net in a module that computes each example's norm, or its gradient if tied."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if tied:

@@ -17,11 +17,11 @@ from jaxprop.bench.peers import ours
 from jaxprop.bench.peers.in_jax import InJax
 from jaxprop.core.types import Params, PyTree
 
-KEY = jax.random.key(0)  # of params that are put in place of
+KEY = jax.random.key(0)  # draws initial params, which ours then replace
 
 
 class Block(eqx.Module):
-    """A pre-norm block with causal attention, of one sequence."""
+    """A pre-norm block with causal attention, for one sequence."""
 
     norm_1: nn.LayerNorm
     attention: nn.MultiheadAttention
@@ -46,7 +46,7 @@ class Block(eqx.Module):
 
 
 class Gpt(eqx.Module):
-    """A GPT with learned positions, of one sequence, whose table also gives the logits."""
+    """A GPT with learned positions, for one sequence, whose table also computes the logits."""
 
     embedding: nn.Embedding
     positions: Array
@@ -67,7 +67,7 @@ class Gpt(eqx.Module):
 
 
 class Lstm(eqx.Module):
-    """An LSTM, of one sequence, and logits at every step."""
+    """An LSTM with logits at every step, for one sequence."""
 
     cell: nn.LSTMCell
     head: nn.Linear
@@ -87,7 +87,7 @@ class Lstm(eqx.Module):
 
 
 class ThreeC3d(eqx.Module):
-    """3C3D, of one image, with the channels first."""
+    """3C3D, for one image with the channels first."""
 
     layers: nn.Sequential
 
@@ -110,7 +110,7 @@ def peer(name: str, network: Network) -> InJax:
     """Return one of the networks in Equinox.
 
     Args:
-        name: of ``ours.FULL``.
+        name: a name in ``ours.FULL``.
         network: ours, of any size.
     """
     params, x, target = network[2]

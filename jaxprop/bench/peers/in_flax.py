@@ -1,4 +1,4 @@
-"""The networks in Flax Linen, as its users write them, and what is asked of them in plain JAX."""
+"""The networks in Flax Linen, as its users write them, with their loss in plain JAX."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A GPT with learned positions, whose table also gives the logits.
+    """A GPT with learned positions, whose table also computes the logits.
 
     Attributes:
         vocab: the number of tokens.
@@ -52,7 +52,7 @@ class Gpt(nn.Module):
 
 
 class Lstm(nn.Module):
-    """An LSTM, and logits at every step."""
+    """An LSTM with logits at every step."""
 
     features: int
     classes: int
@@ -80,7 +80,7 @@ def peer(name: str, network: Network) -> InJax:
     """Return one of the networks in Flax.
 
     Args:
-        name: of ``ours.FULL``.
+        name: a name in ``ours.FULL``.
         network: ours, of any size.
     """
     params, x, target = network[2]

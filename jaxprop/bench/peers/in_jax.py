@@ -1,4 +1,4 @@
-"""What is asked of a peer's network in JAX, by ``jax.grad`` and by what is built on it."""
+"""The tasks for a peer's network in JAX, by ``jax.grad`` and libraries built on it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxprop.core.types import Params, PyTree
 
 
 class InJax(NamedTuple):
-    """A network of a peer in JAX.
+    """A peer's network in JAX.
 
     Attributes:
-        loss: a scalar, of (params, x, target) in their layout.
-        convert: takes our params, or a gradient, into their layout.
-        params: ours, converted.
+        loss: a scalar function of (params, x, target) in their layout.
+        convert: converts our params, or a gradient, to their layout.
+        params: our params, converted.
         x: the input in their layout.
         target: the target.
     """
@@ -34,7 +34,7 @@ class InJax(NamedTuple):
 
 
 def gradient(network: Network, peer: InJax) -> Pair:
-    """Return the pair of the value and the gradient, theirs by ``jax.value_and_grad``."""
+    """Return the pair for the value and the gradient, theirs by ``jax.value_and_grad``."""
 
     def theirs(params: PyTree, x: Array, target: Array) -> PyTree:
         value, grads = jax.value_and_grad(peer.loss)(params, x, target)
@@ -48,7 +48,7 @@ def gradient(network: Network, peer: InJax) -> Pair:
 
 
 def accumulated(network: Network, peer: InJax) -> Pair:
-    """Return the pair of the same from micro-batches, theirs added up in references to arrays."""
+    """Return the pair for the same in micro-batches, where theirs sums gradients in array refs."""
 
     def theirs(params: PyTree, x: Array, target: Array) -> PyTree:
         sums = jax.tree.map(lambda param: jax.new_ref(jnp.zeros_like(param)), params)
@@ -71,7 +71,7 @@ def accumulated(network: Network, peer: InJax) -> Pair:
 
 
 def clipped(network: Network, peer: InJax) -> Pair:
-    """Return the pair of the mean of the clipped gradients, theirs by jax-privacy."""
+    """Return the pair for the mean of the clipped gradients, theirs by jax-privacy."""
     from jax_privacy.clipping import clipped_grad  # pyright: ignore[reportMissingImports]
 
     max_norm, batch = ours.bound(network), len(peer.target)

@@ -21,11 +21,11 @@ from jaxprop.core.types import Params, PyTree
 
 
 class InTorch(NamedTuple):
-    """A network of PyTorch with our params, and its data.
+    """A PyTorch network with our params, and its data.
 
     Attributes:
         net: the module.
-        arrays: our params, or a gradient, as arrays in the order of its learned params.
+        arrays: lists our params, or a gradient, as arrays in the order of the net's learned params.
         x: the input in its layout.
         target: the target.
     """
@@ -36,16 +36,16 @@ class InTorch(NamedTuple):
     target: Tensor
 
     def of_grads(self, result: tuple[Array, Params]) -> PyTree:
-        """Return our value and gradient as ``numbers`` are."""
+        """Return our value and gradient in the structure that ``Side.numbers`` returns."""
         value, grads = result
         return {"value": value, "grads": self.arrays(grads)}
 
 
 def peer(name: str, network: Network, last: bool = False) -> InTorch:
-    """Return one of the networks in PyTorch, and see to it that it gets as many cores as XLA.
+    """Return one of the networks in PyTorch, and let PyTorch use as many cores as XLA.
 
     Args:
-        name: of ``ours.FULL``.
+        name: a name in ``ours.FULL``.
         network: ours, of any size.
         last: whether images lie in memory with the channels last.
     """
@@ -63,15 +63,15 @@ def peer(name: str, network: Network, last: bool = False) -> InTorch:
 
 
 def gradient(network: Network, peer: InTorch, compiled: bool = False) -> Pair:
-    """Return the pair of the value and the gradient, theirs by ``backward``.
+    """Return the pair for the value and the gradient, theirs by ``backward``.
 
     Args:
         network: ours.
         peer: theirs.
-        compiled: whether theirs goes through ``torch.compile``.
+        compiled: whether theirs is compiled by ``torch.compile``.
 
     Raises:
-        Absent: if that fails.
+        Absent: if ``torch.compile`` fails.
     """
 
     def value() -> Tensor:
@@ -101,7 +101,7 @@ def gradient(network: Network, peer: InTorch, compiled: bool = False) -> Pair:
 
 
 def loss(y: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Return the cross-entropy, over positions too."""
+    """Return the cross-entropy over examples and their positions."""
     return functional.cross_entropy(y.flatten(0, -2), target.flatten(), reduction=reduction)
 
 
@@ -111,24 +111,24 @@ def of_each(y: Tensor, target: Tensor) -> Tensor:
 
 
 def learned(net: nn.Module) -> list[Tensor]:
-    """Return the params that are learned, each once."""
+    """Return the learned params, each once."""
     return [param for param in net.parameters() if param.requires_grad]
 
 
 def set_params(net: nn.Module, arrays: list[Array]) -> None:
-    """Put arrays in the place of the params that are learned."""
+    """Replace the values of the learned params by those of arrays."""
     with torch.no_grad():
         for param, array in zip(learned(net), arrays, strict=True):
             param.copy_(torch.tensor(np.asarray(array)))
 
 
 def grads_of(net: nn.Module) -> list[np.ndarray]:
-    """Return the gradients of what is learned."""
+    """Return the gradients of the learned params."""
     return [param.grad.numpy(force=True).copy() for param in learned(net) if param.grad is not None]
 
 
 def cores() -> int:
-    """Return how many cores this process may use, which is how many threads XLA makes."""
+    """Return how many cores this process may use, which is also XLA's number of threads."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The networks of the rows, what is asked of them, and their params in the layouts of peers."""
+"""The networks of the rows, jaxprop's functions on them, and their params in peers' layouts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Linear(NamedTuple):
     """The params of a dense layer, a convolution or a normalization, or their cotangents.
 
     Attributes:
-        w: (I, O), of a convolution (*window, C, O), of a normalization (C,).
+        w: (I, O); (*window, C, O) for a convolution, and (C,) for a normalization.
         b: (O,).
     """
 
@@ -52,7 +52,7 @@ class Block(NamedTuple):
     Attributes:
         norm_1: the LayerNorm before attention.
         qkv: the projections of queries, keys and values.
-        out: the projection of what attention gives.
+        out: the projection of attention's output.
         norm_2: the LayerNorm before the dense layers.
         up: the dense layer to more features.
         down: the dense layer back.
@@ -70,7 +70,7 @@ class Gpt(NamedTuple):
     """The params of the GPT, or their cotangents.
 
     Attributes:
-        table: (V, D), of tokens and of logits.
+        table: (V, D), for both tokens and logits.
         positions: (T, D).
         blocks: the blocks.
         norm: the last LayerNorm.
@@ -103,13 +103,13 @@ def channels_first(w: Array) -> Array:
 
 
 def of_flattened(w: Array, channels: int) -> Array:
-    """Return weights (I, O) of a flattened image, whose channels come last, for channels first."""
+    """Return weights (I, O) on a flattened image, moved from channels last to channels first."""
     side = round((w.shape[0] // channels) ** 0.5)
     return jnp.moveaxis(w.reshape(side, side, channels, -1), 2, 0).reshape(w.shape)
 
 
 def images_first(params: Params) -> Iterator[tuple[Array, Array]]:
-    """Yield weights and bias of the layers of 3C3D for a peer with channels first, (O, ...)."""
+    """Yield each layer of 3C3D as weights (O, ...) and a bias, for a peer with channels first."""
     channels = 0
     for w, b in layers(params):
         if w.ndim > 2:
@@ -121,36 +121,36 @@ def images_first(params: Params) -> Iterator[tuple[Array, Array]]:
 
 
 def gradient(network: Network) -> Function:
-    """Return the value and the gradient, by hand."""
+    """Return the function for the value and the gradient, by hand."""
     net, loss, _ = network
     return value_and_grad(net, loss)
 
 
 def accumulated(network: Network) -> Function:
-    """Return the same from micro-batches, one after the other."""
+    """Return the same function in micro-batches, one after the other."""
     net, loss, _ = network
     return value_and_grad(net, loss, micro_batches=PARTS)
 
 
 def norms(network: Network) -> Function:
-    """Return the squared norm of each example's gradient."""
+    """Return the function for the squared norm of each example's gradient."""
     net, loss, _ = network
     return per_example_sq_norms(net, loss)
 
 
 def bound(network: Network) -> float:
-    """Return a norm that half of the examples' gradients are larger than."""
+    """Return the median norm of the examples' gradients, so that half of them are larger."""
     return float(jnp.sqrt(jnp.median(jax.jit(norms(network))(*network[2]))))
 
 
 def clipped(network: Network, max_norm: float) -> Function:
-    """Return the value and the mean of the clipped gradients."""
+    """Return the function for the value and the mean of the clipped gradients."""
     net, loss, _ = network
     return clipped_grad(net, loss, max_norm=max_norm)
 
 
 def of_grads(convert: Callable[[Any], PyTree]) -> Callable[[tuple[Array, Params]], PyTree]:
-    """Return the conversion of (value, gradient) that converts the gradient."""
+    """Return a conversion of (value, gradient) that applies ``convert`` to the gradient."""
     return functools.partial(_with_value, convert)
 
 

@@ -1,4 +1,4 @@
-"""A pair of programs for the same numbers, ours and a peer's, and the check that they are."""
+"""A pair of programs, ours and a peer's, and the check that both compute the same numbers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from jaxprop.bench.measure import Function, temp_bytes
 from jaxprop.core.types import PyTree
 
-TOLERANCE = 1e-4  # of an array's norm: float32, through as many as 64 steps
-OF_MAXIMA = 1e-2  # where the larger of two nearly equal values may be another one on each side
-OF_ALL = 1e-6  # of the norm of all arrays, for one whose right value is 0, such as a bias of keys
+TOLERANCE = 1e-4  # relative to an array's norm: float32, through as many as 64 steps
+OF_MAXIMA = 1e-2  # for max-pooling, where each side may pick another of two nearly equal values
+OF_ALL = 1e-6  # relative to the norm of all arrays, for those that should be 0, as a keys' bias
 
 
 class Differ(Exception):
-    """Two sides of a row compute other numbers."""
+    """The two sides of a row compute different numbers."""
 
 
 class Side(NamedTuple):
     """One program of a pair.
 
     Attributes:
-        run: does its work once. It returns arrays of JAX, or is done when it returns.
-        numbers: gives the numbers of such a run, arrays in the peer's own layout.
-        temp_bytes: its temporary memory, where that is known.
+        run: does the work once. It returns JAX arrays to wait for, or is done when it returns.
+        numbers: does it once and returns the numbers, as arrays in the peer's own layout.
+        temp_bytes: its temporary memory; None if unknown.
     """
 
     run: Callable[[], object]
@@ -53,12 +53,12 @@ class Absent(Exception):
 def jitted(
     function: Function, *args: PyTree, convert: Callable[[Any], PyTree] = lambda numbers: numbers
 ) -> Side:
-    """Return the side of a compiled function of JAX.
+    """Return the side of a JAX function, compiled.
 
     Args:
-        function: what is compiled.
+        function: the function to compile.
         args: its arguments.
-        convert: takes what it returns into the layout of the peer's numbers.
+        convert: converts its result to the layout of the peer's numbers.
     """
     compiled = jax.jit(function).lower(*args).compile()
     return Side(
@@ -69,11 +69,11 @@ def jitted(
 
 
 def check(pair: Pair, tolerance: float = TOLERANCE) -> None:
-    """Raise ``Differ`` unless both sides give the same numbers, array by array, in float32.
+    """Raise ``Differ`` unless both sides compute the same numbers, array by array, in float32.
 
     Args:
         pair: the sides.
-        tolerance: how far an array may be from the other, of its norm.
+        tolerance: the largest distance between two arrays, relative to their norm.
     """
     ours, theirs = (
         {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
@@ -88,7 +88,7 @@ def check(pair: Pair, tolerance: float = TOLERANCE) -> None:
         if array.shape != theirs[name].shape:
             raise Differ(f"{name} is {array.shape} here and {theirs[name].shape} there")
         apart, size = (np.linalg.norm(a) for a in (array - theirs[name], array))
-        if not apart <= tolerance * size + OF_ALL * whole:  # not so of NaN
+        if not apart <= tolerance * size + OF_ALL * whole:  # written so that NaN fails, too
             raise Differ(
                 f"{name or 'the result'} is {apart:.1e} apart, of {size:.1e}; {tolerance:.0e} of "
                 "it is allowed"

@@ -11,7 +11,7 @@ TASKS = {"": "gradient", "norms": "norms", "clipped": "clipped", "parts": "micro
 
 
 def draw(figures: dict[str, Any]) -> Figure:
-    """Draw how many times as long as ours each peer takes, a panel for each network.
+    """Draw the ratio of each peer's time to ours, in a panel for each network.
 
     Args:
         figures: what ``bench_peers`` returns.

@@ -1,4 +1,4 @@
-"""The report of ``jaxprop bench --peers``: one table of the peers beside us."""
+"""The report of ``jaxprop bench --peers``: one table of jaxprop against its peers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxprop.bench.terminal import (
     wide_console,
 )
 
-QUICK, SECONDS = 0.8, 10.0  # to run each row
+QUICK, SECONDS = 0.8, 10.0  # seconds to run each row
 PACKAGES = ("flax", "equinox", "torch", "opacus", "backpack-for-pytorch", "jax-privacy")
 HEADINGS = ("ours ms", "theirs ms", "run", "", "ours MB", "theirs MB")
 EXPLANATION = """\
@@ -46,11 +46,11 @@ def bench_peers(only: str | Sequence[str] | None = None, quick: bool = False) ->
 
     Returns:
         The figures, ready for JSON: the device, the versions, the times and the memory of both
-        sides of each row, and why there are none of a row.
+        sides of each row, and the reason for each row without figures.
 
     Raises:
-        BenchError: if no row's name contains what ``only`` names, if none of them has its peer
-            installed, and after the table for each row whose sides do not compute the same numbers.
+        BenchError: if ``only`` (or an element of it) is in no row's name, if no chosen row has its
+            peer installed, or, after the table, if the sides of a row compute different numbers.
     """
     names = matching(only, ROWS)
     absent = {name: ROWS[name].missing() for name in names}
@@ -94,7 +94,7 @@ def _measured(name: str, seconds: float) -> dict[str, Any]:
     """Return the figures of one row."""
     row = ROWS[name]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the peers
+        warnings.simplefilter("ignore")  # the peers warn
         pair = row.make(FULL[row.network]())
         check(pair, OF_MAXIMA if row.network == "3c3d" else TOLERANCE)
         figures = measured(pair, seconds)
@@ -108,7 +108,7 @@ def measured(pair: Pair, seconds: float) -> dict[str, Any]:
 
     Args:
         pair: the sides.
-        seconds: how long, about.
+        seconds: about how long to run.
     """
     times = in_turn(pair.ours.run, pair.theirs.run, seconds)
     ours, theirs = (Spread.of(list(side)) for side in zip(*times, strict=True))

@@ -1,4 +1,4 @@
-"""The rows of ``jaxprop bench --peers``, each a network, what is asked of it, and a peer."""
+"""The rows of ``jaxprop bench --peers``, each a network, a task and a peer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Row(NamedTuple):
     Attributes:
         network: the name of the network, in ``ours.FULL``.
         needs: the modules that it imports.
-        make: makes the pair, of our network of any size. It raises ``Absent`` where the peer
-            cannot do the work.
+        make: makes the pair from our network, of any size. It raises ``Absent`` if the peer cannot
+            do the work.
     """
 
     network: str

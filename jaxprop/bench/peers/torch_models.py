@@ -1,4 +1,4 @@
-"""The networks as modules of PyTorch."""
+"""The networks as PyTorch modules."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A GPT with learned positions, whose table also gives the logits."""
+    """A GPT with learned positions, whose table also computes the logits."""
 
     def __init__(self, vocab: int, length: int, features: int, blocks: int) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class Gpt(nn.Module):
 
 
 class Lstm(nn.Module):
-    """An LSTM, and logits at every step.
+    """An LSTM with logits at every step.
 
-    Of its two biases, which add up, the second is 0 and not learned.
+    PyTorch's LSTM adds two biases; the second is fixed at 0.
     """
 
     def __init__(self, lstm: nn.Module, second: str, head: nn.Linear) -> None:
@@ -84,7 +84,7 @@ def _three_c3d(params: Params) -> tuple[nn.Module, Arrays]:
     before = 3
     for channels, size, padding in ((64, 5, 0), (96, 3, 0), (128, 3, 1)):
         conv = nn.Conv2d(before, channels, size, padding=padding)
-        pad = nn.ConstantPad2d((0, 1, 0, 1), -torch.inf)  # an odd element at the end
+        pad = nn.ConstantPad2d((0, 1, 0, 1), -torch.inf)  # one element at the end only
         modules += [conv, nn.ReLU(), pad, nn.MaxPool2d(3, 2)]
         before = channels
     modules += [nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()]

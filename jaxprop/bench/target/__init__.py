@@ -1,1 +1,1 @@
-"""``jaxprop bench --target``: what the rows cost on a device that need not be there."""
+"""``jaxprop bench --target``: the cost of the rows on a device that this machine may lack."""

@@ -1,8 +1,8 @@
 """Programs compiled for a device that this machine lacks: compiled, and not run.
 
-XLA's compilers for TPUs (libtpu) and for NVIDIA's GPUs (JAX's CUDA plugin) need no device. What
-they say of a program's memory is what such a device would allocate. Cycles are the TPU compiler's
-own estimate, which holds for one program beside another and for nothing else.
+XLA's compilers for TPUs (libtpu) and for NVIDIA's GPUs (JAX's CUDA plugin) need no device. The
+memory that they report is what such a device would allocate. Cycles are the TPU compiler's own
+estimate, which is only good for comparing one program with another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxprop.bench.measure import Make
 from jaxprop.bench.target.hlo import Cost, cost
 from jaxprop.core.types import PyTree
 
-TPU = {  # for libtpu, which else looks for the machine that it runs on
+TPU = {  # keeps libtpu from looking for the machine that it runs on
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -34,17 +34,17 @@ TOPOLOGIES = {  # by the number of chips
     "v5p": {1: "v5p:1x1x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2"},
     "v6e": {1: "v6e:1x1", 4: "v6e:2x2", 8: "v6e:2x4"},
 }
-GPUS = 8  # of a node
+GPUS = 8  # in a node
 TARGETS = (*TOPOLOGIES, "h100")
 
 
 class Build(NamedTuple):
-    """What a program costs on a target, as its compiler says.
+    """The cost of a program on a target, according to the target's compiler.
 
     Attributes:
         temp_bytes: its temporary memory.
         live_bytes: the most memory that is in use at once, less the arguments and the results.
-        cost: its cycles and collectives; a GPU's compiler gives no cycles.
+        cost: its cycles and collectives; a GPU's compiler reports no cycles.
     """
 
     temp_bytes: int
@@ -53,9 +53,9 @@ class Build(NamedTuple):
 
 
 def target_devices(name: str, count: int = 1) -> list[Any]:
-    """Return devices to compile for, as JAX describes those that are not there.
+    """Return devices to compile for, as JAX describes devices that are not there.
 
-    Arguments get onto them as ``jax.ShapeDtypeStruct(shape, dtype, sharding=...)``.
+    To place an argument on them, pass ``jax.ShapeDtypeStruct(shape, dtype, sharding=...)``.
 
     Args:
         name: "v5e", "v5p" or "v6e", Google's TPUs, with ``pip install 'jaxprop-vjp[tpu]'``; or
@@ -64,7 +64,7 @@ def target_devices(name: str, count: int = 1) -> list[Any]:
 
     Raises:
         ValueError: for another name or count.
-        ImportError: without the extra.
+        ImportError: if the extra is not installed.
         RuntimeError: for "h100" where JAX looked for a GPU and found no driver.
     """
     from jax.experimental import topologies
@@ -91,7 +91,7 @@ def target_devices(name: str, count: int = 1) -> list[Any]:
                 target_config=described,
                 topology=f"1x{nodes}x{GPUS}",
             )
-        except NotImplementedError as error:  # JAX looked for a driver, and left the plugin out
+        except NotImplementedError as error:  # JAX found no driver, and did not load the plugin
             raise RuntimeError("without an NVIDIA driver, set JAX_PLATFORMS=cpu") from error
         return topology.devices[:count]
     if count not in TOPOLOGIES[name]:
@@ -105,13 +105,13 @@ def target_devices(name: str, count: int = 1) -> list[Any]:
 
 
 def built(case: Case, device: Any) -> tuple[Build, Build]:
-    """Return what both functions of a case cost on one device of a target."""
+    """Return the costs of both functions of a case on one device of a target."""
     args = placed(case.args, device)
     return _build(case.hand, args, case.carried), _build(case.auto, args, case.carried)
 
 
 def placed(args: PyTree, device: Any) -> PyTree:
-    """Return the shapes of arrays, on a device that holds none."""
+    """Return the arrays' shapes and dtypes, placed on a device that holds no arrays."""
     where = SingleDeviceSharding(device)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), args
@@ -119,7 +119,7 @@ def placed(args: PyTree, device: Any) -> PyTree:
 
 
 def build_of(compiled: Compiled) -> Build:
-    """Return what a compiled program costs."""
+    """Return the cost of a compiled program."""
     memory: Any = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Build(
@@ -137,5 +137,5 @@ def _build(make: Make, args: tuple[PyTree, ...], carried: int) -> Build:
 def _has(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
+    except ModuleNotFoundError:  # the package that contains it is missing, too
         return False

@@ -1,4 +1,4 @@
-"""What the text of a compiled program says of its cost: cycles, loops, collectives."""
+"""The cost of a compiled program, read from its text: cycles, loops and collectives."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Instruction(NamedTuple):
     """One instruction.
 
     Attributes:
-        opcode: such as fusion, while, dot.
-        text: what stands after the name.
+        opcode: the operation, such as fusion, while or dot.
+        text: the rest of the line, after the name and "=".
     """
 
     opcode: str
@@ -50,14 +50,14 @@ class Instruction(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a program costs by the compiler's own estimate.
+    """The cost of a program by the compiler's own estimate.
 
     Attributes:
-        cycles: the sum over instructions, in a loop times its iterations and in a conditional of
-            the cheapest branch; 0 where the compiler gives none.
-        worst_cycles: the same, with the dearest branch.
+        cycles: the sum over instructions, where a loop counts once per iteration and a conditional
+            as its cheapest branch; 0 where the compiler reports none.
+        worst_cycles: the same, with the costliest branch.
         collectives: how often each kind of collective is executed in the worst case, by its name.
-        open_loops: loops whose number of iterations the text does not give. They count once.
+        open_loops: the number of loops whose iterations the text does not give. They count once.
     """
 
     cycles: int
@@ -67,10 +67,10 @@ class Cost(NamedTuple):
 
 
 def cost(text: str) -> Cost:
-    """Return what a compiled program costs.
+    """Return the cost of a compiled program.
 
     Args:
-        text: the program, as ``compiled.as_text()`` gives it.
+        text: the program, as ``compiled.as_text()`` returns it.
     """
     computations, entry = _parsed(text)
     known: dict[str, Cost] = {}
@@ -139,7 +139,7 @@ def _parsed(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """Return how often a loop that counts from 0 runs: its bound is the condition's constant."""
+    """Return how often a loop runs, if known; without a trip count, it is taken to count from 0."""
     known = TRIPS.search(loop.text)
     if known:
         return int(known[1])
@@ -149,7 +149,7 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
 
 
 def _collective(each: Instruction, computations: dict[str, list[Instruction]]) -> str | None:
-    """Return the kind of collective, or None; on a TPU a reduce-scatter is a fusion of a name."""
+    """Return the kind of collective, or None; a TPU's reduce-scatter is a fusion, known by name."""
     if each.opcode == "fusion":
         names = each.called("calls")
         if any(name.startswith("all-reduce-scatter") for name in names):

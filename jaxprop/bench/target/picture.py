@@ -12,7 +12,7 @@ TICKS = (0.03, 0.1, 0.3, 1, 3, 10, 30)
 
 
 def draw(figures: dict[str, Any]) -> Figure:
-    """Draw the ratio hand/auto of each row, of what the target's compiler tells.
+    """Draw the ratio hand/auto of each row, for each figure that the target's compiler reports.
 
     Args:
         figures: what ``bench_target`` returns.

@@ -46,8 +46,8 @@ def bench_target(
         The figures, ready for JSON: the device, the version of JAX, and what each row costs.
 
     Raises:
-        BenchError: if no row's name contains what ``only`` names, and without the target's
-            compiler.
+        BenchError: if ``only`` (or an element of it) is in no row's name, if all rows chosen need
+            Flax and it is not installed, or if the target's compiler is not installed.
     """
     rows, skipped = chosen(only, large)
     try:
