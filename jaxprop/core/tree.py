@@ -185,7 +185,7 @@ def bare(params: Params) -> Params:
 
 def merged(params: Params, tree: PyTree) -> Params:
     """Return params with the learned arrays from ``tree``, which is like ``learned(params)``."""
-    return _replaced(params, tree, lambda node: node)
+    return _replaced_where(params, tree, lambda node: node)
 
 
 def learned_cotangents(params: Params, d_params: Cotangent) -> Cotangent:
@@ -194,7 +194,7 @@ def learned_cotangents(params: Params, d_params: Cotangent) -> Cotangent:
     If the structures differ, d_params is returned as it is, and the code that uses it reports this.
     """
     try:
-        return _replaced(params, d_params, lambda node: ())
+        return _replaced_where(params, d_params, lambda node: ())
     except ValueError:
         return d_params
 
@@ -215,7 +215,7 @@ def like_params(params: Params, tree: PyTree, *, shape: tuple[int, ...] = ()) ->
             return node
         return Unlearned(jnp.zeros(shape, jnp.result_type(node.value)))
 
-    return _replaced(params, tree, zeros)
+    return _replaced_where(params, tree, zeros)
 
 
 def without_unmarked(params: Params, d_params: Cotangent) -> Params:
@@ -295,7 +295,7 @@ def _replaced(tree: PyTree, by: Callable[[NotLearned], Any]) -> PyTree:
     )
 
 
-def _replaced(params: Params, tree: PyTree, by: Callable[[NotLearned], Any]) -> PyTree:
+def _replaced_where(params: Params, tree: PyTree, by: Callable[[NotLearned], Any]) -> PyTree:
     """Return the tree with ``by(node)`` where params have a node that is not learned."""
     if not typed(jax.tree.structure(params)):
         return tree
