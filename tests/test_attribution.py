@@ -398,7 +398,7 @@ def test_mistakes_are_said():
     with pytest.raises(TypeError, match="lrp knows no rule for Lstm"):
         rules.lrp(jp.chain(jp.Lstm(3), jp.Dense(2)))
     rules.lrp(jp.Lstm(3), {jp.Lstm: functools.partial(rules.scale_gradient, scale=1.0)})
-    with pytest.raises(ValueError, match="is no layer of"):
+    with pytest.raises(ValueError, match="matches no layer of"):
         rules.lrp(MLP, {jp.Conv: rules.lrp_gamma})
     with pytest.raises(ValueError, match="alpha is at least 1"):
         rules.lrp_alpha_beta(MLP, alpha=0.5)

@@ -158,7 +158,7 @@ def test_a_coupled_net_has_a_hessian_and_no_example_s_own():
 
 def test_mistakes_are_said():
     net, loss, *args = problem(Row(MLP, normal(4, 6)))
-    with pytest.raises(TypeError, match="to sample takes a key"):
+    with pytest.raises(TypeError, match="sampling takes a key"):
         jp.curvature.diag_hessian(net, loss, samples=2)(*args)
     with pytest.raises(TypeError, match="per_example is True or False"):
         jp.DiagGGN(per_example=1)

@@ -429,7 +429,7 @@ def test_mistakes_in_what_is_sampled():
     with pytest.raises(ValueError, match="samples is at least 1"):
         jp.quantity.HessianRoot(samples=0)
     net, params, x, target = problem("dense")
-    with pytest.raises(TypeError, match="to sample takes a key"):
+    with pytest.raises(TypeError, match="sampling takes a key"):
         jax.jit(jp.curvature.ekfac_factors(net, LOSS, samples=3))(params, x, target)
     factors = jax.jit(jp.kronecker_factors(net, LOSS))(params, x, target)
     basis = jax.jit(jp.curvature.eigh)(factors)
@@ -479,7 +479,7 @@ def test_influence_of_a_net_that_draws_is_of_the_batch_s_own_draws():
 def test_what_is_no_curvature_and_no_tree_is_said():
     net, params, x, target = problem("dense")
     factors = jax.jit(jp.kronecker_factors(net, LOSS))(params, x, target)
-    with pytest.raises(TypeError, match="eigh: 'a' is no block of a curvature"):
+    with pytest.raises(TypeError, match="eigh: 'a' is not a block of a curvature"):
         jp.curvature.logdet("a")
     with pytest.raises(TypeError, match="times: the tree is of floating arrays"):
         jp.curvature.times(factors, jax.tree.map(lambda p: np.asarray(p, int), params))

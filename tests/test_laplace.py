@@ -124,7 +124,7 @@ def test_mistakes():
         posterior.with_prior(0.0)
     with pytest.raises(TypeError, match="sample: key is a key"):
         posterior.sample(0)
-    with pytest.raises(TypeError, match="to sample takes a key"):
+    with pytest.raises(TypeError, match="sampling takes a key"):
         jp.laplace(net, LOSS, samples=2)(params, x, target)
 
 

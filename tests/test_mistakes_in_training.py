@@ -171,7 +171,7 @@ OPTIONS = mistakes(
     ),
     samples_without_a_key=(
         lambda: traced(jp.quantities(NET, CE, d=jp.DiagGGN(2)), PARAMS, X, TARGET),
-        "to sample takes a key",
+        "sampling takes a key",
     ),
     walk_of_none=(lambda: jp.walk(NET, CE, None), "visit is a function of a jp.Step, not None"),
     walk_of_a_quantity=(lambda: jp.walk(NET, CE, jp.Gradient()), "of a jp.Step, not Gradient()"),

@@ -132,11 +132,11 @@ LAYERS = mistakes(
     ),
     d_params_of_none=(
         lambda: gradient(backward=lambda self, params, x, ct: (None, ct)),
-        "Mine(): d_params has another structure than params: None, for float64[3]",
+        "Mine(): d_params does not have the structure of params: None, for float64[3]",
     ),
     d_params_in_a_tuple=(
         lambda: gradient(backward=lambda self, params, x, ct: ((ct.sum(0),), ct)),
-        "Mine(): d_params has another structure than params: (float64[3],), for float64[3]",
+        "Mine(): d_params does not have the structure of params: (float64[3],), for float64[3]",
     ),
     d_params_of_another_form=(
         lambda: gradient(backward=lambda self, params, x, ct: (jp.Outer(x, ct), ct)),

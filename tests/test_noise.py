@@ -137,7 +137,7 @@ def test_of_a_function_by_the_paths_of_its_params():
     stack = jax.tree.map(lambda *each: jnp.stack(each), *params["layers"])
     got = jp.noise_scale(jp.function(scanned), LOSS, where="norm", parts=True)(stack, *args[1:])
     assert relative_error(got, parts_of([layer["norm"] for layer in grads])) <= 1e-10
-    with pytest.raises(ValueError, match="say which by their path"):
+    with pytest.raises(ValueError, match="select params by path"):
         jp.noise_scale(net, LOSS, where=jp.LayerNorm)(*args)
 
 
@@ -330,7 +330,9 @@ def test_mistakes_are_said():
         with pytest.raises(TypeError, match="where is a predicate of a layer"):
             jp.NoiseScale(where=where)
     for where in (jp.Conv, (7, 7), "kernel", jp.Gelu):
-        with pytest.raises(ValueError, match="is no layer of the net with params that are learned"):
+        with pytest.raises(
+            ValueError, match="matches no layer of the net with params that are learned"
+        ):
             jax.jit(jp.noise_scale(net, loss, where=where))(*args)
     with pytest.raises(TypeError, match="axis_name is a name, or several, not 3"):
         jp.noise_scale(net, loss, axis_name=3)

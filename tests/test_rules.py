@@ -251,7 +251,7 @@ def test_where_selects_by_class_predicate_and_path():
     assert changed(cast).count("SignSymmetric") == 3
     inner = rules.sign_symmetric(jp.chain(jp.skip(NET), jp.Tanh()), where=(0, 4))
     assert changed(inner.layers[0].layer)[-1] == "SignSymmetric"
-    with pytest.raises(ValueError, match=r"where=.* is no layer of"):
+    with pytest.raises(ValueError, match=r"where=.* matches no layer of"):
         rule(where=(7,))
     with pytest.raises(TypeError, match="a predicate of a layer, a class of layers or a tuple"):
         rule(where="Dense")

@@ -229,7 +229,7 @@ class _Check:
                 at = tuple(int(i) for i in np.unravel_index(np.argmax(difference), a.shape))
                 which = f" {place}" if len(y) > 1 else ""
                 raise AssertionError(
-                    f"{self.who}: y{which} is another one when it is differentiated: at "
+                    f"{self.who}: y{which} changes when it is differentiated: at "
                     f"{list(at)} {float(b[at])!r}, else {float(a[at])!r}"
                 )
 

@@ -119,7 +119,7 @@ def held(step: Step, totals: Cotangent) -> Params:
     params = step.learned
     if jax.tree.structure(params) != jax.tree.structure(totals):
         raise ValueError(
-            f"{step.layer}: d_params has another structure than params: {shapes(totals)}, for "
+            f"{step.layer}: d_params does not have the structure of params: {shapes(totals)}, for "
             f"{shapes(params)}"
         )
     names = jax.tree.leaves_with_path(params)
@@ -127,8 +127,8 @@ def held(step: Step, totals: Cotangent) -> Params:
         name = jax.tree_util.keystr(path)
         if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
             raise TypeError(
-                f"{step.layer}: params{name} is {jnp.result_type(param)}: no gradient by it "
-                "exists; an array that is not learned is marked in init, by jp.Unlearned(array)"
+                f"{step.layer}: params{name} is {jnp.result_type(param)}, which has no "
+                "gradient; an array that is not learned is marked in init, by jp.Unlearned(array)"
             )
         if jnp.shape(d_param) != jnp.shape(param):
             raise ValueError(

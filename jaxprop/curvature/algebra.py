@@ -266,7 +266,7 @@ def inverse_values(block: Any, damping: float | Array) -> Array:
 def _check_kind(name: str, block: Any) -> None:
     """Raise ``TypeError`` for a node that is not a block."""
     if not (isinstance(block, Kronecker | Eigen | InBlockBefore) or is_array(block)):
-        raise TypeError(f"{name}: {given(block)} is no block of a curvature")
+        raise TypeError(f"{name}: {given(block)} is not a block of a curvature")
 
 
 def _check_block(name: str, block: Any, leaves: list[Array]) -> None:

@@ -87,7 +87,7 @@ def diag_hessian(
             check_uncoupled(net, params, batch.x)
         if samples is not None:
             if batch.key is None:
-                raise TypeError("to sample takes a key; without samples the diagonal is exact")
+                raise TypeError("sampling takes a key; without samples the diagonal is exact")
             batch = batch._replace(key=jax.random.fold_in(batch.key, SAMPLES))
         number = jax.tree.leaves(batch.x)[0].shape[0]
         shape = (number,) if per_example else ()

@@ -346,4 +346,4 @@ def _exact_or_sampled(
 def check_exact(samples: int) -> None:
     """Raise ``TypeError`` for samples that are requested without a key to draw them from."""
     if samples != 1:
-        raise TypeError("to sample takes a key; without one the whole root is used")
+        raise TypeError("sampling takes a key; without one the whole root is used")

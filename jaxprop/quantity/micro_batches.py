@@ -100,7 +100,7 @@ def check_apart(net: Layer) -> None:
     if net.batch_coupled:
         raise ValueError(
             f"{net} couples the examples of a batch: those of a micro-batch would not meet "
-            "the others, and the result would be another than that of the batch"
+            "the others, and the result would not be that of the batch"
         )
 
 

@@ -95,8 +95,8 @@ class NoiseScale(Quantity):
             taken = at_path(self._path, taken, is_leaf=lambda node: isinstance(node, Moments))
         if self.where is not None and not jax.tree.leaves(taken):
             raise ValueError(
-                f"NoiseScale: where={self.where!r} is no layer of the net with params that are "
-                'learned; of a jp.function say which by their path, such as "LayerNorm"'
+                f"NoiseScale: where={self.where!r} matches no layer of the net with params "
+                'that are learned; in a jp.function select params by path, such as "LayerNorm"'
             )
         return taken
 

@@ -75,7 +75,7 @@ class HessianRoot(Source):
                 lambda c: ahead.examples.counting(loss.hessian_column(residuals, c)),
             )
         if key is None:
-            raise TypeError("to sample takes a key; without samples the whole root is used")
+            raise TypeError("sampling takes a key; without samples the whole root is used")
         keys = jax.random.split(key, samples)
         scale = 1 / math.sqrt(samples)
 

@@ -66,7 +66,7 @@ class DirectFeedbackAlignment(Wrapper, Combinator):
     def init_with_output(self, key: Array, x: PyTree) -> tuple[DirectParams, PyTree]:
         params, y = self.layer.init_with_output(key, x)
         if not hasattr(y, "shape"):
-            raise TypeError(f"{self}: y is not one array, so that it has no one error")
+            raise TypeError(f"{self}: y is not a single array, so it has no single error")
         size, inputs = math.prod(y.shape[1:]), self._inputs(params, x)
         feedback: list[Any] = []
         for index, h in enumerate(inputs):

@@ -61,7 +61,7 @@ def with_rules(
     changed = _mapped(net, of_layer, ())
     for where in rules:
         if where not in found:
-            raise ValueError(f"where={where!r} is no layer of {net}")
+            raise ValueError(f"where={where!r} matches no layer of {net}")
     return changed
 
 

@@ -60,10 +60,10 @@ def check_uncoupled_function(
     said = known[tried]
     if said is not None:
         raise ValueError(
-            f"{name} gives an example another y in a batch than alone{said}. If it couples the "
-            "examples of a batch, an example has no gradient of its own, and no per-example "
-            "quantity exists; jax.grad has that of the batch. If it draws with one key for all, "
-            "give x a key for each example"
+            f"{name} gives an example a different y in a batch than alone{said}. If it couples the "
+            "examples of a batch, an example has no gradient of its own and no per-example "
+            "quantity; jax.grad has the gradient of the batch. If it draws with one key for the "
+            "whole batch, give x a key for each example"
         )
 
 

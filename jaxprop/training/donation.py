@@ -35,8 +35,8 @@ def fit_to_donate(tree: Any) -> Any:
             return leaf
         if leaf.is_deleted():
             raise RuntimeError(
-                "an array in params or state is gone: update uses the memory of those that it is "
-                "given; go on with the params and the state that it returned"
+                "an array in params or state was donated to an earlier update: continue with the "
+                "params and the state that it returned"
             )
         if id(leaf) in seen:
             return jnp.copy(leaf)
