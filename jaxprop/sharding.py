@@ -170,14 +170,15 @@ class Gathered(Wrapper):
         return self.layer.by_module
 
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
-        return self.layer.forward(self._gathered(params), x)
+        return self.layer.forward(self.gathered(params), x)
 
     def backward(
         self, params: Params, residuals: Residuals, ct: Cotangent
     ) -> tuple[Cotangent, Cotangent]:
-        return self.layer.backward(self._gathered(params), residuals, ct)
+        return self.layer.backward(self.gathered(params), residuals, ct)
 
-    def _gathered(self, params: Params) -> Params:
+    def gathered(self, params: Params) -> Params:
+        """Return params as the layer uses them, whole on each device."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.lax.with_sharding_constraint(params, everywhere)
 

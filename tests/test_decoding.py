@@ -115,6 +115,29 @@ def test_an_id_that_the_table_lacks_and_an_empty_batch():
     assert jp.models.generate(net, params, jnp.zeros((0, 2), int), 2).shape == (0, 4)
 
 
+def test_tokens_that_the_prompt_s_dtype_cannot_hold():
+    net = jp.chain(jp.Embedding(300, 4), jp.Dense(300))
+    prompt = jnp.asarray([[1, 2]], jnp.uint8)
+    table, last = net.init(jax.random.key(0), prompt)
+    params = table, last._replace(b=last.b.at[290].set(50.0))
+    tokens = jp.models.generate(net, params, prompt, 2)
+    assert tokens.tolist() == [[1, 2, 290, 290]]
+    params = table, last._replace(b=last.b * jnp.nan)
+    for dtype in (jnp.uint8, jnp.uint32, jnp.int16, jnp.int64):
+        tokens = jp.models.generate(net, params, prompt.astype(dtype), 2)
+        assert tokens.tolist() == [[1, 2, -1, -1]]
+    assert tokens.dtype == jnp.int64
+
+
+def test_params_that_are_gathered():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    net, prompt = gpt2(GPT), jnp.ones((2, 2), int)
+    params = net.init(jax.random.key(0), prompt)
+    there = jax.device_put(params, jp.sharding.fully_sharded(params, mesh, smallest=0))
+    tokens = jp.models.generate(jp.sharding.gathered(net, mesh), there, prompt, 3)
+    np.testing.assert_array_equal(tokens, jp.models.generate(net, params, prompt, 3))
+
+
 def test_generate_compiles_once():
     net = gpt2(GPT)
     prompt = jnp.ones((1, 2), int)

@@ -356,3 +356,31 @@ def test_an_abstract_base_with_a_forward_is_held_to_init_as_well():
 
     with pytest.raises(ValueError, match=r"Child\(\): params are"):
         Child().forward(jnp.ones(3), X)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_numbers_may_be_arrays_in_a_traced_program():
+    """They are known there, and still checked."""
+    half, negative = jnp.float32(0.5), jnp.float32(-0.5)
+    net, loss = NET, jp.CrossEntropy()
+    given = params(), X, TARGET
+
+    def numbers(half):
+        """Every result by options that are a number, or a known array of it."""
+        noisy = jp.clipped_grad(net, loss, half, noise_multiplier=half)
+        bounds = jax.tree.map(lambda _: half, (0, (), 0))
+        update = jp.make_update(net, loss, optax.sgd(half), max_norm=half, loss_scale=half)
+        return (
+            noisy(*given, key=jax.random.key(0)),
+            jp.clipped_grad(net, loss, bounds, per_layer=True)(*given),
+            jp.value_and_grad(net, loss)(*given, divisor=half),
+            jp.loss_fn(net, loss)(*given, divisor=half),
+            jp.quantity.next_max_norm(half, half, quantile=half),
+            update(given[0], update.init(given[0]), *given[1:]),
+        )
+
+    got, expected = jax.jit(lambda _: numbers(half))(0), jax.jit(lambda _: numbers(0.5))(0)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"max_norm must be positive, not -0\.5"):
+        jax.jit(lambda _: numbers(negative))(0)

@@ -1,6 +1,7 @@
 """K-FAC as an optimizer."""
 
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +220,35 @@ def test_mistakes():
     update = jp.make_update(net, LOSS, optimizer, fused=True)
     with pytest.raises(ValueError, match="fused=False"):
         update(params, update.init(params), x, target)
+    update, spec = jp.make_update(net, LOSS, optimizer), jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    on_each = jax.shard_map(
+        lambda *args: update(*args)[0],
+        mesh=mesh,
+        in_specs=(spec(), spec(), spec("d"), spec("d")),
+        out_specs=spec(),
+    )
+    with pytest.raises(ValueError, match=r"kfac: inside jax\.shard_map its factors would be"):
+        jax.jit(on_each)(params, update.init(params), x, target)
+
+
+def test_whole_params_are_asked_for():
+    net, _, x, target = problem()
+    net = jp.chain(jp.frozen(net), jp.Dense(3))
+    params = net.init(jax.random.key(0), x)
+    optimizer = jp.learned_only(jp.kfac(net, LOSS, (params, x, target)))
+    with pytest.raises(ValueError, match=r"it takes whole params, without jp\.learned_only"):
+        optimizer.update(params, optimizer.init(params), params, batch=(x, target))
+
+
+def test_only_the_shapes_of_the_arguments_are_kept():
+    net, params, x, target = problem()
+    x = jnp.array(x)
+    kept = weakref.ref(x)
+    optimizer = jp.kfac(net, LOSS, (params, x, target))
+    del x
+    assert kept() is None
+    assert optimizer.init(params)
 
 
 @pytest.mark.full

@@ -240,10 +240,6 @@ UPDATES = mistakes(
     ),
     optimizer_of_a_rate=(lambda: jp.make_update(NET, CE, 0.1), "such as optax.sgd(0.1) but 0.1"),
     optimizer_of_a_name=(lambda: jp.learned_only("adam"), "such as optax.sgd(0.1) but 'adam'"),
-    optimizer_of_many_steps=(
-        lambda: jp.make_update(NET, CE, optax.MultiSteps(SGD, 2)),
-        "write optax.MultiSteps(...).gradient_transformation()",
-    ),
     maker_that_is_made=(
         lambda: update(value_and_grad=jp.value_and_grad(NET, CE)),
         "value_and_grad= is a maker, such as jp.value_and_grad itself",
@@ -262,7 +258,7 @@ UPDATES = mistakes(
     ),
     maker_without_micro_batches=(
         lambda: by(lambda net, loss: jp.autodiff(net, loss), micro_batches=2),
-        "and this one does not take it; write functools.partial(",
+        "and this one does not take it, as jp.value_and_grad does",
     ),
     state_of_none=(lambda: update()(PARAMS, None, X, TARGET), "state = update.init(params)"),
     state_of_another_optimizer=(

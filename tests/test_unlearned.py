@@ -270,6 +270,25 @@ def test_a_loop_of_ones_own_has_one_line_more(net):
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_loss_as_a_function_takes_whole_params():
+    net = jp.chain(jp.frozen(jp.Dense(5)), jp.Tanh(), jp.Dense(2))
+    params, *batch = problem(net)
+
+    def value_fn(params):
+        return jp.loss_fn(net, LOSS)(params, *batch)
+
+    optimizer = jp.learned_only(optax.lbfgs())
+    value, grads = jp.value_and_grad(net, LOSS)(params, *batch)
+    given = {"value": value, "grad": grads, "value_fn": value_fn}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, **given)
+    got = optax.apply_updates(params, updates)
+    assert value_fn(got) < value
+    update = jp.make_update(net, LOSS, optax.lbfgs(), donate=False)
+    expected, _, _ = update(params, update.init(params), *batch)
+    assert relative_error(got, expected) <= 1e-12
+
+
 def test_a_net_of_which_the_head_is_trained_has_the_head_s_norms_and_noise():
     frozen, plain = jp.chain(jp.frozen(BODY), jp.Dense(2)), jp.chain(BODY, jp.Dense(2))
     params, *batch = problem(frozen)

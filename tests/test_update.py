@@ -30,12 +30,13 @@ OPTIMIZERS = {
     "polyak": optax.polyak_sgd(),
     "lbfgs": optax.lbfgs(),
     "multi-steps": optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2).gradient_transformation(),
+    "multi-steps-polyak": optax.MultiSteps(optax.polyak_sgd(), every_k_schedule=2),
     "plateau": optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
     "schedule-free": optax.contrib.schedule_free_sgd(0.1),
 }
 
 
-QUICK = ("adamw", "lbfgs")
+QUICK = ("adamw", "lbfgs", "multi-steps-polyak")
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -563,7 +564,12 @@ def test_fused_on_many_devices(axes):
         ({"loss": jp.CrossEntropy, "fused": True}, TypeError, r"write CrossEntropy\(...\)"),
         ({"net": jp.Dense}, TypeError, r"write Dense\(...\)"),
         ({"optimizer": optax.sgd}, TypeError, "not an optax transformation"),
-        ({"optimizer": optax.MultiSteps(optax.sgd(0.1), 2)}, TypeError, "gradient_transformation"),
+        ({"loss_scale": jp.DynamicLossScale}, TypeError, r"write DynamicLossScale\(\)"),
+        (
+            {"loss_scale": 8.0, "value_and_grad": jp.autodiff},
+            TypeError,
+            "as jp.value_and_grad does",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, error, says):
@@ -601,6 +607,19 @@ def test_an_optimizer_with_arguments_of_its_own():
     assert relative_error(got, expected) <= 1e-12
 
 
+def test_memory_that_two_arrays_share_is_donated_once():
+    """``jax.device_put`` of one array twice gives two, over the same memory on one device."""
+    params, x, target = problem()
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    update = jp.make_update(MLP, LOSS, optax.sgd(0.5), loss_scale=jp.DynamicLossScale())
+    state = update.init(params)
+    state = state._replace(steps=state.skipped)
+    expected = update(*jax.tree.map(jnp.copy, (params, state)), x, target)
+    got = update(*jax.device_put((params, state), everywhere), x, target)
+    assert relative_error(got, expected) <= 1e-12
+
+
 @pytest.mark.parametrize("make", [jp.value_and_grad(MLP, LOSS), jp.loss_fn(MLP, LOSS)])
 def test_a_function_in_the_place_of_its_maker_is_refused(make):
     with pytest.raises(TypeError, match=r"is a maker, such as jp\.value_and_grad itself"):
@@ -630,6 +649,7 @@ def test_the_state_of_another_net_or_optimizer_is_named(fused):
         r"state\[0\]\.count is missing, but .*; start from state": momentum.init(params),
         r"state\[0\]\.mu\[1\]\.w is missing": adam.init(params[:1]),
         r"state\[0\]\.count is missing, .* it is of shape \(\)": (),
+        "state has the structure of another optimizer's": (*adam.init(params), optax.EmptyState()),
     }
     for match, state in wrong.items():
         with pytest.raises(TypeError, match=match):

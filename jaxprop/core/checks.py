@@ -99,6 +99,14 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} is True or False, not {given(value)}")
 
 
+def is_known(value: object) -> bool:
+    """Return whether a value can be looked at: it is not traced, and all of it is on this host.
+
+    Look at it by NumPy. In a traced program even a known array's comparison is traced.
+    """
+    return not isinstance(value, Tracer) and getattr(value, "is_fully_addressable", True)
+
+
 def check_number(
     name: str,
     value: object,
@@ -124,8 +132,9 @@ def check_number(
     number = isinstance(value, Real) if dtype is None else jnp.isdtype(dtype, REAL)
     if isinstance(value, bool) or not number or getattr(value, "shape", ()) != ():
         raise TypeError(f"{name} is a number, not {given(value)}")
-    if isinstance(value, Tracer):
+    if not is_known(value):
         return
+    value = np.asarray(value)[()]
     if signed:
         value = abs(value)  # pyright: ignore[reportArgumentType]
     if not (value > 0 if positive else value >= 0):  # pyright: ignore[reportOperatorIssue]
@@ -138,7 +147,7 @@ def check_number(
 def check_share(name: str, value: object) -> None:
     """Raise, as ``check_number`` does, unless value is at least 0 and below 1."""
     check_number(name, value)
-    if not isinstance(value, Tracer) and not value < 1:  # pyright: ignore[reportOperatorIssue]
+    if is_known(value) and not np.asarray(value) < 1:
         raise ValueError(f"{name} is below 1, not {value}")
 
 
@@ -150,7 +159,7 @@ def check_values(words: str, values: Array | np.ndarray, right: Callable[[Any], 
         values: an array.
         right: a function that returns whether each value is right.
     """
-    if isinstance(values, Tracer) or not getattr(values, "is_fully_addressable", True):
+    if not is_known(values):
         return
     known = np.asarray(values)
     wrong = known[~right(known)]

@@ -10,10 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jaxtyping import Float
 
-from jaxprop.core.checks import check_values
+from jaxprop.core.checks import check_values, is_known
 from jaxprop.core.describe import shapes
 from jaxprop.core.loss import Loss
 from jaxprop.core.types import PyTree
@@ -102,7 +101,7 @@ def check_target(
     """
     if weights is None:
         check_values(words, target, right)
-    elif not isinstance(weights, Tracer):
+    elif is_known(weights):
         check_values(words, target, lambda t: right(t) | (np.asarray(weights) == 0))
 
 

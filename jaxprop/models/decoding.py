@@ -37,6 +37,7 @@ from jaxprop.layers import Attention, Item, Positions, Rotary, SinusoidalPositio
 from jaxprop.layers.heads import Inputs, positions, split
 from jaxprop.layers.recurrence import Recurrence
 from jaxprop.layers.scores import Keys, Queries, attend
+from jaxprop.sharding import Gathered
 
 State: TypeAlias = Any
 """The state that a layer keeps of previous positions: a pytree of arrays, ``()`` for nothing."""
@@ -201,6 +202,13 @@ def _within(
     net: Frozen | Recompute, params: Params, state: State | None, x: PyTree, now: Now
 ) -> tuple[PyTree, State]:
     return step(net.layer, params, state, x, now)
+
+
+@step.register
+def _gathered(
+    net: Gathered, params: Params, state: State | None, x: PyTree, now: Now
+) -> tuple[PyTree, State]:
+    return step(net.layer, net.gathered(params), state, x, now)
 
 
 @step.register

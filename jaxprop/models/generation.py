@@ -100,7 +100,8 @@ def generate(
 ) -> Int[Array, "n p+s"]:
     """Return the prompt and the tokens with which the net continues it, (N, P + steps).
 
-    A token is -1 where the logits are NaN, as they are after an id that the net's table lacks.
+    They are int32, or of the prompt's dtype where that is wider and signed. A token is -1 where the
+    logits are NaN, as they are after an id that the net's table lacks.
 
     Args:
         net: a network from token ids (N, T) to logits (N, T, vocab), as ``decoder`` takes it.
@@ -134,7 +135,9 @@ def generate(
     if key is not None:
         check_key("generate", key)
     keys = None if key is None else jax.random.split(key, steps)
-    return _generated(net, params, jnp.asarray(prompt), steps, keys, temperature)
+    holds_all = jnp.issubdtype(prompt.dtype, jnp.signedinteger) and prompt.dtype.itemsize >= 4
+    ids = jnp.asarray(prompt, prompt.dtype if holds_all else jnp.int32)
+    return _generated(net, params, ids, steps, keys, temperature)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -7,13 +7,13 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jaxtyping import Float
 
 from jaxprop.core.arrays import weighted
 from jaxprop.core.batch import Examples
-from jaxprop.core.checks import check_flags, check_number, given
+from jaxprop.core.checks import check_flags, check_number, given, is_known
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import is_factored, norms_of_all
 from jaxprop.core.mesh import like
@@ -115,6 +115,7 @@ class Clipped(Quantity):
         leaves: list[Any] = jax.tree.leaves(self.max_norm) if self._by_tree else [self.max_norm]
         for leaf in leaves:
             of_layers = self._by_tree and getattr(leaf, "ndim", 0) == 1
+            leaf = np.asarray(leaf) if of_layers and is_known(leaf) else leaf
             for bound in leaf if of_layers else [leaf]:
                 check_number("max_norm", bound, positive=True, finite=True)
         if self.weight is not None and not callable(self.weight):
@@ -337,7 +338,7 @@ def next_max_norm(
     """
     for name, number in (("quantile", quantile), ("rate", rate)):
         check_number(f"next_max_norm: {name}", number, finite=True)
-    if not isinstance(quantile, Tracer) and quantile > 1:
+    if is_known(quantile) and np.asarray(quantile) > 1:
         raise ValueError(f"next_max_norm: quantile is from 0 to 1, not {quantile}")
     unclipped = 1 - jnp.asarray(clipped, float)
     return jnp.asarray(max_norm, float) * jnp.exp(-rate * (unclipped - quantile))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +19,8 @@ from jaxprop.core.serialization import serializable
 from jaxprop.core.static import Static
 from jaxprop.core.tree import merged
 from jaxprop.core.types import Params, PyTree
+
+MOST = float(jnp.finfo(jnp.float32).max)  # a loss scale that is infinite could never shrink
 
 
 @serializable
@@ -60,7 +61,7 @@ class DynamicLossScale(Static):
     (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740). It never falls below 1.
 
     Args:
-        initial: the scale of the first step, at least 1.
+        initial: the scale of the first step, at least 1 and finite in float32.
         factor: the factor to multiply or divide the scale by, more than 1.
         interval: the number of consecutive finite steps after which the scale grows.
 
@@ -77,8 +78,8 @@ class DynamicLossScale(Static):
         for name, least in (("initial", 1), ("factor", 1)):
             value = getattr(self, name)
             check_number(f"DynamicLossScale: {name}", value, positive=True)
-            if not value < math.inf:
-                raise ValueError(f"DynamicLossScale: {name} is finite, not {value}")
+            if not value <= MOST:
+                raise ValueError(f"DynamicLossScale: {name} is finite in float32, not {value}")
             if value < least or (name == "factor" and value == least):
                 words = "is more than 1" if name == "factor" else "is at least 1"
                 raise ValueError(f"DynamicLossScale: {name} {words}, not {value}")
@@ -86,16 +87,15 @@ class DynamicLossScale(Static):
 
     def start(self, state: PyTree) -> Scaling:
         """Return the initial state, which wraps the optimizer's."""
-        zero = jnp.zeros((), jnp.int32)
-        return Scaling(state, zero, jnp.asarray(self.initial, jnp.float32), zero)
+        skipped, steps = jnp.zeros((2,), jnp.int32)
+        return Scaling(state, skipped, jnp.asarray(self.initial, jnp.float32), steps)
 
     def after(self, state: Scaling, inner: PyTree, finite: Array) -> Scaling:
         """Return the state after a step, which wraps the optimizer's new state ``inner``."""
         steps = jnp.where(finite, state.steps + 1, 0)
         grows = steps == self.interval
         smaller = jnp.maximum(state.scale / self.factor, 1)
-        most = float(jnp.finfo(jnp.float32).max)  # an infinite scale could never shrink
-        larger = jnp.where(grows, jnp.minimum(state.scale * self.factor, most), state.scale)
+        larger = jnp.where(grows, jnp.minimum(state.scale * self.factor, MOST), state.scale)
         return Scaling(
             inner,
             state.skipped + (~finite).astype(jnp.int32),

@@ -23,12 +23,13 @@ def owned(init: Callable[[Any], Any], params: Any) -> Any:
 
 
 def fit_to_donate(tree: Any) -> Any:
-    """Return the tree, with a copy in place of every repeated array.
+    """Return the tree, with a copy in place of every array whose memory an earlier one has.
 
-    The initial state of ``optax.lbfgs`` has one array of zeros in two places, and JAX refuses to
-    donate an array twice. Raises ``RuntimeError`` for an array that was donated before.
+    The initial state of ``optax.lbfgs`` has one array of zeros in two places, ``jax.device_put``
+    makes two arrays of it that share their memory, and memory cannot be donated twice. Raises
+    ``RuntimeError`` for an array that was donated before.
     """
-    seen: set[int] = set()
+    seen: set[object] = set()
 
     def once(leaf: Any) -> Any:
         if not isinstance(leaf, Array) or isinstance(leaf, Tracer):
@@ -38,9 +39,21 @@ def fit_to_donate(tree: Any) -> Any:
                 "an array in params or state was donated to an earlier update: continue with the "
                 "params and the state that it returned"
             )
-        if id(leaf) in seen:
+        here = _memory(leaf)
+        if not seen.isdisjoint(here):
             return jnp.copy(leaf)
-        seen.add(id(leaf))
+        seen.update(here)
         return leaf
 
     return jax.tree.map(once, tree)
+
+
+def _memory(array: Array) -> list[object]:
+    """Return the address of each shard of an array on this host, with the shard's number."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    shards = range(len(array.sharding.addressable_devices))
+    try:
+        return [(n, array.addressable_data(n).unsafe_buffer_pointer()) for n in shards]
+    except jax.errors.JaxRuntimeError:  # a device that does not tell
+        return [id(array)]

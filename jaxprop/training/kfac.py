@@ -24,8 +24,10 @@ from jaxprop.core.checks import (
     given as described,
     require,
 )
+from jaxprop.core.describe import shapes
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
+from jaxprop.core.mesh import shard_map_axes
 from jaxprop.core.serialization import serializable
 from jaxprop.core.tree import learned, like_params, merged
 from jaxprop.core.types import Params, PyTree
@@ -126,7 +128,8 @@ def kfac(
     Raises:
         TypeError: for an argument of the wrong type.
         ValueError: for a number out of its range, for a norm_constraint without a learning rate,
-            and from ``update`` without a batch.
+            and from ``update`` without a batch, with params unlike those of ``like``, and inside
+            ``jax.shard_map``.
     """
     check_net_and_loss(net, loss)
     if type(like) is not tuple or len(like) != 3 or not jax.tree.leaves(like[1]):
@@ -150,7 +153,7 @@ def kfac(
     made = _Kfac(
         net=net,
         loss=loss,
-        like=like,
+        like=jax.eval_shape(lambda like: like, like),
         factors=alone(net, loss, asked, micro_batches),
         decomposed=None if mesh is None else in_shares(mesh),
         learning_rate=learning_rate,
@@ -228,6 +231,17 @@ class _Kfac:
             )
         if type(batch) is not tuple or len(batch) != 2:
             raise TypeError(f"kfac: batch is (x, target), not {described(batch)}")
+        if shard_map_axes():
+            raise ValueError(
+                "kfac: inside jax.shard_map its factors would be those of one device's examples; "
+                "call update under jax.jit, with arrays that are sharded over the mesh"
+            )
+        if jax.tree.structure(whole) != jax.tree.structure(self.like[0]):
+            raise ValueError(
+                f"kfac: params are {shapes(whole)}, and in like {shapes(self.like[0])}; it takes "
+                "whole params, without jp.learned_only or optax.masked, and leaves unlearned "
+                "arrays alone by itself"
+            )
         grads, count = learned(updates), state.steps
         bound = _bound(self.net, whole, batch, options)
         factors = _at_times(count, self.every, lambda: self._averaged(state, *bound), state.factors)

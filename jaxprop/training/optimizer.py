@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,18 +10,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprop.core.tree import for_optimizer, like_params
+from jaxprop.core.tree import for_optimizer, like_params, merged
 from jaxprop.core.types import Params, PyTree
+from jaxprop.training.apply import LossOfStep
+
+Optimizer = optax.GradientTransformation | optax.MultiSteps
 
 
-def check_optimizer(optimizer: object) -> None:
-    """Raise ``TypeError`` unless the optimizer is an optax transformation."""
-    if isinstance(optimizer, optax.MultiSteps):
-        raise TypeError("optimizer: write optax.MultiSteps(...).gradient_transformation()")
-    if not isinstance(optimizer, optax.GradientTransformation):
+def taking_extra_args(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer as a transformation that also takes extra arguments.
+
+    They reach every update that can take them: that of ``optax.MultiSteps`` can, though its
+    ``gradient_transformation()`` is of the type that takes none.
+
+    Raises:
+        TypeError: for an optimizer that is not an optax transformation.
+    """
+    if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer is not an optax transformation such as optax.sgd(0.1) but {optimizer!r}"
         )
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        both: Any = optimizer.init, optimizer.update
+        return optax.GradientTransformationExtraArgs(*both)
+    assert isinstance(optimizer, optax.GradientTransformation)
+    return optax.with_extra_args_support(optimizer)
 
 
 def check_state(init: Callable[[Params], PyTree], params: Params, state: PyTree) -> None:
@@ -31,9 +46,10 @@ def check_state(init: Callable[[Params], PyTree], params: Params, state: PyTree)
         params: the net's params.
         state: the state to check.
     """
+    structs = jax.eval_shape(init, params)
     made, got = (
         {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(t)}
-        for t in (jax.eval_shape(init, params), state)
+        for t in (structs, state)
     )
     for name in made | got:
         if made.get(name) != got.get(name):
@@ -44,21 +60,27 @@ def check_state(init: Callable[[Params], PyTree], params: Params, state: PyTree)
                 f"state{name} is {there}, but for this optimizer and these params it is "
                 f"{expected}; start from state = update.init(params)"
             )
+    if jax.tree.structure(structs) != jax.tree.structure(state):  # parts without arrays differ
+        raise TypeError(
+            "state has the structure of another optimizer's; start from state = update.init(params)"
+        )
 
 
 def learned_only(
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer for trees that also hold unlearned arrays, which it leaves alone.
 
     ``jp.make_update`` does this for you. In a loop of your own, it is the one line that keeps
     weight decay, noise and optimizer state away from running statistics and frozen weights. Use the
     result, and ``optax.apply_updates``, with whole params and with the gradients that this library
-    returns for them.
+    returns for them. (``optax.apply_updates`` cannot add to a typed key among the params; in
+    ``jp.make_update`` one may stand there.)
 
     Args:
         optimizer: any optax transformation. A tree of masks or labels in it may be made from whole
-            params, by ``jax.tree.map``.
+            params, by ``jax.tree.map``. Extra arguments like params, and a ``value_fn`` of params,
+            are those of whole params too.
 
     Raises:
         TypeError: for an optimizer that is not an optax transformation.
@@ -75,8 +97,7 @@ def learned_only(
         >>> bool((new[0].w.value == params[0].w.value).all())
         True
     """
-    check_optimizer(optimizer)
-    inner = optax.with_extra_args_support(optimizer)
+    inner = taking_extra_args(optimizer)
 
     def init(params: Params) -> PyTree:
         return inner.init(for_optimizer(params))
@@ -85,7 +106,17 @@ def learned_only(
         updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         of_learned = None if params is None else for_optimizer(params)
-        new, state = inner.update(for_optimizer(updates), state, of_learned, **for_optimizer(extra))
+        extra = for_optimizer(extra)
+        if params is not None and "value_fn" in extra:
+            extra["value_fn"] = _of_learned(extra["value_fn"], params)
+        new, state = inner.update(for_optimizer(updates), state, of_learned, **extra)
         return like_params(updates if params is None else params, new), state
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _of_learned(value_fn: Callable[..., Any], params: Params) -> Callable[..., Any]:
+    """Return a function of whole params as one of the arrays that the optimizer holds."""
+    if isinstance(value_fn, LossOfStep):  # it is one already
+        return value_fn
+    return lambda arrays, *rest, **given: value_fn(merged(params, arrays), *rest, **given)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from jax import Array
 
 from jaxprop.core.arrays import check_fit, is_one
@@ -23,7 +22,7 @@ from jaxprop.training import gradients
 from jaxprop.training.apply import DynamicLossScale, Options, make_apply
 from jaxprop.training.donation import fit_to_donate, owned
 from jaxprop.training.gradients import Differentiate, ValueAndGrad
-from jaxprop.training.optimizer import check_optimizer, check_state
+from jaxprop.training.optimizer import Optimizer, check_state, taking_extra_args
 from jaxprop.training.steps import fused_step, whole_step
 
 
@@ -69,7 +68,7 @@ class Update:
 
         Args:
             params: the net's params; their memory is used for the result, unless ``donate=False``.
-            state: the optimizer's state; its memory is used likewise.
+            state: the optimizer's state, whose memory is used in the same way.
             x: the inputs, with the example on axis 0.
             target: the targets.
             key: a key of ``jax.random.key``, a new one each step, for layers and noise that draw.
@@ -104,7 +103,7 @@ class Update:
 def make_update(
     net: Layer,
     loss: Loss,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     fused: bool = False,
     max_norm: float | Array | None = None,
@@ -169,7 +168,7 @@ def make_update(
         ValueError: for a max_norm that is not positive, and for options that exclude each other.
     """
     check_net_and_loss(net, loss)
-    check_optimizer(optimizer)
+    optimizer = taking_extra_args(optimizer)
     flags = {"fused": fused, "skip_nonfinite": skip_nonfinite, "aux": aux, "donate": donate}
     for name, flag in flags.items():
         check_flag(name, flag)
@@ -178,10 +177,12 @@ def make_update(
     if fused and value_and_grad is not None:
         raise ValueError("fused walks back by itself: give fused or value_and_grad, not both")
     check_count("micro_batches", micro_batches)
+    if loss_scale is DynamicLossScale:
+        raise TypeError("loss_scale is the class DynamicLossScale; write DynamicLossScale()")
     if not isinstance(loss_scale, DynamicLossScale):
         check_number("loss_scale", loss_scale, positive=True)
     options = Options(max_norm, skip_nonfinite, loss_scale, micro_batches, aux)
-    apply = make_apply(optax.with_extra_args_support(optimizer), options)
+    apply = make_apply(optimizer, options)
     if fused:
         if micro_batches > 1:
             check_apart(net)
@@ -193,7 +194,7 @@ def make_update(
     def init(params: Params) -> PyTree:
         net.check_places(params)
         check_learned(params)
-        return options.around(owned(optimizer.init, for_optimizer(params)))
+        return owned(lambda arrays: options.around(optimizer.init(arrays)), for_optimizer(params))
 
     return Update(step, init, donate)
 
@@ -219,7 +220,7 @@ def _maker(
         except TypeError:
             raise TypeError(
                 f"value_and_grad is called with {name}= where that is asked for, and this one does "
-                "not take it; write functools.partial(jp.clipped_grad, max_norm=1.0), say"
+                "not take it, as jp.value_and_grad does"
             ) from None
     if is_one(options.loss_scale):
         made = _made(make, net, loss, **given)
