@@ -439,6 +439,64 @@ def test_mistakes_in_what_is_sampled():
         jp.curvature.EigenvalueCorrection(basis, samples=1, empirical=True)
 
 
+STEP = jp.chain(jp.Dense(3), jp.Tanh())
+PADDED = {
+    "once": STEP,
+    "shared": jp.shared(STEP, 2),
+    "repeated": jp.repeat(jp.shared(STEP, 2), 2),
+    "convolved": jp.chain(jp.Conv(3, window=(2,), padding="CAUSAL"), jp.Tanh()),
+}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("positions", ["expand", "reduce"])
+@pytest.mark.parametrize("name", PADDED)
+def test_what_padding_holds_does_not_matter(name, positions):
+    """Positions that the target leaves out, with no cotangent, are in neither factor."""
+    net, x = PADDED[name], jnp.asarray(normal(2, 4, 3))
+    target = jnp.array([[0, 1, -1, -1], [1, -1, -1, -1]])
+    params = net.init(jax.random.key(0), x)
+    for joint in (False, True):
+        factors = jp.KroneckerFactors(positions=positions, joint_bias=joint)
+        f = jax.jit(jp.quantities(net, LOSS, f=factors))
+        other = x.at[0, 2:].set(100.0).at[1, 1:].set(100.0)
+        assert relative_error(f(params, x, target)["f"], f(params, other, target)["f"]) <= 1e-12
+
+
+@pytest.mark.parametrize("length", [4, 5])
+def test_an_encoder_as_long_as_the_padded_target(length):
+    """The memory has no padding, whatever the target has."""
+    memory = jp.chain(jp.Item(1), jp.Dense(4))
+    net = jp.chain(
+        jp.branch(jp.chain(jp.Item(0), jp.Dense(2)), memory, join="tuple"),
+        jp.Attention(1, causal=False),
+        jp.Dense(3),
+    )
+    x, m = jnp.asarray(normal(2, 4, 3)), jnp.asarray(normal(length, 2, 3)).swapaxes(0, 1)
+    target = jnp.array([[0, 1, -1, -1], [1, -1, -1, -1]])
+    params = net.init(jax.random.key(0), (x, m))
+    factors = jax.jit(jp.kronecker_factors(net, LOSS))(params, (x, m), target)
+    expected = jnp.einsum("nsi,nsj->ij", m, m) / (2 * length)
+    assert relative_error(factors[0][1][1].w.a, expected) <= 1e-12
+
+
+def test_a_prompt_that_is_attended_to_counts_in_both_factors():
+    rest = jp.chain(jp.Attention(1), jp.Dense(3))
+    net, x = jp.chain(jp.Dense(3), rest), jnp.asarray(normal(2, 4, 3))
+    target = jnp.array([[-1, -1, 0, 1], [-1, 2, 1, -1]])  # the last position is padding
+    params = net.init(jax.random.key(0), x)
+    found = jax.jit(jp.kronecker_factors(net, LOSS))(params, x, target)[0].w
+    y, pull = jax.vjp(lambda h: rest(params[1], h), jp.Dense(3)(params[0], x))
+    residuals = LOSS.forward(y, target)[1]
+    columns = range(LOSS.hessian_columns(residuals))
+    cts = jnp.stack([pull(LOSS.hessian_column(residuals, c))[0] for c in columns])
+    counted = jnp.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(jnp.any(cts != 0, (0, 3)), counted)
+    a = jnp.einsum("nti,ntj,nt->ij", x, x, counted.astype(x.dtype)) / 7
+    assert relative_error(found.a, a) <= 1e-12
+    assert relative_error(found.b, jnp.einsum("cnti,cntj->ij", cts, cts) / 2) <= 1e-12
+
+
 @pytest.mark.full
 def test_influence_of_batches_with_masks():
     net = jp.chain(

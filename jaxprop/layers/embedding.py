@@ -15,7 +15,18 @@ from jaxtyping import Bool, Float, Int
 from jaxprop.core.arrays import known, of_indices, weighted, wide
 from jaxprop.core.checks import check_counts
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, OfX, Outer, Sides, gram, norms, of_real, sq_norms, through
+from jaxprop.core.forms import (
+    Factored,
+    OfX,
+    Outer,
+    Sides,
+    gram,
+    norms,
+    of_real,
+    positions_of,
+    sq_norms,
+    through,
+)
 from jaxprop.core.layer import Layer
 from jaxprop.core.loops import map_examples
 from jaxprop.core.mesh import laid_out
@@ -117,12 +128,15 @@ class Rows(Factored):
     def of_squares(self, squares: Float[Array, "n t d"]) -> Float[Array, "v d"]:
         return Rows(self.ids, squares, self.vocab).sum()
 
+    def counted(self, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n ..."] | None:
+        return positions_of(self.ct, real)
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
         """Return the count of each id, a diagonal."""
         ones = jnp.ones(self.ids.shape, wide(self.ct).dtype)
-        one = of_real(ones, real, weights, features=0) ** 2
+        one = of_real(ones, real, weights) ** 2
         counts = jnp.zeros(self.vocab, one.dtype)
         ids = _inside(self.ids, self.vocab)
         return OfX(counts.at[ids.ravel()].add(one.ravel(), mode="drop"), one.sum())
@@ -130,7 +144,7 @@ class Rows(Factored):
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Outer:
         """Return a form whose input, (N, V), is the share of positions with each id."""
         ids, ct = self._sequences()
-        one = of_real(jnp.ones(self.ids.shape, ct.dtype), real, features=0).reshape(ids.shape)
+        one = of_real(jnp.ones(self.ids.shape, ct.dtype), real).reshape(ids.shape)
         shares = one / jnp.maximum(one.sum(axis=1, keepdims=True), 1)
         return Outer(Rows(ids, shares[..., None], self.vocab).per_example()[..., 0], ct.sum(axis=1))
 

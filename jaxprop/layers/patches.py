@@ -29,6 +29,7 @@ from jaxprop.core.forms import (
     norms_of_all,
     of_real,
     pairs_are_cheaper,
+    positions_of,
     sq_norms,
     through,
 )
@@ -174,6 +175,9 @@ class Patches(Factored):
 
         return self._folded(_added(squares, 1, self.x, self.ct)[:, None])[0]
 
+    def counted(self, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n ..."] | None:
+        return positions_of(self.ct, real)
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
@@ -183,7 +187,7 @@ class Patches(Factored):
         https://arxiv.org/abs/1602.01407. Each group has its own, on a leading axis.
 
         Args:
-            real: False where an example, or a position of y, is padding.
+            real: False where an example, or a position of y, does not count.
             weights: the weight of each example; 1 by default.
         """
 
@@ -203,7 +207,7 @@ class Patches(Factored):
     ) -> Float[Array, "n ..."]:
         """Return the square root of the weight of each position of y; 0 for padding."""
         ones = jnp.ones_like(wide(self.ct[..., 0]))
-        return of_real(ones, real, weights, features=0)
+        return of_real(ones, real, weights)
 
     def sum_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
@@ -221,7 +225,7 @@ class Patches(Factored):
         """Return each example's mean patch and sum of ct, as a convolution with one window.
 
         Args:
-            real: False where an example, or a position of y, is padding, with a ct of 0.
+            real: False where an example, or a position of y, does not count.
         """
         axes = tuple(range(1, self.x.ndim - 1))
         counts = self._roots(real, None)[..., None]

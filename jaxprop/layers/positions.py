@@ -6,6 +6,7 @@ The tables of sines and cosines are constants, computed in float64 while tracing
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Float
 from jaxprop.core.arrays import weighted, wide
 from jaxprop.core.checks import check_counts, check_flags, check_number, check_x
 from jaxprop.core.describe import shapes
-from jaxprop.core.forms import Factored, OfX, Stacked, gram, of_real
+from jaxprop.core.forms import Factored, OfX, Stacked, gram, of_real, positions_of
 from jaxprop.core.layer import Layer
 from jaxprop.core.serialization import serializable
 from jaxprop.core.types import PyTree
@@ -65,12 +66,15 @@ class Leading(Factored):
     def squares(self) -> Float[Array, "r ..."]:
         return self._padded(Stacked(self.ct).squares())
 
+    def counted(self, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n t"] | None:
+        return positions_of(self.ct.reshape(*self.ct.shape[:2], math.prod(self.ct.shape[2:])), real)
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
         """Return how often each row is used, a diagonal."""
         ones = jnp.ones(self.ct.shape[:2], wide(self.ct).dtype)
-        one = of_real(ones, real, weights, features=0) ** 2
+        one = of_real(ones, real, weights) ** 2
         return OfX(self._padded(one.sum(axis=0)), one.sum())
 
     def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Leading:

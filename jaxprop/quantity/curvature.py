@@ -136,8 +136,8 @@ class KroneckerFactors(AddedUp):
     This is as in Grosse and Martens 2016 (https://arxiv.org/abs/1602.01407), except that there T
     divides b. "reduce" uses the mean of x over positions and the sum of ct, and is exact for a
     linear net whose y is linear in the mean over positions. Examples and positions that the target
-    marks as padding count in neither factor. Where the target has no positions, a mask (N, T) marks
-    them.
+    marks as padding, and that no cotangent reaches, count in neither factor. Where the target has
+    no positions, a mask (N, T) marks them.
 
     Attributes:
         samples: how many columns are sampled; None for the exact root.
@@ -173,8 +173,10 @@ class KroneckerFactors(AddedUp):
     def part(self, forms: PyTree, examples: Examples) -> PyTree:
         def of(form: Factored) -> Any:
             form = rooted(form, examples)
-            if (pair := self._pair(form, examples)) is not None:
-                return pair.gram_of_ct()
+            if self._has_pair(form):
+                counted = form.counted(examples.real)
+                counted = None if counted is None else counted.astype(jnp.int32)
+                return self._in_positions(form).gram_of_ct(), counted
             return form.squares() if self.others == "diagonal" else ()
 
         return map_forms(of, self._joined(forms))
@@ -183,9 +185,14 @@ class KroneckerFactors(AddedUp):
         leaves, structure = jax.tree.flatten(self._joined(forms), is_leaf=is_factored)
 
         def factors(form: Factored, part: Any) -> Any:
-            if (pair := self._pair(form, examples)) is not None:
-                of_x = pair.gram_of_x(examples.real, examples.weights)
-                gram, rows, b = map(examples.over, (*of_x, part))
+            if self._has_pair(form):
+                of_ct, columns = part
+                counted = None if columns is None else columns > 0
+                pair = self._in_positions(form, counted)
+                if pair is not form:
+                    counted = pair.counted(examples.real)
+                of_x = pair.gram_of_x(counted, examples.weights)
+                gram, rows, b = map(examples.over, (*of_x, of_ct))
                 return _Means(gram, rows, b, pair.place)
             return form.of_squares(examples.over(part)) if self.others == "diagonal" else ()
 
@@ -206,11 +213,13 @@ class KroneckerFactors(AddedUp):
 
         return jax.tree.map(of, forms, is_leaf=is_node) if self.joint_bias else forms
 
-    def _pair(self, form: Factored, examples: Examples) -> Factored | None:
-        """Return the form to take the two factors from; None for a form without two."""
-        if self.others != "raise" and not form.is_pair:
-            return None
-        return form if self.positions == "expand" else form.in_one_position(examples.real)
+    def _has_pair(self, form: Factored) -> bool:
+        """Return whether to take two factors from a form, which raises if it has none."""
+        return self.others == "raise" or form.is_pair
+
+    def _in_positions(self, form: Factored, counted: Array | None = None) -> Factored:
+        """Return the form to take the factors from: with its positions, or in one of them."""
+        return form if self.positions == "expand" else form.in_one_position(counted)
 
     def finish(self, settled: PyTree, examples: Examples) -> PyTree:
         return jax.tree.map(

@@ -51,7 +51,7 @@ class Own(Stacked):
     ) -> OfX:
         rows = math.prod(self.g.shape[1:-1])
         ones = jnp.ones(self.g.shape[0], wide(self.g).dtype)
-        one = of_real(ones, real, weights, features=0) ** 2
+        one = of_real(ones, real, weights) ** 2
         diagonal = jnp.full((rows,), one.sum())
         return OfX(diagonal.reshape(1, 1) if rows == 1 else diagonal, one.sum() * rows)
 

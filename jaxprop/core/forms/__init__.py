@@ -35,6 +35,7 @@ from jaxprop.core.forms.outer import (
     mean_of_real,
     of_real,
     pairs_are_cheaper,
+    positions_of,
 )
 from jaxprop.core.forms.rearranged import Rearranged
 
@@ -70,6 +71,7 @@ __all__ = [
     "norms_of_all",
     "of_real",
     "pairs_are_cheaper",
+    "positions_of",
     "sq_norms",
     "through",
     "with_bias",

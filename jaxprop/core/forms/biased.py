@@ -71,6 +71,9 @@ class Biased(Factored):
 
         return [*of_w, *of_b], alone
 
+    def counted(self, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n ..."] | None:
+        return self.w.counted(real)
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:

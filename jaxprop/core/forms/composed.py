@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -109,13 +109,16 @@ class Repeated(Factored):
         each = jax.vmap(lambda form, squares: form.each_of_squares(squares), out_axes=1)
         return each(self.form, squares)
 
-    def gram_of_x(
-        self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
-    ) -> OfX:
-        return jax.vmap(lambda form: form.gram_of_x(real, weights))(self.form)
+    def counted(self, real: Bool[Array, "n ..."] | None) -> Bool[Array, "l n ..."] | None:
+        return jax.vmap(lambda form: form.counted(real))(self.form)
 
-    def in_one_position(self, real: Bool[Array, "n ..."] | None = None) -> Repeated:
-        return Repeated(jax.vmap(lambda form: form.in_one_position(real))(self.form))
+    def gram_of_x(
+        self, real: Bool[Array, "l n ..."] | None = None, weights: Float[Array, " n"] | None = None
+    ) -> OfX:
+        return _of_layers(lambda form, real: form.gram_of_x(real, weights), self.form, real)
+
+    def in_one_position(self, real: Bool[Array, "l n ..."] | None = None) -> Repeated:
+        return Repeated(_of_layers(lambda form, real: form.in_one_position(real), self.form, real))
 
     def gram_of_ct(self) -> Float[Array, "l o o"]:
         return jax.vmap(lambda form: form.gram_of_ct())(self.form)
@@ -169,15 +172,23 @@ class Joint(Factored):
 def joint(forms: tuple[Factored, ...]) -> Factored:
     """Return the form of one param with several uses.
 
-    Several matrix products, or several biases, become one form of their kind over more positions.
+    Several matrix products, or several biases, become one form of their kind over more positions:
+    each position of a use has one for every use, where all uses have the same positions.
     """
     first = forms[0]
     if len(forms) == 1:
         return first
     if isinstance(first, Outer | Sum) and all(type(form) is type(first) for form in forms):
+        if all(jax.tree.map(jnp.shape, form) == jax.tree.map(jnp.shape, first) for form in forms):
+            return jax.tree.map(lambda *factors: jnp.stack(factors, axis=-2), *forms)
         sequences = [jax.tree.map(_with_positions, form) for form in forms]
         return jax.tree.map(lambda *factors: jnp.concatenate(factors, axis=1), *sequences)
     return Joint(forms)
+
+
+def _of_layers(f: Callable[..., Any], form: Factored, real: Array | None) -> Any:
+    """Return ``f(form, real)`` for each layer of a stack, where real is None for all of them."""
+    return jax.vmap(f, (0, None if real is None else 0))(form, real)
 
 
 def _with_positions(factor: Float[Array, "n ... d"]) -> Float[Array, "n t d"]:

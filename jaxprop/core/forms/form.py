@@ -279,13 +279,21 @@ class Factored(abc.ABC):
 
         return sum_examples(of_one, (each, weights))
 
+    def counted(self, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n ..."] | None:
+        """Return which of the form's examples, or positions, count in its factors; None for all.
+
+        Args:
+            real: False where an example, or a position, is padding; None if there is no padding.
+        """
+        return None if real is None else jnp.any(real, axis=tuple(range(1, real.ndim)))
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
         """Return the Gram matrix of the input, summed over examples and positions, and their count.
 
         Args:
-            real: False where an example, or a position, is padding that does not count.
+            real: the result of ``counted``: False where an example, or a position, does not count.
             weights: the weight of each example; 1 by default.
 
         Raises:

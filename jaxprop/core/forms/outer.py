@@ -54,6 +54,9 @@ class Sum(Factored):
     def of_squares(self, squares: Float[Array, "n o"]) -> Float[Array, " o"]:
         return squares.sum(axis=0)
 
+    def counted(self, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n ..."] | None:
+        return positions_of(self.ct, real)
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
@@ -233,6 +236,9 @@ class Outer(Factored):
             return squares
         return wide(x[:, 0, :, None]) ** 2 * squares[:, None]
 
+    def counted(self, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n ..."] | None:
+        return positions_of(self.ct, real)
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
@@ -356,28 +362,41 @@ def _transposed_product(
     return jax.lax.optimization_barrier(transposed.ravel()).reshape(transposed.shape).T
 
 
+def positions_of(
+    ct: Float[Array, "n ... d"], real: Bool[Array, "n ..."] | None
+) -> Bool[Array, "n ..."] | None:
+    """Return which positions count: those that are not padding, or that a cotangent reaches.
+
+    A position that is padding for the loss may still have a part in it, such as a prompt that is
+    attended to, or an encoder's output that has as many positions as the target.
+
+    Args:
+        ct: the cotangent at each position.
+        real: False where an example, or one of its positions, is padding. If ct does not have these
+            positions, an example is real if any of its positions is.
+    """
+    if real is None:
+        return None
+    if real.shape != ct.shape[:-1][: real.ndim]:
+        real = jnp.any(real, axis=tuple(range(1, real.ndim)))
+    return jnp.expand_dims(real, range(real.ndim, ct.ndim - 1)) | jnp.any(ct != 0, axis=-1)
+
+
 def of_real(
     x: Float[Array, "n ..."],
     real: Bool[Array, "n ..."] | None,
     weights: Float[Array, " n"] | None = None,
-    features: int = 1,
 ) -> Float[Array, "n ..."]:
     """Return x with zeros for padding, and with each example times the root of its weight.
 
     Args:
         x: an array with the example on axis 0.
-        real: False where an example, or a position of x, is padding. If x does not have these
-            positions, an example is real if any of its positions is.
+        real: False where an example, or a position of x, is padding.
         weights: the weight of each example in a sum of squares; 1 by default.
-        features: the number of last axes of x that are not positions.
     """
     if weights is not None:
         x = weighted(wide(x), jnp.sqrt(weights))
-    if real is None:
-        return x
-    if real.shape != x.shape[: x.ndim - features][: real.ndim]:
-        real = jnp.any(real, axis=tuple(range(1, real.ndim)))
-    return jnp.where(jnp.expand_dims(real, range(real.ndim, x.ndim)), x, 0)
+    return x if real is None else jnp.where(jnp.expand_dims(real, range(real.ndim, x.ndim)), x, 0)
 
 
 def count_of(
@@ -386,7 +405,7 @@ def count_of(
     weights: Float[Array, " n"] | None,
 ) -> Float[Array, ""]:
     """Return the weighted number of real positions; ``like`` has one entry for each position."""
-    return jnp.sum(of_real(jnp.ones_like(wide(like)), real, weights, features=0) ** 2)
+    return jnp.sum(of_real(jnp.ones_like(wide(like)), real, weights) ** 2)
 
 
 def mean_of_real(

@@ -102,6 +102,9 @@ class Rearranged(Factored):
     def each_of_squares(self, squares: Array) -> Float[Array, "n ..."]:
         return jax.vmap(self._back)(self.form.each_of_squares(squares))
 
+    def counted(self, real: Bool[Array, "n ..."] | None) -> Bool[Array, "n ..."] | None:
+        return self.form.counted(real)
+
     def gram_of_x(
         self, real: Bool[Array, "n ..."] | None = None, weights: Float[Array, " n"] | None = None
     ) -> OfX:
