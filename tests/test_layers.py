@@ -9,9 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
-from table import ACTIVATIONS, TABLE, Row, at, edge, first_of_their_kind, relative_error, row_id
+from table import (
+    ACTIVATIONS,
+    TABLE,
+    Row,
+    at,
+    edge,
+    first_of_their_kind,
+    ids,
+    normal,
+    relative_error,
+    row_id,
+)
 
 import jaxprop as jp
+from jaxprop.core.arrays import is_floating
 from jaxprop.core.cotangents import gradient
 from jaxprop.core.tree import learned
 
@@ -98,6 +110,54 @@ def test_vmap_custom_vjp_and_narrow_dtypes(row):
         primals = learned(args[0]), floats(x, args[1])
         chex.assert_trees_all_equal_dtypes(here, primals)
         assert relative_error(here, there) <= RTOL[dtype], dtype
+
+
+NARROW_AND_WIDE = [(jnp.float32, jnp.float64), (jnp.float64, jnp.float32)]
+
+
+def floating(tree, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_floating(leaf) else leaf, tree)
+
+
+@pytest.mark.few(8)
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(("of_params", "of_x"), NARROW_AND_WIDE, ids=["wide x", "wide params"])
+@pytest.mark.parametrize("row", first_of_their_kind(TABLE), ids=row_id)
+def test_params_and_x_of_different_dtypes(row, of_params, of_x):
+    """Products are in the wider dtype, d_x in x's; only a repeat needs y like x, and says so."""
+    layer, (params, x) = row.layer, at(row)
+    params, x = floating(params, of_params), floating(x, of_x)
+    try:
+        y, _ = jax.eval_shape(layer.forward, params, x)
+    except ValueError as error:
+        assert "its y is the x of the next" in str(error)  # noqa: PT017
+        return
+    ct = jax.tree.map(lambda leaf: jnp.asarray(normal(*leaf.shape), leaf.dtype), y)
+    d_params, d_x = by_hand(layer, params, x, ct)
+    expected = by_vjp(layer, params, x, ct)
+    d_x = floats(x, d_x)
+    cancels = isinstance(layer, jp.BatchNorm | jp.GroupNorm)  # most of d_x, in float32
+    assert relative_error((d_params, d_x), expected) <= (1e-2 if cancels else 2e-5)
+    assert jax.tree.map(jnp.result_type, d_x) == jax.tree.map(jnp.result_type, expected[1])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(("of_params", "of_x"), NARROW_AND_WIDE, ids=["wide x", "wide params"])
+def test_dtypes_that_differ_in_a_walk(of_params, of_x):
+    """The form of a matrix with fewer columns than rows is summed in either order."""
+    params, x = at(Row(jp.Dense(2), normal(60, 8)))
+    params, x = floating(params, of_params), floating(x, of_x)
+    loss, target = jp.HalfSquaredError(), jnp.ones((60, 2))
+    for make in (jp.value_and_grad, functools.partial(jp.clipped_grad, max_norm=1e6)):
+        got = jax.jit(make(jp.Dense(2), loss))(params, x, target)
+        expected = jax.jit(jp.autodiff(jp.Dense(2), loss))(params, x, target)
+        assert relative_error(got[1], expected[1]) <= 1e-5
+    net = jp.LinearCrossEntropy(5)
+    params, x = at(Row(net, (normal(2, 5, 4), ids(2, 5) % 5)))
+    params, x = floating(params, of_params), floating(x, of_x)
+    got = jax.jit(jp.value_and_grad(net, jp.Mean()))(params, x)
+    expected = jax.jit(jp.autodiff(net, jp.Mean()))(params, x)
+    assert relative_error(got[1], expected[1]) <= 1e-5
 
 
 @rows

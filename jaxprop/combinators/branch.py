@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -62,16 +63,17 @@ class Branch(Several):
                 y, r = layer.forward(p, x)
             ys.append(y)
             residuals.append(r)
-        # Widths are static: only as the shape of an array do they survive a scan.
-        widths = tuple(map(empty_like, ys)) if self.join == "concatenate" else ()
-        return self._joined(x, ys), (tuple(residuals), widths)
+        y = self._joined(x, ys)
+        # Shapes and dtypes are static: only as those of an array do they survive a scan.
+        likes = tuple(map(empty_like, ys)) if self.join in ("sum", "concatenate") else ()
+        return y, (tuple(residuals), likes)
 
     def walk(
         self, place: PyTree, residuals: Residuals, ct: Cotangent, visit: Visit
     ) -> tuple[Visited, Cotangent]:
         self.check_places(place)
-        residuals, widths = residuals
-        cts = self._parts(ct, widths)
+        residuals, likes = residuals
+        cts = self._parts(ct, likes)
         visited, d_x = [], None
         steps = zip(self.layers, place, residuals, cts, strict=True)
         for index, (layer, p, r, ct) in enumerate(steps):
@@ -102,16 +104,22 @@ class Branch(Several):
         with jax.numpy_dtype_promotion("standard"):
             return jnp.concatenate(ys, axis=-1)
 
-    def _parts(self, ct: Cotangent, widths: tuple[Array, ...]) -> Sequence[Cotangent]:
-        """Return each layer's part of the cotangent of the joined output."""
-        if self.join == "sum":
-            return [ct] * len(self.layers)
+    def _parts(self, ct: Cotangent, likes: tuple[Array, ...]) -> Sequence[Cotangent]:
+        """Return each layer's part of the cotangent of the joined output.
+
+        Args:
+            ct: the cotangent.
+            likes: for a sum or a concatenation, an array of each output's width and dtype.
+        """
         if self.join == "tuple":
             return ct
         if isinstance(self.join, tuple):
             return [ct[name] for name in self.join]
-        ends = [sum(w.shape[-1] for w in widths[: i + 1]) for i in range(len(widths))]
-        return jnp.split(ct, ends[:-1], axis=-1)
+        cts = [ct] * len(likes)
+        if self.join == "concatenate":
+            ends = itertools.accumulate(like.shape[-1] for like in likes)
+            cts = jnp.split(ct, [*ends][:-1], axis=-1)
+        return [part.astype(like.dtype) for part, like in zip(cts, likes, strict=True)]
 
 
 def branch(*layers: Layer, join: Join = "sum", **named: Layer) -> Branch:

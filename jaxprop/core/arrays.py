@@ -106,6 +106,13 @@ def added(*arrays: Array) -> Array:
         return sum(arrays[1:], start=arrays[0])
 
 
+def promoted(*arrays: Array) -> list[Array]:
+    """Return the arrays in a dtype that holds all of them, whatever JAX's promotion mode."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*arrays)
+    return [array.astype(dtype) for array in arrays]
+
+
 def known(holds: Callable[[], bool]) -> bool:
     """Return whether a comparison of sizes is known to hold.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jax import Array
 
 from jaxprop.core.affine import AffineParams
+from jaxprop.core.arrays import promoted
 from jaxprop.core.checks import check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
@@ -79,6 +80,7 @@ class ConvTranspose(Layer):
         check_ct(self, x, ct, windows)
         d_b = None if params.b is None else Sum(ct)
         d_x = pulled_back(params.w, ct, windows, self.groups, x.shape[1:-1]).astype(x.dtype)
+        x, ct = promoted(x, ct)
         return AffineParams(Patches(x, ct, windows, self.groups), d_b), d_x
 
     def _windows(self) -> Windows:

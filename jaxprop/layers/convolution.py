@@ -5,6 +5,7 @@ from __future__ import annotations
 from jax import Array
 
 from jaxprop.core.affine import AffineParams
+from jaxprop.core.arrays import promoted
 from jaxprop.core.checks import check_x
 from jaxprop.core.forms import Sum
 from jaxprop.core.layer import Layer
@@ -93,7 +94,9 @@ class Conv(Layer):
         d_x = pulled_back(params.w, ct, windows, self.groups, padded.shape[1:-1])
         if mode := MODES.get(self.padding):
             d_x = folded_back(d_x, self._windows(x).padding, mode)
-        return AffineParams(Patches(padded, ct, windows, self.groups), d_b), d_x.astype(x.dtype)
+        padded, ct = promoted(padded, ct)
+        d_w = Patches(padded, ct, windows, self.groups)
+        return AffineParams(d_w, d_b), d_x.astype(x.dtype)
 
     def _padded(self, x: X) -> tuple[X, Windows]:
         """Return x, padded with its own entries if the mode says so, and the windows over it."""

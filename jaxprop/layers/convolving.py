@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxprop.core.affine import AffineParams
-from jaxprop.core.arrays import aligned
+from jaxprop.core.arrays import aligned, promoted
 from jaxprop.core.checks import check_counts, check_flags
 from jaxprop.core.types import PyTree
 from jaxprop.layers.padding import Sizes, check_padding
@@ -29,9 +29,10 @@ FEW = 16  # channels of x: with fewer, a matmul computes d_x faster than XLA's c
 
 def convolve(params: AffineParams, x: X, windows: Windows, groups: int) -> Y:
     """Return the convolution of x with params.w, plus params.b if there is one."""
+    x, w = promoted(x, params.w)
     y = jax.lax.conv_general_dilated(
         x,
-        params.w,
+        w,
         windows.strides,
         windows.padding,
         lhs_dilation=windows.spread,
@@ -72,6 +73,7 @@ def pulled_back(w: Array, ct: Y, windows: Windows, groups: int, spatial: Sizes) 
         parts = ct @ w.reshape(-1, w.shape[-1]).T
         return windows.put_back(jnp.split(parts, windows.taps, axis=-1), spatial)
 
+    w, ct = promoted(w, ct)
     if groups > 1 or max(windows.spread) > 1 or w.shape[-2] >= FEW:
         return convolved(w, ct)
     return jax.lax.platform_dependent(w, ct, cpu=added, default=convolved)

@@ -142,7 +142,8 @@ class LinearCrossEntropy(Layer):
             d_z = jnp.where((weight == 0)[..., None], 0, d_z)
             put = jax.lax.dynamic_update_slice_in_dim
             if d_b is not None:
-                d_b = put(d_b, d_z.sum(axis=tuple(range(d_z.ndim - 1))), first, 0)
+                part = d_z.sum(axis=tuple(range(d_z.ndim - 1)))
+                d_b = put(d_b, part.astype(d_b.dtype), first, 0)
             d_z = d_z.astype(h.dtype)
             w = self._chunk(params.w, first).astype(h.dtype)
             d_h += jnp.matmul(jnp.where(new, d_z, 0), w.T, preferred_element_type=d_h.dtype)

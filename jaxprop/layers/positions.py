@@ -117,7 +117,7 @@ class Positions(Layer):
         return jax.nn.initializers.normal(0.02)(key, (self.length, x.shape[2]), dtype)
 
     def forward(self, params: Float[Array, "r d"], x: X) -> tuple[X, tuple[()]]:
-        return x + params[: x.shape[1]][None], ()
+        return x + params[: x.shape[1]][None].astype(x.dtype), ()
 
     def backward(
         self, params: Float[Array, "r d"], residuals: tuple[()], ct: X

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jaxprop.core.arrays import wide
+from jaxprop.core.arrays import promoted, wide
 from jaxprop.core.checks import check_counts, check_flags, check_x
 from jaxprop.core.describe import shapes
 from jaxprop.core.forms import Outer, Sum
@@ -161,11 +161,12 @@ class Recurrence(Layer):
         h = residuals.h
         self._check_ct(ct, h)
         if self.output == "sequence":
-            ends = (wide(jnp.zeros_like(ct[:, 0])),) * self.states
+            ends = (jnp.zeros_like(ct[:, 0]),) * self.states
         elif self.output == "last":
-            ct, ends = None, (wide(ct), *[jnp.zeros_like(wide(ct))] * (self.states - 1))
+            ct, ends = None, (ct, *[jnp.zeros_like(ct)] * (self.states - 1))
         else:
-            ct, ends = ct[0], tuple(map(wide, self._arrays(ct[1])))
+            ct, ends = ct[0], self._arrays(ct[1])
+        ends = tuple(promoted(wide(end), jnp.zeros_like(wide(h[:, 0])))[0] for end in ends)
         real = mask_of(self, params.mask, h)
         return through_time(step, ct, ends, slopes, others, real, self.reverse)
 

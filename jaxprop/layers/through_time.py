@@ -140,11 +140,12 @@ def turned(u: Float[Array, "k m"]) -> Float[Array, "m k"]:
 
 
 def dot(x: Float[Array, "n k"], u: Float[Array, "k m"]) -> Float[Array, "n m"]:
-    """Return x u with x in u's dtype, accumulated in at least float32."""
+    """Return x u with x in u's dtype, in at least float32; in float64 if either is."""
 
     def product(x: Array, u: Array) -> Array:
         return jnp.matmul(x, u, preferred_element_type=wide(u).dtype)
 
+    u = u.astype(x.dtype) if x.dtype.itemsize > wide(u).dtype.itemsize else u
     x = x.astype(u.dtype)
     if wide(u).dtype == u.dtype:
         return product(x, u)

@@ -345,10 +345,8 @@ def _product(a: Float[Array, "n ... i"], b: Float[Array, "n ... o"]) -> Float[Ar
     On a mesh with explicit axes, each axis of the product is sharded as it is in its factor.
     """
     sharding = laid_out(a, jax.typeof(a).sharding.spec[-1], jax.typeof(b).sharding.spec[-1])
-    axes = tuple(range(a.ndim - 1))
-    return jnp.tensordot(
-        a, b, (axes, axes), preferred_element_type=wide(b).dtype, out_sharding=sharding
-    )
+    axes, dtype = tuple(range(a.ndim - 1)), jnp.promote_types(wide(a).dtype, wide(b).dtype)
+    return jnp.tensordot(a, b, (axes, axes), preferred_element_type=dtype, out_sharding=sharding)
 
 
 def _transposed_product(
