@@ -87,3 +87,15 @@ def test_a_mask_of_positions_that_have_moved_is_refused():
         net.bind(((), ()), mask=jnp.ones((1, 4), bool))
     with pytest.raises(ValueError, match="takes a padding mask"):
         jp.Take(-1).forward(jp.Mask(jnp.ones((1, 4), bool)), jnp.ones((1, 3, 2)))
+
+
+def test_a_mask_is_of_positions_alone():
+    net = jp.chain(jp.Dense(3), jp.Take(0, axis=2), jp.Dense(2))
+    params, x = at(Row(net, normal(2, 5, 4)))
+    with pytest.raises(ValueError, match="no layer takes a mask"):
+        net.bind(params, mask=jnp.ones((2, 5), bool))
+    net = jp.chain(jp.Dense(3), jp.Take(0), jp.Dense(2))
+    params, x = at(Row(net, normal(2, 5, 4)))
+    y = net(net.bind(params, mask=jnp.arange(5)[None] >= jnp.array([[1], [2]])), x)
+    expected = net(params, jnp.stack([x[0, 1:3], x[1, 2:4]]))
+    assert relative_error(y, expected) <= 1e-12

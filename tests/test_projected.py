@@ -129,6 +129,30 @@ def test_the_tangent_kernel_between_sequences_of_other_lengths():
     assert relative_error(jp.ntk(net)(params, x, x2), trace) <= 1e-10
 
 
+def test_each_batch_has_its_own_mask():
+    net = jp.chain(jp.Dense(12), jp.Attention(2), jp.Take(-1), jp.Dense(3))
+    loss, rng = jp.HalfSquaredError(), np.random.default_rng(0)
+    params, _ = at(Row(net, normal(3, 4, 5)))
+    batches, masks, grads, kernels = [], [], [], []
+    for examples, length in ((3, 4), (2, 6)):
+        x, target = rng.normal(size=(examples, length, 5)), rng.normal(size=(examples, 3))
+        mask = np.arange(length)[None] < rng.integers(1, length, (examples, 1))
+        x, target, mask = jax.device_put((x, target, mask))
+        batches.append((x, target))
+        masks.append(mask)
+        grads.append(flat(jp.per_example_grads(net, loss)(params, x, target, mask=mask)))
+        jacobian = jax.jacrev(lambda p, x=x, mask=mask: net(net.bind(p, mask=mask), x))(params)
+        kernels.append([leaf.reshape(examples, 3, -1) for leaf in jax.tree.leaves(jacobian)])
+    given = {"mask": masks[0], "other_mask": masks[1]}
+    got = jax.jit(jp.inner_products(net, loss))(params, *batches, **given)
+    assert relative_error(got, grads[0] @ grads[1].T) <= 1e-10
+    got = jax.jit(jp.ntk(net))(params, batches[0][0], batches[1][0], **given)
+    expected = sum(jnp.einsum("ncp,mcp->nm", a, b) for a, b in zip(*kernels, strict=True)) / 3
+    assert relative_error(got, expected) <= 1e-10
+    with pytest.raises(ValueError, match="ntk: other_mask is that of x2, and there is none"):
+        jp.ntk(net)(params, batches[0][0], **given)
+
+
 @pytest.mark.full
 def test_the_tangent_kernel_under_vmap_and_its_derivative():
     net, params, x, _ = problem("repeat")

@@ -110,7 +110,8 @@ def find_nonfinite(
         net: the network.
         loss: the loss.
         params: the net's params.
-        x: the inputs, with the example on axis 0.
+        x: the inputs, with the example on axis 0. Leave out the examples that ``weights`` of 0 make
+            padding in training: here each example counts.
         target: the targets, with the example on axis 0; omit it for a loss without a target.
         key: a key of ``jax.random.key``, for the layers that draw.
         mask: bool (N, T), True where a position is real, for the layers that take a mask.

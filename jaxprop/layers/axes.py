@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -40,7 +38,10 @@ class Take(Layer):
 
     index: int
     axis: int = 1
-    takes: ClassVar[type[Mask]] = Mask
+
+    @property
+    def takes(self) -> type[Mask] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return Mask if self.axis == 1 else None
 
     def __post_init__(self) -> None:
         if not is_whole(self.index):

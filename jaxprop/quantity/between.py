@@ -40,6 +40,7 @@ class InnerProducts(Protocol):
         *,
         key: Array | None = None,
         mask: Array | None = None,
+        other_mask: Array | None = None,
     ) -> Float[Array, "n m"]: ...
 
 
@@ -54,6 +55,7 @@ class TangentKernel(Protocol):
         *,
         key: Array | None = None,
         mask: Array | None = None,
+        other_mask: Array | None = None,
     ) -> Array: ...
 
 
@@ -65,6 +67,9 @@ def inner_products(net: Layer, loss: Loss) -> InnerProducts:
     (x_n . x_m)(ct_n . ct_m), summed over pairs of positions where that is cheaper than with the
     gradients themselves. TracIn (Pruthi et al. 2020, https://arxiv.org/abs/2002.08484) sums these
     products over checkpoints; its self-influence is ``jp.per_example_sq_norms``.
+
+    ``f`` also takes ``key=`` for layers that draw, ``mask=`` for the first batch and
+    ``other_mask=`` for the second, by default the same mask.
 
     Args:
         net: the network. One that couples the examples of a batch raises ``ValueError``.
@@ -87,9 +92,12 @@ def inner_products(net: Layer, loss: Loss) -> InnerProducts:
         *,
         key: Array | None = None,
         mask: Array | None = None,
+        other_mask: Array | None = None,
     ) -> Float[Array, "n m"]:
         """Return the inner products of the gradients of two batches."""
-        return products(*(_of_loss(net, loss, params, each, key, mask) for each in (batch, other)))
+        masks = mask, mask if other_mask is None else other_mask
+        each = zip((batch, other), masks, strict=True)
+        return products(*(_of_loss(net, loss, params, batch, key, mask) for batch, mask in each))
 
     of_batches.__name__ = of_batches.__qualname__ = "inner_products"
     return of_batches
@@ -104,6 +112,9 @@ def ntk(net: Layer, *, full: bool = False) -> TangentKernel:
     factors. Each layer's products are computed from these without the Jacobian, as in the
     structured derivatives of Novak et al. 2022, https://arxiv.org/abs/2206.08720, or from the
     layer's g_n where that is cheaper.
+
+    ``f`` also takes ``key=`` for layers that draw, ``mask=`` for x and ``other_mask=`` for x2, by
+    default the same mask.
 
     Args:
         net: the network, whose y is one array; several output axes are treated as one.
@@ -126,8 +137,11 @@ def ntk(net: Layer, *, full: bool = False) -> TangentKernel:
         *,
         key: Array | None = None,
         mask: Array | None = None,
+        other_mask: Array | None = None,
     ) -> Array:
         """Return the tangent kernel between the examples of x and those of x2."""
+        if x2 is None and other_mask is not None:
+            raise ValueError("ntk: other_mask is that of x2, and there is none")
         bound = net.bind(params, key=key, mask=mask)
         walk, outputs = _by_output(net, bound, x)
         between = _over_outputs(outputs, full)
@@ -141,7 +155,8 @@ def ntk(net: Layer, *, full: bool = False) -> TangentKernel:
                 return walk(c, Layerwise(lambda step: map_forms(with_itself, factored(step))))
 
         else:
-            walk2, _ = _by_output(net, bound, x2)
+            other = net.bind(params, key=key, mask=mask if other_mask is None else other_mask)
+            walk2, _ = _by_output(net, other, x2)
 
             def of_output(c: Array) -> PyTree:
                 pairs = _paired(walk(c, factored), walk2(c, factored))
