@@ -34,7 +34,8 @@ class OfBatch(Protocol[T_co]):
         key: a key from ``jax.random.key``, a new one for each step, for random layers such as
             ``Dropout`` and for anything else that is random, such as noise.
         mask: bool (N, T), True where a position is real, for the layers that take a mask; if these
-            are all ``Attention``, also (N, T, S), True where a query sees a key.
+            are all ``Attention``, also (N, T, S) or (N, heads, T, S), True where a query sees
+            a key.
         weights: (N,), the weight of each example in every mean, at least 0; bools for a mask of
             examples. An example of weight 0 is padding: whatever x and the target hold there, it
             has no part in a mean, and any result for it alone is 0. By default each counts 1.

@@ -93,7 +93,7 @@ def ekfac_factors(
     joint_bias: bool = False,
     micro_batches: int = 1,
 ) -> OfBatch[Params]:
-    """Return ``f(params, x, target)``, which computes Kronecker factors with exact eigenvalues.
+    """Return ``f(params, x, target)``, which computes Kronecker factors with corrected eigenvalues.
 
     The result is like params, with a ``jp.curvature.Eigen`` at each leaf, for
     ``jp.curvature.solve`` and the other functions there. It holds the eigenvectors of
@@ -127,5 +127,5 @@ def ekfac_factors(
             factors, drawn = asked(sampled, for_factors), samples
         return asked(EigenvalueCorrection(eigh(factors), drawn), key)
 
-    doc = "Return Kronecker factors by their eigenvectors, with eigenvalues that are exact."
+    doc = "Return Kronecker factors by their eigenvectors, with corrected eigenvalues."
     return of_batch("ekfac_factors", doc, net, corrected)

@@ -36,7 +36,7 @@ def decoder(net: Layer, length: int) -> Decoder:
 
     Running a sequence in pieces of any length returns what ``net.forward`` returns for the whole,
     also in ``jit`` and ``lax.scan``. A position costs what the layers cost on that position, except
-    that attention and ``Rotary`` run over ``length`` positions. Past ``length``, y is NaN.
+    that attention and layers of positions run over ``length`` positions. Past ``length``, y is NaN.
 
     In every layer a position must depend only on itself and those before it: ``Attention`` is
     causal, or attends to a memory that is given whole at every step, as in

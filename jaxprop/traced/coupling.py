@@ -35,7 +35,8 @@ def check_uncoupled_function(
 
     The function is tried once per set of shapes, on two examples of random numbers: both together
     and each alone. This helps but proves nothing. A function is not tried if it has more than 30
-    million params, closes over a tracer, or returns no finite numbers for random ones. Printing by
+    million params or closes over a tracer, and is taken for one that does not couple examples if it
+    returns no finite numbers for random ones. Printing by
     ``jax.debug.print``, or another callback without a result, is left out of a try; a function
     that prints within a ``cond`` or a while loop is not tried.
 

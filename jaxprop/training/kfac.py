@@ -101,7 +101,8 @@ def kfac(
     Args:
         net: the network. A param without Kronecker factors gets a diagonal.
         loss: the loss.
-        like: (params, x, target), of which only the shapes matter; any number of examples will do.
+        like: (params, x, target), of which only the shapes matter; any number of examples that
+            ``micro_batches`` divides will do.
         learning_rate: alpha, or a schedule for it; None for the quadratic model's.
         momentum: mu; by default the quadratic model's, or 0.9 with a learning rate. With a momentum
             and no learning rate, alpha minimises the model for this mu.
