@@ -1,6 +1,6 @@
 """Train a variational autoencoder on digits: a net with two outputs, and a loss on each.
 
-    python examples/vae.py --epochs 30    # Kingma and Welling 2014, https://arxiv.org/abs/1312.6114
+python examples/vae.py --epochs 30    # Kingma and Welling 2014, https://arxiv.org/abs/1312.6114
 """
 
 import jax

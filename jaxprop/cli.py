@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="jaxprop", description="Backpropagation for JAX with the backward pass in the open."
+        prog="jaxprop",
+        description="Backpropagation for JAX with the backward pass in the open. Without a command "
+        "it is the walkthrough, whose options jaxprop walkthrough --help lists.",
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -101,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="measure the hand-written chain against jax.value_and_grad",
         description="Run time, trace time, compile time and temporary memory of the hand-written "
-        "chain against jax.value_and_grad of the same loss, in one process and in turn, on the "
+        "chain against jax.value_and_grad of the same loss, alternately, in one process, on the "
         "device that JAX finds.",
     )
     measure.add_argument(
@@ -195,6 +197,12 @@ def _bench(args: argparse.Namespace) -> int:
     worse = [] if baseline is None else regressions(figures, baseline)
     for line in worse:
         print(f"worse: {line}")
+    if baseline is not None:
+        rows = [name for name in figures["rows"] if name in baseline["rows"]]
+        if not rows:
+            raise BenchError(f"--baseline {args.baseline}: it has none of these rows")
+        none = "" if worse else "none "
+        print(f"{len(rows)} rows compared with {args.baseline}: {none}worse by more than a tenth")
     return 1 if worse else 0
 
 

@@ -316,7 +316,7 @@ def test_a_dynamic_loss_scale_is_checked():
     for given, error, words in (
         ({"initial": 0.5}, ValueError, "initial is at least 1, not 0.5"),
         ({"factor": 1}, ValueError, "factor is more than 1, not 1"),
-        ({"factor": float("inf")}, ValueError, "factor is finite, not inf"),
+        ({"factor": float("inf")}, ValueError, "factor is finite in float32, not inf"),
         ({"interval": 0}, ValueError, "interval is at least 1"),
         ({"initial": "big"}, TypeError, "initial is a number"),
     ):

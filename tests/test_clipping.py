@@ -216,3 +216,11 @@ def test_mistakes_are_said():
         jp.quantity.next_max_norm(1.0, 0.5, quantile=-1)
     with pytest.raises(ValueError, match="quantile is from 0 to 1, not 5"):
         jp.quantity.next_max_norm(1.0, 0.5, quantile=5)
+
+
+def test_bounds_by_layer_are_shown_and_checked():
+    with pytest.raises(ValueError, match=r"as in \(1\.0, \(\), 1\.0, 1\.0\)"):
+        jp.clipped_grad(NET, LOSS, (1.0, 2.0), per_layer=True)(PARAMS, X, TARGET)
+    each = jnp.ones(len(X))
+    with pytest.raises(ValueError, match="max_norm: a layer's bound is a number, not float64"):
+        jp.clipped_grad(NET, LOSS, (each, (), 1.0, 1.0), per_layer=True)(PARAMS, X, TARGET)

@@ -114,8 +114,8 @@ def test_empty_chain():
         (lambda: jp.chain(jp.Dense(3), jnp.tanh), "chain: layer 1 is not a Layer but"),
         (lambda: jp.chain([jp.Dense(3), jp.Relu()]), "chain: layer 0 is not a Layer but"),
         (lambda: jp.chain(jp.Relu), r"chain: layer 0 is the class Relu; write Relu\(...\)"),
-        (lambda: jp.skip(jp.Tanh), r"skip is the class Tanh; write Tanh\(...\)"),
-        (lambda: jp.skip(3), "skip is not a Layer but 3"),
+        (lambda: jp.skip(jp.Tanh), r"skip: the layer is the class Tanh; write Tanh\(...\)"),
+        (lambda: jp.skip(3), "skip: the layer is not a Layer but 3"),
         (lambda: jp.Dense("wide"), "Dense: features is a whole number, not 'wide'"),
         (lambda: jp.Dense(True), "Dense: features is a whole number, not True"),
         (lambda: jp.Dense(2.0), "Dense: features is a whole number, not 2.0"),
@@ -384,3 +384,24 @@ def test_numbers_may_be_arrays_in_a_traced_program():
         np.testing.assert_allclose(a, b, rtol=1e-6)
     with pytest.raises(ValueError, match=r"max_norm must be positive, not -0\.5"):
         jax.jit(lambda _: numbers(negative))(0)
+
+
+@pytest.mark.parametrize("name", ["explain", "find_nonfinite"])
+def test_an_empty_batch_is_named(name):
+    with pytest.raises(ValueError, match=f"{name}: the batch is empty"):
+        getattr(jp, name)(NET, jp.CrossEntropy(), params(), X[:0], TARGET[:0])
+
+
+def test_help_has_the_arguments_of_the_function():
+    text = jp.per_example_sq_norms(NET, jp.CrossEntropy()).__doc__
+    assert text.startswith("Return") or text.startswith("The squared norm")
+    for name in ("params", "x", "target", "key", "mask", "weights", "divisor"):
+        assert f"        {name}: " in text
+
+
+def test_a_part_of_the_target_that_is_missing():
+    net = jp.branch(a=jp.Dense(3), b=jp.Dense(2))
+    loss = jp.total_loss(a=jp.CrossEntropy(), b=jp.HalfSquaredError())
+    with pytest.raises(TypeError, match="takes the target as an array") as error:
+        jp.value_and_grad(net, loss)(net.init(jax.random.key(0), X), X, {"a": TARGET})
+    assert error.value.__notes__ == ["the target has no part 'b'"]

@@ -136,17 +136,23 @@ COMBINATORS = mistakes(
     chain_of_a_function=(lambda: jp.chain(jnp.tanh), "chain: layer 0 is not a Layer but <"),
     chain_of_params=(lambda: jp.chain(PARAMS), "not a Layer but (AffineParams(w=float64[3,5], b="),
     chain_of_a_loss=(lambda: jp.chain(NET, CE), "layer 1 is not a Layer but CrossEntropy()"),
-    skip_of_none=(lambda: jp.skip(None), "skip is not a Layer but None"),
+    skip_of_none=(lambda: jp.skip(None), "skip: the layer is not a Layer but None"),
     branch_of_a_string=(lambda: jp.branch("relu"), "branch: layer 0 is not a Layer but 'relu'"),
-    repeat_of_a_class=(lambda: jp.repeat(jp.Tanh, 2), "repeat is the class Tanh; write Tanh(...)"),
-    repeat_swapped=(lambda: jp.repeat(3, jp.Tanh()), "repeat is not a Layer but 3"),
+    repeat_of_a_class=(
+        lambda: jp.repeat(jp.Tanh, 2),
+        "repeat: the layer is the class Tanh; write Tanh(...)",
+    ),
+    repeat_swapped=(lambda: jp.repeat(3, jp.Tanh()), "repeat: the layer is not a Layer but 3"),
     repeat_of_a_float=(lambda: jp.repeat(jp.Tanh(), 2.0), "repeat: times is a whole number"),
     shared_of_a_string=(lambda: jp.shared(jp.Tanh(), "2"), "shared: times is a whole number"),
     recompute_of_a_class=(
         lambda: jp.recompute(jp.Tanh),
-        "recompute is the class Tanh; write Tanh(",
+        "recompute: the layer is the class Tanh; write Tanh(",
     ),
-    frozen_of_params=(lambda: jp.frozen(PARAMS), "frozen is not a Layer but (AffineParams("),
+    frozen_of_params=(
+        lambda: jp.frozen(PARAMS),
+        "frozen: the layer is not a Layer but (AffineParams(",
+    ),
     tied_of_a_function=(lambda: jp.tied(jp.Embedding(9, 3), jnp.tanh), "tied: the body is not a"),
     cast_of_params=(
         lambda: jp.cast(PARAMS, jnp.bfloat16),
@@ -162,8 +168,11 @@ COMBINATORS = mistakes(
     inference_mode_of_a_class=(lambda: jp.inference_mode(jp.Relu), "net is the class Relu; write"),
     freeze_of_a_net=(lambda: jp.freeze(NET), "Write jp.freeze(params), or jp.frozen(net)"),
     freeze_of_a_class=(lambda: jp.freeze(jp.Dense), "freeze takes params, whose leaves are arrays"),
-    wrapper_of_a_class=(lambda: Around(jp.Dense), "around is the class Dense; write Dense(...)"),
-    wrapper_of_a_function=(lambda: Around(jnp.tanh), "around is not a Layer but <"),
+    wrapper_of_a_class=(
+        lambda: Around(jp.Dense),
+        "around: the layer is the class Dense; write Dense(...)",
+    ),
+    wrapper_of_a_function=(lambda: Around(jnp.tanh), "around: the layer is not a Layer but <"),
     combinator_of_a_class=(
         lambda: Gated(jp.Relu, jp.Relu()).forward(((), ()), X),
         "Gated: gate is the class Relu; write Relu(...)",

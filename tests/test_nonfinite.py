@@ -52,14 +52,14 @@ def test_what_was_not_finite_before():
     net, params, x, target = mlp()
     found = jp.find_nonfinite(net, LOSS, params, x.at[3, 1].set(jnp.nan), target)
     assert (found.phase, found.array, found.index, found.example) == ("input", "x", (3, 1), 3)
-    assert "Before the walk began x was not finite: x[3, 1], of example 3 is nan" in str(found)
+    assert "Before the walk began x was not finite: x[3, 1], of example 3, is nan" in str(found)
     found = jp.find_nonfinite(net, LOSS, params, x, target.at[2, 0].set(jnp.inf))
     assert (found.phase, found.array, found.value) == ("input", "target", np.inf)
     w = params[2].w.at[1, 1].set(-jnp.inf)
     found = jp.find_nonfinite(net, LOSS, (*params[:2], params[2]._replace(w=w)), x, target)
     assert (found.phase, found.layer, found.array) == ("input", "2", "params w")
     assert (found.index, found.value, found.example) == ((1, 1), -np.inf, None)
-    assert "params w of layer 2 was not finite: params w[1, 1] is -inf" in found.sentence
+    assert "the param w of layer 2 was not finite: w[1, 1] is -inf" in found.sentence
 
 
 def test_the_way_forward():

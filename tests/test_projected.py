@@ -310,7 +310,7 @@ def test_as_a_quantity_beside_others():
 
 def test_mistakes_are_said():
     net, params, x, target = problem("dense")
-    with pytest.raises(TypeError, match="Projected: rank is a whole number"):
+    with pytest.raises(TypeError, match="Projected: give a rank and a key, or sides"):
         jp.projected_grads(net, LOSS)
     with pytest.raises(TypeError, match="key"):
         jp.projected_grads(net, LOSS, 2)

@@ -28,7 +28,7 @@ def bidirectional(layer: Layer) -> Branch:
         >>> jp.bidirectional(jp.Gru(8, output="last"))
         branch(Gru(8, output='last'), Gru(8, reverse=True, output='last'), join='concatenate')
     """
-    require(layer, Layer, "bidirectional")
+    require(layer, Layer, "bidirectional: the layer")
     turned: Any = layer
     if not isinstance(getattr(layer, "reverse", None), bool):
         raise TypeError(f"bidirectional takes a layer with a field reverse, not {layer}")

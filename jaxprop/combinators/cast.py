@@ -38,6 +38,9 @@ class Cast(Wrapper):
         """Return params of at least float32, whatever dtype the layer before rounded x to."""
         return self.layer.init(key, jax.eval_shape(lambda x: jax.tree.map(wide, x), structs(x)))
 
+    def __repr__(self) -> str:
+        return f"cast({self.layer!r}, {self.dtype!r})"
+
     def forward(self, params: Params, x: PyTree) -> tuple[PyTree, Residuals]:
         y, residuals = self.layer.forward(
             self.layer.rounded(params, self.dtype), rounded(x, self.dtype)

@@ -34,7 +34,7 @@ class Repeat(Combinator):
     times: int
 
     def __post_init__(self) -> None:
-        require(self.layer, Layer, "repeat")
+        require(self.layer, Layer, "repeat: the layer")
         check_count("repeat: times", self.times)
 
     def __repr__(self) -> str:

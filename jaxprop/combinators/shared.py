@@ -28,7 +28,7 @@ class Shared(Wrapper):
     times: int
 
     def __post_init__(self) -> None:
-        require(self.layer, Layer, "shared")
+        require(self.layer, Layer, "shared: the layer")
         check_count("shared: times", self.times)
         if holds_stacks(self.layer):
             raise ValueError("shared: a repeat inside is not supported; share the repeated layer")

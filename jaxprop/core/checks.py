@@ -151,6 +151,12 @@ def check_share(name: str, value: object) -> None:
         raise ValueError(f"{name} is below 1, not {value}")
 
 
+def check_not_empty(name: str, x: PyTree) -> None:
+    """Raise ``ValueError``, whose message begins with name, for a batch without examples."""
+    if any(np.shape(leaf)[:1] == (0,) for leaf in jax.tree.leaves(x)):
+        raise ValueError(f"{name}: the batch is empty")
+
+
 def check_values(words: str, values: Array | np.ndarray, right: Callable[[Any], Any]) -> None:
     """Raise ``ValueError`` for wrong values; traced values are not known, and not checked.
 

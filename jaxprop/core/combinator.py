@@ -132,7 +132,7 @@ class Wrapper(Layer):
     hands_down_types = True
 
     def __post_init__(self) -> None:
-        require(self.layer, Layer, type(self).__name__.lower())
+        require(self.layer, Layer, f"{type(self).__name__.lower()}: the layer")
 
     def children(self) -> tuple[Child, ...]:
         return (Child(self.layer, None),)

@@ -12,6 +12,7 @@ from jaxprop.core.layer import Layer
 from jaxprop.core.types import OfBatch, Params, PyTree
 
 T = TypeVar("T")
+_ARGS = (OfBatch.__doc__ or "").partition("\n\n    Args:")
 
 
 def of_batch(
@@ -43,6 +44,6 @@ def of_batch(
         return f(bound, weighted_batch(net, bound, x, target, key, weights, divisor))
 
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = doc and doc.split("\n\n    Attributes:")[0]
+    function.__doc__ = doc and "".join((doc.split("\n\n    Attributes:")[0], *_ARGS[1:]))
     del function.__annotations__["return"]
     return function

@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from jaxprop.births.birth import Birth
 from jaxprop.core.arrays import check_fit
+from jaxprop.core.checks import check_not_empty
 from jaxprop.core.combinator import seen_through
 from jaxprop.core.layer import Layer
 from jaxprop.core.loss import Loss
@@ -137,6 +138,7 @@ def find_nonfinite(
         The result overflows: float32 goes to 3.4e+38.
     """
     check_net_and_loss(net, loss)
+    check_not_empty("find_nonfinite", x)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, x, target))):
         raise TypeError("find_nonfinite looks at values: call it outside of jax.jit")
     check_fit({"x": x, "target": target})
@@ -203,7 +205,7 @@ def _finding(
     of = "" if example is None else f", of example {example}"
     sentence = (
         _sentence(phase, title, array, f"{array}{part}{place}{of}", f"{value:g}", x, ct)
-        + f" Not finite in {array}: {int(found.nonfinite)} of {found.size}."
+        + f" Not finite in {array.removeprefix('params ')}: {int(found.nonfinite)} of {found.size}."
     )
     born, said = None, ""
     if stop is not None and array not in ("x", "ct"):
@@ -233,8 +235,9 @@ def _sentence(
     phase: Phase, title: str, array: str, place: str, value: str, x: PyTree, ct: Cotangent
 ) -> str:
     if phase == "input":
-        whose = f" of {title}" if title else ""
-        return f"Before the walk began {array}{whose} was not finite: {place} is {value}."
+        whose, what = f" of {title}" if title else "", array.replace("params ", "the param ")
+        at = f"{place}," if ", of example" in place else place.removeprefix("params ")
+        return f"Before the walk began {what}{whose} was not finite: {at} is {value}."
     way = "On the way back" if phase == "backward" or array == "d_x" else "On the way forward"
     if array == "x" or (array == "ct" and phase == "backward"):
         return (

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from jaxprop.core.arrays import check_fit
 from jaxprop.core.batch import Batch
-from jaxprop.core.checks import check_count
+from jaxprop.core.checks import check_count, check_not_empty
 from jaxprop.core.combinator import Wrapper, map_layers, seen_through
 from jaxprop.core.cotangents import factored, gradient
 from jaxprop.core.layer import Layer
@@ -84,6 +84,7 @@ def explain(
     """
     check_net_and_loss(net, loss)
     check_count("explain: keep", keep, least=0)
+    check_not_empty("explain", x)
     check_fit({"x": x, "target": target})
     return _explained(net, loss, keep, net.bind(params, key=key, mask=mask), x, target)
 

@@ -89,10 +89,11 @@ def summary(tree: PyTree) -> Summary | None:
     )
     count = jnp.maximum(x.size - nonfinite, 1).astype(wide)
     scale = jnp.where(largest > 0, largest, 1)  # squares of large or small numbers leave the dtype
+    nothing = jnp.where(nonfinite < x.size, 0, jnp.nan).astype(wide)  # to take statistics of
     return Summary(
-        mean=total * (x.size / count),
-        rms=scale * jnp.sqrt(jnp.sum((kept / scale) ** 2) / count),
-        max=largest,
+        mean=nothing + total * (x.size / count),
+        rms=nothing + scale * jnp.sqrt(jnp.sum((kept / scale) ** 2) / count),
+        max=nothing + largest,
         zeros=zeros.astype(wide) / x.size,
         nonfinite=nonfinite,
         first=first,

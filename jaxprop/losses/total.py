@@ -61,7 +61,12 @@ class TotalLoss(Loss):
         of_parts: Any = dict(enumerate(target)) if isinstance(target, tuple) else target or {}
         for name, weight, loss in self.parts:
             given = of_parts.get(name)
-            values, r = loss.forward(y[name], given)
+            try:
+                values, r = loss.forward(y[name], given)
+            except Exception as error:
+                if given is None:
+                    error.add_note(f"the target has no part {name!r}")
+                raise
             each.append(_scaled(weight, values))
             residuals.append(r)
         return sum(each[1:], start=each[0]), tuple(residuals)

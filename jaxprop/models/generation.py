@@ -126,6 +126,7 @@ def generate(
         >>> jp.models.generate(net, params, prompt, 4, key=jax.random.key(1)).shape
         (2, 7)
     """
+    require(net, Layer, "generate: net")
     check_count("generate: steps", steps)
     check_number("generate: temperature", temperature, positive=True)
     if not jnp.issubdtype(getattr(prompt, "dtype", object), jnp.integer):

@@ -208,10 +208,16 @@ class Clipped(Quantity):
         try:
             bounds = structure.flatten_up_to(self.max_norm)
         except ValueError:
+            like = structure.unflatten(1.0 if jax.tree.leaves(node) else () for node in nodes)
             raise ValueError(
                 f"max_norm is {shapes(self.max_norm)}: give a bound where each layer's params "
-                f"stand, and () for a layer without, as in {shapes(_each(tree, 'norms'))}"
+                f"stand, and () for a layer without, as in {like}"
             ) from None
+        for node, bound in zip(nodes, bounds, strict=True):
+            layers = np.shape(getattr(node, "norms", node))[:-1]
+            if jax.tree.leaves(node) and np.shape(bound) not in ((), layers):
+                kind = f"a number, or one for each of {layers[0]} layers" if layers else "a number"
+                raise ValueError(f"max_norm: a layer's bound is {kind}, not {shapes(bound)}")
         each = zip(nodes, bounds, *map(structure.flatten_up_to, rest), strict=True)
         return structure.unflatten(f(*one) if jax.tree.leaves(one[0]) else one[0] for one in each)
 

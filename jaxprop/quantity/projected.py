@@ -51,6 +51,8 @@ class Projected(Quantity):
             if self.rank is not None or self.key is not None:
                 raise ValueError("Projected: sides are given, or drawn by a rank and a key")
             return
+        if self.rank is None and self.key is None:
+            raise TypeError("Projected: give a rank and a key, or sides")
         check_count("Projected: rank", self.rank)
         check_key("Projected", self.key)
 

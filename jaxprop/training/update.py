@@ -37,9 +37,14 @@ class Update:
     """
 
     def __init__(
-        self, step: Callable[..., Any], init: Callable[[Params], PyTree], donate: bool = True
+        self,
+        step: Callable[..., Any],
+        init: Callable[[Params], PyTree],
+        donate: bool = True,
+        shown: str = "update",
     ) -> None:
         self._init = init
+        self._shown = shown
         self._donate = donate
 
         @functools.wraps(step)
@@ -48,6 +53,9 @@ class Update:
             return step(params, state, *args, **given)
 
         self._step = jax.jit(checked, donate_argnames=("params", "state") if donate else ())
+
+    def __repr__(self) -> str:
+        return self._shown
 
     def init(self, params: Params) -> PyTree:
         """Return the state to start from, in separate memory."""
@@ -196,7 +204,7 @@ def make_update(
         check_learned(params)
         return owned(lambda arrays: options.around(optimizer.init(arrays)), for_optimizer(params))
 
-    return Update(step, init, donate)
+    return Update(step, init, donate, f"make_update({net!r}, {loss!r}, ...)")
 
 
 def _maker(
