@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         nargs="+",
         metavar="NAME",
-        help="the rows whose name contains NAME, or one of several",
+        help="only the rows whose name contains one of these",
     )
     measure.add_argument("--quick", action="store_true", help="fewer samples")
     measure.add_argument(
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--baseline",
         metavar="FILE",
-        help="compare with the figures in FILE and exit 1 if a ratio is worse by over a tenth",
+        help="compare with the figures in FILE and exit 1 if a ratio is more than a tenth worse",
     )
     measure.set_defaults(run=_bench)
     return parser

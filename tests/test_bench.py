@@ -210,7 +210,7 @@ def test_a_narrow_terminal_gets_the_columns_that_fit():
     printed = text.getvalue()
     assert max(map(len, printed.splitlines())) <= 60
     assert "[0.40, 0.60]" in printed
-    assert "For a wider terminal, or a pipe: temp MB, share." in printed
+    assert "Left out in this narrow terminal: temp MB, share." in printed
 
 
 @pytest.mark.parametrize(

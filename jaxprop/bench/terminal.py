@@ -50,7 +50,7 @@ def print_table(console: Console, table: Table, explanation: str) -> None:
     console.print(table)
     if left_out:
         names = ", ".join(filter(None, left_out))
-        console.print(f"For a wider terminal, or a pipe: {names}.", markup=False)
+        console.print(f"Left out in this narrow terminal: {names}.", markup=False)
     console.print(" ".join(explanation.split()), markup=False)
 
 

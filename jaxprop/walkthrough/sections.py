@@ -155,7 +155,7 @@ def back(stage: Stage, most: Most, say: Say) -> Iterator[str]:
     first = chains[0]
     yield f"∂E/∂{first.name} = {chain_rule(first)}"
     if stage.units[0].paths:
-        yield say("and the error comes back to a hidden unit by every weight that it feeds:")
+        yield say("and the error reaches a hidden unit through every weight that it feeds:")
         yield ""
         for unit in stage.units[: most.units]:
             yield from arrival(unit)

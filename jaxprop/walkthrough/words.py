@@ -68,7 +68,7 @@ KOREAN = {
         "오차 E = Σ ½ (t − o)², 학습률 {rate}, float64"
     ),
     "In arrays z = x @ w, with a column for each unit:": ("배열로는 z = x @ w, 유닛마다 열 하나:"),
-    "and the error comes back to a hidden unit by every weight that it feeds:": (
+    "and the error reaches a hidden unit through every weight that it feeds:": (
         "은닉 유닛의 오차는 그 유닛이 이어진 모든 가중치를 거쳐 돌아옵니다:"
     ),
     "with ∂E/∂o = o − t, and the same for the others:": (
