@@ -168,7 +168,7 @@ def dump(config: Config) -> str:
     """Return the config as TOML, which ``load`` reads back to the same numbers."""
     lines = [
         "# A network for: jaxprop walkthrough --config FILE",
-        "# Each layer is a [[layers]] table, the first nearest the inputs. activation is",
+        "# Each layer is a table, the first nearest the inputs. activation is",
         f"# one of {', '.join(ACTIVATIONS)}.",
         "# weights has a row for each unit, with a number for each unit (or input)",
         "# below; biases, if there are any, has a number for each unit. In their place,",
