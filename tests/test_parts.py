@@ -198,7 +198,7 @@ KEY = jax.random.key(0)
         (lambda: jp.branch(jp.Relu(), a=jp.Relu()), ValueError, "give all a name, and no join"),
         (lambda: jp.branch(a=jp.Relu(), join="tuple"), ValueError, "give all a name, and no join"),
         (lambda: jp.branch(a=3), TypeError, "branch: layer 0 is not a Layer but 3"),
-        (lambda: jp.on("a", jp.Relu), TypeError, "on is the class Relu; write"),
+        (lambda: jp.on("a", jp.Relu), TypeError, "on: the layer is the class Relu; write"),
         (
             lambda: jp.on("b", jp.Relu()).init(KEY, {"a": X}),
             ValueError,

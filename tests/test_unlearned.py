@@ -352,7 +352,9 @@ def test_params_that_were_made_elsewhere_are_frozen_by_hand():
     assert jax.tree.structure(jp.freeze(jp.freeze(params))) == jax.tree.structure(
         net.init(jax.random.key(0), x)
     )
-    with pytest.raises(TypeError, match=r"frozen is the class Dense; write Dense\(...\)"):
+    with pytest.raises(
+        TypeError, match=r"frozen: the layer is the class Dense; write Dense\(...\)"
+    ):
         jp.frozen(jp.Dense)
 
 
