@@ -534,3 +534,37 @@ def test_what_is_explained_has_the_scopes_of_the_function():
 
     assert rows({"dot_general": rules.sign_symmetric}) == rows(None) != []
     assert rows({"relu": rules.guided_backprop}) == rows(None)
+
+
+@jax.custom_jvp
+def cut(w):
+    return jnp.clip(w, -0.5, 0.5)
+
+
+cut.defjvp(lambda primals, tangents: (cut(*primals), *tangents))
+
+
+@jax.custom_vjp
+def passed_on(mask, w):
+    return jnp.where(mask > 0, w, 0)
+
+
+passed_on.defvjp(lambda mask, w: (passed_on(mask, w), mask), lambda mask, ct: (0 * mask, 0.1 * ct))
+
+
+@pytest.mark.parametrize("name", ["cut", "passed_on"])
+def test_a_function_of_the_user_s_may_have_any_name(name):
+    """The trace finds jaxprop's own functions by their names, which no user's function has."""
+    rng = np.random.default_rng(0)
+    params, x, target, mask = map(
+        jnp.asarray, (rng.normal(size=s) for s in ((3, 2), (4, 3), (4, 2), (3, 2)))
+    )
+
+    def fn(params, x):
+        return x @ (cut(params) if name == "cut" else passed_on(mask, params))
+
+    loss = jp.HalfSquaredError()
+    got = jp.value_and_grad(jp.function(fn), loss)(params, x, target)
+    expected = jax.value_and_grad(lambda p: loss.forward(fn(p, x), target)[0].mean())(params)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)

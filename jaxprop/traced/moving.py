@@ -151,16 +151,16 @@ def _side_by_side(equation: JaxprEqn, ins: list[Any], entries: list[Any]) -> lis
 
 
 def _passed_on(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
-    """Return the result of ``part.passed_on`` as a view, since its cotangent is the view's."""
-    if rule_of(equation) != "passed_on" or isinstance(ins[0], View):
+    """Return the result of ``jaxprop_passed_on`` as a view, since its cotangent is the view's."""
+    if rule_of(equation) != "jaxprop_passed_on" or isinstance(ins[0], View):
         return None
     y, view = ins
     return [view.moved(None, lambda value: evaluate(equation, [y, value])[0])]
 
 
 def _cut(equation: JaxprEqn, ins: list[Any]) -> list[Any] | None:
-    """Return the bare values for ``part.cut``: only derivatives further out can see the params."""
-    return list(map(bare, ins)) if rule_of(equation) == "cut" else None
+    """Return bare values for ``jaxprop_cut``: only derivatives further out can see the params."""
+    return list(map(bare, ins)) if rule_of(equation) == "jaxprop_cut" else None
 
 
 RESHAPE = _moving(lambda equation, view: Reshaped(view.value.shape))

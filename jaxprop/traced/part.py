@@ -85,7 +85,9 @@ def turned(
         scope: the named scopes around it, which an explanation shows.
     """
     with _scoped(scope):
-        cut_off = jax.tree.map(lambda leaf: cut(leaf) if is_inexact(leaf) else leaf, (params, x))
+        cut_off = jax.tree.map(
+            lambda leaf: jaxprop_cut(leaf) if is_inexact(leaf) else leaf, (params, x)
+        )
     fixed, apart = cut_off
     y = run(params, apart)
     leaves = jax.tree.leaves(y)
@@ -95,7 +97,7 @@ def turned(
         raise ValueError(f"function: {layer} gives {shapes(y)}, and integers have no cotangent")
     if _passes_on(layer, fixed, x, y):
         with _scoped(scope):
-            return passed_on(y, x)
+            return jaxprop_passed_on(y, x)
 
     @jax.custom_vjp
     def by_layer(params: Params, x: PyTree, y: PyTree) -> PyTree:
@@ -121,7 +123,7 @@ def _scoped(scope: str) -> contextlib.AbstractContextManager[Any]:
 
 
 @jax.custom_jvp
-def cut(x: Any) -> Any:
+def jaxprop_cut(x: Any) -> Any:
     """Return x, with an innermost derivative of 0; derivatives further out are those of x.
 
     For a view of params this is the view's value, without the example's own share.
@@ -129,7 +131,7 @@ def cut(x: Any) -> Any:
     return x
 
 
-@cut.defjvp
+@jaxprop_cut.defjvp
 def _cut_off(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
     (x,), (tangent,) = primals, tangents
     return x, jax.tree.map(jnp.zeros_like, tangent)
@@ -164,7 +166,7 @@ def _passes_on(layer: Layer, params: Params, x: PyTree, y: PyTree) -> bool:
 
 
 @jax.custom_vjp
-def passed_on(y: Array, x: Array) -> Array:
+def jaxprop_passed_on(y: Array, x: Array) -> Array:
     """Return y, whose cotangent goes to x too; if x is a view of params, so is it (``moving``)."""
     return _separate(y, x)
 
@@ -178,7 +180,7 @@ def _passed_on_back(saved: tuple[()], ct: Array) -> tuple[Array, Array]:
     return ct, ct
 
 
-passed_on.defvjp(_passed_on_ahead, _passed_on_back)
+jaxprop_passed_on.defvjp(_passed_on_ahead, _passed_on_back)
 
 
 def _alone(tree: PyTree) -> PyTree:
